@@ -1,0 +1,1 @@
+"""slimvlm: a vision-language model in, a smaller dense one out."""

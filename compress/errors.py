@@ -1,0 +1,41 @@
+"""The errors a user can cause or meet. Each carries the exit code of the command line (design: 3 refused, 4 check failed)."""
+
+
+class SlimvlmError(Exception):
+    """Refused: the message says what was wrong with the value, what is accepted and what to do next."""
+
+    exit_code = 3
+
+
+class UnsupportedModelError(SlimvlmError):
+    """The model type has no row in the family table, or its modules are not where the row says."""
+
+
+class InfeasibleBudgetError(SlimvlmError):
+    """No plan reaches the asked ratio within the floors."""
+
+
+class CheckpointError(SlimvlmError):
+    """A checkpoint folder is missing, incomplete, corrupted or does not match its plan."""
+
+
+class SampleError(SlimvlmError):
+    """The data cannot be read, or too many of its samples are bad."""
+
+
+class CalibrationError(SlimvlmError):
+    """The statistics of a calibration run are unusable (for example not finite)."""
+
+
+class MissingDependencyError(SlimvlmError):
+    """An optional package is needed; the message names the pip command."""
+
+
+class OutputError(SlimvlmError):
+    """The output folder cannot be written, is not empty, or the disk is full."""
+
+
+class CheckFailedError(SlimvlmError):
+    """A result was made but a check on it failed; the files are kept."""
+
+    exit_code = 4

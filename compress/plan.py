@@ -1,0 +1,135 @@
+"""The Plan: which units stay, and everything needed to replay that decision. Small, sorted, diffable JSON; no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class TowerCount:
+    """Parameters and multiply-accumulates per token (linears of the prunable groups) of one tower."""
+
+    parameters_before: int
+    parameters_after: int
+    macs_before: int
+    macs_after: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A replayable pruning decision.
+
+    Attributes:
+        family: name of the family row.
+        model_digest: identity of the dense weights the indices refer to.
+        criterion, allocator, layout, attention_unit, rounds, seed, options: how the decision was made.
+        ratio: asked fraction of ALL parameters to remove.
+        calibration_digest: identity of the samples seen (empty for data-free criteria).
+        parameters_before, parameters_after: of the whole model, tied weights counted once.
+        towers: the same per tower, with MACs.
+        sizes: indices each group had (channels, or query heads).
+        keep: per group the sorted indices that stay; groups that keep everything are listed too.
+    """
+
+    family: str
+    model_digest: str
+    criterion: str
+    allocator: str
+    layout: str
+    attention_unit: str
+    rounds: int
+    seed: int
+    ratio: float
+    calibration_digest: str
+    parameters_before: int
+    parameters_after: int
+    towers: Mapping[str, TowerCount]
+    sizes: Mapping[str, int]
+    keep: Mapping[str, tuple[int, ...]]
+    options: Mapping[str, Any]
+    schema: int = SCHEMA
+
+    def __post_init__(self) -> None:
+        if set(self.sizes) != set(self.keep):
+            raise ValueError(f"plan: sizes and keep name different groups: {sorted(set(self.sizes) ^ set(self.keep))}")
+        for key, kept in self.keep.items():
+            if not kept:
+                raise ValueError(f"plan: group {key} keeps nothing")
+            if list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= self.sizes[key]:
+                raise ValueError(f"plan: group {key} must keep sorted, unique indices below {self.sizes[key]}")
+
+    @property
+    def removed_fraction(self) -> float:
+        """Removed fraction of all parameters."""
+        return 1 - self.parameters_after / self.parameters_before
+
+    def to_json(self) -> str:
+        """Sorted JSON, one line per group."""
+        document = {field.name: getattr(self, field.name) for field in fields(self)}
+        document["towers"] = {name: asdict(count) for name, count in self.towers.items()}
+        keep = document.pop("keep")
+        head = json.dumps(document, indent=2, sort_keys=True)
+        lines = ",\n".join(f"    {json.dumps(key)}: {json.dumps(list(keep[key]))}" for key in sorted(keep))
+        return head.removesuffix("\n}") + ',\n  "keep": {\n' + lines + "\n  }\n}\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan of `to_json`.
+
+        Raises:
+            ValueError: no JSON object, another schema, or an unknown or missing key (named).
+        """
+        try:
+            document = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"plan: not JSON ({error})") from None
+        if not isinstance(document, dict):
+            raise ValueError("plan: not a JSON object")
+        _check_keys("plan", document, {field.name for field in fields(cls)})
+        if document["schema"] != SCHEMA:
+            raise ValueError(f"plan: schema {document['schema']} is not the {SCHEMA} this version reads")
+        count_keys = {field.name for field in fields(TowerCount)}
+        for name, count in document["towers"].items():
+            _check_keys(f"plan: tower {name}", count, count_keys)
+        towers = {name: TowerCount(**count) for name, count in document["towers"].items()}
+        keep = {key: tuple(kept) for key, kept in document["keep"].items()}
+        return cls(**{**document, "towers": towers, "keep": keep})
+
+    def compose(self, later: Plan) -> Plan:
+        """The plan that does this one and then `later`, whose indices count what this one kept.
+
+        Raises:
+            ValueError: `later` was not made for the model this plan gives.
+        """
+        for key, kept in self.keep.items():
+            if later.sizes.get(key) != len(kept):
+                raise ValueError(
+                    f"plan: group {key} has {len(kept)} indices left, the later plan expects {later.sizes.get(key)}"
+                )
+        keep = {key: tuple(kept[i] for i in later.keep[key]) for key, kept in self.keep.items()}
+        towers = {
+            name: replace(
+                count, parameters_after=later.towers[name].parameters_after, macs_after=later.towers[name].macs_after
+            )
+            for name, count in self.towers.items()
+        }
+        return replace(
+            later,
+            model_digest=self.model_digest,
+            parameters_before=self.parameters_before,
+            towers=towers,
+            sizes=self.sizes,
+            keep=keep,
+        )
+
+
+def _check_keys(what: str, document: Mapping[str, Any], expected: set[str]) -> None:
+    if unknown := sorted(set(document) - expected):
+        raise ValueError(f"{what}: unknown key {unknown[0]!r}; known are {', '.join(sorted(expected))}")
+    if missing := sorted(expected - set(document)):
+        raise ValueError(f"{what}: key {missing[0]!r} is missing")
