@@ -1,0 +1,145 @@
+"""The run folder: which stage is done, with what, and files that are either whole or absent.
+
+`run.json` holds the command, options, versions, digests and the status of every stage. A file gets its final name only
+after it was written and flushed beside it, so a killed process leaves nothing half-written under a final name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from slimvlm.compress.errors import OutputError
+
+SCHEMA = 1
+RECORD = "run.json"
+VERSIONED = ("slimvlm", "torch", "transformers", "safetensors", "numpy", "pillow")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` whole or not at all.
+
+    Raises:
+        OutputError: the folder cannot be written, or the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {path}: {error.strerror or error}; free space or choose another folder") from None
+
+
+@contextmanager
+def reported_as_output_errors(folder: Path) -> Iterator[None]:
+    """Turn an OSError of a write (disk full, no permission) inside the block into an OutputError naming the file."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or folder
+        raise OutputError(f"cannot write {where}: {error.strerror or error}; free space or choose another folder") from None
+
+
+class RunFolder:
+    """One run's folder and its record.
+
+    Args:
+        path: the folder; created when absent.
+        options: what identifies the run; a resumed run must have the same.
+        resume: continue after the last finished stage of an earlier run in the same folder.
+        overwrite: delete what an earlier run of ours left; never deletes a folder without a run record.
+
+    Raises:
+        OutputError: the folder is not empty (and neither flag fits), not writable, or holds another run.
+    """
+
+    def __init__(self, path: Path, options: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False) -> None:
+        self.path = path
+        options = json.loads(json.dumps(options, sort_keys=True))
+        with reported_as_output_errors(path):
+            earlier = self._read_earlier(resume, overwrite)
+            path.mkdir(parents=True, exist_ok=True)
+        if earlier is not None:
+            _check_same_options(earlier["options"], options, path)
+            self.record = earlier
+        else:
+            self.record = {"schema": SCHEMA, "command": [Path(sys.argv[0]).name, *sys.argv[1:]], "options": options, "stages": {}}
+        self.record["versions"] = installed_versions()
+        self.save()
+
+    def _read_earlier(self, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+            return None
+        if not self.path.is_dir():
+            raise OutputError(f"{self.path} is a file; choose a folder")
+        record = self.path / RECORD
+        if not record.is_file():
+            raise OutputError(f"{self.path} is not empty and holds no run of slimvlm; choose an empty folder")
+        if overwrite:
+            shutil.rmtree(self.path)
+            return None
+        if not resume:
+            raise OutputError(f"{self.path} holds an earlier run; continue it with --resume, or replace it with --overwrite")
+        try:
+            earlier = json.loads(record.read_text())
+        except ValueError:
+            earlier = None
+        if not isinstance(earlier, dict) or earlier.get("schema") != SCHEMA:
+            raise OutputError(f"{record} is not a run record of this version; start again with --overwrite")
+        return earlier
+
+    def save(self) -> None:
+        """Write the record."""
+        write_text(self.path / RECORD, json.dumps(self.record, indent=2, sort_keys=True) + "\n")
+
+    def finished(self, stage: str) -> bool:
+        """Whether `stage` was finished by this or an earlier process."""
+        return self.record["stages"].get(stage, {}).get("status") == "finished"
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[dict[str, Any]]:
+        """Record `name` as running, then as finished with its seconds; facts put into the yielded dict are kept."""
+        facts: dict[str, Any] = {}
+        self.record["stages"][name] = {"status": "running"}
+        self.save()
+        start = time.perf_counter()
+        with reported_as_output_errors(self.path):
+            yield facts
+        self.record["stages"][name] = {**facts, "status": "finished", "seconds": round(time.perf_counter() - start, 3)}
+        self.save()
+
+    def facts(self, stage: str) -> dict[str, Any]:
+        """What a finished stage recorded."""
+        return self.record["stages"][stage]
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages a result depends on."""
+    found = {"python": sys.version.split()[0]}
+    for package in VERSIONED:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _check_same_options(earlier: Mapping[str, Any], options: Mapping[str, Any], path: Path) -> None:
+    for key in sorted(set(earlier) | set(options)):
+        if earlier.get(key) != options.get(key):
+            raise OutputError(
+                f"{path} holds a run with {key} = {earlier.get(key)!r}, not {options.get(key)!r}; "
+                "resume with the same options, or start again with --overwrite"
+            )

@@ -1,0 +1,50 @@
+"""The run folder: stages are remembered, foreign folders are left alone."""
+
+import json
+
+import pytest
+
+from slimvlm.compress.errors import OutputError
+from slimvlm.compress.runs import RunFolder, write_text
+
+
+def test_finished_stages_are_remembered_and_interrupted_ones_are_not(tmp_path):
+    run = RunFolder(tmp_path / "out", {"ratio": 0.5})
+    with run.stage("plan") as facts:
+        facts["samples"] = 3
+    with pytest.raises(KeyboardInterrupt), run.stage("slice"):
+        raise KeyboardInterrupt
+    again = RunFolder(tmp_path / "out", {"ratio": 0.5}, resume=True)
+    assert again.finished("plan")
+    assert again.facts("plan")["samples"] == 3
+    assert not again.finished("slice")
+
+
+def test_a_resumed_run_with_other_options_is_refused_naming_the_option(tmp_path):
+    RunFolder(tmp_path, {"ratio": 0.5, "seed": 0})
+    with pytest.raises(OutputError, match="ratio = 0.5, not 0.4"):
+        RunFolder(tmp_path, {"ratio": 0.4, "seed": 0}, resume=True)
+
+
+def test_a_non_empty_folder_is_refused_and_a_foreign_one_is_never_deleted(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    for flags in ({}, {"overwrite": True}, {"resume": True}):
+        with pytest.raises(OutputError, match="not empty"):
+            RunFolder(tmp_path, {}, **flags)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_overwrite_replaces_an_earlier_run(tmp_path):
+    run = RunFolder(tmp_path, {"ratio": 0.5})
+    write_text(run.path / "plan.json", "{}")
+    with pytest.raises(OutputError, match="--resume"):
+        RunFolder(tmp_path, {"ratio": 0.5})
+    RunFolder(tmp_path, {"ratio": 0.3}, overwrite=True)
+    assert not (tmp_path / "plan.json").exists()
+    assert json.loads((tmp_path / "run.json").read_text())["options"] == {"ratio": 0.3}
+
+
+def test_an_unwritable_folder_is_one_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot write|is a file"):
+        RunFolder(tmp_path / "file" / "out", {})
