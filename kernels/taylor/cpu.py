@@ -1,0 +1,51 @@
+"""Saliency sums on a CPU: one block of rows at a time, so that no product leaves the cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK_ELEMENTS = 1 << 18  # 1 MB of fp32; measured best of 64 KB to 4 MB on 4096 x 4096
+
+
+def saliency_sums(weight: Tensor, grad: Tensor | None, dim: int, variant: str, square: Tensor | None) -> Tensor:
+    """As the reference, with O(1) extra memory."""
+    if weight.stride(0) < weight.stride(1):  # a transposed view: walk it in the order of its memory
+        weight, dim = weight.t(), 1 - dim
+        grad = None if grad is None else grad.t()
+        square = None if square is None else square.t()
+    rows, cols = weight.shape
+    step = max(1, BLOCK_ELEMENTS // max(cols, 1))
+    buffers = torch.empty(2 if variant == "mix" else 1, min(step, rows), cols)
+    result = torch.zeros(weight.shape[dim])
+    for start in range(0, rows, step):
+        block = slice(start, min(start + step, rows))
+        inputs = [None if tensor is None else tensor[block] for tensor in (weight, grad, square)]
+        saliency = _saliency(inputs, variant, buffers[:, : block.stop - start])
+        if variant not in ("vectorized", "fisher"):
+            saliency.abs_()
+        sums = saliency.sum(1 - dim)
+        if dim == 0:
+            result[block] = sums
+        else:
+            result += sums
+    return result.abs_() if variant == "vectorized" else result
+
+
+def _saliency(inputs: list[Tensor | None], variant: str, buffers: Tensor) -> Tensor:
+    """Signed saliency of one block, in `buffers[0]`."""
+    weight, grad, square = inputs
+    if variant == "second":
+        return _product(weight, square, buffers[0]).mul_(weight)
+    product = _product(weight, grad, buffers[0])
+    if variant == "fisher":
+        return product.square_()
+    if variant == "mix":
+        product.sub_(_product(weight, square, buffers[1]).mul_(weight), alpha=0.5)
+    return product
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    if left.dtype == right.dtype == torch.float32:
+        return torch.mul(left, right, out=out)
+    return out.copy_(left).mul_(right)  # widened first: a bf16 x bf16 product would be rounded to bf16
