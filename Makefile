@@ -1,0 +1,49 @@
+# make demo: the whole job on the packaged model, CPU only, no download of weights.
+# make test: linters, import rules and the tests.
+# Both need only python3 (3.11 or newer) and make; everything else goes into .venv.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+JOBS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= demo-out
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint types clean
+
+demo: $(VENV)/.installed
+	$(BIN)/slimvlm demo $(OUT) --overwrite
+
+# One thread per worker: two workers that each start a thread per core slow each other down.
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+# mypy does not see an editable install, so it is shown the checkout under the import name.
+types: $(VENV)/.installed-dev
+	mkdir -p .mypy_cache/source && ln -sfn ../.. .mypy_cache/source/slimvlm
+	MYPYPATH=.mypy_cache/source $(BIN)/mypy
+
+# Each stamp is touched last, so an interrupted step runs again.
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "slimvlm needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; try make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt $(TORCH)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	$(BIN)/pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) $(OUT) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache

@@ -1,0 +1,136 @@
+"""The commands: parse, one library call, print. Nothing heavy is imported before a command runs.
+
+Exit codes: 0 done, 1 a bug (traceback), 2 usage, 3 refused, 4 a check failed (files are kept), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from slimvlm.compress.errors import SlimvlmError
+from slimvlm.compress.options import CompressOptions
+from slimvlm.console import Device, Share, Size, shares
+
+# Names the library knows, repeated because importing them imports torch; a test compares.
+CRITERIA = ("ukmi", "taylor", "fisher", "magnitude", "random")
+TAYLORS = ("first", "vectorized", "second", "mix")
+ALLOCATORS = ("balanced", "global", "local")
+ATTENTION_UNITS = ("auto", "kv-group", "query-slot")
+LAYOUTS = ("per-layer", "stock")
+KINDS = ("attention", "mlp")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+DEFAULTS = {field.name: field.default for field in fields(CompressOptions)}
+
+
+class Refused(click.ClickException):
+    """An expected failure of the library, with the library's exit code."""
+
+    def __init__(self, error: SlimvlmError) -> None:
+        super().__init__(str(error))
+        self.exit_code = error.exit_code
+
+
+class Interrupted(click.ClickException):
+    """Ctrl-C; what was finished stays."""
+
+    exit_code = 130
+
+
+class Commands(click.Group):
+    """Translates what the library refuses into a message and an exit code, for every command."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except SlimvlmError as error:
+            raise Refused(error) from error
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted; --resume continues after the last finished stage") from None
+
+
+def _option(flag: str, **settings: Any) -> Callable[[Any], Any]:
+    """An option whose default is the library's."""
+    default = DEFAULTS.get(flag.split("/")[0].removeprefix("--").replace("-", "_"))
+    if not settings.get("multiple") and isinstance(default, str | int | float):
+        settings.setdefault("default", default)
+    return click.option(flag, **settings)
+
+
+def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+PATH = click.Path(path_type=Path)
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+FILE_OR_FOLDER = click.Path(exists=True, path_type=Path)
+COUNT = click.IntRange(min=1)
+FRACTION = click.FloatRange(0, 1)
+RATIO = click.FloatRange(0, 1, min_open=True, max_open=True)
+
+model_options = _options(
+    _option("--device", type=Device(), metavar="DEVICE", help="auto, cpu, cuda or cuda:N."),
+    _option("--dtype", type=click.Choice(DTYPES), help="Type of the weights; auto is the checkpoint's own."),
+    _option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint brings."),
+)
+sample_options = _options(
+    _option("--data", type=FILE_OR_FOLDER, required=True, help="JSONL, LLaVA JSON, image folder or dataset directory."),
+    _option("--batch-size", type=COUNT, help="Samples per batch; results do not depend on it."),
+    _option("--seed", type=int, help="Of the choice of samples, and of random scores."),
+    _option("--max-bad-samples", type=FRACTION, help="Fraction of unreadable samples skipped before data is refused."),
+)
+plan_options = _options(
+    _option("--ratio", type=RATIO, help="Fraction of ALL parameters to remove."),
+    _option("--criterion", type=click.Choice(CRITERIA), help="What a unit is worth."),
+    _option("--faithful", is_flag=True, help="The paper's method to the letter: UKMI, balanced, one round, no floors."),
+    _option("--allocator", type=click.Choice(ALLOCATORS), help="Where units are taken."),
+    _option("--rounds", type=COUNT, help="Calibrations, each on the model as cut so far."),
+    _option("--tower-ratio", type=Share(), multiple=True, callback=shares, help="For one tower, as vision=0.3."),
+    _option("--kind-ratio", type=Share(*KINDS), multiple=True, callback=shares, help="For a kind, as attention=0.1."),
+    _option("--round-channels", type=COUNT, help="MLP widths become multiples of this."),
+    _option("--attention-unit", type=click.Choice(ATTENTION_UNITS), help="What leaves an attention together."),
+    _option("--layout", type=click.Choice(LAYOUTS), help="stock loads with the unmodified transformers class."),
+    _option("--samples", type=COUNT, help="Calibration samples per round."),
+    _option("--grad-memory", type=Size(), metavar="SIZE", help="Bound on gradient sums held at once, as 8GB."),
+    _option("--prefix-split", is_flag=True, help="Encoder-decoder models: split captions as the paper does."),
+    _option("--threshold", type=FRACTION, help="Ablation: fit below this probability counts as poor; 1: all tokens."),
+    _option("--entropy/--no-entropy", default=None, help="Ablation: weigh by the entropy of output angles."),
+    _option("--taylor", type=click.Choice(TAYLORS), help="Ablation: variant of the gradient score."),
+)
+evaluation_options = _options(
+    _option("--eval-data", type=FILE_OR_FOLDER, help="Samples for before and after; else those of --data left over."),
+    _option("--eval-samples", type=COUNT, help="At most so many of them."),
+    _option("--max-quality-drop", type=click.FloatRange(min=0), metavar="POINTS", help="Exit with 4 beyond this drop."),
+)
+folder_options = _options(
+    _option("--resume", is_flag=True, help="Continue an interrupted run after its last finished stage."),
+    _option("--overwrite", is_flag=True, help="Replace an earlier run."),
+)
+output_options = _options(
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
+    click.option("--quiet", "-q", is_flag=True, help="No progress on stderr."),
+)
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 120},
+)
+@click.version_option(package_name="slimvlm")
+def main() -> None:
+    """Turn a vision-language model into a smaller dense one."""
+    # transformers' own bars and notes would run into ours; its errors still show.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

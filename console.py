@@ -1,0 +1,194 @@
+"""How the command line reads values and prints: sizes and shares in, progress on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+# 8GB, 8gb, 8G and 8GiB; G is 1000^3, GiB is 1024^3.
+SIZE_UNITS = {"": 1, "B": 1} | {
+    prefix + suffix: base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for suffix, base in (("", 1000), ("B", 1000), ("IB", 1024))
+}
+WIDTH_OF_A_FILE = 120  # columns when stdout is no terminal
+
+
+class Size(click.ParamType):
+    """An amount of memory in bytes: `8GB`, `512MiB`, or a plain number."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes of `value`."""
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value.strip())
+        unit = SIZE_UNITS.get(found.group(2).upper()) if found else None
+        if found is None or unit is None or float(found.group(1)) * unit < 1:
+            self.fail(f"{value!r} is not a size; write for example 8GB, 512MiB or a number of bytes.", param, ctx)
+        return int(float(found.group(1)) * unit)
+
+
+class Share(click.ParamType):
+    """`NAME=RATIO`, for example `vision=0.3`.
+
+    Args:
+        names: the accepted names; none given: any, the library knows better.
+    """
+
+    name = "name=ratio"
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
+        """The name and the ratio of `value`."""
+        if isinstance(value, tuple):
+            return value
+        name, _, number = value.partition("=")
+        try:
+            ratio = float(number)
+        except ValueError:
+            ratio = -1.0
+        if not name or not 0 <= ratio < 1:
+            self.fail(f"{value!r} is not NAME=RATIO with a ratio from 0 to below 1, as vision=0.3.", param, ctx)
+        if self.names and name not in self.names:
+            self.fail(f"{name!r} is not one of {', '.join(self.names)}.", param, ctx)
+        return name, ratio
+
+
+class Device(click.ParamType):
+    """`auto`, `cpu`, `cuda` or `cuda:N`; whether it is there is known only once torch is imported."""
+
+    name = "device"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The device's name."""
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+            self.fail(f"{value!r} is not one of auto, cpu, cuda, cuda:N.", param, ctx)
+        return value
+
+
+def shares(_ctx: click.Context, param: click.Parameter, pairs: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """Click callback of a repeatable `Share` option: name -> ratio."""
+    by_name = dict(pairs)
+    if len(by_name) < len(pairs):
+        raise click.BadParameter("a name is given twice.", param=param)
+    return by_name
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that prints; a launcher gives each its RANK."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Progress]:
+    """A function that shows (stage, done, total) on stderr: bars on a terminal, else one line per finished stage."""
+    if quiet or not is_first_process():
+        yield lambda stage, done, total: None
+    elif sys.stderr.isatty():
+        with _bars() as report:
+            yield report
+    else:
+        yield _Lines()
+
+
+class _Lines:
+    """One line per finished stage, with its seconds."""
+
+    def __init__(self) -> None:
+        self.started: dict[str, float] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        start = self.started.setdefault(stage, time.perf_counter())
+        if done >= total:
+            del self.started[stage]
+            click.echo(f"{stage:<24}{done:>8}/{total}  {time.perf_counter() - start:8.1f} s", err=True)
+
+
+@contextmanager
+def _bars() -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bars(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+            if done >= total:
+                del tasks[stage]
+
+        yield report
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """The one document of `--json`, on stdout; NaN and infinity become null."""
+    if is_first_process():
+        click.echo(json.dumps(_finite(document), indent=2, sort_keys=True, allow_nan=False))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on stdout; the first column is text, the others are right-aligned."""
+    if not is_first_process():
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE, markup=False, highlight=False).print(table)
+
+
+def print_line(text: str = "") -> None:
+    """A line of the result on stdout."""
+    if is_first_process():
+        click.echo(text)
+
+
+def print_warning(text: str) -> None:
+    """A warning on stderr."""
+    if is_first_process():
+        click.echo(f"Warning: {text}", err=True)
+
+
+def count(number: int) -> str:
+    """A count for people: 950, 2.51 k, 2.51 M, 7.62 B."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return str(number)
+
+
+def percent(fraction: float) -> str:
+    """A fraction as a percentage."""
+    return f"{100 * fraction:.1f} %"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value if isinstance(value, str | int | float | bool | None) else str(value)

@@ -1,0 +1,80 @@
+"""What is installed: every package, the demo, light imports."""
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from slimvlm.serve.runtimes import runtime_conflict
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PRODUCT = ("compress", "demo", "export", "kernels", "serve")
+
+
+def _python(code: str, *, folder: Path) -> str:
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_folder_with_modules_is_a_listed_package() -> None:
+    folders = {path.parent for name in PRODUCT for path in (ROOT / name).rglob("*.py")}
+    expected = {"slimvlm"} | {"slimvlm." + str(folder.relative_to(ROOT)).replace("/", ".") for folder in folders}
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == expected
+
+
+def test_every_dependency_is_pinned_in_the_constraints() -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {line.split("==")[0].lower().replace("_", "-") for line in lines if not line.startswith("#")}
+    project = PROJECT["project"]
+    wanted = (
+        project["dependencies"] + project["optional-dependencies"]["dev"] + project["optional-dependencies"]["onnx"]
+    )
+    names = {re.split(r"[<>=!~\[; ]", requirement)[0].lower() for requirement in wanted}
+    assert names - pinned == set()
+
+
+def test_installed_versions_satisfy_the_project() -> None:
+    assert importlib.metadata.version("slimvlm") == PROJECT["project"]["version"]
+
+
+def test_the_two_onnx_runtimes_are_never_in_one_extra() -> None:
+    for name, requirements in PROJECT["project"]["optional-dependencies"].items():
+        runtimes = [line for line in requirements if line.startswith("onnxruntime")]
+        assert len(runtimes) <= 1, name
+
+
+def test_help_does_not_import_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from slimvlm.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "print([name for name in ('torch', 'transformers', 'numpy', 'rich', 'PIL') if name in sys.modules])"
+    )
+    assert _python(code, folder=tmp_path).splitlines()[-1] == "[]"
+
+
+def test_kernels_import_alone_and_light() -> None:
+    # transformers may import a top-level `kernels`; ours must then be harmless.
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import kernels\n"
+        "assert kernels.__file__.startswith(sys.path[0]), kernels.__file__\n"
+        "print([name for name in ('torch', 'triton', 'numpy', 'slimvlm') if name in sys.modules])"
+    )
+    assert _python(code, folder=ROOT / "tests").splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("installed", [(), ("onnxruntime",), ("onnxruntime-gpu",)])
+def test_one_onnx_runtime_is_no_conflict(installed: tuple[str, ...]) -> None:
+    assert runtime_conflict(installed) is None
+
+
+def test_both_onnx_runtimes_are_named_with_the_way_out() -> None:
+    message = runtime_conflict(("onnxruntime", "onnxruntime-gpu"))
+    assert message is not None
+    assert "pip uninstall onnxruntime onnxruntime-gpu" in message
