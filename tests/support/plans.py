@@ -1,0 +1,81 @@
+"""Plans made without scores, for tests: random, uniform and keep-all."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+
+from slimvlm.compress.families import find_family
+from slimvlm.compress.groups import Group, count_parameters, find_groups
+from slimvlm.compress.plan import Plan, TowerCount
+
+
+def make_plan(
+    model, choose: Callable[[Group], Iterable[int]], attention_unit: str = "auto", layout: str = "per-layer"
+) -> Plan:
+    """A plan in which every group keeps the indices `choose` gives; the parameters after are counted weight by weight."""
+    family = find_family(model.config)
+    groups = find_groups(model, family, attention_unit)
+    keep = {group.key: tuple(sorted(choose(group))) for group in groups}
+    before = count_parameters(model)
+    removed = {tower.name: 0 for tower in family.towers}
+    total = {tower.name: 0 for tower in family.towers}
+    for group in groups:
+        count = removed_parameters(model, group, keep[group.key])
+        removed[group.tower] += count
+        total[group.tower] += group.parameters_per_unit * group.num_units
+    return Plan(
+        family=family.name,
+        model_digest="",
+        criterion="random",
+        allocator="balanced",
+        layout=layout,
+        attention_unit=attention_unit,
+        rounds=1,
+        seed=0,
+        ratio=sum(removed.values()) / before,
+        calibration_digest="",
+        parameters_before=before,
+        parameters_after=before - sum(removed.values()),
+        towers={name: TowerCount(total[name], total[name] - removed[name], 0, 0) for name in total},
+        sizes={group.key: group.size for group in groups},
+        keep=keep,
+        options={},
+    )
+
+
+def removed_parameters(model, group: Group, kept: tuple[int, ...]) -> int:
+    """Counted from the member tensors' shapes alone."""
+    kv_kept = len({index // group.heads_per_kv for index in kept})
+    total = 0
+    for member in group.members:
+        module = model.get_submodule(member.path)
+        gone = (group.kv_heads - kv_kept if member.heads == "kv" else group.size - len(kept)) * member.width
+        weight = module.weight
+        per_index = 1 if weight.ndim == 1 else weight.shape[1 - member.dim]
+        total += gone * per_index
+        if member.dim == 0 and getattr(module, "bias", None) is not None:
+            total += gone
+    return total
+
+
+def random_choice(seed: int) -> Callable[[Group], list[int]]:
+    """Another random number of units in every group (at least one); KV heads keep equally many query heads."""
+    generator = random.Random(seed)
+
+    def choose(group: Group) -> list[int]:
+        if group.kind == "mlp":
+            return generator.sample(range(group.size), generator.randint(1, group.size))
+        kv = generator.sample(range(group.kv_heads), generator.randint(1, group.kv_heads))
+        per_kv = generator.randint(1, group.heads_per_kv)
+        return [
+            head * group.heads_per_kv + slot
+            for head in kv
+            for slot in generator.sample(range(group.heads_per_kv), per_kv)
+        ]
+
+    return choose
+
+
+def random_plan(model, seed: int = 0, attention_unit: str = "auto") -> Plan:
+    return make_plan(model, random_choice(seed), attention_unit)
