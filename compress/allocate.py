@@ -83,15 +83,9 @@ class _Queue:
     start: int = 0
 
     @classmethod
-    def of(cls, pool: Pool, candidates: Integers) -> list[_Queue]:
-        """One queue per modality of the candidate units."""
-        order = candidates[np.lexsort((candidates, pool.scores[candidates]))]
-        queues = []
-        for modality in np.unique(pool.modality[order]):
-            units = order[pool.modality[order] == modality]
-            scores = pool.scores[units]
-            queues.append(cls(units, scores, np.append(np.cumsum(scores[::-1])[::-1], 0.0)))
-        return queues
+    def of(cls, pool: Pool, ordered: Integers) -> _Queue:
+        scores = pool.scores[ordered]
+        return cls(ordered, scores, np.append(np.cumsum(scores[::-1])[::-1], 0.0))
 
     def __len__(self) -> int:
         return len(self.units) - self.start
@@ -145,6 +139,13 @@ def allocate_local(pool: Pool, target: float, *, faithful: bool = False, steps: 
     return allocate_global(replace(pool, scores=(rank + 0.5) / units), target, steps=steps)
 
 
+def _queues(pool: Pool, candidates: Flags) -> list[_Queue]:
+    """One queue per modality, of its candidate units."""
+    order = np.argsort(pool.scores, kind="stable")
+    order = order[candidates[order]]
+    return [_Queue.of(pool, order[pool.modality[order] == modality]) for modality in np.unique(pool.modality)]
+
+
 ALLOCATORS = {"balanced": allocate_balanced, "global": allocate_global, "local": allocate_local}
 
 
@@ -152,7 +153,7 @@ def _exact(pool: Pool, target: float, steps: tuple[int, int]) -> Flags:
     removed = np.zeros(len(pool.scores), dtype=bool)
     protected = pool.protected
     _require(int(pool.cost[~protected].sum()), target, f"the floor of {pool.floor:.0%} of every group")
-    queues = _Queue.of(pool, np.flatnonzero(~protected))
+    queues = _queues(pool, ~protected)
     left = np.bincount(pool.group[~protected], minlength=pool.groups)
     # Like the paper, a group that can lose nothing more leaves its modality's mean, kept units included.
     kept_sums = np.bincount(pool.group, np.where(protected, pool.scores, 0), minlength=pool.groups)
@@ -185,14 +186,15 @@ def _exact(pool: Pool, target: float, steps: tuple[int, int]) -> Flags:
 def _literal(pool: Pool, target: float, steps: tuple[int, int]) -> Flags:
     removed = np.zeros(len(pool.scores), dtype=bool)
     kept = np.bincount(pool.group, pool.channels, minlength=pool.groups).astype(np.int64)
-    frozen: Flags | None = None
-    queues: list[_Queue] = []
+    frozen = np.zeros(pool.groups, dtype=bool)
+    queues = _queues(pool, ~removed)
     gone = 0
     while gone < target:
         now = (FREEZE_BELOW * kept < pool.size) | (kept == 1)
-        if frozen is None or (now != frozen).any():
+        if (now != frozen).any():
             frozen = now
-            queues = _Queue.of(pool, np.flatnonzero(~removed & ~frozen[pool.group]))
+            left = [queue.lowest(len(queue))[0] for queue in queues]
+            queues = [_Queue.of(pool, units[~frozen[pool.group[units]]]) for units in left]
         queues = [queue for queue in queues if len(queue)]
         if not queues:
             _require(gone, target, "the paper's loop, which leaves a group alone below a tenth of its channels,")
