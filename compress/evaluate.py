@@ -1,0 +1,244 @@
+"""Evaluate a model on samples: greedy answers and token loss, or retrieval for dual encoders."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import random
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from slimvlm.compress.collate import IGNORED, Batch, Collator
+from slimvlm.compress.quality import (
+    UNNAMED_TASK,
+    Comparison,
+    Quality,
+    Row,
+    compare,
+    exact_match,
+    summarize,
+    vqa_accuracy,
+)
+from slimvlm.compress.samples import Sample, batches
+
+__all__ = ["Comparison", "Quality", "Row", "compare", "evaluate", "shuffle_images"]
+
+MARGIN = 4  # tokens a generated answer may be longer than the longest right one, before it is cut
+Progress = Callable[[int, int], None]  # done, total
+
+
+def evaluate(
+    model: torch.nn.Module,
+    collator: Collator,
+    samples: Sequence[Sample],
+    *,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+    blind_seed: int | None = None,
+) -> Quality:
+    """Answer every question greedily and take the loss of its right answer; a dual encoder ranks texts and images.
+
+    In a sample of several turns each turn is a question, with the turns before it given.
+
+    Args:
+        progress: called with (done, total) questions after each batch.
+        blind_seed: shuffle the images across samples first, by this seed: what is left needs no image.
+
+    Raises:
+        SampleError: a text is longer than the model can take.
+        ValueError: no samples, or only one image where images are to be shuffled.
+    """
+    if not samples:
+        raise ValueError("an evaluation needs at least one sample")
+    started = time.perf_counter()
+    if blind_seed is not None:
+        samples = shuffle_images(samples, blind_seed)
+    is_dual = collator.family.kind == "dual-encoder"
+    run = _Run(model, collator, batch_size, progress)
+    with _inference(model):
+        rows = _retrieve(run, samples) if is_dual else _answer(run, _questions(samples))
+    kind = "retrieval" if is_dual else "generation"
+    return summarize(kind, rows, blind=blind_seed is not None, seconds=time.perf_counter() - started)
+
+
+def shuffle_images(samples: Sequence[Sample], seed: int) -> list[Sample]:
+    """The samples with images exchanged: every image is replaced, always by the same other one (a derangement).
+
+    Raises:
+        ValueError: fewer than two different images.
+    """
+    images = list(dict.fromkeys((sample.image, sample.content) for sample in samples))
+    if len(images) < 2:
+        raise ValueError("a blind evaluation needs samples with at least two different images")
+    order = list(images)
+    random.Random(seed).shuffle(order)
+    other = dict(zip(order, order[1:] + order[:1], strict=True))  # one cycle through all: nothing stays
+    swapped = [(sample, other[sample.image, sample.content]) for sample in samples]
+    return [replace(sample, image=image, content=content) for sample, (image, content) in swapped]
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    model: Any
+    collator: Collator
+    batch_size: int
+    progress: Progress | None
+
+    def place(self, batch: Batch) -> Batch:
+        """On the model's device, floating point in its dtype."""
+        device, dtype = self.model.device, self.model.dtype
+        return {
+            name: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+            for name, tensor in batch.items()
+        }
+
+    def report(self, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(done, total)
+
+
+@contextmanager
+def _inference(model: torch.nn.Module) -> Any:
+    """Inference mode, evaluation behaviour; the model's own mode comes back."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(training)
+
+
+def _questions(samples: Sequence[Sample]) -> list[Sample]:
+    return [
+        replace(
+            sample, turns=sample.turns[:count], identity=f"{sample.identity}#{count}" if count > 1 else sample.identity
+        )
+        for sample in samples
+        for count in range(1, len(sample.turns) + 1)
+    ]
+
+
+def _answer(run: _Run, questions: Sequence[Sample]) -> list[Row]:
+    """Batches of similar length, so that little is padding and no short answer waits for a long one."""
+
+    def length(index: int) -> tuple[int, int]:
+        turn = questions[index].turns[-1]
+        return len(turn.target.split()), sum(len(turn.prompt) + len(turn.target) for turn in questions[index].turns)
+
+    order = sorted(range(len(questions)), key=length)
+    rows: list[Row | None] = [None] * len(questions)
+    for done in range(0, len(order), run.batch_size):
+        chosen = order[done : done + run.batch_size]
+        batch = [questions[index] for index in chosen]
+        losses, tokens = _token_losses(run, batch)
+        predictions = _generate(run, batch)
+        for place, index in enumerate(chosen):
+            rows[index] = _row(questions[index], predictions[place], losses[place], tokens[place])
+        run.report(done + len(chosen), len(order))
+    return [row for row in rows if row is not None]
+
+
+def _row(question: Sample, prediction: str, loss: float, tokens: int) -> Row:
+    answers = question.turns[-1].answers
+    return Row(
+        question.identity,
+        question.task or UNNAMED_TASK,
+        question.vendor,
+        prediction,
+        exact_match(prediction, answers),
+        vqa_accuracy(prediction, answers),
+        loss,
+        tokens,
+    )
+
+
+def _generate(run: _Run, questions: Sequence[Sample]) -> list[str]:
+    inputs = run.place(run.collator.prompts(questions))
+    config = copy.deepcopy(run.model.generation_config)
+    config.update(
+        do_sample=False,
+        num_beams=1,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        repetition_penalty=None,
+        max_length=None,
+        max_new_tokens=max(map(run.collator.answer_length, questions)) + MARGIN,
+    )
+    ids = run.model.generate(**inputs, generation_config=config)
+    prompt = inputs["input_ids"]
+    if ids.shape[1] >= prompt.shape[1] and torch.equal(ids[:, : prompt.shape[1]], prompt):
+        ids = ids[:, prompt.shape[1] :]
+    return run.collator.decode(ids)
+
+
+def _token_losses(run: _Run, questions: Sequence[Sample]) -> tuple[list[float], list[int]]:
+    """Per question the summed loss of its answer's tokens, in nats, and their number; logits only where needed."""
+    batch = run.place(run.collator.training(questions, last_turn=True))
+    if run.collator.family.kind == "encoder-decoder":
+        logits, targets = run.model(**batch).logits, batch["labels"]
+    else:
+        targets = batch.pop("labels")[:, 1:]
+        needed = (targets != IGNORED).any(0).nonzero().flatten()
+        targets = targets[:, needed]
+        if "logits_to_keep" in inspect.signature(run.model.forward).parameters:
+            logits = run.model(**batch, logits_to_keep=needed, use_cache=False).logits
+        else:
+            logits = run.model(**batch).logits[:, needed]
+    losses = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none").sum(1)
+    return losses.tolist(), (targets != IGNORED).sum(1).tolist()
+
+
+def _retrieve(run: _Run, samples: Sequence[Sample]) -> list[Row]:
+    """Ranks over all different images and texts of the samples."""
+    images, texts, done = [], [], 0
+    for batch in batches(samples, run.batch_size):
+        inputs = run.place(run.collator.training(batch))
+        inputs.pop("return_loss")
+        output = run.model(**inputs)
+        images.append(output.image_embeds.float())
+        texts.append(output.text_embeds.float())
+        done += len(batch)
+        run.report(done, len(samples))
+    image_ids = _numbered([(sample.image, sample.content) for sample in samples])
+    text_ids = _numbered([run.collator.caption(sample) for sample in samples])
+    image_at, text_at = (_first_places(ids) for ids in (image_ids, text_ids))
+    similar = F.normalize(torch.cat(texts)[text_at], dim=-1) @ F.normalize(torch.cat(images)[image_at], dim=-1).T
+    right = torch.zeros(similar.shape, dtype=torch.bool, device=similar.device)
+    right[text_ids, image_ids] = True
+    by_text, by_image = _ranks(similar, right), _ranks(similar.T, right.T)
+    return [
+        Row(
+            sample.identity,
+            sample.task or UNNAMED_TASK,
+            sample.vendor,
+            image_to_text=by_image[image],
+            text_to_image=by_text[text],
+        )
+        for sample, image, text in zip(samples, image_ids, text_ids, strict=True)
+    ]
+
+
+def _numbered(keys: Sequence[Any]) -> list[int]:
+    numbers: dict[Any, int] = {}
+    return [numbers.setdefault(key, len(numbers)) for key in keys]
+
+
+def _first_places(ids: Sequence[int]) -> list[int]:
+    first: dict[int, int] = {}
+    for place, number in enumerate(ids):
+        first.setdefault(number, place)
+    return list(first.values())
+
+
+def _ranks(similar: torch.Tensor, right: torch.Tensor) -> list[int]:
+    """Per row the rank (from 1) of its best right column; a wrong column that ties with it stands before it."""
+    best = similar.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+    return (1 + ((similar >= best) & ~right).sum(1)).tolist()

@@ -1,0 +1,268 @@
+"""What a model can do: one row per question, means per task, and the paired difference of two models. No torch."""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+
+SCHEMA = 1
+RECALLS = (1, 5, 10)
+UNNAMED_TASK = "all"
+RESAMPLED_AT_ONCE = 2**22
+ARTICLES = frozenset(("a", "an", "the"))
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+DIGITS = {word: str(value) for value, word in enumerate(NUMBERS)} | {"none": "0"}
+_PUNCTUATION = str.maketrans({mark: " " for mark in string.punctuation if mark != "'"} | {"'": ""})
+_BETWEEN_DIGITS = re.compile(r"(?<=\d)[,](?=\d{3})")
+
+
+def normalize(answer: str) -> str:
+    """Lower case without punctuation, articles and extra blanks: `The  Red-fox.` is `red fox`, `1,000` is `1000`."""
+    words = _BETWEEN_DIGITS.sub("", answer.lower()).translate(_PUNCTUATION).split()
+    return " ".join(word for word in words if word not in ARTICLES)
+
+
+def exact_match(prediction: str, answers: Iterable[str]) -> float:
+    """1 if the normalised prediction is one of the normalised answers, else 0."""
+    return float(normalize(prediction) in {normalize(answer) for answer in answers})
+
+
+def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """VQA accuracy, 0 to 1: annotators who agree / 3, at most 1; with fewer than 3 answers, / their number.
+
+    Number words count as digits (`two` is `2`), besides what `normalize` does. Antol et al., ICCV 2015.
+    """
+    said = _vqa_form(prediction)
+    agree = sum(said == _vqa_form(answer) for answer in answers)
+    return min(agree / min(len(answers), 3), 1.0)
+
+
+def _vqa_form(answer: str) -> str:
+    return " ".join(DIGITS.get(word, word) for word in normalize(answer).split())
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One question (generation) or one image-text pair (retrieval).
+
+    Attributes:
+        identity: of the sample; pairs the rows of two models.
+        prediction: generated answer.
+        exact, vqa: scores of it, 0 to 1.
+        loss: summed negative log-likelihood of the answer's tokens, in nats; `tokens`: how many they are.
+        image_to_text, text_to_image: rank of the best right text for this image, and the reverse; 1 is best.
+    """
+
+    identity: str
+    task: str
+    vendor: str | None
+    prediction: str | None = None
+    exact: float | None = None
+    vqa: float | None = None
+    loss: float | None = None
+    tokens: int | None = None
+    image_to_text: int | None = None
+    text_to_image: int | None = None
+
+
+def _rank_metric(direction: str, k: int) -> Callable[[Row], float]:
+    return lambda row: float(getattr(row, direction) <= k)
+
+
+GENERATION: dict[str, Callable[[Row], float]] = {
+    "exact": lambda row: row.exact,
+    "vqa": lambda row: row.vqa,
+    "token_loss": lambda row: row.loss / row.tokens,
+}
+RETRIEVAL: dict[str, Callable[[Row], float]] = {
+    f"{direction}_r{k}": _rank_metric(direction, k) for direction in ("image_to_text", "text_to_image") for k in RECALLS
+} | {"mean_r1": lambda row: (float(row.image_to_text <= 1) + float(row.text_to_image <= 1)) / 2}
+METRICS = {"generation": GENERATION, "retrieval": RETRIEVAL}
+PRIMARY = {"generation": "exact", "retrieval": "mean_r1"}
+LOWER_IS_BETTER = frozenset(("token_loss",))
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """An evaluation.
+
+    Attributes:
+        kind: `generation` (answers) or `retrieval` (dual encoders).
+        blind: images were shuffled across samples, so only the question could help.
+        scores: means of tasks (each task counts the same), 0 to 1; `token_loss` (nats) is the mean over all answer
+            tokens, `perplexity` its exponential.
+        tasks, vendors: the same per task and per vendor (mean of rows), with `questions`, their number.
+        rows: in the order of the samples.
+        seconds: wall time of the evaluation.
+    """
+
+    kind: str
+    blind: bool
+    scores: Mapping[str, float]
+    tasks: Mapping[str, Mapping[str, float]]
+    vendors: Mapping[str, Mapping[str, float]]
+    rows: tuple[Row, ...]
+    seconds: float
+    schema: int = SCHEMA
+
+    @property
+    def score(self) -> float:
+        """The figure to quote: exact match, or mean R@1 of both directions; mean of tasks."""
+        return self.scores[PRIMARY[self.kind]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        document = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**document, "rows": [asdict(row) for row in self.rows]}
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> Quality:
+        """The quality of `to_dict`.
+
+        Raises:
+            ValueError: another schema, or an unknown or missing key (named).
+        """
+        check_keys("quality", document, cls)
+        if document["schema"] != SCHEMA:
+            raise ValueError(f"quality: schema {document['schema']} is not the {SCHEMA} this version reads")
+        for index, row in enumerate(document["rows"]):
+            check_keys(f"quality: row {index}", row, Row)
+        return cls(**{**document, "rows": tuple(Row(**row) for row in document["rows"])})
+
+
+def check_keys(what: str, document: Mapping[str, Any], noun: type) -> None:
+    """Raise ValueError naming the first key that is unknown to, or missing for, the dataclass `noun`."""
+    known = {field.name for field in fields(noun)}
+    if unknown := sorted(set(document) - known):
+        raise ValueError(f"{what}: unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
+    if missing := sorted(known - set(document)):
+        raise ValueError(f"{what}: key {missing[0]!r} is missing")
+
+
+def summarize(kind: str, rows: Sequence[Row], *, blind: bool, seconds: float) -> Quality:
+    """Means of rows per task and vendor, and the mean of tasks.
+
+    Raises:
+        ValueError: no rows.
+    """
+    if not rows:
+        raise ValueError("an evaluation needs at least one sample")
+    tasks = {task: _means(kind, group) for task, group in _grouped(rows, lambda row: row.task).items()}
+    vendors = {vendor: _means(kind, group) for vendor, group in _grouped(rows, lambda row: row.vendor).items()}
+    scores = {name: float(np.mean([task[name] for task in tasks.values()])) for name in METRICS[kind]}
+    if kind == "generation":
+        scores |= _token_scores(rows)
+    return Quality(kind, blind, scores, tasks, vendors, tuple(rows), seconds)
+
+
+def _grouped(rows: Sequence[Row], key: Callable[[Row], str | None]) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if key(row) is not None:
+            groups.setdefault(key(row), []).append(row)
+    return dict(sorted(groups.items()))
+
+
+def _means(kind: str, rows: Sequence[Row]) -> dict[str, float]:
+    means = {name: float(np.mean([metric(row) for row in rows])) for name, metric in METRICS[kind].items()}
+    return {"questions": len(rows), **means, **(_token_scores(rows) if kind == "generation" else {})}
+
+
+def _token_scores(rows: Sequence[Row]) -> dict[str, float]:
+    loss = sum(row.loss for row in rows) / sum(row.tokens for row in rows)
+    return {"token_loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Slim minus dense on the same questions.
+
+    Attributes:
+        metric: what is compared; the mean of tasks of each model is `dense` and `slim`.
+        difference: slim - dense; `low` to `high` is its paired bootstrap interval (percentiles) at `level`.
+        tasks: difference per task.
+    """
+
+    metric: str
+    dense: float
+    slim: float
+    difference: float
+    low: float
+    high: float
+    level: float
+    resamples: int
+    seed: int
+    questions: int
+    tasks: Mapping[str, float]
+
+    @property
+    def drop(self) -> float:
+        """How much worse slim is; negative if it is better."""
+        return self.difference if self.metric in LOWER_IS_BETTER else -self.difference
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> Comparison:
+        """The comparison of `to_dict`.
+
+        Raises:
+            ValueError: an unknown or missing key (named).
+        """
+        check_keys("comparison", document, cls)
+        return cls(**document)
+
+
+def compare(
+    dense: Quality,
+    slim: Quality,
+    seed: int = 0,
+    *,
+    metric: str | None = None,
+    resamples: int = 2000,
+    level: float = 0.95,
+) -> Comparison:
+    """Paired bootstrap of the difference of the mean of tasks: questions are drawn with replacement within each task.
+
+    Args:
+        metric: by default the figure to quote of this kind; see METRICS.
+
+    Raises:
+        ValueError: the two are of different kinds or questions, or the metric is unknown.
+    """
+    if dense.kind != slim.kind or [row.identity for row in dense.rows] != [row.identity for row in slim.rows]:
+        raise ValueError("the two qualities were not measured on the same questions; evaluate both on one sample set")
+    metric = metric or PRIMARY[dense.kind]
+    if metric not in METRICS[dense.kind]:
+        raise ValueError(f"metric is {metric!r}; accepted is one of {', '.join(METRICS[dense.kind])}")
+    value = METRICS[dense.kind][metric]
+    before, after = (np.array([value(row) for row in quality.rows]) for quality in (dense, slim))
+    labels = np.array([row.task for row in dense.rows])
+    members = {str(task): np.flatnonzero(labels == task) for task in np.unique(labels)}
+    tasks = {task: float((after - before)[index].mean()) for task, index in members.items()}
+    generator = np.random.default_rng(seed)
+    means = [_resampled_means((after - before)[index], resamples, generator) for index in members.values()]
+    low, high = np.quantile(np.mean(means, axis=0), [(1 - level) / 2, (1 + level) / 2])
+    sides = (float(np.mean([side[index].mean() for index in members.values()])) for side in (before, after))
+    difference = float(np.mean(list(tasks.values())))
+    return Comparison(
+        metric, *sides, difference, float(low), float(high), level, resamples, seed, len(dense.rows), tasks
+    )
+
+
+def _resampled_means(values: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:
+    """f64[resamples], in blocks of bounded memory."""
+    block = max(1, RESAMPLED_AT_ONCE // len(values))
+    means = []
+    for start in range(0, resamples, block):
+        draws = generator.integers(len(values), size=(min(block, resamples - start), len(values)))
+        means.append(values[draws].mean(axis=1))
+    return np.concatenate(means)
