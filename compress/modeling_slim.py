@@ -1,7 +1,7 @@
 """Slim models: stock transformers classes whose layers may differ in width.
 
-This file needs torch and transformers only. slimvlm imports it, and every checkpoint whose layers differ carries a copy of it,
-so that plain `AutoModel...from_pretrained(folder, trust_remote_code=True)` works where slimvlm is not installed.
+It needs torch and transformers only. slimvlm imports it, and every checkpoint whose layers differ carries a copy, so
+that plain `AutoModel...from_pretrained(folder, trust_remote_code=True)` works where slimvlm is not installed.
 
 What was cut stands in the config as a *record*, `config.slimvlm`, which knows no model family:
 
@@ -50,7 +50,7 @@ def shrink(model: nn.Module, record: dict[str, Any]) -> None:
 
 
 def resize(module: nn.Module, weight: Tensor, shape: list[int], bias: Tensor | None = None) -> None:
-    """Puts a new weight (and bias; default: the leading slice of the present one) in a linear or norm, keeping requires_grad."""
+    """Gives a linear or norm a new weight (and bias; default: leading slice of the old one); keeps requires_grad."""
     old_bias = getattr(module, "bias", None)
     module.weight = nn.Parameter(weight.contiguous(), requires_grad=module.weight.requires_grad)
     if old_bias is not None and old_bias.shape[0] != shape[0]:
@@ -76,8 +76,9 @@ def replace_forward(attention: nn.Module, name: str, heads: list[int]) -> None:
 
 @functools.cache
 def t5_position_bias(stock: type) -> type:
-    """T5 computes one bias [1, H, S, T] in block 0 and hands it from block to block; blocks that kept different heads each
-    take theirs and hand on the whole one. The zero bias of cross attention becomes [1, 1, S, T], which fits any block."""
+    """T5 computes one bias [1, H, S, T] in block 0 and hands it from block to block; blocks that kept different heads
+    take theirs and hand on the whole one. The zero bias of cross attention becomes [1, 1, S, T], which fits any block.
+    """
 
     class SlimT5Attention(stock):
         stock_class = stock
@@ -144,8 +145,8 @@ FORWARDS = {"t5_position_bias": t5_position_bias, "blip2_vision": blip2_vision}
 def slim_class(base: type) -> type:
     """The class `Slim<base>`: `base`, shrunk as the record of its config says (without a record it is `base`).
 
-    from_pretrained builds it on the meta device, so the dense weights never exist; save_pretrained writes names that need no
-    conversion (transformers converts names for its own classes only) and adds this file.
+    from_pretrained builds it on the meta device, so the dense weights never exist; save_pretrained writes names that
+    need no conversion (transformers converts names for its own classes only) and adds this file.
     """
     if getattr(base, "stock_class", None) is not None:
         return base

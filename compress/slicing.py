@@ -35,8 +35,8 @@ class Cut:
 def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     """Cuts `model` to `plan`, in place, and writes what was cut into `model.config.slimvlm`.
 
-    The model's class becomes the slim form of its class (a subclass), so that its own `save_pretrained` writes a checkpoint
-    that reloads. requires_grad, ties, dtypes and devices stay.
+    The model's class becomes the slim form of its class (a subclass), so that its own `save_pretrained` writes a
+    checkpoint that reloads. requires_grad, ties, dtypes and devices stay.
 
     Raises:
         CheckpointError: the plan was made for another model; nothing has been cut then.
@@ -91,7 +91,7 @@ def mask_plan(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def find_cuts(group: Group, kept: Tensor) -> Iterator[Cut]:
-    """What the modules of `group` keep when the sorted indices `kept` stay; modules that keep everything are left out."""
+    """What the modules of `group` keep when the sorted indices `kept` stay; untouched modules are left out."""
     if len(kept) == group.size:
         return
     kv_cut = group.kind == "attention" and len(kept_kv_heads(group, kept)) < group.kv_heads
@@ -118,7 +118,7 @@ def _matching_groups(model: nn.Module, family: Family, plan: Plan) -> tuple[Grou
     for group in groups:
         if plan.sizes[group.key] != group.size:
             raise CheckpointError(
-                f"group {group.key} has {group.size} indices in this model, the plan was made for {plan.sizes[group.key]}; "
+                f"group {group.key} has {group.size} indices in this model, {plan.sizes[group.key]} in the plan; "
                 "apply the plan to the checkpoint it was made for"
             )
     return groups
@@ -144,7 +144,10 @@ def _cut(module: nn.Module, cut: Cut) -> None:
 
 def _take(tensor: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
     if tensor.is_meta:
-        sizes = (len(index) if index is not None else size for index, size in zip((rows, columns), tensor.shape))
+        sizes = (
+            len(index) if index is not None else size
+            for index, size in zip((rows, columns), tensor.shape, strict=False)
+        )
         return tensor.new_empty(tuple(sizes))
     rows, columns = (index if index is None else index.to(tensor.device) for index in (rows, columns))
     if tensor.ndim == 2:
@@ -167,8 +170,9 @@ def _patch_attention(module: nn.Module, group: Group, part: Attention, kept: Ten
 
 
 def _record_sizes(record: dict[str, Any], group: Group, kept: Tensor) -> None:
-    """Sizes under the names of transformers' own `per_layer_config`, which itself cannot be set: the stock configs then refuse
-    to be read as a whole."""
+    """Sizes under the names of transformers' `per_layer_config`. That itself cannot be set: the stock layers read the
+    whole tower's value, which transformers refuses once layers differ.
+    """
     layer = record["per_layer_config"].setdefault(group.tower, {}).setdefault(str(group.layer), {})
     part = group.key.split(".", 2)[2]
     if group.kind == "mlp":

@@ -13,7 +13,7 @@ from slimvlm.compress.plan import Plan, TowerCount
 def make_plan(
     model, choose: Callable[[Group], Iterable[int]], attention_unit: str = "auto", layout: str = "per-layer"
 ) -> Plan:
-    """A plan in which every group keeps the indices `choose` gives; the parameters after are counted weight by weight."""
+    """A plan in which every group keeps the indices `choose` gives; parameters are counted weight by weight."""
     family = find_family(model.config)
     groups = find_groups(model, family, attention_unit)
     keep = {group.key: tuple(sorted(choose(group))) for group in groups}

@@ -1,0 +1,279 @@
+"""Checkpoints in and out: dense, per-layer (widths differ, see modeling_slim) and stock (unmodified classes load it).
+
+A folder is written beside its final name and renamed when it is complete. Nothing is loaded that does not fit: what is
+missing, left over, of another size, truncated or changed is refused, never initialised at random. No pickle is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from slimvlm.compress.errors import CheckpointError, OutputError
+from slimvlm.compress.families import Family, find_family
+from slimvlm.compress.modeling_slim import RECORD, slim_class
+from slimvlm.compress.plan import Plan
+from slimvlm.compress.stock import stock_model
+
+LAYOUTS = ("per-layer", "stock")
+PLAN = "plan.json"
+MANIFEST = "manifest.json"
+INDEX = "model.safetensors.index.json"
+# What a processor may need besides the files it saves itself, and what a licence asks to pass on.
+CARRIED = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
+    *("chat_template.jinja", "chat_template.json", "LICENSE*", "NOTICE*"),
+)
+PROCESSOR = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model in eval mode and what came with it; `digest` identifies its weight files, `folder` is where they are."""
+
+    model: nn.Module
+    processor: Any | None
+    family: Family
+    digest: str
+    folder: Path
+
+
+def load(folder: str | os.PathLike[str]) -> tuple[nn.Module, Any | None]:
+    """The model (eval mode, its saved dtype, CPU) and the processor (None if there is none) of a checkpoint folder.
+
+    Raises:
+        CheckpointError: the folder is not a complete, unchanged checkpoint.
+        UnsupportedModelError: its model type has no row in the family table.
+    """
+    loaded = load_model(folder)
+    return loaded.model, loaded.processor
+
+
+def load_model(
+    name: str | os.PathLike[str],
+    *,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    attention: str | None = None,
+) -> Loaded:
+    """Loads a dense, per-layer or stock checkpoint. The model is built on the meta device and its weights stream in.
+
+    Args:
+        name: a folder, or the name of a model on the hub (the only case in which the network is used).
+        trust_remote_code: whether code inside the checkpoint may run. slimvlm's own checkpoints do not need it.
+        dtype: of the floating weights; None keeps what was saved.
+        attention: implementation (`sdpa`, `eager`); None is the default of transformers.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: as `load`.
+    """
+    folder = _local_folder(os.fspath(name))
+    digest = check_weights(folder)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder}: config.json cannot be read ({_first_line(error)})") from error
+    family = find_family(config)
+    try:
+        model, info = _model_class(config, family).from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype or "auto",
+            device_map={"": device},
+            attn_implementation=attention,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: the weights do not fit the config ({_first_line(error)})") from error
+    _check_loading(folder, info)
+    return Loaded(model.eval(), _load_processor(folder, trust_remote_code), family, digest, folder)
+
+
+def save_checkpoint(
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    processor: Any | None,
+    plan: Plan | None,
+    layout: str = "per-layer",
+    max_shard_size: str = "5GB",
+) -> Path:
+    """Writes a checkpoint: weights (safetensors), config, processor, plan.json, manifest.json (sizes and sha256).
+
+    Args:
+        plan: what was cut from the dense model; None for a model that was not cut.
+        layout: `per-layer`, or `stock` (only what the unmodified class can build).
+
+    Raises:
+        OutputError: the folder is not empty, or cannot be written.
+        CheckpointError: layout `stock`, and the model has sizes that the unmodified class cannot build (named).
+        ValueError: unknown layout.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout {layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise OutputError(f"{folder} is not an empty folder; choose another name or remove it first")
+    saved = stock_model(model) if layout == "stock" else model
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        saved.save_pretrained(partial, max_shard_size=max_shard_size)
+        _save_processor(partial, processor, Path(model.config.name_or_path or partial))
+        if plan is not None:
+            (partial / PLAN).write_text(plan.to_json())
+        _write_manifest(partial)
+        _sync(partial)
+        partial.replace(folder)
+        _sync_folder(folder.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        why = _first_line(error)
+        raise OutputError(f"{folder} cannot be written ({why}); check free space and permissions") from error
+    return folder
+
+
+def check_weights(folder: Path) -> str:
+    """Digest of the weight files (sha256 over their sha256 sums in name order), after checking that each is whole.
+
+    Raises:
+        CheckpointError: no safetensors, a missing shard, a damaged file, or one that differs from manifest.json.
+    """
+    files = _weight_files(folder)
+    manifest = _read_json(folder / MANIFEST)["files"] if (folder / MANIFEST).is_file() else {}
+    total = hashlib.sha256()
+    for path in files:
+        if not path.is_file():
+            raise CheckpointError(f"{folder}: weight file {path.name} is missing; copy or download it again")
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} is damaged ({_first_line(error)}); copy or download it again") from error
+        digest = _file_digest(path)
+        if path.name in manifest and manifest[path.name]["sha256"] != digest:
+            raise CheckpointError(
+                f"{path} is not what {MANIFEST} says; copy it again, or delete {MANIFEST} if you changed it on purpose"
+            )
+        total.update(digest.encode())
+    return total.hexdigest()
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / INDEX).is_file():
+        index = _read_json(folder / INDEX)
+        if not isinstance(index.get("weight_map"), dict):
+            raise CheckpointError(f"{folder / INDEX} has no weight_map; copy or download it again")
+        return [folder / name for name in sorted(set(index["weight_map"].values()))]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    raise CheckpointError(f"{folder} holds no model.safetensors (pickled weights are not read); save it as safetensors")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({_first_line(error)}); copy or download it again") from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path} is not a JSON object; copy or download it again")
+    return document
+
+
+def _local_folder(name: str) -> Path:
+    """The folder itself, or the snapshot of a hub name."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"{folder} has no config.json, so it is not a checkpoint folder")
+        return folder
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise CheckpointError(f"{name} is not a folder; give a checkpoint folder or a hub name such as owner/model")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", *CARRIED]))
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+        raise CheckpointError(
+            f"{name} is no folder here, and the hub does not give it ({_first_line(error)})"
+        ) from error
+
+
+def _model_class(config: transformers.PreTrainedConfig, family: Family) -> type:
+    dual = family.kind == "dual-encoder"
+    mapping = transformers.MODEL_MAPPING if dual else transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    base = mapping[type(config)]
+    return slim_class(base) if getattr(config, RECORD, None) else base
+
+
+def _check_loading(folder: Path, info: dict[str, Any]) -> None:
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if found := sorted(map(str, info.get(what) or ())):
+            names = ", ".join(found[:3]) + (" ..." if len(found) > 3 else "")
+            kind = what.removesuffix("_keys").replace("_", " ")
+            raise CheckpointError(f"{folder}: {len(found)} {kind} weights ({names}): they do not fit the config")
+
+
+def _load_processor(folder: Path, trust_remote_code: bool) -> Any | None:
+    if not any((folder / name).is_file() for name in PROCESSOR):
+        return None
+    try:
+        return transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise CheckpointError(f"{folder}: its processor cannot be loaded ({_first_line(error)})") from error
+
+
+def _save_processor(folder: Path, processor: Any | None, source: Path) -> None:
+    if processor is not None:
+        processor.save_pretrained(folder)
+    if source.is_dir():
+        for pattern in CARRIED:
+            for path in source.glob(pattern):
+                if not (folder / path.name).exists():
+                    shutil.copyfile(path, folder / path.name)
+
+
+def _write_manifest(folder: Path) -> None:
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": _file_digest(path)} for path in sorted(folder.iterdir())
+    }
+    (folder / MANIFEST).write_text(json.dumps({"schema": 1, "files": files}, indent=2) + "\n")
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
