@@ -1,0 +1,237 @@
+"""What calibration adds up over batches, by hooks: gradients of prunable weights and angles of tokens to weight rows.
+
+Nothing of size tokens x channels outlives its batch, and per-batch squares never exist as a matrix that is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from slimvlm.compress.errors import CalibrationError
+from slimvlm.kernels import angle_histogram, histogram_entropy, squared_sums, taylor_sums
+
+BINS = 100  # of the cosine over [-1, 1]: the paper's choice
+REDUCED = ("second", "fisher")  # squares of every micro-batch are reduced to vectors at once: no gradient is kept
+STILL_FINITE = torch.iinfo(torch.int64).max
+
+Reduce = Callable[[Tensor, str], None]  # (tensor, "sum" | "min" | "max"): in place over all processes
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """A prunable linear and the dimensions its scores are wanted for (0: rows, 1: columns)."""
+
+    path: str
+    linear: nn.Linear
+    dims: tuple[int, ...]
+
+    def gradient_bytes(self, variant: str) -> int:
+        """fp32 bytes of gradient sums this weight needs for a saliency."""
+        matrices = {"mix": 2}.get(variant, 0 if variant in REDUCED else 1)
+        return 4 * matrices * self.linear.weight.numel()
+
+
+class GradientSums:
+    """Sums of gradients (fp32) of some weights over backward passes; within `with`, only these weights ask for gradients.
+
+    `first` and `vectorized` keep G = sum of g; `mix` keeps G and the sum of g * g; `second` and `fisher` keep only the
+    reduced vectors of (w * g)^2. g is the gradient of one micro-batch, so squares depend on the micro-batch size.
+
+    Args:
+        variant: the saliency.
+        host: keep the sums in host memory, whatever device the weights are on.
+    """
+
+    def __init__(self, sides: Sequence[Side], variant: str, *, host: bool = False) -> None:
+        self.sides = sides
+        self.variant = variant
+        self.host = host
+        device = sides[0].linear.weight.device
+        self._checks = torch.zeros(len(sides) + 1, device=device)  # one sum per weight, then the loss
+        self._first_bad = torch.full_like(self._checks, STILL_FINITE, dtype=torch.int64)
+        self._sums: dict[str, Tensor] = {}
+        self._squares: dict[str, Tensor] = {}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> GradientSums:
+        for index, side in enumerate(self.sides):
+            weight = side.linear.weight
+            weight.requires_grad_(True)
+            self._handles.append(weight.register_post_accumulate_grad_hook(partial(self._add, index)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for side in self.sides:
+            side.linear.weight.grad = None
+            side.linear.weight.requires_grad_(False)
+        self._sums.clear()
+        self._squares.clear()
+
+    def _add(self, index: int, weight: Tensor) -> None:
+        side = self.sides[index]
+        if self.variant in REDUCED:
+            for dim in side.dims:
+                sums = squared_sums(weight.detach(), weight.grad, dim)
+                kept = self._squares.setdefault(f"{side.path}:{dim}", torch.zeros_like(sums))
+                kept += sums
+            checked, weight.grad = kept, None
+        elif self._native(weight):
+            checked = weight.grad
+        else:
+            checked = self._widen(side.path, weight)
+        self._checks[index] = checked.sum()  # NaN and Inf survive a sum; one read, no temporary
+
+    def _native(self, weight: Tensor) -> bool:
+        """Whether autograd's own accumulation already is the fp32 sum we want, where we want it."""
+        here = weight.device.type == "cpu" or not self.host
+        return weight.dtype == torch.float32 and here and self.variant != "mix"
+
+    def _widen(self, path: str, weight: Tensor) -> Tensor:
+        grad, weight.grad = weight.grad, None
+        if self.host:
+            grad = grad.to("cpu")
+        if path not in self._sums:
+            self._sums[path] = torch.zeros_like(grad, dtype=torch.float32)
+        if self.variant == "mix":
+            if path not in self._squares:
+                self._squares[path] = torch.zeros_like(grad, dtype=torch.float32)
+            wide = grad.float()
+            self._squares[path].addcmul_(wide, wide)
+        return self._sums[path].add_(grad)
+
+    def close_batch(self, batch: int, loss: Tensor) -> None:
+        """Note which sums stopped being finite in this batch; no synchronisation with the device."""
+        self._checks[-1] = loss
+        bad = ~self._checks.isfinite()
+        self._first_bad = torch.where(bad, self._first_bad.clamp(max=batch), self._first_bad)
+
+    def require_finite(self, batches: int, reduce: Reduce) -> None:
+        """Raise a CalibrationError naming batch and tensor if a sum is not finite (in any process)."""
+        reduce(self._first_bad, "min")
+        first_bad = self._first_bad.tolist()
+        batch = min(first_bad)
+        if batch == STILL_FINITE:
+            return
+        bad = [index for index, first in enumerate(first_bad) if first == batch]
+        # The loss comes last; among weights, NaN spreads towards the input, so the last one is nearest its origin.
+        name = "the loss" if bad[-1] == len(self.sides) else f"the gradient of {self.sides[bad[-1]].path}.weight"
+        raise CalibrationError(
+            f"{name} is not finite in calibration batch {batch + 1} of {batches}; check that batch's images and text, "
+            "or load the model in float32 or bfloat16"
+        )
+
+    def saliency(self, micro_batches: int, reduce: Reduce) -> dict[str, Tensor]:
+        """fp32 vectors on the CPU, keyed `path:dim`; every gradient matrix is freed as soon as it is reduced.
+
+        Args:
+            micro_batches: number of backward passes over all processes, the divisor of `second` and `mix`.
+        """
+        result = {}
+        for side in self.sides:
+            for dim in side.dims:
+                result[f"{side.path}:{dim}"] = torch.zeros(side.linear.weight.shape[dim])
+            if self.variant in REDUCED:
+                self._reduced(side, micro_batches, reduce, result)
+            else:
+                self._full(side, micro_batches, reduce, result)
+        return result
+
+    def _reduced(self, side: Side, micro_batches: int, reduce: Reduce, result: dict[str, Tensor]) -> None:
+        for dim in side.dims:
+            key = f"{side.path}:{dim}"
+            sums = self._squares.get(key, result[key].to(side.linear.weight.device))
+            reduce(sums, "sum")
+            result[key] = (sums / micro_batches if self.variant == "second" else sums).cpu()
+
+    def _full(self, side: Side, micro_batches: int, reduce: Reduce, result: dict[str, Tensor]) -> None:
+        weight = side.linear.weight
+        # A weight that the loss does not reach (the blocks behind LLaVA's feature layer) has no gradient: its sum is zero.
+        held = weight.grad if self._native(weight) else self._sums.pop(side.path, None)
+        grad = torch.zeros_like(weight, dtype=torch.float32) if held is None else held.to(weight.device)
+        weight.grad = None
+        reduce(grad, "sum")
+        square = None
+        if self.variant == "mix":
+            square = self._squares.pop(side.path, torch.zeros_like(grad)).to(weight.device)
+            reduce(square, "sum")
+            square /= micro_batches
+        for dim in side.dims:
+            sums = taylor_sums(weight.detach(), grad, dim, variant=self.variant, square=square)
+            result[f"{side.path}:{dim}"] = sums.cpu()
+
+
+class AngleHistograms:
+    """Histograms of cos(input token, weight row) of some linears, from the outputs they compute anyway (forward hooks).
+
+    Args:
+        linears: path -> (linear, stream): `stream` names the mask of the tokens this linear reads.
+        faithful: drop cosines that rounding pushed outside [-1, 1], as the paper's code does.
+    """
+
+    def __init__(self, linears: Mapping[str, tuple[nn.Linear, str]], *, faithful: bool = False) -> None:
+        self.linears = linears
+        self.faithful = faithful
+        self.counts: dict[str, Tensor] = {}
+        self._masks: Mapping[str, Tensor | None] = {}
+        self._norms: dict[str, Tensor] = {}
+        self._last: tuple[Tensor, Tensor] | None = None  # q, k, v (or gate, up) read one tensor: its norms, once
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> AngleHistograms:
+        for path, (linear, stream) in self.linears.items():
+            weight = linear.weight.detach()
+            self._norms[path] = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+            self.counts[path] = torch.zeros(weight.shape[0], BINS, dtype=torch.int64, device=weight.device)
+            self._handles.append(linear.register_forward_hook(partial(self._count, path, stream)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self.expect({})
+
+    def expect(self, masks: Mapping[str, Tensor | None]) -> None:
+        """The masks (bool [B, S], True: counts; None: all do) of the next forward, by stream."""
+        self._masks = masks
+        self._last = None
+
+    @torch.no_grad()
+    def _count(self, path: str, stream: str, linear: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if self._last is None or self._last[0] is not inputs[0]:
+            tokens = inputs[0].detach().flatten(0, -2)
+            self._last = (inputs[0], torch.linalg.vector_norm(tokens, dim=-1, dtype=torch.float32))
+        norms = self._last[1]
+        mask = self._masks[stream]
+        if mask is not None and mask.numel() != norms.numel():
+            raise CalibrationError(
+                f"{path} reads {norms.numel()} tokens but the batch's mask has {mask.numel()}; "
+                "the samples must be padded, not packed"
+            )
+        bias = None if linear.bias is None else linear.bias.detach()
+        rows = output.detach().flatten(0, -2)
+        mask = None if mask is None else mask.flatten()
+        try:
+            angle_histogram(rows, norms, self._norms[path], bias, self.counts[path], mask=mask, faithful=self.faithful)
+        except ValueError as error:
+            raise CalibrationError(f"the activations of {path} cannot be used: {error}") from error
+
+    def entropy(self, reduce: Reduce) -> dict[str, Tensor]:
+        """fp32 [rows] in nats on the CPU, per linear.
+
+        Raises:
+            CalibrationError: a linear saw no token.
+        """
+        result = {}
+        for path, counts in self.counts.items():
+            reduce(counts, "sum")
+            if not counts.any():
+                raise CalibrationError(f"{path} saw no token of the calibration samples; check that they hold text")
+            result[path] = histogram_entropy(counts).cpu()
+        return result
