@@ -134,3 +134,44 @@ def main() -> None:
     # transformers' own bars and notes would run into ours; its errors still show.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+@main.command()
+@click.argument("model")
+@click.argument("out", type=PATH)
+@sample_options
+@plan_options
+@evaluation_options
+@model_options
+@folder_options
+@output_options
+def compress(as_json: bool, quiet: bool, **values: Any) -> None:
+    """Cut MODEL (a folder, or a hub name) to a smaller dense checkpoint in OUT/model.
+
+    Calibrates, plans, cuts, saves and evaluates before and after:
+
+        slimvlm compress ./my-vlm out --data samples.jsonl --ratio 0.5
+    """
+    _compress(CompressOptions(**values), as_json=as_json, quiet=quiet)
+
+
+@main.command()
+@click.argument("out", type=PATH)
+@_option("--ratio", type=RATIO, help="Fraction of ALL parameters to remove.")
+@_option("--seed", type=int, help="Of the choice of samples.")
+@folder_options
+@output_options
+def demo(as_json: bool, quiet: bool, **values: Any) -> None:
+    """Compress the packaged model with the packaged images; CPU, minutes, no download."""
+    from slimvlm.demo import MODEL, SAMPLES
+
+    data = {"model": str(MODEL), "data": SAMPLES / "train.jsonl", "eval_data": SAMPLES / "test.jsonl", "device": "cpu"}
+    _compress(CompressOptions(**data, **values), as_json=as_json, quiet=quiet)
+
+
+def _compress(options: CompressOptions, *, as_json: bool, quiet: bool) -> None:
+    from slimvlm import console, pipeline
+
+    with console.progress(quiet) as progress:
+        result = pipeline.compress(options, progress)
+    console.show_compression(result, as_json=as_json)

@@ -9,9 +9,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from slimvlm.compress.plan import Plan
+    from slimvlm.compress.quality import Comparison
+    from slimvlm.pipeline import Result
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
@@ -192,3 +198,56 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return None
     return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def show_compression(result: Result, *, as_json: bool) -> None:
+    """What `compress` gave: sizes and quality before and after, seconds per stage, and where the files are."""
+    plan, comparison = result.plan, result.comparison
+    if as_json:
+        print_json(
+            {
+                "out": str(result.out),
+                "model": str(result.out / "model"),
+                "parameters": {"before": plan.parameters_before, "after": plan.parameters_after},
+                "removed_of_all": plan.removed_fraction,
+                "removed_of_prunable": _removed_of_prunable(plan),
+                "towers": {name: asdict(tower) for name, tower in plan.towers.items()},
+                "quality": comparison.to_dict() if comparison else None,
+                "bad_samples": result.bad_samples,
+                "seconds": result.seconds,
+            }
+        )
+        return
+    rows = [_counts("parameters", plan.parameters_before, plan.parameters_after)]
+    for name, tower in plan.towers.items():
+        rows.append(_counts(f"  {name}", tower.parameters_before, tower.parameters_after))
+    for name, tower in plan.towers.items():
+        rows.append(_counts(f"multiply-adds per token, {name}", tower.macs_before, tower.macs_after))
+    if comparison:
+        rows.append(_quality_row(comparison))
+    print_table("", ("", "before", "after", "change"), rows)
+    print_line()
+    print_line(f"removed  {percent(plan.removed_fraction)} of all, {percent(_removed_of_prunable(plan))} of prunable")
+    if result.bad_samples:
+        print_line(f"skipped  {result.bad_samples} unreadable samples, named in {result.out / 'run.json'}")
+    print_line("seconds  " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result.seconds.items()))
+    print_line(f"model    {result.out / 'model'}")
+    print_line(f"details  {result.out / 'run.json'}, plan.json, quality.json")
+
+
+def _counts(name: str, before: int, after: int) -> tuple[str, str, str, str]:
+    return name, count(before), count(after), f"{100 * (after / before - 1):+.1f} %" if before else ""
+
+
+def _quality_row(comparison: Comparison) -> tuple[str, str, str, str]:
+    """Percent, with the interval of the difference in points; a loss is printed as it is."""
+    name = f"{comparison.metric.replace('_', ' ')}, mean of tasks"
+    low, high = 100 * comparison.low, 100 * comparison.high
+    change = f"{100 * comparison.difference:+.1f} points ({low:+.1f} to {high:+.1f})"
+    return name, percent(comparison.dense), percent(comparison.slim), change
+
+
+def _removed_of_prunable(plan: Plan) -> float:
+    """Removed fraction of the weights that can be cut (the towers' multiply-adds per token are these weights)."""
+    before = sum(tower.macs_before for tower in plan.towers.values())
+    return 1 - sum(tower.macs_after for tower in plan.towers.values()) / before if before else 0.0

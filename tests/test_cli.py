@@ -1,0 +1,204 @@
+"""The command line: what it reads, what it refuses, how it ends."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from slimvlm import cli, console, pipeline
+from slimvlm.cli import main
+from slimvlm.compress.allocate import ALLOCATORS
+from slimvlm.compress.checkpoint import LAYOUTS
+from slimvlm.compress.criteria import CRITERIA
+from slimvlm.compress.errors import CheckFailedError, SampleError
+from slimvlm.compress.groups import ATTENTION_UNITS
+from slimvlm.compress.options import CompressOptions
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+COMMANDS = sorted(main.commands)
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "samples.jsonl"
+    path.write_text('{"image": "none.png", "question": "what?", "answer": "nothing"}\n')
+    return path
+
+
+@pytest.fixture
+def received(monkeypatch: pytest.MonkeyPatch) -> list[CompressOptions]:
+    """The options that reach the library; the run itself ends as refused data would."""
+    calls: list[CompressOptions] = []
+
+    def record(options: CompressOptions, progress: console.Progress) -> None:
+        calls.append(options)
+        raise SampleError("no sample could be read")
+
+    monkeypatch.setattr(pipeline, "compress", record)
+    return calls
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_and_its_options(command: str) -> None:
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert main.commands[command].help
+    for parameter in main.commands[command].params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help, parameter.name
+            assert parameter.opts[0] in out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_in_the_readme(command: str) -> None:
+    assert f"`slimvlm {command} " in README
+
+
+def test_every_command_and_option_of_the_readme_exists() -> None:
+    assert set(re.findall(r"slimvlm ([a-z]+) ", README)) <= set(COMMANDS)
+    known = {name for command in main.commands.values() for parameter in command.params for name in parameter.opts}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - known == set()
+
+
+def test_help_takes_at_most_half_a_second() -> None:
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-P", "-m", "slimvlm.cli", "--help"], check=True, capture_output=True)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) <= 0.5
+
+
+def test_the_choices_are_what_the_library_knows() -> None:
+    assert set(cli.CRITERIA) == set(CRITERIA)
+    assert set(cli.ALLOCATORS) == set(ALLOCATORS)
+    assert set(cli.ATTENTION_UNITS) == set(ATTENTION_UNITS)
+    assert set(cli.LAYOUTS) == set(LAYOUTS)
+
+
+def test_every_option_of_compress_is_a_field_with_the_same_default(received: list, data: Path, tmp_path: Path) -> None:
+    run("compress", "model", tmp_path / "out", "--data", data)
+    assert received == [CompressOptions(model="model", out=tmp_path / "out", data=data)]
+    parameters = {parameter.name for parameter in main.commands["compress"].params}
+    assert parameters - {"as_json", "quiet"} == {field.name for field in fields(CompressOptions)}
+
+
+def test_given_options_reach_the_library(received: list, data: Path, tmp_path: Path) -> None:
+    given = "--ratio 0.3 --criterion ukmi --allocator balanced --rounds 2 --tower-ratio vision=0.2 --tower-ratio language=0.4"
+    more = (
+        "--kind-ratio attention=0.1 --grad-memory 8GB --no-entropy --taylor mix --threshold 0.5 --layout stock --resume"
+    )
+    run("compress", "model", tmp_path / "out", "--data", data, *given.split(), *more.split())
+    options = received[0]
+    assert (options.ratio, options.criterion, options.allocator, options.rounds) == (0.3, "ukmi", "balanced", 2)
+    assert options.tower_ratio == {"vision": 0.2, "language": 0.4}
+    assert options.kind_ratio == {"attention": 0.1}
+    assert (options.grad_memory, options.entropy, options.taylor) == (8_000_000_000, False, "mix")
+    assert (options.threshold, options.layout, options.resume) == (0.5, "stock", True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--ratio", "1"], "0<x<1"),
+        (["--ratio", "0"], "0<x<1"),
+        (["--criterion", "best"], "'magnitude'"),
+        (["--tower-ratio", "vision"], "NAME=RATIO"),
+        (["--tower-ratio", "vision=1.5"], "from 0 to below 1"),
+        (["--tower-ratio", "vision=0.1", "--tower-ratio", "vision=0.2"], "given twice"),
+        (["--kind-ratio", "norm=0.1"], "attention, mlp"),
+        (["--grad-memory", "much"], "8GB"),
+        (["--grad-memory", "0"], "8GB"),
+        (["--device", "gpu"], "cuda:N"),
+        (["--samples", "0"], "x>=1"),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_a_usage_error(arguments: list[str], says: str, data: Path) -> None:
+    code, out, err = run("compress", "model", "out", "--data", data, *arguments)
+    assert (code, out) == (2, "")
+    assert says in err
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("8GB", 8 * 10**9), ("8g", 8 * 10**9), ("1.5 MiB", 3 * 2**19), ("512MiB", 2**29), ("4096", 4096), ("1kb", 1000)],
+)
+def test_sizes_are_bytes(text: str, size: int) -> None:
+    assert console.Size().convert(text, None, None) == size
+
+
+def test_a_refusal_is_one_sentence_and_exit_code_3(received: list, data: Path, tmp_path: Path) -> None:
+    code, out, err = run("compress", "model", tmp_path / "out", "--data", data)
+    assert (code, out, err) == (3, "", "Error: no sample could be read\n")
+
+
+def _ending(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def fail(options: CompressOptions, progress: console.Progress) -> None:
+        raise error
+
+    monkeypatch.setattr(pipeline, "compress", fail)
+
+
+def test_a_failed_check_is_exit_code_4(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
+    _ending(monkeypatch, CheckFailedError("quality fell by 9.0 points"))
+    assert run("compress", "model", "out", "--data", data) == (4, "", "Error: quality fell by 9.0 points\n")
+
+
+def test_ctrl_c_is_exit_code_130_without_a_traceback(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
+    _ending(monkeypatch, KeyboardInterrupt())
+    code, out, err = run("compress", "model", "out", "--data", data)
+    assert (code, out) == (130, "")
+    assert "--resume" in err
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
+    _ending(monkeypatch, ZeroDivisionError("a bug"))
+    with pytest.raises(ZeroDivisionError):
+        run("compress", "model", "out", "--data", data)
+
+
+def test_progress_is_one_line_per_stage_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.progress(quiet=False) as report:
+        report("calibrate", 0, 2)
+        report("calibrate", 1, 2)
+        report("calibrate", 2, 2)
+        report("evaluate", 5, 5)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert [line.split()[:2] for line in err.splitlines()] == [["calibrate", "2/2"], ["evaluate", "5/5"]]
+
+
+@pytest.mark.parametrize("quieten", [lambda patch: True, lambda patch: patch.setenv("RANK", "1")])
+def test_quiet_and_other_processes_print_nothing(
+    quieten: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with console.progress(quiet=bool(quieten(monkeypatch))) as report:
+        report("calibrate", 1, 1)
+    assert capsys.readouterr().err == ""
+
+
+def test_json_is_one_document_without_nan(capsys: pytest.CaptureFixture[str]) -> None:
+    console.print_json({"loss": float("nan"), "path": Path("a/b"), "list": (1, 2.5, float("inf"))})
+    assert json.loads(capsys.readouterr().out) == {"loss": None, "path": "a/b", "list": [1, 2.5, None]}
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(950, "950"), (2510, "2.51 k"), (2_510_000, "2.51 M"), (7_620_000_000, "7.62 B")]
+)
+def test_counts_are_readable(number: int, text: str) -> None:
+    assert console.count(number) == text
