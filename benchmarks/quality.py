@@ -1,0 +1,224 @@
+"""What each way of choosing costs in quality, without recovery: the table of the README.
+
+`python benchmarks/quality.py measure --out study.jsonl` appends one line per cell (it continues where it was stopped;
+`--methods` and `--ratios` select cells, `--split val` is for tuning), `python benchmarks/quality.py table study.jsonl` prints
+Markdown: mean and range over calibration sets of the exact match (mean of tasks), and the chance-corrected share of the
+dense model, where the blind model (images shuffled) is 0 % and the dense one 100 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import mean
+
+import torch
+
+from slimvlm.compress.budget import facts_of, make_plan
+from slimvlm.compress.calibrate import collect
+from slimvlm.compress.checkpoint import Loaded, load_model
+from slimvlm.compress.collate import Collator
+from slimvlm.compress.criteria import score_groups
+from slimvlm.compress.errors import InfeasibleBudgetError
+from slimvlm.compress.evaluate import evaluate
+from slimvlm.compress.groups import find_groups
+from slimvlm.compress.options import CompressOptions
+from slimvlm.compress.plan import Plan
+from slimvlm.compress.rounds import DATA_FREE, plan_in_rounds
+from slimvlm.compress.runs import installed_versions
+from slimvlm.compress.samples import Sample, batches, load_samples
+from slimvlm.compress.slicing import apply_plan
+from slimvlm.demo import MODEL, SAMPLES
+from slimvlm.pipeline import planning_of
+
+DEFAULT = CompressOptions(model=str(MODEL), out=Path("unused"), data=SAMPLES / "train.jsonl")
+ONE_SHOT = replace(DEFAULT, rounds=1, allocator="global")
+METHODS: dict[str, tuple[str, CompressOptions]] = {
+    "default": ("slimvlm default", DEFAULT),
+    "ukmi": ("UKMI, faithful (paper)", replace(DEFAULT, faithful=True).resolved()),
+    "fisher": ("Fisher, global, one shot", replace(ONE_SHOT, criterion="fisher")),
+    "taylor": ("Taylor, global, one shot", replace(ONE_SHOT, criterion="taylor")),
+    "taylor-local": ("Taylor, per layer (LLM-Pruner's way)", replace(ONE_SHOT, criterion="taylor", allocator="local")),
+    "taylor-mlp": (
+        "Taylor, MLPs only, per layer",
+        replace(ONE_SHOT, criterion="taylor", allocator="local", kind_ratio={"attention": 0.0}),
+    ),
+    "magnitude": ("Magnitude, per layer", replace(ONE_SHOT, criterion="magnitude", allocator="local")),
+    "random": ("Random", replace(ONE_SHOT, criterion="random")),
+}
+RATIOS = (0.2, 0.35, 0.5, 0.6)
+
+
+@dataclass(frozen=True)
+class Study:
+    """Where the samples come from and how many are calibrated on."""
+
+    sets: tuple[Sequence[Sample], ...]
+    test: Sequence[Sample]
+    batch_size: int
+
+
+def calibration_sets(count: int, size: int) -> tuple[Sequence[Sample], ...]:
+    """Disjoint sets of `size` samples; the samples of one image stay together."""
+    samples = load_samples(SAMPLES / "train.jsonl").samples
+    if count * size > len(samples):
+        raise SystemExit(f"{count} sets of {size} samples need more than the {len(samples)} there are")
+    return tuple(samples[index * size : (index + 1) * size] for index in range(count))
+
+
+def dense() -> Loaded:
+    loaded = load_model(str(MODEL))
+    loaded.model.to(torch.float32)
+    return loaded
+
+
+def collated(loaded: Loaded, samples: Sequence[Sample], batch_size: int) -> list:
+    collator = Collator(loaded.processor, loaded.family, loaded.model.config)
+    return [partial(collator.training, batch) for batch in batches(samples, batch_size)]
+
+
+def one_shot_plans(
+    options: CompressOptions, ratios: Sequence[float], samples: Sequence[Sample], seed: int
+) -> dict[float, tuple[Plan | None, float]]:
+    """One calibration serves every ratio; a plan that the floors forbid is None."""
+    loaded = dense()
+    planning = planning_of(options)
+    started = time.perf_counter()
+    groups = find_groups(loaded.model, loaded.family, planning.attention_unit)
+    calibration = None
+    if planning.calibration.criterion.saliency not in DATA_FREE:
+        work = collated(loaded, samples, options.batch_size)
+        calibration = collect(loaded.model, loaded.family, groups, work, planning.calibration)
+    scores = score_groups(groups, planning.calibration.criterion, calibration, loaded.model, seed)
+    seconds = time.perf_counter() - started
+    plans = {}
+    for ratio in ratios:
+        try:
+            budget = replace(planning.budget, ratio=ratio)
+            plans[ratio] = make_plan(groups, scores, budget, facts_of(loaded.model, groups)), seconds
+        except InfeasibleBudgetError:
+            plans[ratio] = None, seconds
+    return plans
+
+
+def plan_of_rounds(options: CompressOptions, samples: Sequence[Sample]) -> tuple[Plan, float]:
+    loaded = dense()
+    started = time.perf_counter()
+    work = collated(loaded, samples, options.batch_size)
+    planned = plan_in_rounds(loaded.model, loaded.family, lambda _: work, planning_of(options))
+    return planned.plan, time.perf_counter() - started
+
+
+def score(loaded: Loaded, study: Study, blind_seed: int | None = None) -> dict:
+    collator = Collator(loaded.processor, loaded.family, loaded.model.config)
+    quality = evaluate(loaded.model, collator, study.test, batch_size=64, blind_seed=blind_seed)
+    tasks = {task: round(100 * values["exact"], 2) for task, values in quality.tasks.items()}
+    return {"score": round(100 * quality.score, 2), "tasks": tasks}
+
+
+def cut(plan: Plan) -> Loaded:
+    loaded = dense()
+    apply_plan(loaded.model, plan)
+    return loaded
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    study = Study(
+        calibration_sets(arguments.sets, arguments.samples),
+        load_samples(SAMPLES / f"{arguments.split}.jsonl", limit=arguments.limit).samples,
+        arguments.batch_size,
+    )
+    done = {(row["method"], row["ratio"], row["set"]) for row in read(arguments.out)}
+    header = {"split": arguments.split, "samples": arguments.samples, "questions": len(study.test)}
+
+    def write(method: str, ratio: float | None, index: int | None, facts: dict) -> None:
+        row = {"method": method, "ratio": ratio, "set": index, **header, **facts}
+        with arguments.out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(method, ratio, index, facts.get("score"), facts.get("plan_seconds"), flush=True)
+
+    for method, seed in (("dense", None), ("blind", 0)):
+        if (method, None, None) not in done:
+            write(method, None, None, {**score(dense(), study, seed), "versions": installed_versions()})
+    for method in arguments.methods:
+        options = replace(METHODS[method][1], batch_size=arguments.batch_size)
+        for index, samples in enumerate(study.sets):
+            ratios = [ratio for ratio in arguments.ratios if (method, ratio, index) not in done]
+            if options.rounds > 1:
+                plans = ((ratio, *plan_of_rounds(replace(options, ratio=ratio), samples)) for ratio in ratios)
+            else:
+                found = one_shot_plans(options, ratios, samples, index) if ratios else {}
+                plans = ((ratio, *value) for ratio, value in found.items())
+            for ratio, plan, seconds in plans:
+                facts = {"plan_seconds": round(seconds, 1), "score": None}
+                if plan is not None:
+                    facts |= {**score(cut(plan), study), "removed": round(plan.removed_fraction, 5)}
+                write(method, ratio, index, facts)
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: one row per method, one column per ratio; mean (lowest-highest) and the chance-corrected mean."""
+    base = {row["method"]: row["score"] for row in rows if row["ratio"] is None}
+    cells: dict[tuple[str, float], list[float]] = defaultdict(list)
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        if row["ratio"] is not None and row["score"] is not None:
+            cells[row["method"], row["ratio"]].append(row["score"])
+            seconds[row["method"]].append(row["plan_seconds"])
+    ratios = sorted({ratio for _, ratio in cells})
+    lines = [
+        f"dense {base['dense']:.1f}, blind {base['blind']:.1f} (exact match, mean of tasks)",
+        "",
+        "| method | " + " | ".join(f"{100 * ratio:.0f} % removed" for ratio in ratios) + " | seconds per plan |",
+        "|---|" + "---|" * (len(ratios) + 1),
+    ]
+    for method, (title, _) in METHODS.items():
+        if method not in seconds:
+            continue
+        columns = [_cell(cells.get((method, ratio)), base) for ratio in ratios]
+        lines.append(f"| {title} | " + " | ".join(columns) + f" | {mean(seconds[method]):.0f} |")
+    return "\n".join(lines)
+
+
+def _cell(scores: list[float] | None, base: dict[str, float]) -> str:
+    if not scores:
+        return "not reachable"
+    kept = 100 * (mean(scores) - base["blind"]) / (base["dense"] - base["blind"])
+    return f"{mean(scores):.1f} ({min(scores):.1f}-{max(scores):.1f}), {kept:.0f} %"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, dest="command")
+    run = commands.add_parser("measure")
+    run.add_argument("--out", type=Path, required=True)
+    run.add_argument("--split", default="test", choices=("val", "test", "vendor"))
+    run.add_argument("--limit", type=int, default=None, help="questions to evaluate on (default: the whole split)")
+    run.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    run.add_argument("--ratios", nargs="+", type=float, default=list(RATIOS))
+    run.add_argument("--sets", type=int, default=3)
+    run.add_argument("--samples", type=int, default=DEFAULT.samples)
+    run.add_argument("--batch-size", type=int, default=DEFAULT.batch_size)
+    run.add_argument("--threads", type=int, default=2)
+    show = commands.add_parser("table")
+    show.add_argument("file", type=Path)
+    arguments = parser.parse_args()
+    if arguments.command == "table":
+        print(table(read(arguments.file)))
+        return
+    torch.set_num_threads(arguments.threads)
+    measure(arguments)
+
+
+if __name__ == "__main__":
+    main()

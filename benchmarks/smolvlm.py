@@ -1,0 +1,124 @@
+"""Calibrate, plan, cut and save a random model with SmolVLM-256M's configuration; prints seconds and peak memory.
+
+`python benchmarks/smolvlm.py --samples 32 --ratio 0.5 --criterion fisher --out FOLDER`
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, SmolVLMConfig, SmolVLMForConditionalGeneration
+
+from slimvlm.compress.budget import Budget
+from slimvlm.compress.calibrate import CalibrationOptions
+from slimvlm.compress.checkpoint import load, save_checkpoint
+from slimvlm.compress.criteria import CRITERIA
+from slimvlm.compress.families import find_family
+from slimvlm.compress.groups import count_parameters
+from slimvlm.compress.rounds import Planning, plan_in_rounds
+from slimvlm.compress.runs import installed_versions
+from slimvlm.compress.slicing import apply_plan
+
+IMAGE_TOKEN = 49190
+IMAGE_TOKENS = 64  # one 512-pixel tile: 32 x 32 patches, shuffled 4 x 4
+TEXT_TOKENS = 64
+
+
+def smolvlm_256m() -> SmolVLMForConditionalGeneration:
+    """SmolVLM-256M-Instruct's shapes with seeded random weights."""
+    vision = {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "image_size": 512,
+        "patch_size": 16,
+    }
+    text = LlamaConfig(
+        vocab_size=49280,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        pad_token_id=2,
+    )
+    torch.manual_seed(0)
+    config = SmolVLMConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=IMAGE_TOKEN,
+        scale_factor=4,
+        pad_token_id=2,
+        tie_word_embeddings=False,
+    )
+    return SmolVLMForConditionalGeneration(config).eval()
+
+
+def batches(samples: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches of one sample: one tile, 64 text tokens of which the last 16 are supervised."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(samples):
+        text = torch.randint(10, 49000, (1, TEXT_TOKENS), generator=generator)
+        ids = torch.cat([torch.full((1, IMAGE_TOKENS), IMAGE_TOKEN), text], dim=1)
+        labels = ids.clone()
+        labels[:, :-16] = -100
+        pixels = torch.randn(1, 1, 3, 512, 512, generator=generator)
+        yield {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "pixel_values": pixels}
+
+
+def peak_bytes() -> int:
+    """Largest resident set of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--ratio", type=float, default=0.5)
+    parser.add_argument("--criterion", default="fisher", choices=sorted(CRITERIA))
+    parser.add_argument("--grad-memory", type=int, default=None, help="bytes")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+
+    model = smolvlm_256m()
+    weights = 4 * count_parameters(model)
+    started = time.perf_counter()
+    planning = Planning(
+        budget=Budget(ratio=options.ratio),
+        calibration=CalibrationOptions(criterion=CRITERIA[options.criterion], grad_memory_bytes=options.grad_memory),
+    )
+    planned = plan_in_rounds(model, find_family(model.config), lambda _: batches(options.samples), planning)
+    decided = time.perf_counter()
+    apply_plan(model, planned.plan)
+    cut = time.perf_counter()
+    save_checkpoint(options.out, model, None, planned.plan, "per-layer")
+    saved = time.perf_counter()
+    peak = peak_bytes()
+    del model
+    load(options.out)
+    report = {
+        "parameters": [planned.plan.parameters_before, planned.plan.parameters_after],
+        "criterion": options.criterion,
+        "samples": options.samples,
+        "calibrate_and_plan_seconds": round(decided - started, 2),
+        "cut_seconds": round(cut - decided, 3),
+        "save_seconds": round(saved - cut, 2),
+        "weights_fp32_bytes": weights,
+        "peak_rss_bytes": peak,
+        "peak_over_weights": round(peak / weights, 2),
+        "threads": torch.get_num_threads(),
+        "versions": installed_versions(),
+    }
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""One process or several: `torchrun` and `accelerate launch` set the environment, this joins the group they describe."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import distributed
+
+
+def join() -> None:
+    """Join the process group the launcher describes; does nothing in a single process or when already joined."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
+        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def leave() -> None:
+    """Leave the process group, if one was joined."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number; 0 writes the files."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def wait_for_all() -> None:
+    """Return once every process got here."""
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
+def pick_device(asked: str) -> torch.device:
+    """The device for `auto`, `cpu`, `cuda`, ...: with several processes each takes the CUDA device of its local rank.
+
+    Raises:
+        ValueError: the device is not there.
+    """
+    if asked == "auto":
+        asked = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(asked)
+    except RuntimeError:
+        raise ValueError(f"device {asked!r} is unknown; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device {asked!r} is not available here; use --device cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+    return device
