@@ -87,19 +87,8 @@ def load_model(
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}: config.json cannot be read ({_first_line(error)})") from error
     family = find_family(config)
-    try:
-        model, info = _model_class(config, family).from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype or "auto",
-            device_map={"": device},
-            attn_implementation=attention,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: the weights do not fit the config ({_first_line(error)})") from error
-    _check_loading(folder, info)
+    options = {"dtype": dtype or "auto", "device_map": {"": device}, "attn_implementation": attention}
+    model = _build(folder, config, family, options)
     return Loaded(model.eval(), _load_processor(folder, trust_remote_code), family, digest, folder)
 
 
@@ -214,6 +203,26 @@ def _local_folder(name: str) -> Path:
         ) from error
 
 
+def _build(folder: Path, config: transformers.PreTrainedConfig, family: Family, options: dict[str, Any]) -> nn.Module:
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # what it only warns of is an error here
+    try:
+        model, info = _model_class(config, family).from_pretrained(
+            folder,
+            config=config,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are listed; they are refused below
+            **options,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: the model cannot be built ({_first_line(error)})") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    _check_loading(folder, info)
+    return model
+
+
 def _model_class(config: transformers.PreTrainedConfig, family: Family) -> type:
     dual = family.kind == "dual-encoder"
     mapping = transformers.MODEL_MAPPING if dual else transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -223,7 +232,7 @@ def _model_class(config: transformers.PreTrainedConfig, family: Family) -> type:
 
 def _check_loading(folder: Path, info: dict[str, Any]) -> None:
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if found := sorted(map(str, info.get(what) or ())):
+        if found := sorted(entry if isinstance(entry, str) else str(entry[0]) for entry in info.get(what) or ()):
             names = ", ".join(found[:3]) + (" ..." if len(found) > 3 else "")
             kind = what.removesuffix("_keys").replace("_", " ")
             raise CheckpointError(f"{folder}: {len(found)} {kind} weights ({names}): they do not fit the config")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from slimvlm.compress.errors import CheckpointError
@@ -18,7 +20,7 @@ def stock_model(model: nn.Module) -> nn.Module:
     """A view of `model` (same weights) of the unmodified class, with the config that builds these sizes.
 
     Raises:
-        CheckpointError: the widths of one tower differ from layer to layer, or the class has no config field for one.
+        CheckpointError: the widths of one tower differ from layer to layer, or the class cannot build one of them.
     """
     record = getattr(model.config, RECORD, None)
     stock = copy.copy(model)
@@ -35,7 +37,25 @@ def stock_model(model: nn.Module) -> nn.Module:
     for name in (RECORD, "auto_map"):
         if hasattr(stock.config, name):
             delattr(stock.config, name)
+    _check_build(stock)
     return stock
+
+
+def _check_build(model: nn.Module) -> None:
+    """The class must build exactly these sizes: a config field may size more than what was cut (SigLIP's pooling head),
+    or be refused (Llama wants a number of heads that divides the hidden size)."""
+    try:
+        config = type(model.config).from_dict(model.config.to_dict())  # as a reload does: checks the values
+        with torch.device("meta"):
+            built = type(model)(config)
+    except (ValueError, StrictDataclassError) as error:
+        why = " ".join(str(error).split())
+        raise CheckpointError(f"layout stock: the unmodified class refuses these sizes ({why}); {ADVICE}") from error
+    expected = {name: tensor.shape for name, tensor in built.state_dict().items()}
+    for name, tensor in model.state_dict().items():
+        if expected.get(name) != tensor.shape:
+            sizes = f"{tuple(expected.get(name, ()))}, not {tuple(tensor.shape)}"
+            raise CheckpointError(f"layout stock: the unmodified class would build {name} as {sizes}; {ADVICE}")
 
 
 def stock_fields(model: nn.Module, family: Family, cut: set[str]) -> dict[str, dict[str, int]]:
