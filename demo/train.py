@@ -1,0 +1,166 @@
+"""Train the demo model: `python -m slimvlm.demo.train --cache CACHE --out OUT` (50 minutes on two cores).
+
+Two processes of one thread each share the batch: on these small matrices that is faster than one process of two
+threads. Scenes are an endless stream, drawn anew for every step.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.functional import cross_entropy
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from slimvlm.demo.model import build_model, build_processor
+from slimvlm.demo.packing import Batch, answer_logits, exact_matches, pack
+from slimvlm.demo.scenes import TRAIN_MIX, Question, questions, scenes
+from slimvlm.demo.sources import Sprites, fetch, load_sprites
+
+EASY = {"count", "colour"}
+"""Learnt in the first minutes; asked rarely afterwards."""
+PROGRESS_EVERY = 500
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """`batch` images a step over all processes, `asked` questions an image; learning rate: warm-up, then one cosine."""
+
+    steps: int = 9000
+    batch: int = 32
+    asked: int = 7
+    rate: float = 1e-3
+    warmup: int = 200
+    decay: float = 0.05
+    seed: int = 0
+    processes: int = 2
+
+
+def main() -> None:
+    """Parse the recipe and train in as many processes as it says."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cache", type=Path, required=True, help="folder for the downloaded picture packages")
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and progress.jsonl")
+    for name, value in asdict(Recipe()).items():
+        parser.add_argument(f"--{name}", type=type(value), default=value)
+    options = vars(parser.parse_args())
+    cache, out = options.pop("cache"), options.pop("out")
+    recipe = Recipe(**options)
+    fetch(cache)
+    out.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29531")
+    mp.spawn(_process, (recipe, cache, out), nprocs=recipe.processes)
+
+
+def _process(rank: int, recipe: Recipe, cache: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=recipe.processes)
+    sprites = load_sprites(cache)
+    processor = build_processor()
+    torch.manual_seed(recipe.seed)
+    model = build_model(processor.tokenizer)
+    train(model, processor, recipe, sprites, out)
+    dist.destroy_process_group()
+
+
+def train(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, recipe: Recipe, sprites: Sprites, out: Path
+) -> None:
+    """Run the recipe in this process of the group; process 0 validates and keeps the newest checkpoint in `out`."""
+    rank = dist.get_rank()
+    stream = _Stream(recipe, sprites, processor, rank)
+    held_out = stream.validation() if rank == 0 else None
+    optimizer = torch.optim.AdamW(_parameter_groups(model, recipe.decay), lr=recipe.rate, betas=(0.9, 0.98))
+    start = time.monotonic()
+    for step in range(recipe.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.rate * schedule(step, recipe)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, labels = answer_logits(model, stream.batch())
+        loss = cross_entropy(logits.float(), labels)
+        loss.backward()
+        _average_gradients(model)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        done = step + 1
+        if rank == 0 and (done % PROGRESS_EVERY == 0 or done in (50, recipe.steps)):
+            scores = validate(model, held_out)
+            seconds = round(time.monotonic() - start)
+            line = json.dumps({"step": done, "seconds": seconds, "loss": round(loss.item(), 3), "val": scores})
+            with (out / "progress.jsonl").open("a", encoding="utf-8") as log:
+                log.write(line + "\n")
+            print(line, flush=True)
+            model.save_pretrained(out / "last")
+            processor.save_pretrained(out / "last")
+
+
+class _Stream:
+    """Training batches of this process, and the fixed validation batch."""
+
+    def __init__(self, recipe: Recipe, sprites: Sprites, processor: LlavaProcessor, rank: int) -> None:
+        self.recipe, self.sprites, self.tokenizer = recipe, sprites, processor.tokenizer
+        seed = recipe.seed * 1000 + rank
+        self.rng = random.Random(seed + 500)
+        self.scenes = scenes(seed, sprites, TRAIN_MIX, "train")
+
+    def batch(self) -> Batch:
+        drawn = [next(self.scenes) for _ in range(self.recipe.batch // self.recipe.processes)]
+        asked = [choose(self.rng, questions(self.rng, scene), self.recipe.asked) for scene, _ in drawn]
+        return pack([image for _, image in drawn], asked, self.tokenizer)
+
+    def validation(self, images: int = 160) -> tuple[Batch, list[str]]:
+        stream = scenes(self.recipe.seed + 7, self.sprites, TRAIN_MIX, "val")
+        drawn = [next(stream) for _ in range(images)]
+        asked = [questions(random.Random(index), scene) for index, (scene, _) in enumerate(drawn)]
+        return pack([image for _, image in drawn], asked, self.tokenizer), [q.task for qs in asked for q in qs]
+
+
+def choose(rng: random.Random, asked: list[Question], number: int) -> list[Question]:
+    """At most `number` of the questions, the easy tasks with a fifth of the chance."""
+    return sorted(asked, key=lambda q: rng.random() ** (5 if q.task in EASY else 1), reverse=True)[:number]
+
+
+def schedule(step: int, recipe: Recipe) -> float:
+    """Linear warm-up, then one cosine down to 2 %."""
+    if step < recipe.warmup:
+        return (step + 1) / recipe.warmup
+    progress = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def validate(model: LlavaForConditionalGeneration, held_out: tuple[Batch, list[str]]) -> dict[str, float]:
+    """Per cent of exact answers per task, and their mean."""
+    batch, tasks = held_out
+    right = exact_matches(model, batch).tolist()
+    hits = {task: [r for r, t in zip(right, tasks, strict=True) if t == task] for task in dict.fromkeys(tasks)}
+    scores = {task: round(100 * sum(values) / len(values), 1) for task, values in hits.items()}
+    return {"mean": round(sum(scores.values()) / len(scores), 1), **scores}
+
+
+def _parameter_groups(model: LlavaForConditionalGeneration, decay: float) -> list[dict]:
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    return [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def _average_gradients(model: LlavaForConditionalGeneration) -> None:
+    """One all-reduce over all gradients; an unused parameter (the CLIP pooling norm) has none anywhere."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, averaged in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(averaged.view_as(gradient))
+
+
+if __name__ == "__main__":
+    main()
