@@ -212,7 +212,7 @@ class Collator:
             question, text = render(turns[:count], True), render(turns[:count], False)
             if not text.startswith(question.rstrip()):
                 raise UnsupportedModelError(
-                    f"the chat template of {type(self.processor).__name__} opens an answer differently to generate; its "
+                    f"the chat template of {type(self.processor).__name__} opens an answer differently to ask; its "
                     "tokens cannot be told apart. Use a template whose generation prompt opens every answer."
                 )
             start = len(question) if text.startswith(question) else len(question.rstrip())

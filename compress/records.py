@@ -1,4 +1,4 @@
-"""The formats samples come in: JSONL, LLaVA conversation JSON, a folder of images with captions, a Hugging Face dataset.
+"""The formats samples come in: JSONL, LLaVA conversation JSON, an image folder with captions, a Hugging Face dataset.
 
 Every format gives the same plain records (dictionaries that name an image and texts); `read_turns` reads the texts.
 """
@@ -220,7 +220,7 @@ def _dataset(folder: Path) -> Records:
         import datasets
     except ImportError:
         raise MissingDependencyError(
-            f"{folder.name} is a Hugging Face dataset and needs the package `datasets`: pip install datasets"
+            f"{folder.name} is a Hugging Face dataset and needs the package `datasets`: pip install 'slimvlm[data]'"
         ) from None
     table = datasets.load_from_disk(str(folder))
     for column, feature in table.features.items():
