@@ -13,9 +13,11 @@ from typing import Any
 
 import click
 
+from slimvlm import console
 from slimvlm.compress.errors import SlimvlmError
 from slimvlm.compress.options import CompressOptions
 from slimvlm.console import Device, Share, Size, shares
+from slimvlm.serve.runtimes import installed_runtimes, runtime_conflict
 
 # Names the library knows, repeated because importing them imports torch; a test compares.
 CRITERIA = ("ukmi", "taylor", "fisher", "magnitude", "random")
@@ -24,7 +26,7 @@ ALLOCATORS = ("balanced", "global", "local")
 ATTENTION_UNITS = ("auto", "kv-group", "query-slot")
 LAYOUTS = ("per-layer", "stock")
 KINDS = ("attention", "mlp")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 DEFAULTS = {field.name: field.default for field in fields(CompressOptions)}
 
@@ -44,7 +46,11 @@ class Interrupted(click.ClickException):
 
 
 class Commands(click.Group):
-    """Translates what the library refuses into a message and an exit code, for every command."""
+    """Commands in the order of this file; what the library refuses becomes a message and an exit code in each."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names, the most wanted first."""
+        return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
@@ -80,10 +86,11 @@ COUNT = click.IntRange(min=1)
 FRACTION = click.FloatRange(0, 1)
 RATIO = click.FloatRange(0, 1, min_open=True, max_open=True)
 
+remote_code = _option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint brings.")
 model_options = _options(
     _option("--device", type=Device(), metavar="DEVICE", help="auto, cpu, cuda or cuda:N."),
     _option("--dtype", type=click.Choice(DTYPES), help="Type of the weights; auto is the checkpoint's own."),
-    _option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint brings."),
+    remote_code,
 )
 sample_options = _options(
     _option("--data", type=FILE_OR_FOLDER, required=True, help="JSONL, LLaVA JSON, image folder or dataset directory."),
@@ -112,7 +119,12 @@ plan_options = _options(
 evaluation_options = _options(
     _option("--eval-data", type=FILE_OR_FOLDER, help="Samples for before and after; else those of --data left over."),
     _option("--eval-samples", type=COUNT, help="At most so many of them."),
-    _option("--max-quality-drop", type=click.FloatRange(min=0), metavar="POINTS", help="Exit with 4 beyond this drop."),
+)
+quality_limit = _option(
+    "--max-quality-drop",
+    type=click.FloatRange(min=0),
+    metavar="POINTS",
+    help="Exit with 4 if quality falls by more.",
 )
 folder_options = _options(
     _option("--resume", is_flag=True, help="Continue an interrupted run after its last finished stage."),
@@ -134,6 +146,56 @@ def main() -> None:
     # transformers' own bars and notes would run into ours; its errors still show.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if conflict := runtime_conflict(installed_runtimes()):
+        console.print_warning(conflict)
+
+
+@main.command()
+@click.argument("model")
+@click.argument("out", type=PATH)
+@sample_options
+@plan_options
+@evaluation_options
+@quality_limit
+@model_options
+@folder_options
+@output_options
+def compress(as_json: bool, quiet: bool, **values: Any) -> None:
+    """Cut MODEL to a smaller dense checkpoint.
+
+    MODEL is a folder or a hub name. Calibrates, plans, cuts, saves OUT/model, and evaluates before and after:
+
+        slimvlm compress ./my-vlm out --data samples.jsonl --ratio 0.5
+    """
+    _compress(CompressOptions(**values), as_json=as_json, quiet=quiet)
+
+
+@main.command()
+@click.argument("out", type=PATH)
+@_option("--ratio", type=RATIO, help="Fraction of ALL parameters to remove.")
+@_option("--seed", type=int, help="Of the choice of samples.")
+@quality_limit
+@folder_options
+@output_options
+def demo(as_json: bool, quiet: bool, **values: Any) -> None:
+    """Compress the packaged model and images.
+
+    On the CPU, in minutes, without a download:
+
+        slimvlm demo out
+    """
+    from slimvlm.demo import MODEL, SAMPLES
+
+    packaged = {"model": str(MODEL), "data": SAMPLES / "train.jsonl", "eval_data": SAMPLES / "test.jsonl"}
+    _compress(CompressOptions(**packaged, **values, device="cpu"), as_json=as_json, quiet=quiet)
+
+
+def _compress(options: CompressOptions, *, as_json: bool, quiet: bool) -> None:
+    from slimvlm import pipeline
+
+    with console.progress(quiet) as progress:
+        result = pipeline.compress(options, progress)
+    console.show_compression(result, as_json=as_json)
 
 
 @main.command()
@@ -145,33 +207,78 @@ def main() -> None:
 @model_options
 @folder_options
 @output_options
-def compress(as_json: bool, quiet: bool, **values: Any) -> None:
-    """Cut MODEL (a folder, or a hub name) to a smaller dense checkpoint in OUT/model.
+def plan(as_json: bool, quiet: bool, **values: Any) -> None:
+    """Decide what to cut, and write it down.
 
-    Calibrates, plans, cuts, saves and evaluates before and after:
+    OUT/plan.json is a small file that can be read, compared, and replayed by `slimvlm apply`. `slimvlm compress` with
+    the same options and --resume goes on from here:
 
-        slimvlm compress ./my-vlm out --data samples.jsonl --ratio 0.5
+        slimvlm plan ./my-vlm out --data samples.jsonl --ratio 0.5
     """
-    _compress(CompressOptions(**values), as_json=as_json, quiet=quiet)
+    from slimvlm import pipeline
+
+    with console.progress(quiet) as progress:
+        result = pipeline.make_plan(CompressOptions(**values), progress)
+    console.show_plan(result.plan, result.out / "plan.json", as_json=as_json)
 
 
 @main.command()
+@click.argument("model")
+@click.argument("plan_file", metavar="PLAN", type=FILE)
 @click.argument("out", type=PATH)
-@_option("--ratio", type=RATIO, help="Fraction of ALL parameters to remove.")
-@_option("--seed", type=int, help="Of the choice of samples.")
-@folder_options
+@remote_code
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def apply(model: str, plan_file: Path, out: Path, trust_remote_code: bool, as_json: bool) -> None:
+    """Cut MODEL as a saved PLAN says.
+
+    Needs no samples; writes the checkpoint folder OUT:
+
+        slimvlm apply ./my-vlm out/plan.json smaller
+    """
+    from slimvlm import pipeline
+
+    options = CompressOptions(model=model, out=out, data=plan_file, trust_remote_code=trust_remote_code)
+    console.show_plan(pipeline.apply_saved_plan(model, plan_file, out, options), out, as_json=as_json)
+
+
+@main.command()
+@click.argument("model")
+@sample_options
+@_option("--eval-samples", type=COUNT, help="At most so many samples.")
+@click.option("--against", metavar="MODEL", help="Compare with this checkpoint on the same samples.")
+@model_options
 @output_options
-def demo(as_json: bool, quiet: bool, **values: Any) -> None:
-    """Compress the packaged model with the packaged images; CPU, minutes, no download."""
-    from slimvlm.demo import MODEL, SAMPLES
+def evaluate(against: str | None, as_json: bool, quiet: bool, **values: Any) -> None:
+    """Measure how well MODEL answers.
 
-    data = {"model": str(MODEL), "data": SAMPLES / "train.jsonl", "eval_data": SAMPLES / "test.jsonl", "device": "cpu"}
-    _compress(CompressOptions(**data, **values), as_json=as_json, quiet=quiet)
+    Share of right answers per task, and the loss of the right answers' tokens:
 
-
-def _compress(options: CompressOptions, *, as_json: bool, quiet: bool) -> None:
-    from slimvlm import console, pipeline
+        slimvlm evaluate out/model --data test.jsonl --against ./my-vlm
+    """
+    from slimvlm import pipeline
 
     with console.progress(quiet) as progress:
-        result = pipeline.compress(options, progress)
-    console.show_compression(result, as_json=as_json)
+        options = CompressOptions(out=Path(), **values)
+        quality, comparison = pipeline.evaluate_checkpoint(options, against, progress)
+    console.show_quality(quality, comparison, as_json=as_json)
+
+
+@main.command()
+@click.argument("model")
+@_option("--attention-unit", type=click.Choice(ATTENTION_UNITS), help="What leaves an attention together.")
+@remote_code
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def inspect(model: str, attention_unit: str, trust_remote_code: bool, as_json: bool) -> None:
+    """Show what can be removed from MODEL.
+
+    Reads its config, no weights:
+
+        slimvlm inspect ./my-vlm
+    """
+    from slimvlm.compress.inspection import inspect_model
+
+    console.show_inspection(inspect_model(model, attention_unit, trust_remote_code), as_json=as_json)
+
+
+if __name__ == "__main__":
+    main()

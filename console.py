@@ -10,13 +10,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
+    from slimvlm.compress.inspection import Inspection
     from slimvlm.compress.plan import Plan
-    from slimvlm.compress.quality import Comparison
+    from slimvlm.compress.quality import Comparison, Quality
     from slimvlm.pipeline import Result
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -28,6 +30,7 @@ SIZE_UNITS = {"": 1, "B": 1} | {
     for suffix, base in (("", 1000), ("B", 1000), ("IB", 1024))
 }
 WIDTH_OF_A_FILE = 120  # columns when stdout is no terminal
+NO_FRACTIONS = ("token_loss", "perplexity")  # metrics that are not a share of the questions
 
 
 class Size(click.ParamType):
@@ -150,21 +153,6 @@ def print_json(document: Mapping[str, Any]) -> None:
         click.echo(json.dumps(_finite(document), indent=2, sort_keys=True, allow_nan=False))
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stdout; the first column is text, the others are right-aligned."""
-    if not is_first_process():
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE, markup=False, highlight=False).print(table)
-
-
 def print_line(text: str = "") -> None:
     """A line of the result on stdout."""
     if is_first_process():
@@ -190,6 +178,142 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.1f} %"
 
 
+def show_compression(result: Result, *, as_json: bool) -> None:
+    """What `compress` gave: sizes and quality before and after, seconds per stage, and where the files are."""
+    plan, comparison = result.plan, result.comparison
+    if as_json:
+        quality = comparison.to_dict() if comparison else None
+        print_json(
+            {
+                **_plan_document(plan),
+                "out": str(result.out),
+                "quality": quality,
+                "bad_samples": result.bad_samples,
+                "seconds": result.seconds,
+            }
+        )
+        return
+    rows = _size_rows(plan)
+    if comparison:
+        rows.append(_quality_row(comparison))
+    _print_table(("", "before", "after", "change"), rows)
+    _print_removed(plan)
+    if result.bad_samples:
+        print_line(f"skipped  {result.bad_samples} unreadable samples, named in {result.out / 'run.json'}")
+    print_line("seconds  " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result.seconds.items()))
+    print_line(f"model    {result.out / 'model'}")
+    print_line(f"details  {result.out / 'run.json'}, plan.json, quality.json")
+
+
+def show_plan(plan: Plan, written: Path, *, as_json: bool) -> None:
+    """Sizes before and after a plan, and what was `written`."""
+    if as_json:
+        print_json({**_plan_document(plan), "out": str(written)})
+        return
+    _print_table(("", "before", "after", "change"), _size_rows(plan))
+    _print_removed(plan)
+    print_line(f"written  {written}")
+
+
+def show_quality(quality: Quality, comparison: Comparison | None, *, as_json: bool) -> None:
+    """Scores per task, their mean, and the difference to another model where one was given."""
+    if as_json:
+        print_json({"quality": quality.to_dict(), "comparison": comparison.to_dict() if comparison else None})
+        return
+    names = list(quality.scores)
+    rows = [(task, str(scores["questions"]), *_cells(names, scores)) for task, scores in quality.tasks.items()]
+    rows.append(("mean of tasks", str(len(quality.rows)), *_cells(names, quality.scores)))
+    _print_table(("task", "questions", *(name.replace("_", " ") for name in names)), rows)
+    if comparison:
+        print_line()
+        _print_table(("", "against", "this", "change"), [_quality_row(comparison)])
+
+
+def show_inspection(inspection: Inspection, *, as_json: bool) -> None:
+    """Family, parameters, and the prunable parts of every tower."""
+    if as_json:
+        print_json(inspection.to_dict())
+        return
+    share = inspection.prunable_parameters / inspection.parameters
+    print_line(f"family      {inspection.family} ({inspection.model_class})")
+    print_line(f"parameters  {count(inspection.parameters)}, {percent(share)} of them prunable")
+    print_line()
+    columns = ("tower", "kind", "unit", "groups", "units", "parameters per unit", "prunable")
+    rows = [
+        (
+            *(part.tower, part.kind, part.unit, str(part.groups), str(part.units)),
+            *(str(part.parameters_per_unit), count(part.prunable_parameters)),
+        )
+        for part in inspection.parts
+    ]
+    _print_table(columns, rows)
+
+
+def _plan_document(plan: Plan) -> dict[str, Any]:
+    return {
+        "parameters": {"before": plan.parameters_before, "after": plan.parameters_after},
+        "removed_of_all": plan.removed_fraction,
+        "removed_of_prunable": _removed_of_prunable(plan),
+        "towers": {name: asdict(tower) for name, tower in plan.towers.items()},
+    }
+
+
+def _size_rows(plan: Plan) -> list[tuple[str, ...]]:
+    rows = [_size_row("parameters", plan.parameters_before, plan.parameters_after)]
+    for name, tower in plan.towers.items():
+        rows.append(_size_row(f"  {name}", tower.parameters_before, tower.parameters_after))
+    for name, tower in plan.towers.items():
+        rows.append(_size_row(f"multiply-adds per token, {name}", tower.macs_before, tower.macs_after))
+    return rows
+
+
+def _size_row(name: str, before: int, after: int) -> tuple[str, ...]:
+    return name, count(before), count(after), f"{100 * (after / before - 1):+.1f} %" if before else ""
+
+
+def _quality_row(comparison: Comparison) -> tuple[str, ...]:
+    """A metric that is a fraction is printed in percent and points, a loss as it is; with the interval."""
+    name = f"{comparison.metric.replace('_', ' ')}, mean of tasks"
+    figures = (comparison.dense, comparison.slim)
+    change = (comparison.difference, comparison.low, comparison.high)
+    if comparison.metric in NO_FRACTIONS:
+        return name, *(f"{figure:.3f}" for figure in figures), "{:+.3f} ({:+.3f} to {:+.3f})".format(*change)
+    points = (100 * value for value in change)
+    return name, *(percent(figure) for figure in figures), "{:+.1f} points ({:+.1f} to {:+.1f})".format(*points)
+
+
+def _cells(names: Sequence[str], scores: Mapping[str, float]) -> list[str]:
+    return [f"{scores[name]:.3f}" if name in NO_FRACTIONS else percent(scores[name]) for name in names]
+
+
+def _print_removed(plan: Plan) -> None:
+    print_line()
+    of_all, of_prunable = percent(plan.removed_fraction), percent(_removed_of_prunable(plan))
+    print_line(f"removed  {of_all} of all parameters, {of_prunable} of the prunable weights")
+
+
+def _removed_of_prunable(plan: Plan) -> float:
+    """Removed fraction of the weights that can be cut (the towers' multiply-adds per token are these weights)."""
+    before = sum(tower.macs_before for tower in plan.towers.values())
+    return 1 - sum(tower.macs_after for tower in plan.towers.values()) / before if before else 0.0
+
+
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """On stdout, the same text with and without a terminal; columns of figures are right-aligned."""
+    if not is_first_process():
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for index, column in enumerate(columns):
+        is_text = all(not any(character.isdigit() for character in row[index]) for row in rows)
+        table.add_column(column, justify="left" if is_text or not index else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE, markup=False, highlight=False).print(table)
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _finite(item) for key, item in value.items()}
@@ -198,56 +322,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return None
     return value if isinstance(value, str | int | float | bool | None) else str(value)
-
-
-def show_compression(result: Result, *, as_json: bool) -> None:
-    """What `compress` gave: sizes and quality before and after, seconds per stage, and where the files are."""
-    plan, comparison = result.plan, result.comparison
-    if as_json:
-        print_json(
-            {
-                "out": str(result.out),
-                "model": str(result.out / "model"),
-                "parameters": {"before": plan.parameters_before, "after": plan.parameters_after},
-                "removed_of_all": plan.removed_fraction,
-                "removed_of_prunable": _removed_of_prunable(plan),
-                "towers": {name: asdict(tower) for name, tower in plan.towers.items()},
-                "quality": comparison.to_dict() if comparison else None,
-                "bad_samples": result.bad_samples,
-                "seconds": result.seconds,
-            }
-        )
-        return
-    rows = [_counts("parameters", plan.parameters_before, plan.parameters_after)]
-    for name, tower in plan.towers.items():
-        rows.append(_counts(f"  {name}", tower.parameters_before, tower.parameters_after))
-    for name, tower in plan.towers.items():
-        rows.append(_counts(f"multiply-adds per token, {name}", tower.macs_before, tower.macs_after))
-    if comparison:
-        rows.append(_quality_row(comparison))
-    print_table("", ("", "before", "after", "change"), rows)
-    print_line()
-    print_line(f"removed  {percent(plan.removed_fraction)} of all, {percent(_removed_of_prunable(plan))} of prunable")
-    if result.bad_samples:
-        print_line(f"skipped  {result.bad_samples} unreadable samples, named in {result.out / 'run.json'}")
-    print_line("seconds  " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result.seconds.items()))
-    print_line(f"model    {result.out / 'model'}")
-    print_line(f"details  {result.out / 'run.json'}, plan.json, quality.json")
-
-
-def _counts(name: str, before: int, after: int) -> tuple[str, str, str, str]:
-    return name, count(before), count(after), f"{100 * (after / before - 1):+.1f} %" if before else ""
-
-
-def _quality_row(comparison: Comparison) -> tuple[str, str, str, str]:
-    """Percent, with the interval of the difference in points; a loss is printed as it is."""
-    name = f"{comparison.metric.replace('_', ' ')}, mean of tasks"
-    low, high = 100 * comparison.low, 100 * comparison.high
-    change = f"{100 * comparison.difference:+.1f} points ({low:+.1f} to {high:+.1f})"
-    return name, percent(comparison.dense), percent(comparison.slim), change
-
-
-def _removed_of_prunable(plan: Plan) -> float:
-    """Removed fraction of the weights that can be cut (the towers' multiply-adds per token are these weights)."""
-    before = sum(tower.macs_before for tower in plan.towers.values())
-    return 1 - sum(tower.macs_after for tower in plan.towers.values()) / before if before else 0.0
