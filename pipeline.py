@@ -31,7 +31,7 @@ Progress = Callable[[str, int, int], None]  # stage, done, total
 
 # Logits of the cut model against the dense model with the same units masked, relative to the largest logit.
 SLICE_TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HELD_OUT = 512  # samples of --data kept for the comparison when no --eval-data is given
 CHECKED_SAMPLES = 4
 
@@ -63,7 +63,7 @@ def compress(options: CompressOptions, progress: Progress | None = None) -> Resu
 
 
 def make_plan(options: CompressOptions, progress: Progress | None = None) -> Result:
-    """The plan stage alone: `plan.json` and `scores.safetensors` in the run folder; `compress --resume` goes on from there."""
+    """The plan stage alone: `plan.json` and `scores.safetensors`; `compress --resume` goes on from there."""
     return compress(replace(options, stages=("plan",)), progress)
 
 
@@ -80,8 +80,8 @@ def apply_saved_plan(model: str, plan_file: Path, out: Path, options: CompressOp
     loaded = load_model(model, trust_remote_code=options.trust_remote_code)
     if loaded.digest != plan.model_digest:
         raise CheckpointError(
-            f"{plan_file} was made for other weights than {model} ({plan.model_digest[:12]} is not {loaded.digest[:12]}); "
-            "make a plan for this checkpoint"
+            f"{plan_file} was made for other weights than {model} "
+            f"({plan.model_digest[:12]} is not {loaded.digest[:12]}); make a plan for this checkpoint"
         )
     apply_plan(loaded.model, plan)
     save_checkpoint(out, loaded.model, loaded.processor, plan, plan.layout)
@@ -100,10 +100,10 @@ def evaluate_checkpoint(
 
 
 def _compress(options: CompressOptions, progress: Progress) -> Result:
-    run = RunFolder(options.out, options.identity(), resume=options.resume, overwrite=options.overwrite)
+    run = _open_run(options)
     data = _read_samples(options)
     plan = _plan_stage(run, options, data, progress)
-    if processes.rank() > 0 or options.stages == ("plan",):
+    if not run.writer or options.stages == ("plan",):
         return Result(options.out, plan, None, {}, len(data.bad))
     _slice_stage(run, options, plan, data)
     comparison = _evaluate_stage(run, options, data, progress)
@@ -111,6 +111,16 @@ def _compress(options: CompressOptions, progress: Progress) -> Result:
     result = Result(options.out, plan, comparison, seconds, len(data.bad))
     _check_quality(options, comparison)
     return result
+
+
+def _open_run(options: CompressOptions) -> RunFolder:
+    """The first process opens (and perhaps empties) the folder, then the others join it."""
+    if processes.rank() == 0:
+        run = RunFolder(options.out, options.identity(), resume=options.resume, overwrite=options.overwrite)
+    processes.wait_for_all()
+    if processes.rank() > 0:
+        run = RunFolder(options.out, options.identity(), resume=True, writer=False)
+    return run
 
 
 # ------------------------------------------------------------------ plan
@@ -128,7 +138,7 @@ class _Data:
 
 
 def _read_samples(options: CompressOptions) -> _Data:
-    """Calibration samples from --data; evaluation samples from --eval-data, else the part of --data not calibrated on."""
+    """Calibration samples from --data; evaluation samples from --eval-data, else the rest of --data."""
     wanted = options.eval_samples or HELD_OUT
     limit = options.samples if options.eval_data else options.samples + wanted
     read = _load(options, options.data, limit)
@@ -161,7 +171,7 @@ def chosen_criterion(options: CompressOptions) -> Criterion:
     return replace(CRITERIA[options.criterion], **changes)
 
 
-def planning_of(options: CompressOptions) -> Planning:
+def planning_of(options: CompressOptions, **identity: str) -> Planning:
     """The options of the plan stage in the library's terms."""
     criterion = chosen_criterion(options)
     return Planning(
@@ -174,10 +184,13 @@ def planning_of(options: CompressOptions) -> Planning:
             faithful=options.faithful,
             layout=options.layout,
         ),
-        calibration=CalibrationOptions(criterion=criterion, grad_memory_bytes=options.grad_memory),
+        calibration=CalibrationOptions(
+            criterion=criterion, grad_memory_bytes=options.grad_memory, faithful=options.faithful
+        ),
         rounds=options.rounds,
         attention_unit=options.attention_unit,
         seed=options.seed,
+        identity=identity,
     )
 
 
@@ -191,24 +204,22 @@ def _plan_stage(run: RunFolder, options: CompressOptions, data: _Data, progress:
         collator = Collator(loaded.processor, loaded.family, loaded.model.config)
         done = _finished_rounds(partial)
 
-        def keep(number: int, planned: Planned) -> None:
-            document = {"round": number, "plan": planned.plan.to_json()}
-            if number < options.rounds and processes.rank() == 0:
+        def keep(planned: Planned) -> None:
+            document = {"round": planned.round, "plan": planned.plan.to_json()}
+            if planned.round < options.rounds and run.writer:
                 write_text(partial, json.dumps(document))
 
         planned = plan_in_rounds(
             loaded.model,
-            loaded.family,
             lambda _: _collated(collator, data.calibration, options.batch_size),
-            planning_of(options),
-            identity=(loaded.digest, data.digest),
+            planning_of(options, model_digest=loaded.digest, calibration_digest=data.digest),
             done=done,
             on_round=keep,
             progress=progress,
         )
         facts.update(model_digest=loaded.digest, data_digest=data.digest, calibration_samples=len(data.calibration))
         facts["bad_samples"] = [f"{bad.name}: {bad.reason}" for bad in data.bad]
-        if processes.rank() == 0:
+        if run.writer:
             planned.scores.save(options.out / "scores.safetensors")
             write_text(path, planned.plan.to_json())
             partial.unlink(missing_ok=True)
@@ -231,8 +242,15 @@ def _collated(collator: Collator, samples: Sequence[Sample], batch_size: int) ->
 def _load_model(options: CompressOptions, name: str) -> Loaded:
     """The model in the dtype to compute in, and the dtype it is stored in as `config.dtype`."""
     loaded = load_model(name, trust_remote_code=options.trust_remote_code, device=processes.pick_device(options.device))
-    loaded.model.to(_compute_dtype(options.dtype, loaded.model))
+    _cast(loaded.model, _compute_dtype(options.dtype, loaded.model))
     return loaded
+
+
+def _cast(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """Cast the weights in place, but no buffer: rotary frequencies must stay in the fp32 transformers made them in."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def _compute_dtype(asked: str, model: torch.nn.Module) -> torch.dtype:
@@ -256,8 +274,8 @@ def _slice_stage(run: RunFolder, options: CompressOptions, plan: Plan, data: _Da
         batch = Collator(loaded.processor, loaded.family, model.config).training(data.calibration[:CHECKED_SAMPLES])
         masked = _logits(mask_plan(model, plan), batch)
         facts["masked_difference"] = _relative_difference(masked, _logits(apply_plan(model, plan), batch))
-        save_checkpoint(options.out / "model", model.to(stored), loaded.processor, plan, options.layout)
-        sliced = _logits(model.to(computed), batch)
+        save_checkpoint(options.out / "model", _cast(model, stored), loaded.processor, plan, options.layout)
+        sliced = _logits(_cast(model, computed), batch)
         reloaded = _load_model(options, str(options.out / "model"))
         facts["reload_difference"] = _relative_difference(sliced, _logits(reloaded.model, batch))
         _require_equal(facts, computed, options.out)
@@ -282,7 +300,8 @@ def _require_equal(facts: dict[str, Any], dtype: torch.dtype, out: Path) -> None
         )
     if facts["reload_difference"] > 0:
         raise CheckFailedError(
-            f"{out / 'model'}: the reloaded checkpoint differs by {facts['reload_difference']:.2e} from what was saved; please report this model"
+            f"{out / 'model'}: the reloaded checkpoint differs from what was saved by "
+            f"{facts['reload_difference']:.2e}; please report this model"
         )
 
 
@@ -317,10 +336,10 @@ def _evaluate(options: CompressOptions, name: str, samples: Sequence[Sample], pr
 
 
 def _check_quality(options: CompressOptions, comparison: Comparison) -> None:
-    limit = options.max_quality_drop
-    if limit is not None and -comparison.difference > limit:
+    limit, drop = options.max_quality_drop, -100 * comparison.difference
+    if limit is not None and drop > limit:
         raise CheckFailedError(
-            f"quality fell by {-comparison.difference:.1f} points, more than --max-quality-drop {limit:g}; "
+            f"quality fell by {drop:.1f} points, more than --max-quality-drop {limit:g}; "
             f"the files are kept in {options.out}; remove less or recover longer"
         )
 

@@ -1,9 +1,9 @@
 """What each way of choosing costs in quality, without recovery: the table of the README.
 
-`python benchmarks/quality.py measure --out study.jsonl` appends one line per cell (it continues where it was stopped;
-`--methods` and `--ratios` select cells, `--split val` is for tuning), `python benchmarks/quality.py table study.jsonl` prints
-Markdown: mean and range over calibration sets of the exact match (mean of tasks), and the chance-corrected share of the
-dense model, where the blind model (images shuffled) is 0 % and the dense one 100 %.
+`python benchmarks/quality.py measure --out study.jsonl` appends one line per cell and continues where it was stopped;
+`--methods` and `--ratios` select cells, `--split val` is for tuning. `python benchmarks/quality.py table study.jsonl`
+prints Markdown: mean and range over calibration sets of the exact match (mean of tasks), and the chance-corrected share
+of the dense model, where the blind model (images shuffled) is 0 % and the dense one 100 %.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from statistics import mean
 import torch
 
 from slimvlm.compress.budget import facts_of, make_plan
-from slimvlm.compress.calibrate import collect
+from slimvlm.compress.calibrate import GRADIENT_SALIENCIES, collect
 from slimvlm.compress.checkpoint import Loaded, load_model
 from slimvlm.compress.collate import Collator
 from slimvlm.compress.criteria import score_groups
@@ -30,7 +30,7 @@ from slimvlm.compress.evaluate import evaluate
 from slimvlm.compress.groups import find_groups
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
-from slimvlm.compress.rounds import DATA_FREE, plan_in_rounds
+from slimvlm.compress.rounds import plan_in_rounds
 from slimvlm.compress.runs import installed_versions
 from slimvlm.compress.samples import Sample, batches, load_samples
 from slimvlm.compress.slicing import apply_plan
@@ -92,7 +92,7 @@ def one_shot_plans(
     started = time.perf_counter()
     groups = find_groups(loaded.model, loaded.family, planning.attention_unit)
     calibration = None
-    if planning.calibration.criterion.saliency not in DATA_FREE:
+    if planning.calibration.criterion.saliency in GRADIENT_SALIENCIES:
         work = collated(loaded, samples, options.batch_size)
         calibration = collect(loaded.model, loaded.family, groups, work, planning.calibration)
     scores = score_groups(groups, planning.calibration.criterion, calibration, loaded.model, seed)
@@ -111,7 +111,7 @@ def plan_of_rounds(options: CompressOptions, samples: Sequence[Sample]) -> tuple
     loaded = dense()
     started = time.perf_counter()
     work = collated(loaded, samples, options.batch_size)
-    planned = plan_in_rounds(loaded.model, loaded.family, lambda _: work, planning_of(options))
+    planned = plan_in_rounds(loaded.model, lambda _: work, planning_of(options))
     return planned.plan, time.perf_counter() - started
 
 

@@ -19,7 +19,6 @@ from slimvlm.compress.budget import Budget
 from slimvlm.compress.calibrate import CalibrationOptions
 from slimvlm.compress.checkpoint import load, save_checkpoint
 from slimvlm.compress.criteria import CRITERIA
-from slimvlm.compress.families import find_family
 from slimvlm.compress.groups import count_parameters
 from slimvlm.compress.rounds import Planning, plan_in_rounds
 from slimvlm.compress.runs import installed_versions
@@ -95,7 +94,7 @@ def main() -> None:
         budget=Budget(ratio=options.ratio),
         calibration=CalibrationOptions(criterion=CRITERIA[options.criterion], grad_memory_bytes=options.grad_memory),
     )
-    planned = plan_in_rounds(model, find_family(model.config), lambda _: batches(options.samples), planning)
+    planned = plan_in_rounds(model, lambda _: list(batches(options.samples)), planning)
     decided = time.perf_counter()
     apply_plan(model, planned.plan)
     cut = time.perf_counter()

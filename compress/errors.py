@@ -1,4 +1,4 @@
-"""The errors a user can cause or meet. Each carries the exit code of the command line (design: 3 refused, 4 check failed)."""
+"""The errors a user can cause or meet, each with its exit code: 3 refused, 4 a check failed."""
 
 
 class SlimvlmError(Exception):

@@ -25,7 +25,7 @@ class Attention:
         norms: norms over all heads of q or k (their RMS is rescaled by the cut).
         patch: attributes of `module` to set after a cut -> `heads`, `kv_heads`, `groups` (H / K) or `width` (H * D).
         forward: name of the replacement forward this attention needs once cut (see modeling_slim.py).
-        stock: config fields -> the same quantities, with which the unmodified class builds a uniform head cut; empty: it cannot.
+        stock: config fields -> the same quantities, with which the unmodified class builds a uniform cut; empty: none.
     """
 
     module: str
@@ -41,7 +41,7 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class Mlp:
-    """One MLP of a block: `rows` lose rows, `output` loses columns; `stock` is the config field of its width, if one field is."""
+    """One MLP of a block: `rows` lose rows, `output` loses columns; `stock`: the config field of its width, if any."""
 
     rows: tuple[str, ...]
     output: str

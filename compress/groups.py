@@ -1,9 +1,10 @@
 """Which weights must be cut together: the family row and a model (real or on the meta device) give the list of groups.
 
-A group is one attention or one MLP of one block. Its finest *index* is a hidden channel (MLP) or a query head (attention;
-query head h belongs to KV head h // (H / K), so the kept KV heads follow from the kept query heads). What an allocator takes
-or leaves is a *unit*, a set of indices: one channel; one head; a KV group with all its query heads; or a query slot, one
-query head out of every KV group. The residual width is never cut, so every matrix loses either rows or columns.
+A group is one attention or one MLP of one block. Its finest *index* is a hidden channel (MLP) or a query head
+(attention; query head h belongs to KV head h // (H / K), so the kept KV heads follow from the kept query heads). What
+an allocator takes or leaves is a *unit*, a set of indices: one channel; one head; a KV group with all its query heads;
+or a query slot, one query head out of every KV group. The residual width is never cut, so every matrix loses either
+rows or columns.
 """
 
 from __future__ import annotations

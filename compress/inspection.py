@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-
 from slimvlm.compress.checkpoint import build_meta
 from slimvlm.compress.groups import Group, count_parameters, find_groups
 

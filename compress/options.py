@@ -17,10 +17,11 @@ class CompressOptions:
 
     Attributes:
         model: checkpoint folder, or a hub name.
-        out: run folder; `data`: calibration samples; `eval_data`: samples for the before/after comparison (default: those of
-            `data` that were not calibrated on).
+        out: run folder.
+        data: calibration samples.
+        eval_data: samples for the before/after comparison; default: those of `data` that were not calibrated on.
         ratio: fraction of ALL parameters to remove.
-        faithful: the paper's method to the letter (UKMI criterion, balanced loop with its ties and without floors, one round).
+        faithful: the paper's method to the letter: UKMI, the balanced loop with its ties and without floors, one round.
         rounds: re-calibrations on the partly cut model while the ratio grows.
         samples: calibration samples per round.
         grad_memory: bound in bytes on the gradient sums held at once; None: no bound.

@@ -1,4 +1,4 @@
-"""One process or several: `torchrun` and `accelerate launch` set the environment, this joins the group they describe."""
+"""One process or several: `torchrun` and `accelerate launch` set the environment, this joins their group."""
 
 from __future__ import annotations
 

@@ -39,7 +39,9 @@ def write_text(path: Path, text: str) -> None:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OutputError(f"cannot write {path}: {error.strerror or error}; free space or choose another folder") from None
+        raise OutputError(
+            f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
+        ) from None
 
 
 @contextmanager
@@ -49,7 +51,9 @@ def reported_as_output_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         where = error.filename or folder
-        raise OutputError(f"cannot write {where}: {error.strerror or error}; free space or choose another folder") from None
+        raise OutputError(
+            f"cannot write {where}: {error.strerror or error}; free space or choose another folder"
+        ) from None
 
 
 class RunFolder:
@@ -60,13 +64,22 @@ class RunFolder:
         options: what identifies the run; a resumed run must have the same.
         resume: continue after the last finished stage of an earlier run in the same folder.
         overwrite: delete what an earlier run of ours left; never deletes a folder without a run record.
+        writer: of several processes in one run only one writes; the others open the folder after it, with `resume`.
 
     Raises:
         OutputError: the folder is not empty (and neither flag fits), not writable, or holds another run.
     """
 
-    def __init__(self, path: Path, options: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False) -> None:
-        self.path = path
+    def __init__(
+        self,
+        path: Path,
+        options: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        writer: bool = True,
+    ) -> None:
+        self.path, self.writer = path, writer
         options = json.loads(json.dumps(options, sort_keys=True))
         with reported_as_output_errors(path):
             earlier = self._read_earlier(resume, overwrite)
@@ -75,7 +88,12 @@ class RunFolder:
             _check_same_options(earlier["options"], options, path)
             self.record = earlier
         else:
-            self.record = {"schema": SCHEMA, "command": [Path(sys.argv[0]).name, *sys.argv[1:]], "options": options, "stages": {}}
+            self.record = {
+                "schema": SCHEMA,
+                "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+                "options": options,
+                "stages": {},
+            }
         self.record["versions"] = installed_versions()
         self.save()
 
@@ -91,7 +109,9 @@ class RunFolder:
             shutil.rmtree(self.path)
             return None
         if not resume:
-            raise OutputError(f"{self.path} holds an earlier run; continue it with --resume, or replace it with --overwrite")
+            raise OutputError(
+                f"{self.path} holds an earlier run; continue it with --resume, or replace it with --overwrite"
+            )
         try:
             earlier = json.loads(record.read_text())
         except ValueError:
@@ -101,8 +121,9 @@ class RunFolder:
         return earlier
 
     def save(self) -> None:
-        """Write the record."""
-        write_text(self.path / RECORD, json.dumps(self.record, indent=2, sort_keys=True) + "\n")
+        """Write the record, if this process is the one that writes."""
+        if self.writer:
+            write_text(self.path / RECORD, json.dumps(self.record, indent=2, sort_keys=True) + "\n")
 
     def finished(self, stage: str) -> bool:
         """Whether `stage` was finished by this or an earlier process."""

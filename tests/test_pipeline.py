@@ -1,0 +1,144 @@
+"""The one-shot job on the packaged demo model: results, refusals, and the same plan from any number of processes."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import slimvlm
+from slimvlm.compress.errors import CheckFailedError, CheckpointError, InfeasibleBudgetError
+from slimvlm.compress.options import CompressOptions
+from slimvlm.compress.plan import Plan
+from slimvlm.demo import MODEL, SAMPLES
+from slimvlm.pipeline import apply_saved_plan, compress, evaluate_checkpoint, make_plan
+
+
+def few(tmp_path: Path, **changes) -> CompressOptions:
+    """A job of seconds: 32 calibration samples in two rounds, 24 questions."""
+    options = CompressOptions(
+        model=str(MODEL),
+        out=tmp_path / "out",
+        data=SAMPLES / "train.jsonl",
+        eval_data=SAMPLES / "val.jsonl",
+        samples=32,
+        eval_samples=24,
+        rounds=2,
+        batch_size=8,
+    )
+    return replace(options, **changes)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    options = few(tmp_path_factory.mktemp("run"))
+    return options, compress(options)
+
+
+def test_one_shot_compression_gives_a_smaller_checkpoint_that_loads(finished):
+    options, result = finished
+    model, processor = slimvlm.load(options.out / "model")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert parameters == result.plan.parameters_after
+    assert abs(parameters / result.plan.parameters_before - 0.5) < 0.01
+    assert processor is not None
+
+
+def test_the_run_folder_holds_plan_scores_quality_and_the_checks_that_were_made(finished):
+    options, result = finished
+    record = json.loads((options.out / "run.json").read_text())
+    assert record["stages"]["slice"]["masked_difference"] <= 1e-5
+    assert record["stages"]["slice"]["reload_difference"] == 0
+    assert record["stages"]["plan"]["data_digest"] == result.plan.calibration_digest
+    quality = json.loads((options.out / "quality.json").read_text())
+    assert len(quality["dense"]["rows"]) == len(quality["slim"]["rows"]) == 24
+    assert (options.out / "scores.safetensors").is_file()
+
+
+def test_a_finished_run_resumes_to_the_same_result_without_work(finished):
+    options, result = finished
+    before = {path: path.stat().st_mtime_ns for path in (options.out / "model").iterdir()}
+    again = compress(replace(options, resume=True))
+    assert again.plan == result.plan
+    assert again.comparison == result.comparison
+    assert before == {path: path.stat().st_mtime_ns for path in (options.out / "model").iterdir()}
+
+
+def test_a_saved_plan_replays_to_the_same_weights_and_refuses_other_weights(finished, tmp_path):
+    options, _ = finished
+    apply_saved_plan(options.model, options.out / "plan.json", tmp_path / "replayed", options)
+    replayed, _ = slimvlm.load(tmp_path / "replayed")
+    model, _ = slimvlm.load(options.out / "model")
+    for (name, one), (_, other) in zip(replayed.named_parameters(), model.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+    with pytest.raises(CheckpointError, match="other weights"):
+        apply_saved_plan(str(options.out / "model"), options.out / "plan.json", tmp_path / "never", options)
+
+
+def test_a_slim_checkpoint_can_be_compressed_again(finished, tmp_path):
+    options, result = finished
+    again = few(tmp_path, model=str(options.out / "model"), ratio=0.2, criterion="magnitude", rounds=1)
+    second = compress(again)
+    assert second.plan.parameters_before == result.plan.parameters_after
+    assert second.plan.parameters_after < 0.81 * second.plan.parameters_before
+
+
+def test_a_crossed_quality_limit_fails_the_check_and_keeps_the_files(finished):
+    options, _ = finished
+    with pytest.raises(CheckFailedError, match="--max-quality-drop"):
+        compress(replace(options, resume=True, max_quality_drop=-1000.0))
+    assert (options.out / "model" / "config.json").is_file()
+
+
+def test_a_ratio_no_plan_can_reach_is_refused_and_leaves_no_plan(tmp_path):
+    options = few(tmp_path, ratio=0.97, rounds=1, criterion="magnitude")
+    with pytest.raises(InfeasibleBudgetError):
+        compress(options)
+    assert not (options.out / "plan.json").exists()
+    assert not (options.out / "model").exists()
+
+
+def test_the_stock_layout_loads_with_the_unmodified_class(tmp_path):
+    from transformers import LlavaForConditionalGeneration
+
+    options = few(tmp_path, ratio=0.2, layout="stock", rounds=1)
+    result = compress(options)
+    model, info = LlavaForConditionalGeneration.from_pretrained(options.out / "model", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert sum(parameter.numel() for parameter in model.parameters()) == result.plan.parameters_after
+
+
+def test_evaluating_against_the_dense_model_pairs_the_questions(finished):
+    options, result = finished
+    job = replace(options, model=str(options.out / "model"), data=options.eval_data)
+    quality, comparison = evaluate_checkpoint(job, against=str(MODEL))
+    assert len(quality.rows) == 24
+    assert comparison.difference == pytest.approx(result.comparison.difference)
+
+
+def test_two_processes_give_the_plan_of_one(tmp_path):
+    one = make_plan(few(tmp_path, criterion="ukmi", rounds=2)).plan
+    code = (
+        "import sys; from pathlib import Path; from slimvlm.compress.options import CompressOptions; from slimvlm.pipeline import make_plan;"
+        f"make_plan(CompressOptions(model={str(MODEL)!r}, out=Path(sys.argv[1]), data=Path({str(SAMPLES / 'train.jsonl')!r}),"
+        f" eval_data=Path({str(SAMPLES / 'val.jsonl')!r}), samples=32, eval_samples=24, rounds=2, batch_size=8, criterion='ukmi'))"
+    )
+    script = tmp_path / "plan.py"
+    script.write_text(code)
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        script,
+        tmp_path / "two",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    subprocess.run(launcher, check=True, cwd=tmp_path, env=environment, capture_output=True, timeout=120)
+    two = Plan.from_json((tmp_path / "two" / "plan.json").read_text())
+    assert two.keep == one.keep

@@ -1,0 +1,54 @@
+"""Killed with SIGKILL in any stage and resumed, the command ends with the same plan bytes and the same weights."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from slimvlm.demo import MODEL, SAMPLES
+
+COMMAND = [
+    str(Path(sys.executable).with_name("slimvlm")), "compress", str(MODEL), "OUT", "--data", str(SAMPLES / "train.jsonl"),
+    "--eval-data", str(SAMPLES / "val.jsonl"), "--samples", "24", "--eval-samples", "12", "--rounds", "3", "--batch-size", "8",
+]  # fmt: skip
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def command(out: Path, *more: str) -> list[str]:
+    return [str(out) if word == "OUT" else word for word in COMMAND] + list(more)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "out"
+    subprocess.run(command(out), check=True, env=ENVIRONMENT, capture_output=True, timeout=120)
+    return out
+
+
+def kill_when_it_says(out: Path, stage: str, times: int) -> None:
+    """Start the command and send SIGKILL at the `times`-th progress line of `stage`."""
+    with subprocess.Popen(command(out), env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+        seen = 0
+        for line in process.stderr:
+            seen += line.startswith(stage.encode())
+            if seen == times:
+                process.send_signal(signal.SIGKILL)
+                break
+        else:
+            pytest.fail(f"never saw {times} lines of {stage}")
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(("stage", "times"), [("calibrate", 1), ("calibrate", 3), ("evaluate", 1)])
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, uninterrupted, stage, times):
+    out = tmp_path / "out"
+    kill_when_it_says(out, stage, times)
+    subprocess.run(command(out, "--resume"), check=True, env=ENVIRONMENT, capture_output=True, timeout=120)
+    assert (out / "plan.json").read_bytes() == (uninterrupted / "plan.json").read_bytes()
+    resumed, whole = (load_file(folder / "model" / "model.safetensors") for folder in (out, uninterrupted))
+    assert resumed.keys() == whole.keys()
+    assert all(resumed[name].equal(whole[name]) for name in whole)
