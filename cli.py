@@ -26,7 +26,7 @@ ALLOCATORS = ("balanced", "global", "local")
 ATTENTION_UNITS = ("auto", "kv-group", "query-slot")
 LAYOUTS = ("per-layer", "stock")
 KINDS = ("attention", "mlp")
-DTYPES = ("auto", "fp32", "bf16", "fp16")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 DEFAULTS = {field.name: field.default for field in fields(CompressOptions)}
 

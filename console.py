@@ -115,16 +115,16 @@ def progress(quiet: bool) -> Iterator[Progress]:
 
 
 class _Lines:
-    """One line per finished stage, with its seconds."""
+    """One line per finished stage, with the seconds since the one before."""
 
     def __init__(self) -> None:
-        self.started: dict[str, float] = {}
+        self.since = time.perf_counter()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        start = self.started.setdefault(stage, time.perf_counter())
         if done >= total:
-            del self.started[stage]
-            click.echo(f"{stage:<24}{done:>8}/{total}  {time.perf_counter() - start:8.1f} s", err=True)
+            now = time.perf_counter()
+            click.echo(f"{stage:<24}{done:>8}/{total}  {now - self.since:8.1f} s", err=True)
+            self.since = now
 
 
 @contextmanager
