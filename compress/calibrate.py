@@ -1,13 +1,12 @@
 """Calibration: one pass over sample batches collects the saliency of every prunable weight and the angle histograms.
 
-Gradient and histogram come from the SAME forward (UKMP, AAAI 2025, "importance" and "angle distribution"; the paper's code
-reads the data twice). Full gradient sums can be bounded in memory, at the price of more passes, with the same result.
+Gradient and histogram come from the SAME forward (UKMP, AAAI 2025, "importance" and "angle distribution"; the paper's
+code reads the data twice). Full gradient sums can be bounded in memory, at the price of more passes; same result.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from slimvlm.compress.criteria import Criterion
 from slimvlm.compress.errors import CalibrationError
 from slimvlm.compress.families import Family
 from slimvlm.compress.groups import Group
-from slimvlm.compress.objective import ask, loss, stream_of
+from slimvlm.compress.objective import Question, ask, loss, stream_of
 from slimvlm.compress.statistics import AngleHistograms, GradientSums, Side
 
 SCHEMA = 1
@@ -64,13 +63,13 @@ class Calibration:
         digest: identity of the samples.
         num_samples: samples that counted; `skipped_samples` had no supervised token.
         image_tokens, text_tokens: without padding; for a dual encoder image tokens are patches.
-        selected_tokens: answer tokens the loss was taken over (0 for a dual encoder).
+        selected_tokens: answer tokens that gave a gradient (0 for a dual encoder).
         saliency: fp32 [rows or columns] over the full tensor, keyed `path:dim`.
         entropy: fp32 [rows] in nats, keyed by path; language modality, row-cut linears.
         seconds: wall-clock time of this process.
         criterion: name of the criterion; its saliency and threshold in `variant` and `threshold`.
-        micro_batch: largest number of samples in one backward pass. The squares of `second`, `mix` and `fisher` are taken
-            per micro-batch, so they depend on it; the other statistics do not.
+        micro_batch: largest number of samples in one backward pass. The squares of `second`, `mix` and `fisher` are
+            taken per micro-batch, so they depend on it; the other statistics do not.
         passes: times the data was read.
     """
 
@@ -97,7 +96,7 @@ class Calibration:
         scalars = {name: value for name, value in vars(self).items() if name not in ("saliency", "entropy")}
         beside = path.with_name(f".{path.name}.partial")
         save_file(tensors, beside, metadata={"calibration": json.dumps(scalars, sort_keys=True)})
-        os.replace(beside, path)
+        beside.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
@@ -133,8 +132,8 @@ def collect(
 ) -> Calibration:
     """Run the model forward and backward over the batches and reduce what was seen to a vector per tensor side.
 
-    The model is in evaluation mode meanwhile, only the weights of `groups` ask for gradients, and afterwards, also after an
-    error, its modes, gradient requests, gradients and hooks are what they were. Weights never change. With several
+    The model is in evaluation mode meanwhile and only the weights of `groups` ask for gradients; afterwards, also after
+    an error, its modes, gradient requests, gradients and hooks are what they were. Weights never change. With several
     processes (torch.distributed initialised) batch i goes to process i % world_size and every process returns the same
     statistics; every process must be given all batches.
 
@@ -208,20 +207,15 @@ class _Run:
         self.done, self.total = 0, passes * len(self.indices)
 
     def reduce(self, tensor: Tensor, how: str) -> None:
-        """Sum, minimum or maximum over the processes, in place; on the model's device, where the backend can reach it."""
+        """`sum`, `min` or `max` over the processes, in place, on the model's device (the backend can reach that)."""
         if self.joined:
-            operation = {
-                "sum": distributed.ReduceOp.SUM,
-                "min": distributed.ReduceOp.MIN,
-                "max": distributed.ReduceOp.MAX,
-            }
             moved = tensor.to(self.model.device)
-            distributed.all_reduce(moved, operation[how])
+            distributed.all_reduce(moved, getattr(distributed.ReduceOp, how.upper()))
             tensor.copy_(moved)
 
     def read(self, sums: GradientSums, angles: AngleHistograms | None) -> dict[str, int]:
         """One pass: forward and backward over this process's batches; the counts over all processes."""
-        counted = {"samples": 0, "skipped": 0, "image_tokens": 0, "text_tokens": 0, "micro_batches": 0}
+        counted = dict.fromkeys(("samples", "skipped", "image_tokens", "text_tokens", "micro_batches"), 0)
         largest = 0
         selected = torch.zeros((), dtype=torch.int64, device=self.model.device)
         for index in self.indices:
@@ -231,14 +225,7 @@ class _Run:
             if question is None:
                 counted["skipped"] += len(batch["input_ids"])
             else:
-                if angles is not None:
-                    angles.expect(question.masks)
-                with torch.enable_grad():
-                    value, tokens = loss(self.model, question, self.criterion.threshold)
-                    if value.requires_grad:  # not so where the loss reaches no weight of this pass
-                        value.backward()
-                sums.close_batch(index, value.detach())
-                selected += tokens
+                selected += self._learn(index, question, sums, angles)
                 for name, count in asdict(question.tally).items():
                     counted[name] += count
                 counted["micro_batches"] += 1
@@ -248,6 +235,17 @@ class _Run:
             self._report()
         sums.require_finite(len(self.batches), self.reduce)
         return self._over_processes({**counted, "selected_tokens": int(selected)}, largest)
+
+    def _learn(self, index: int, question: Question, sums: GradientSums, angles: AngleHistograms | None) -> Tensor:
+        """Forward and backward of one batch; the number of tokens that gave a gradient."""
+        if angles is not None:
+            angles.expect(question.masks)
+        with torch.enable_grad():
+            value, tokens = loss(self.model, question, self.criterion.threshold)
+            if value.requires_grad:  # not so where the loss reaches no weight of this pass
+                value.backward()
+        sums.close_batch(index, value.detach())
+        return tokens
 
     def _report(self) -> None:
         self.done += 1
@@ -261,8 +259,8 @@ class _Run:
         counts = dict(zip(counted, totals.tolist(), strict=True)) | {"micro_batch": int(most)}
         if not counts["samples"]:
             raise CalibrationError(
-                f"none of the {counts['skipped']} calibration samples can count: they have no supervised (answer) token, or, "
-                "for a dual encoder, every batch holds a single pair; check the answers and the batch size"
+                f"none of the {counts['skipped']} calibration samples can count: they have no supervised (answer) "
+                "token, or, for a dual encoder, every batch holds a single pair; check the answers and the batch size"
             )
         return counts
 

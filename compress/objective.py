@@ -55,14 +55,14 @@ class Question:
 
 
 def stream_of(family: Family, group: Group, member: Member) -> str:
-    """Which tokens a row-cut linear reads: a decoder's own, or the text model's input (which cross attention's k, v read)."""
+    """Which tokens a row-cut linear reads: a separate decoder's own, else the text model's input."""
     if family.kind != "encoder-decoder" or group.tower != "decoder":
         return TEXT
     return TEXT if group.key.endswith("cross_attn") and member.heads == "kv" else TARGETS
 
 
 def ask(model: nn.Module, family: Family, batch: Mapping[str, Any]) -> Question | None:
-    """The batch as a question to `model`; None if no sample of it can count (no supervised token, or nothing to contrast).
+    """The batch as a question to `model`; None if no sample can count (no supervised token, or nothing to contrast).
 
     Raises:
         CalibrationError: the batch has no labels.
@@ -143,18 +143,24 @@ def _on_device(model: nn.Module, question: Question) -> Question:
 
 
 def loss(model: nn.Module, question: Question, threshold: float | None) -> tuple[Tensor, Tensor]:
-    """(loss, number of tokens it was taken over): scalars on the model's device, with the graph behind the loss.
+    """(loss with its graph, tokens that gave a gradient: filled in by the backward): scalars on the model's device.
 
-    The loss is the sum over samples of the mean over the sample's poorly fitted tokens (all answer tokens if `threshold`
-    is None), or, for a dual encoder, the model's contrastive loss times the number of samples; that has no tokens.
+    The loss is the sum over samples of the mean over the sample's poorly fitted tokens (all answer tokens if
+    `threshold` is None), or, for a dual encoder, the contrastive loss times the number of samples; that has no tokens.
     """
     output = model(**question.inputs)
+    selected = torch.zeros((), dtype=torch.int64, device=model.device)
     if question.labels is None:
-        return output.loss * question.tally.samples, torch.zeros((), dtype=torch.int64, device=model.device)
+        return output.loss * question.tally.samples, selected
     logits = output.logits
     if question.positions is not None:
         logits = logits[:, question.positions]
     if question.rows is not None:
         logits = logits[question.rows]
-    selected = (question.labels != IGNORED).sum()
+
+    def count(grad: Tensor) -> None:
+        selected.add_(grad.any(-1).sum())
+
+    if logits.requires_grad:
+        logits.register_hook(count)
     return poorly_fitted_loss(logits, question.labels, threshold), selected

@@ -37,7 +37,7 @@ class Side:
 
 
 class GradientSums:
-    """Sums of gradients (fp32) of some weights over backward passes; within `with`, only these weights ask for gradients.
+    """fp32 sums of the gradients of some weights over backward passes; within `with`, only these ask for gradients.
 
     `first` and `vectorized` keep G = sum of g; `mix` keeps G and the sum of g * g; `second` and `fisher` keep only the
     reduced vectors of (w * g)^2. g is the gradient of one micro-batch, so squares depend on the micro-batch size.
@@ -152,7 +152,7 @@ class GradientSums:
 
     def _full(self, side: Side, micro_batches: int, reduce: Reduce, result: dict[str, Tensor]) -> None:
         weight = side.linear.weight
-        # A weight that the loss does not reach (the blocks behind LLaVA's feature layer) has no gradient: its sum is zero.
+        # A weight the loss does not reach (a block behind LLaVA's feature layer) has no gradient: its sum is zero.
         held = weight.grad if self._native(weight) else self._sums.pop(side.path, None)
         grad = torch.zeros_like(weight, dtype=torch.float32) if held is None else held.to(weight.device)
         weight.grad = None

@@ -1,4 +1,4 @@
-"""Calibration: the statistics against a literal loop, and what must hold whatever the batching, memory bound or process count."""
+"""Calibration: statistics against a literal loop; what holds whatever the batching, memory bound or process count."""
 
 from __future__ import annotations
 
@@ -73,25 +73,27 @@ def assert_same(left: Calibration, right: Calibration, rtol: float = 1e-4) -> No
         assert ((value - right.entropy[key]).abs() < 1e-5).float().mean() > 0.95, key
 
 
-def literal_loss(logits: torch.Tensor, labels: torch.Tensor, threshold: float) -> torch.Tensor:
-    """One example: mean cross entropy over positions whose top-1 probability is at most max(T, smallest)."""
-    kept = labels != -100
-    logits, labels = logits[kept].float(), labels[kept]
-    top = logits.softmax(-1).max(-1).values
-    chosen = top <= max(threshold, top.min().item())
-    return torch.nn.functional.cross_entropy(logits[chosen], labels[chosen])
+def literal_selection(logits: torch.Tensor, labels: torch.Tensor, threshold: float) -> torch.Tensor:
+    """One example: its labelled positions whose top-1 probability is at most max(T, smallest), bool [L]."""
+    top = logits.float().softmax(-1).max(-1).values
+    return (labels != -100) & (top <= max(threshold, top[labels != -100].min().item()))
+
+
+def aligned(tiny: Tiny, sample: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and labels of one example, position by position."""
+    logits, labels = tiny.model(**sample).logits[0], sample["labels"][0]
+    return (logits[:-1], labels[1:]) if find_family(tiny.model.config).kind == "decoder" else (logits, labels)
 
 
 def literal_gradients(
     tiny: Tiny, sample: dict[str, torch.Tensor], paths: list[str], threshold: float
 ) -> list[torch.Tensor]:
     """Per-example gradients (zeros where the loss does not reach)."""
-    logits = tiny.model(**sample).logits[0]
-    labels = sample["labels"][0]
-    if find_family(tiny.model.config).kind == "decoder":
-        logits, labels = logits[:-1], labels[1:]
+    logits, labels = aligned(tiny, sample)
+    chosen = literal_selection(logits, labels, threshold)
+    loss = torch.nn.functional.cross_entropy(logits[chosen].float(), labels[chosen])
     weights = [tiny.model.get_submodule(path).weight for path in paths]
-    found = torch.autograd.grad(literal_loss(logits, labels, threshold), weights, allow_unused=True)
+    found = torch.autograd.grad(loss, weights, allow_unused=True)
     return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)]
 
 
@@ -162,6 +164,8 @@ def test_statistics_equal_a_literal_loop_over_examples(name: str) -> None:
                 torch.testing.assert_close(
                     seen.saliency[f"{path}:{dim}"], saliency.sum(1 - dim).detach(), rtol=2e-4, atol=1e-7
                 )
+    chosen = sum(int(literal_selection(*aligned(tiny, sample), 0.03).sum()) for sample in samples)
+    assert seen.selected_tokens == chosen < sum(int((sample["labels"] != -100).sum()) for sample in samples)
     for path, tokens in inputs.items():
         expected, clear = literal_entropy(tiny.model.get_submodule(path).weight, torch.cat(tokens))
         assert clear.float().mean() > 0.5
@@ -374,7 +378,7 @@ def test_saved_calibration_is_the_same_when_loaded(tmp_path: Path) -> None:
     seen = run(tiny, [tiny.inputs(2)], digest="abc")
     seen.save(tmp_path / "calibration.safetensors")
     again = Calibration.load(tmp_path / "calibration.safetensors")
-    assert os.listdir(tmp_path) == ["calibration.safetensors"]
+    assert [file.name for file in tmp_path.iterdir()] == ["calibration.safetensors"]
     for part in ("saliency", "entropy"):
         ours, theirs = getattr(seen, part), getattr(again, part)
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -410,9 +414,9 @@ tiny = tiny_model("llava")
 family = find_family(tiny.model.config)
 groups = find_groups(tiny.model, family)
 batches = [tiny.inputs(count) for count in (1, 3, 2)]
-for name, criterion in (("ukmi", CRITERIA["ukmi"]), ("mix", Criterion("mix", "mix", None, False)), ("fisher", CRITERIA["fisher"])):
+for criterion in (CRITERIA["ukmi"], Criterion("mix", "mix", None, False), CRITERIA["fisher"]):
     seen = collect(tiny.model, family, groups, batches, CalibrationOptions(criterion=criterion))
-    seen.save(folder / f"{name}.{rank}.safetensors")
+    seen.save(folder / f"{criterion.name}.{rank}.safetensors")
 batches[1]["pixel_values"][:] = float("inf")  # only the second process reads it; both must stop
 try:
     collect(tiny.model, family, groups, batches, CalibrationOptions(criterion=CRITERIA["taylor"]))
@@ -436,13 +440,9 @@ def test_two_processes_give_the_statistics_of_one(tmp_path: Path) -> None:
             worker.kill()
     tiny = tiny_model("llava")
     batches = [tiny.inputs(count) for count in (1, 3, 2)]
-    for name, criterion in (
-        ("ukmi", UKMI),
-        ("mix", Criterion("mix", "mix", None, False)),
-        ("fisher", CRITERIA["fisher"]),
-    ):
+    for criterion in (UKMI, Criterion("mix", "mix", None, False), CRITERIA["fisher"]):
         alone = run(tiny, batches, criterion)
-        first, second = (Calibration.load(tmp_path / f"{name}.{rank}.safetensors") for rank in (0, 1))
+        first, second = (Calibration.load(tmp_path / f"{criterion.name}.{rank}.safetensors") for rank in (0, 1))
         assert_same(alone, first)
         assert all(torch.equal(first.saliency[key], second.saliency[key]) for key in first.saliency)
         assert all(torch.equal(first.entropy[key], second.entropy[key]) for key in first.entropy)
