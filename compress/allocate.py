@@ -8,6 +8,7 @@ per modality with its suffix sums replaces the paper's repeated scoring: O(U log
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,7 +62,7 @@ class Pool:
     def groups(self) -> int:
         return len(self.size)
 
-    @property
+    @cached_property
     def protected(self) -> Flags:
         """The best units of every group, which the floor keeps: a unit may go if those above it reach the floor."""
         order = np.lexsort((np.arange(len(self.scores)), self.scores, self.group))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paper_scale import blip2_flan_t5_xl
 from tiny_models import FACTORIES, tiny_model
 from torch import Tensor, nn
 
@@ -87,6 +88,15 @@ def test_the_cut_model_has_exactly_the_planned_parameters_and_macs(name, allocat
     for tower, count in plan.towers.items():
         assert (count.parameters_before, count.parameters_after) == (facts.towers[tower], after.towers[tower])
         assert (count.macs_before, count.macs_after) == (facts.macs[tower], after.macs[tower])
+
+
+def test_half_of_the_paper_s_model_is_planned_within_one_unit():
+    model = blip2_flan_t5_xl()
+    groups = find_groups(model, find_family(model.config))
+    scores = score_groups(groups, CRITERIA["random"])
+    plan = make_plan(groups, scores, Budget(0.5), facts_of(model, groups))
+    half = plan.parameters_before / 2
+    assert half <= plan.parameters_before - plan.parameters_after < half + largest_unit(groups)
 
 
 @pytest.mark.parametrize("unit", ["kv-group", "query-slot"])
