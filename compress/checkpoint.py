@@ -7,6 +7,7 @@ missing, left over, of another size, truncated or changed is refused, never init
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from slimvlm.compress.errors import CheckpointError, OutputError
+from slimvlm.compress.errors import CheckpointError, MissingDependencyError, OutputError
 from slimvlm.compress.families import Family, find_family
 from slimvlm.compress.modeling_slim import RECORD, slim_class
 from slimvlm.compress.plan import Plan
@@ -28,6 +29,7 @@ from slimvlm.compress.stock import stock_model
 LAYOUTS = ("per-layer", "stock")
 PLAN = "plan.json"
 MANIFEST = "manifest.json"
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # What a processor may need besides the files it saves itself, and what a licence asks to pass on.
 CARRIED = (
@@ -163,14 +165,14 @@ def check_weights(folder: Path) -> str:
 
 
 def _weight_files(folder: Path) -> list[Path]:
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
     if (folder / INDEX).is_file():
         index = _read_json(folder / INDEX)
         if not isinstance(index.get("weight_map"), dict):
             raise CheckpointError(f"{folder / INDEX} has no weight_map; copy or download it again")
         return [folder / name for name in sorted(set(index["weight_map"].values()))]
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    raise CheckpointError(f"{folder} holds no model.safetensors (pickled weights are not read); save it as safetensors")
+    raise CheckpointError(f"{folder} holds no {SINGLE} (pickled weights are not read); save it as safetensors")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -243,8 +245,15 @@ def _load_processor(folder: Path, trust_remote_code: bool) -> Any | None:
         return None
     try:
         return transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}: its processor cannot be loaded ({_first_line(error)})") from error
+    except (TypeError, AttributeError, ImportError) as error:  # how processors fail whose video part lacks torchvision
+        message = f"{folder}: its processor cannot be loaded ({_first_line(error)})"
+        if importlib.util.find_spec("torchvision") is None:
+            raise MissingDependencyError(
+                f"{message}; it may need torchvision: pip install 'slimvlm[vision]'"
+            ) from error
+        raise CheckpointError(message) from error
 
 
 def _save_processor(folder: Path, processor: Any | None, source: Path) -> None:
