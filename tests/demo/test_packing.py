@@ -60,11 +60,13 @@ def test_exact_matches_needs_every_token_of_an_answer(parts, monkeypatch):
     assert exact_matches(model, batch).tolist() == [False] + [True] * (number - 1)
 
 
-def test_easy_tasks_are_drawn_rarely(parts):
-    _, _, _, asked = parts
+def test_questions_about_named_objects_are_drawn_often_and_never_twice():
+    scene = Scene("noto", ("fox", "apple", "bus", "violin"), ("red", "blue", "green", "white"))
     rng = random.Random(0)
-    drawn = [question.task for _ in range(400) for question in choose(rng, asked[0], 4)]
-    assert drawn.count("count") < drawn.count("rel") / 2
+    rows = [choose(rng, scene, 6) for _ in range(200)]
+    drawn = [question.task for row in rows for question in row]
+    assert drawn.count("where") > 2 * drawn.count("at") > 4 * drawn.count("count")
+    assert all(len(set(row)) == len(row) == 6 for row in rows)
 
 
 def test_rate_warms_up_once_and_falls_once():
