@@ -1,0 +1,89 @@
+"""The commands on the packaged model: what each prints, writes, and hands to the next."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from slimvlm.cli import main
+from slimvlm.compress.plan import Plan
+from slimvlm.demo import MODEL, SAMPLES
+
+# No calibration and few questions: seconds.
+CHEAP = ("--data", SAMPLES / "train.jsonl", "--criterion", "magnitude", "--rounds", 1, "--samples", 8)
+
+
+def run(*words: object) -> Result:
+    result = CliRunner().invoke(main, [str(word) for word in words])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    out = tmp_path_factory.mktemp("cli") / "out"
+    return out, run("compress", MODEL, out, *CHEAP, "--ratio", 0.6, "--eval-samples", 12, "--json")
+
+
+def test_json_of_compress_is_one_document_and_progress_goes_to_stderr(finished: tuple[Path, Result]) -> None:
+    out, result = finished
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert document["out"] == str(out)
+    assert document["removed_of_all"] == pytest.approx(0.6, abs=0.01)
+    assert document["removed_of_prunable"] > document["removed_of_all"]
+    assert document["quality"]["questions"] == 12
+    assert "evaluate" in result.stderr
+
+
+def test_a_crossed_quality_limit_is_exit_code_4_and_keeps_the_files(tmp_path: Path) -> None:
+    options = ("--ratio", 0.7, "--eval-samples", 12, "--max-quality-drop", 1, "--quiet")
+    result = run("compress", MODEL, tmp_path / "out", *CHEAP, *options)
+    assert result.exit_code == 4, result.output
+    assert "--max-quality-drop 1" in result.stderr
+    assert (tmp_path / "out" / "model" / "config.json").is_file()
+    assert (tmp_path / "out" / "quality.json").is_file()
+
+
+def test_apply_replays_the_plan_of_compress(finished: tuple[Path, Result], tmp_path: Path) -> None:
+    out, _ = finished
+    result = run("apply", MODEL, out / "plan.json", tmp_path / "again")
+    assert result.exit_code == 0, result.stderr
+    weights = [folder / "model.safetensors" for folder in (out / "model", tmp_path / "again")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_plan_writes_the_plan_that_compress_goes_on_from(finished: tuple[Path, Result], tmp_path: Path) -> None:
+    options = (*CHEAP, "--ratio", 0.6, "--eval-samples", 12, "--json", "--quiet")
+    planned = run("plan", MODEL, tmp_path / "out", *options)
+    assert planned.exit_code == 0, planned.stderr
+    assert not (tmp_path / "out" / "model").exists()
+    written = (tmp_path / "out" / "plan.json").read_text(encoding="utf-8")
+    assert written == (finished[0] / "plan.json").read_text(encoding="utf-8")
+    assert json.loads(planned.stdout)["parameters"]["after"] == Plan.from_json(written).parameters_after
+    resumed = run("compress", MODEL, tmp_path / "out", *options, "--resume")
+    assert resumed.exit_code == 0, resumed.stderr
+    assert json.loads(resumed.stdout)["quality"] == json.loads(finished[1].stdout)["quality"]
+
+
+def test_evaluate_prints_every_task_and_the_difference(finished: tuple[Path, Result]) -> None:
+    data = ("--data", SAMPLES / "val.jsonl", "--eval-samples", 12)
+    words = ("evaluate", finished[0] / "model", *data, "--against", MODEL)
+    document = json.loads(run(*words, "--json", "--quiet").stdout)
+    assert document["comparison"]["difference"] < 0
+    printed = run(*words, "--quiet")
+    assert printed.stderr == ""
+    for task in document["quality"]["tasks"]:
+        assert any(line.startswith(task) for line in printed.stdout.splitlines()), task
+    assert "points (" in printed.stdout
+
+
+def test_inspect_counts_what_can_be_removed() -> None:
+    document = json.loads(run("inspect", MODEL, "--json").stdout)
+    assert document["family"] == "llava"
+    assert document["prunable_parameters"] == sum(part["prunable_parameters"] for part in document["parts"])
+    assert {part["kind"] for part in document["parts"]} == {"attention", "mlp"}
+    printed = run("inspect", MODEL).stdout
+    assert "llava" in printed
+    assert "query-slot" in printed
