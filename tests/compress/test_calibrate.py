@@ -434,7 +434,7 @@ def test_two_processes_give_the_statistics_of_one(tmp_path: Path) -> None:
         for rank in (0, 1)
     ]
     try:
-        assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+        assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
     finally:
         for worker in workers:
             worker.kill()
