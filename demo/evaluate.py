@@ -1,6 +1,7 @@
 """Measure a demo model on saved samples by generation, and write the model card's table.
 
-`python -m slimvlm.demo.evaluate [--model M] [--samples S] [--limit N]` prints one JSON object.
+`python -m slimvlm.demo.evaluate [--model M] [--samples S] [--limit N]` prints one JSON object; with `--markdown FILE`
+the table of such an object, as it stands in the card.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 from slimvlm.demo import MODEL, SAMPLES
+from slimvlm.demo.concepts import TASKS
 
 BATCH = 64
 Sample = dict[str, str]
@@ -31,7 +33,11 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--samples", type=Path, default=SAMPLES)
     parser.add_argument("--limit", type=int, default=None, help="only the first questions of every split")
+    parser.add_argument("--markdown", type=Path, default=None, help="print the table of this report instead")
     options = parser.parse_args()
+    if options.markdown:
+        print(markdown(json.loads(options.markdown.read_text(encoding="utf-8"))))
+        return
     model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(options.model)
     print(json.dumps(report(model, processor, options.samples, options.limit), indent=2))
@@ -98,6 +104,14 @@ def by_task(samples: Sequence[Sample], right: Sequence[bool]) -> dict[str, float
     scores = {task: round(100 * sum(values) / len(values), 1) for task, values in sorted(hits.items())}
     mean = round(sum(100 * sum(values) / len(values) for values in hits.values()) / len(hits), 1)
     return {"mean": mean, **scores, "questions": len(samples), "images": len({s["image"] for s in samples})}
+
+
+def markdown(table: dict[str, dict[str, float]]) -> str:
+    """One row per split, one column per task."""
+    columns = ["mean", *TASKS, "questions", "images"]
+    rows = [["", *columns], ["---"] * (len(columns) + 1)]
+    rows += [[name, *(str(row.get(column, "")) for column in columns)] for name, row in table.items()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from transformers.utils import ModelOutput
 
-from slimvlm.demo.model import IMAGE_TOKENS
-from slimvlm.demo.scenes import Question
+from slimvlm.demo.model import IMAGE_TOKENS, PATCH
+from slimvlm.demo.scenes import SIDE, Question, Scene
 
 IGNORE = -100
 
@@ -71,17 +72,36 @@ def _mask(segments: Tensor) -> Tensor:
     return torch.zeros(seen.shape).masked_fill_(~seen, torch.finfo(torch.float32).min)[:, None]
 
 
-def answer_logits(model: LlavaForConditionalGeneration, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Logits [N, vocabulary] and labels [N] of the N answer tokens of the batch."""
+def answer_logits(
+    model: LlavaForConditionalGeneration, batch: Batch, features: ModelOutput | None = None
+) -> tuple[Tensor, Tensor]:
+    """Logits [N, vocabulary] and labels [N] of the N answer tokens of the batch.
+
+    `features`: what `get_image_features` gave for the pixels, if that was called already.
+    """
+    features = features or model.model.get_image_features(pixel_values=batch.pixels)
     hidden = model.model(
         input_ids=batch.ids,
-        pixel_values=batch.pixels,
+        mm_encoder_outputs={"image": features},
         attention_mask=batch.mask,
         position_ids=batch.positions,
         use_cache=False,
     ).last_hidden_state
     scored = batch.labels != IGNORE
     return model.lm_head(hidden[scored]), batch.labels[scored]
+
+
+def patch_logits(model: LlavaForConditionalGeneration, features: ModelOutput) -> Tensor:
+    """What each projected patch would say, read like a last hidden state: [B, image tokens, vocabulary]."""
+    return model.lm_head(model.model.language_model.norm(torch.stack(features.pooler_output)))
+
+
+def patch_words(scenes: Sequence[Scene], tokenizer: PreTrainedTokenizerFast) -> Tensor:
+    """The word of the object in the cell each patch belongs to, `nothing` where it is empty: [B, image tokens]."""
+    words = [tokenizer.convert_tokens_to_ids([word or "nothing" for word in scene.objects]) for scene in scenes]
+    side = SIDE // PATCH // 2
+    grid = torch.tensor(words).view(-1, 2, 2)
+    return grid.repeat_interleave(side, 1).repeat_interleave(side, 2).flatten(1)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from slimvlm.demo.model import build_model, build_processor
-from slimvlm.demo.packing import IGNORE, answer_logits, exact_matches, pack
+from slimvlm.demo.packing import IGNORE, answer_logits, exact_matches, pack, patch_words
 from slimvlm.demo.scenes import SIDE, Scene, questions
 from slimvlm.demo.train import Recipe, choose, schedule
 
@@ -74,3 +74,12 @@ def test_rate_warms_up_once_and_falls_once():
     rates = [schedule(step, recipe) for step in range(1000)]
     assert rates.index(max(rates)) in (99, 100) and max(rates) == pytest.approx(1.0)
     assert all(a >= b for a, b in itertools.pairwise(rates[100:])) and rates[-1] < 0.03
+
+
+def test_patches_name_the_object_of_their_cell(parts):
+    tokenizer = parts[1].tokenizer
+    words = patch_words([Scene("noto", ("fox", "apple", None, "violin"), ("red",) * 4)], tokenizer)
+    grid = tokenizer.convert_ids_to_tokens(words[0].tolist())
+    rows = [grid[start : start + 6] for start in range(0, 36, 6)]
+    assert rows[0] == rows[2] == ["fox"] * 3 + ["apple"] * 3
+    assert rows[3] == rows[5] == ["nothing"] * 3 + ["violin"] * 3
