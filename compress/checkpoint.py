@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,16 +83,27 @@ def load_model(
     Raises:
         CheckpointError, UnsupportedModelError: as `load`.
     """
-    folder = _local_folder(os.fspath(name))
+    folder = _local_folder(os.fspath(name), ("*.json", "*.safetensors", *CARRIED))
     digest = check_weights(folder)
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}: config.json cannot be read ({_first_line(error)})") from error
-    family = find_family(config)
+    config, family = _read_config(folder, trust_remote_code)
     options = {"dtype": dtype or "auto", "device_map": {"": device}, "attn_implementation": attention}
     model = _build(folder, config, family, options)
     return Loaded(model.eval(), _load_processor(folder, trust_remote_code), family, digest, folder)
+
+
+def build_meta(name: str | os.PathLike[str], trust_remote_code: bool = False) -> tuple[nn.Module, Family]:
+    """The model of a checkpoint on the meta device and its family, from the config alone: no weights are read.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: as `load`.
+    """
+    folder = _local_folder(os.fspath(name), ("config.json",))
+    config, family = _read_config(folder, trust_remote_code)
+    try:
+        with torch.device("meta"):
+            return _model_class(config, family)(config), family
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: the model cannot be built ({_first_line(error)})") from error
 
 
 def save_checkpoint(
@@ -185,8 +197,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return document
 
 
-def _local_folder(name: str) -> Path:
-    """The folder itself, or the snapshot of a hub name."""
+def _local_folder(name: str, patterns: Sequence[str]) -> Path:
+    """The folder itself, or the snapshot of a hub name: those of its files that match `patterns`."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -198,11 +210,19 @@ def _local_folder(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", *CARRIED]))
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
         raise CheckpointError(
             f"{name} is no folder here, and the hub does not give it ({_first_line(error)})"
         ) from error
+
+
+def _read_config(folder: Path, trust_remote_code: bool) -> tuple[transformers.PreTrainedConfig, Family]:
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder}: config.json cannot be read ({_first_line(error)})") from error
+    return config, find_family(config)
 
 
 def _build(folder: Path, config: transformers.PreTrainedConfig, family: Family, options: dict[str, Any]) -> nn.Module:

@@ -14,18 +14,16 @@ import pytest
 import torch
 import transformers
 from outputs import greedy_tokens, logits
-from plans import make_plan, random_plan
+from plans import random_plan
 from safetensors.torch import load_file, save_file
 from tiny_models import FACTORIES, tiny_model
 from tiny_processors import tiny_processor
 
 import slimvlm
-from slimvlm.compress.checkpoint import check_weights, load, load_model, save_checkpoint
+from slimvlm.compress.checkpoint import build_meta, check_weights, load, load_model, save_checkpoint
 from slimvlm.compress.errors import CheckpointError, OutputError, UnsupportedModelError
-from slimvlm.compress.families import find_family
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.slicing import apply_plan
-from slimvlm.compress.stock import stock_model
 
 DUAL = ("clip", "siglip")
 SHARD = "60KB"  # several shards per tiny model
@@ -148,75 +146,6 @@ def test_the_stock_class_refuses_a_per_layer_folder_instead_of_initialising_weig
         auto_class(name).from_pretrained(saved / name)
 
 
-def uniform_plan(model, unit):
-    """Half of everything that plain config fields can express."""
-    parts = {(tower.name, part.key): part for tower in find_family(model.config).towers for part in tower.parts}
-    pooled = any(path.endswith("head.mlp") for path, _ in model.named_modules())
-
-    def choose(group):
-        part = parts[group.tower, group.key.split(".", 2)[2]]
-        whole = not part.stock or getattr(part, "forward", None)
-        if whole or (pooled and group.tower == "vision"):
-            return range(group.size)
-        if group.kind == "mlp":
-            return range(group.layer, group.layer + group.size // 2)
-        if group.unit == "query-slot":
-            return [kv * group.heads_per_kv + group.layer % 2 for kv in range(group.kv_heads)]
-        return range(group.heads_per_kv)
-
-    return make_plan(model, choose, unit, "stock")
-
-
-@pytest.mark.parametrize("unit", ["kv-group", "query-slot"])
-@pytest.mark.parametrize("name", FACTORIES)
-def test_the_unmodified_class_loads_the_stock_layout(tmp_path, name, unit):
-    tiny = tiny_model(name, "sdpa")
-    plan = uniform_plan(tiny.model, unit)
-    model, batch = apply_plan(tiny.model, plan), tiny.inputs(2)
-    save_checkpoint(tmp_path / "out", model, None, plan, "stock")
-    loaded, info = auto_class(name).from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert type(loaded).__module__.startswith("transformers.models.")
-    assert not any(info.values())
-    assert torch.equal(logits(loaded, batch), logits(model, batch))
-    assert not hasattr(loaded.config, "slimvlm")
-    assert hasattr(model.config, "slimvlm")  # saving left the model as it was
-    assert torch.equal(logits(load(tmp_path / "out")[0], batch), logits(model, batch))
-    assert not list((tmp_path / "out").glob("*.py"))
-
-
-def cut_one(name, key, count):
-    model = tiny_model(name).model
-    plan = make_plan(model, lambda group: range(count if group.key.startswith(key) else group.size))
-    return apply_plan(model, plan)
-
-
-@pytest.mark.parametrize(
-    ("name", "key", "words"),
-    [
-        (
-            "llava",
-            "language.1.mlp",
-            "text_config.intermediate_size would have to be 40 for .*0.mlp, 8 for language.1",
-        ),
-        ("llava", "vision.", "the unmodified class cannot build a narrower vision.0.attn"),
-        ("qwen2_vl", "vision.0.mlp", "cannot build a narrower vision.0.mlp"),
-        ("blip2_t5", "encoder.0.attn", "cannot build a narrower encoder.0.attn"),
-    ],
-)
-def test_sizes_the_unmodified_class_cannot_build_are_refused_by_name(tmp_path, name, key, words):
-    model = cut_one(name, key, 8 if "mlp" in key else 2)
-    with pytest.raises(CheckpointError, match=f"layout stock: .*{words}.*--layout per-layer"):
-        save_checkpoint(tmp_path / "out", model, None, None, "stock")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_width_that_a_pooling_head_shares_is_refused_by_name():
-    model = tiny_model("siglip").model
-    plan = make_plan(model, lambda group: range(group.size // 2 if group.key.startswith("vision.") else group.size))
-    with pytest.raises(CheckpointError, match=r"layout stock: .*vision_model.head.mlp"):
-        stock_model(apply_plan(model, plan))
-
-
 def test_bfloat16_weights_are_kept_or_cast_as_asked(tmp_path):
     tiny = tiny_model("llava", "sdpa")
     save_checkpoint(tmp_path / "dense", tiny.model.to(torch.bfloat16), None, None)
@@ -229,6 +158,15 @@ def test_bfloat16_weights_are_kept_or_cast_as_asked(tmp_path):
     assert torch.equal(logits(kept, batch), logits(model, batch))
     assert {parameter.dtype for parameter in kept.parameters()} == {torch.bfloat16}
     assert {parameter.dtype for parameter in cast.parameters()} == {torch.float32}
+
+
+def test_the_config_alone_builds_the_sizes_of_a_slim_model(saved, tmp_path):
+    shutil.copyfile(saved / "blip2_t5" / "config.json", tmp_path / "config.json")
+    model, family = build_meta(tmp_path)
+    expected = {name: tensor.shape for name, tensor in load(saved / "blip2_t5")[0].state_dict().items()}
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == expected
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert family.name == "blip2_t5"
 
 
 def test_the_attention_implementation_is_the_one_asked_for(saved):
