@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import random
 import time
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers import GenerationConfig
 
 from slimvlm.compress.collate import IGNORED, Batch, Collator
 from slimvlm.compress.quality import (
@@ -30,6 +30,18 @@ from slimvlm.compress.samples import Sample, batches
 __all__ = ["Comparison", "Quality", "Row", "compare", "evaluate", "shuffle_images"]
 
 MARGIN = 4  # tokens a generated answer may be longer than the longest right one, before it is cut
+LEAD, HALF_LEAD = 1e-2, 0.5  # of a logit over the runner-up that batching and caching cannot turn over: fp32, half
+GREEDY = {  # said in full: what is left out is filled in from the generation settings of the model
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+}
 Progress = Callable[[int, int], None]  # done, total
 
 
@@ -90,6 +102,21 @@ class _Run:
     batch_size: int
     progress: Progress | None
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer: the tokenizer's own, then those of the model's generation settings."""
+        given = getattr(self.model.generation_config, "eos_token_id", None)
+        given = given if isinstance(given, list) else [given]
+        return tuple(
+            dict.fromkeys(token for token in (self.collator.tokenizer.eos_token_id, *given) if token is not None)
+        )
+
+    @property
+    def pad_id(self) -> int:
+        """What generation fills a finished row with."""
+        pad = self.collator.tokenizer.pad_token_id
+        return self.end_ids[0] if pad is None else pad
+
     def place(self, batch: Batch) -> Batch:
         """On the model's device, floating point in its dtype."""
         device, dtype = self.model.device, self.model.dtype
@@ -126,26 +153,42 @@ def _questions(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def _answer(run: _Run, questions: Sequence[Sample]) -> list[Row]:
-    """Batches of similar length, so that little is padding and no short answer waits for a long one."""
+    """Batches of similar length, so that little is padding and no short answer waits for a long one.
+
+    Where every token of the right answer is the most probable one by far, greedy generation must give that answer, so
+    only the other questions are generated.
+    """
 
     def length(index: int) -> tuple[int, int]:
         turn = questions[index].turns[-1]
         return len(turn.target.split()), sum(len(turn.prompt) + len(turn.target) for turn in questions[index].turns)
 
     order = sorted(range(len(questions)), key=length)
-    rows: list[Row | None] = [None] * len(questions)
-    for done in range(0, len(order), run.batch_size):
-        chosen = order[done : done + run.batch_size]
-        batch = [questions[index] for index in chosen]
-        losses, tokens = _token_losses(run, batch)
-        predictions = _generate(run, batch)
-        for place, index in enumerate(chosen):
-            rows[index] = _row(questions[index], predictions[place], losses[place], tokens[place])
-        run.report(done + len(chosen), len(order))
-    return [row for row in rows if row is not None]
+    taught: dict[int, _Taught] = {}
+    answers: dict[int, str] = {}
+    for start in range(0, len(order), run.batch_size):
+        chosen = order[start : start + run.batch_size]
+        taught.update(zip(chosen, _teach(run, [questions[index] for index in chosen]), strict=True))
+        answers.update((index, taught[index].answer) for index in chosen if taught[index].answer is not None)
+        run.report(len(answers), len(order))
+    open_ones = [index for index in order if index not in answers]
+    for start in range(0, len(open_ones), run.batch_size):
+        chosen = open_ones[start : start + run.batch_size]
+        answers.update(zip(chosen, _generate(run, [questions[index] for index in chosen]), strict=True))
+        run.report(len(answers), len(order))
+    return [_row(question, answers[index], taught[index]) for index, question in enumerate(questions)]
 
 
-def _row(question: Sample, prediction: str, loss: float, tokens: int) -> Row:
+@dataclass(frozen=True, slots=True)
+class _Taught:
+    """Summed loss in nats and number of the right answer's tokens; `answer` if greedy generation is sure to give it."""
+
+    loss: float
+    tokens: int
+    answer: str | None
+
+
+def _row(question: Sample, prediction: str, taught: _Taught) -> Row:
     answers = question.turns[-1].answers
     return Row(
         question.identity,
@@ -154,34 +197,15 @@ def _row(question: Sample, prediction: str, loss: float, tokens: int) -> Row:
         prediction,
         exact_match(prediction, answers),
         vqa_accuracy(prediction, answers),
-        loss,
-        tokens,
+        taught.loss,
+        taught.tokens,
     )
 
 
-def _generate(run: _Run, questions: Sequence[Sample]) -> list[str]:
-    inputs = run.place(run.collator.prompts(questions))
-    config = copy.deepcopy(run.model.generation_config)
-    config.update(
-        do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        repetition_penalty=None,
-        max_length=None,
-        max_new_tokens=max(map(run.collator.answer_length, questions)) + MARGIN,
-    )
-    ids = run.model.generate(**inputs, generation_config=config)
-    prompt = inputs["input_ids"]
-    if ids.shape[1] >= prompt.shape[1] and torch.equal(ids[:, : prompt.shape[1]], prompt):
-        ids = ids[:, prompt.shape[1] :]
-    return run.collator.decode(ids)
-
-
-def _token_losses(run: _Run, questions: Sequence[Sample]) -> tuple[list[float], list[int]]:
-    """Per question the summed loss of its answer's tokens, in nats, and their number; logits only where needed."""
-    batch = run.place(run.collator.training(questions, last_turn=True))
+def _teach(run: _Run, questions: Sequence[Sample]) -> list[_Taught]:
+    """One forward with the right answers given; logits only where they are needed."""
+    given = run.collator.training(questions, last_turn=True)
+    batch = run.place(given)
     if run.collator.family.kind == "encoder-decoder":
         logits, targets = run.model(**batch).logits, batch["labels"]
     else:
@@ -192,8 +216,47 @@ def _token_losses(run: _Run, questions: Sequence[Sample]) -> tuple[list[float], 
             logits = run.model(**batch, logits_to_keep=needed, use_cache=False).logits
         else:
             logits = run.model(**batch).logits[:, needed]
-    losses = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none").sum(1)
-    return losses.tolist(), (targets != IGNORED).sum(1).tolist()
+    logits = logits.float()
+    losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none").sum(1)
+    counts = (targets != IGNORED).sum(1)
+    sure = (_first_by_far(logits, targets, run.model.dtype) & _asked_alike(run, questions, given)).tolist()
+    texts = run.collator.decode(targets.masked_fill(targets == IGNORED, run.end_ids[0])) if any(sure) else []
+    return [
+        _Taught(loss, count, texts[place] if sure[place] else None)
+        for place, (loss, count) in enumerate(zip(losses.tolist(), counts.tolist(), strict=True))
+    ]
+
+
+def _first_by_far(logits: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Bool [B]: at every target [B, L] its logit of [B, L, V] leads by more than rounding can change."""
+    own = logits.gather(2, targets.clamp(min=0)[..., None])
+    others = logits.scatter(2, targets.clamp(min=0)[..., None], -torch.inf).amax(2, keepdim=True)
+    lead = LEAD if dtype == torch.float32 else HALF_LEAD
+    return ((own - others > lead).squeeze(2) | (targets == IGNORED)).all(1)
+
+
+def _asked_alike(run: _Run, questions: Sequence[Sample], given: Batch) -> torch.Tensor:
+    """Bool [B]: the tokens before the answer are those that generation starts from (decoder-only models)."""
+    if run.collator.family.kind != "decoder":
+        return torch.zeros(len(questions), dtype=torch.bool, device=run.model.device)
+    prompts = run.collator.prompts(questions)
+    same = []
+    for row, labels in enumerate(given["labels"]):
+        asked = prompts["input_ids"][row][prompts["attention_mask"][row].bool()]
+        start = int((labels != IGNORED).nonzero()[0])
+        same.append(torch.equal(given["input_ids"][row][:start], asked))
+    return torch.tensor(same, device=run.model.device)
+
+
+def _generate(run: _Run, questions: Sequence[Sample]) -> list[str]:
+    inputs = run.place(run.collator.prompts(questions))
+    longest = max(map(run.collator.answer_length, questions)) + MARGIN
+    config = GenerationConfig(**GREEDY, max_new_tokens=longest, eos_token_id=list(run.end_ids), pad_token_id=run.pad_id)
+    ids = run.model.generate(**inputs, generation_config=config)
+    prompt = inputs["input_ids"]
+    if ids.shape[1] >= prompt.shape[1] and torch.equal(ids[:, : prompt.shape[1]], prompt):
+        ids = ids[:, prompt.shape[1] :]
+    return run.collator.decode(ids)
 
 
 def _retrieve(run: _Run, samples: Sequence[Sample]) -> list[Row]:

@@ -67,6 +67,38 @@ def test_the_prediction_is_what_the_model_generates_for_the_sample_alone(name: s
     assert [row.exact for row in rows] == [exact_match(text, right) for text, right in zip(said, answers, strict=True)]
 
 
+def memorized(samples: list[Sample]) -> tuple[torch.nn.Module, Collator]:
+    """A tiny model that was taught most of the answers, but not the one to `describe`."""
+    model, collator = setup("llava")
+    batch = collator.training([sample for sample in samples if sample.task != "free"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    torch.manual_seed(0)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    return model, collator
+
+
+def test_answers_that_are_sure_are_those_generation_gives(
+    samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, collator = memorized(samples)
+    seen: list[int] = []
+    sure = evaluate(model, collator, samples, batch_size=8, progress=lambda done, total: seen.append(done))
+    assert seen == [4, 5]  # four without generation, then the one it was not taught
+    assert [row.exact for row in sure.rows] == [1.0, 1.0, 0.0, 1.0, 1.0]
+    monkeypatch.setattr("slimvlm.compress.evaluate.LEAD", float("inf"))
+    assert evaluate(model, collator, samples, batch_size=8).rows == sure.rows
+
+
+def test_generation_is_greedy_whatever_the_model_would_do_by_itself(samples: list[Sample]) -> None:
+    model, collator = setup("llava")
+    plain = evaluate(model, collator, samples)
+    model.generation_config.update(do_sample=True, temperature=9.0, repetition_penalty=3.0, max_new_tokens=1)
+    assert evaluate(model, collator, samples).rows == plain.rows
+
+
 def test_results_do_not_depend_on_the_batch_size_and_keep_the_order(samples: list[Sample]) -> None:
     model, collator = setup("llava")
     one, many = (evaluate(model, collator, samples, batch_size=size) for size in (1, 5))
@@ -105,7 +137,9 @@ def test_the_model_keeps_its_mode_and_progress_reaches_the_end(samples: list[Sam
     seen: list[tuple[int, int]] = []
     evaluate(model, collator, samples, batch_size=2, progress=lambda done, total: seen.append((done, total)))
     assert model.training
-    assert seen == [(2, 5), (4, 5), (5, 5)]
+    assert [total for _, total in seen] == [5] * len(seen)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1] == (5, 5)
     with pytest.raises(SampleError):
         evaluate(model, collator, [Sample(samples[0].image, (Turn("red " * 300, ("x",)),), "set:9")])
     assert model.training
