@@ -260,9 +260,10 @@ def _plan_document(plan: Plan) -> dict[str, Any]:
 
 def _size_rows(plan: Plan) -> list[tuple[str, ...]]:
     rows = [_size_row("parameters", plan.parameters_before, plan.parameters_after)]
-    for name, tower in plan.towers.items():
+    towers = sorted(plan.towers.items())
+    for name, tower in towers:
         rows.append(_size_row(f"  {name}", tower.parameters_before, tower.parameters_after))
-    for name, tower in plan.towers.items():
+    for name, tower in towers:
         rows.append(_size_row(f"multiply-adds per token, {name}", tower.macs_before, tower.macs_after))
     return rows
 

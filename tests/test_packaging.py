@@ -28,6 +28,14 @@ def test_every_folder_with_modules_is_a_listed_package() -> None:
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == expected
 
 
+def test_every_asset_of_the_demo_is_packaged() -> None:
+    demo = ROOT / "demo"
+    assets = {path for path in demo.rglob("*") if path.is_file() and path.suffix not in {".py", ".pyc"}}
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]["slimvlm.demo"]
+    assert assets - {path for pattern in patterns for path in demo.glob(pattern)} == set()
+    assert demo / "samples" / "test.jsonl" in assets
+
+
 def test_every_dependency_is_pinned_in_the_constraints() -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = {line.split("==")[0].lower().replace("_", "-") for line in lines if not line.startswith("#")}
