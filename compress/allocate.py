@@ -227,5 +227,5 @@ def _require(reachable: int, target: float, why: str) -> None:
     if reachable < target:
         raise InfeasibleBudgetError(
             f"cannot remove {int(np.ceil(target)):,} parameters from these groups: {why} allows at most {reachable:,}; "
-            "ask for less, or lower the floor"
+            "ask for less"
         )

@@ -271,11 +271,15 @@ def _take(lines: list[Line], share: _Share, target: float, context: tuple[Budget
     reachable = int(pool.cost[~pool.protected].sum())
     if reachable < target and not budget.faithful:
         largest = np.floor((share.ratio - (target - reachable) / share.base) * 1e4) / 1e4
-        other = "use --layout per-layer" if budget.layout == "stock" else "take away ratios of towers and kinds"
+        others = " or free the parts that have a ratio of their own" if budget.tower_ratio or budget.kind_ratio else ""
+        others += " or use --layout per-layer" if budget.layout == "stock" else ""
         raise InfeasibleBudgetError(
             f"{share} cannot be reached: every group keeps {budget.floor:.0%} of its units and at least one, so the "
-            f"largest possible here is {largest:.4f}; ask for less, or {other}"
+            f"largest possible here is {largest:.4f}; ask for that or less{others}"
         )
     steps = FINE_STEPS if budget.faithful and budget.ratio <= FINE_RATIO else None
-    flags = ALLOCATORS[budget.allocator](pool, target, faithful=budget.faithful, steps=steps)
+    try:
+        flags = ALLOCATORS[budget.allocator](pool, target, faithful=budget.faithful, steps=steps)
+    except InfeasibleBudgetError as error:
+        raise InfeasibleBudgetError(f"{share} cannot be reached: {error}") from None
     return np.split(flags, np.cumsum([len(line.scores) for line in lines])[:-1])

@@ -261,3 +261,9 @@ def test_rounds_count_from_the_dense_model():
     after = facts_of(model, find_groups(model, find_family(model.config)))
     assert abs(dense.towers["vision"] - after.towers["vision"] - 0.3 * dense.towers["vision"]) < 2 * unit
     assert all(len(kept) >= 0.1 * composed.sizes[key] for key, kept in composed.keep.items())
+
+
+def test_the_faithful_loop_says_how_much_it_can_remove():
+    groups, scores, facts = single_mlp([1, 2, 3, 4, 5, 6], unprunable=54)
+    with pytest.raises(InfeasibleBudgetError, match=r"ratio 0\.9 cannot be reached: .* the paper's loop.* at most 54"):
+        make_plan(groups, scores, Budget(0.9, faithful=True), facts)
