@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 STAGES = ("plan", "slice", "evaluate")
-NOT_IDENTITY = ("out", "resume", "overwrite", "stages")  # how the folder is treated, not what is computed
+NOT_IDENTITY = ("out", "resume", "overwrite", "stages", "max_quality_drop")  # not what is computed
 
 
 @dataclass(frozen=True, kw_only=True)

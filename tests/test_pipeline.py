@@ -120,25 +120,25 @@ def test_evaluating_against_the_dense_model_pairs_the_questions(finished):
     assert comparison.difference == pytest.approx(result.comparison.difference)
 
 
+JOB = """
+import sys
+from pathlib import Path
+from slimvlm.compress.options import CompressOptions
+from slimvlm.demo import MODEL, SAMPLES
+from slimvlm.pipeline import make_plan
+
+files = {"data": SAMPLES / "train.jsonl", "eval_data": SAMPLES / "val.jsonl"}
+sizes = {"samples": 32, "eval_samples": 24, "rounds": 2, "batch_size": 8}
+make_plan(CompressOptions(model=str(MODEL), out=Path(sys.argv[1]), criterion="ukmi", **files, **sizes))
+"""
+
+
 def test_two_processes_give_the_plan_of_one(tmp_path):
     one = make_plan(few(tmp_path, criterion="ukmi", rounds=2)).plan
-    code = (
-        "import sys; from pathlib import Path; from slimvlm.compress.options import CompressOptions; from slimvlm.pipeline import make_plan;"
-        f"make_plan(CompressOptions(model={str(MODEL)!r}, out=Path(sys.argv[1]), data=Path({str(SAMPLES / 'train.jsonl')!r}),"
-        f" eval_data=Path({str(SAMPLES / 'val.jsonl')!r}), samples=32, eval_samples=24, rounds=2, batch_size=8, criterion='ukmi'))"
-    )
-    script = tmp_path / "plan.py"
-    script.write_text(code)
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        script,
-        tmp_path / "two",
-    ]
+    script = tmp_path / "job.py"
+    script.write_text(JOB)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    subprocess.run(launcher, check=True, cwd=tmp_path, env=environment, capture_output=True, timeout=120)
+    subprocess.run([*launcher, script, tmp_path / "two"], check=True, cwd=tmp_path, env=environment, timeout=120)
     two = Plan.from_json((tmp_path / "two" / "plan.json").read_text())
     assert two.keep == one.keep

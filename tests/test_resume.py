@@ -11,15 +11,14 @@ from safetensors.torch import load_file
 
 from slimvlm.demo import MODEL, SAMPLES
 
-COMMAND = [
-    str(Path(sys.executable).with_name("slimvlm")), "compress", str(MODEL), "OUT", "--data", str(SAMPLES / "train.jsonl"),
-    "--eval-data", str(SAMPLES / "val.jsonl"), "--samples", "24", "--eval-samples", "12", "--rounds", "3", "--batch-size", "8",
-]  # fmt: skip
+FILES = ("--data", str(SAMPLES / "train.jsonl"), "--eval-data", str(SAMPLES / "val.jsonl"))
+SIZES = ("--samples", "24", "--eval-samples", "12", "--rounds", "3", "--batch-size", "8")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def command(out: Path, *more: str) -> list[str]:
-    return [str(out) if word == "OUT" else word for word in COMMAND] + list(more)
+    program = Path(sys.executable).with_name("slimvlm")
+    return [str(program), "compress", str(MODEL), str(out), *FILES, *SIZES, *more]
 
 
 @pytest.fixture(scope="module")
