@@ -86,4 +86,4 @@ def test_inspect_counts_what_can_be_removed() -> None:
     assert {part["kind"] for part in document["parts"]} == {"attention", "mlp"}
     printed = run("inspect", MODEL).stdout
     assert "llava" in printed
-    assert "query-slot" in printed
+    assert "kv-group" in printed
