@@ -14,7 +14,7 @@ from torch import nn
 
 from slimvlm.compress.budget import Budget, facts_of, make_plan
 from slimvlm.compress.calibrate import GRADIENT_SALIENCIES, Batch, Calibration, CalibrationOptions, collect
-from slimvlm.compress.criteria import Scores, score_groups
+from slimvlm.compress.criteria import CRITERIA, Scores, score_groups
 from slimvlm.compress.families import find_family
 from slimvlm.compress.groups import find_groups
 from slimvlm.compress.plan import Plan
@@ -79,7 +79,10 @@ def plan_in_rounds(
         InfeasibleBudgetError: no plan meets the budget; found before any calibration.
     """
     family = find_family(model.config)
-    dense = facts_of(model, find_groups(model, family, planning.attention_unit))
+    groups = find_groups(model, family, planning.attention_unit)
+    dense = facts_of(model, groups)
+    # What the floors allow does not depend on the scores, so any scores tell whether the budget can be met.
+    make_plan(groups, score_groups(groups, CRITERIA["random"]), planning.budget, dense)
     first, composed = done or (0, None)
     if composed is not None:
         apply_plan(model, composed)

@@ -94,10 +94,10 @@ def test_a_crossed_quality_limit_fails_the_check_and_keeps_the_files(finished):
     assert (options.out / "model" / "config.json").is_file()
 
 
-def test_a_ratio_no_plan_can_reach_is_refused_and_leaves_no_plan(tmp_path):
-    options = few(tmp_path, ratio=0.97, rounds=1, criterion="magnitude")
+def test_a_ratio_no_plan_can_reach_is_refused_before_any_calibration(tmp_path):
+    options = few(tmp_path, ratio=0.97)
     with pytest.raises(InfeasibleBudgetError):
-        compress(options)
+        compress(options, lambda stage, done, total: pytest.fail(f"{stage} was started"))
     assert not (options.out / "plan.json").exists()
     assert not (options.out / "model").exists()
 
