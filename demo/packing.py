@@ -38,10 +38,16 @@ class Batch:
 
 
 def pack(
-    images: Sequence[Image.Image], asked: Sequence[Sequence[Question]], tokenizer: PreTrainedTokenizerFast
+    images: Sequence[Image.Image],
+    asked: Sequence[Sequence[Question]],
+    tokenizer: PreTrainedTokenizerFast,
+    early: int = 0,
 ) -> Batch:
-    """Rows of equal length from B pictures and the questions about each."""
-    rows = [_row(questions, tokenizer) for questions in asked]
+    """Rows of equal length from B pictures and the questions about each.
+
+    `early`: so many last words of a question have to predict the first word of its answer, too.
+    """
+    rows = [_row(questions, tokenizer, early) for questions in asked]
     length = max(len(row) for row in rows)
     table = np.full((len(rows), length, 4), (tokenizer.pad_token_id, 0, -1, IGNORE))
     for index, row in enumerate(rows):
@@ -52,13 +58,13 @@ def pack(
     return Batch(pixels, ids, positions, segments, labels, _mask(segments))
 
 
-def _row(questions: Sequence[Question], tokenizer: PreTrainedTokenizerFast) -> list[tuple[int, int, int, int]]:
+def _row(questions: Sequence[Question], tokenizer: PreTrainedTokenizerFast, early: int) -> list[tuple]:
     prefix = tokenizer.convert_tokens_to_ids(["<s>", "<user>", *["<image>"] * IMAGE_TOKENS])
     row = [(token, place, 0, IGNORE) for place, token in enumerate(prefix)]
     for segment, question in enumerate(questions, start=1):
         words = tokenizer.convert_tokens_to_ids([*question.text.split(), "<assistant>"])
         answer = tokenizer.convert_tokens_to_ids([*question.answer.split(), "</s>"])
-        labels = [IGNORE] * (len(words) - 1) + answer
+        labels = [IGNORE] * (len(words) - 1 - early) + answer[:1] * early + answer
         for offset, (token, label) in enumerate(zip(words + answer[:-1], labels, strict=True)):
             row.append((token, len(prefix) + offset, segment, label))
     return row

@@ -37,13 +37,15 @@ class Recipe:
     """`batch` images a step over all processes, `asked` questions an image; learning rate: warm-up, then one cosine.
 
     `align` weighs a second loss: every projected patch names the object in its cell through the tied word embeddings.
-    Without it the model knows what it sees but does not find what it is asked for, for thousands of steps.
+    `early`: the last words of a question (the name of the object, the question mark) have to know the answer already.
+    Without these two the model knows what it sees but does not find what it is asked for, for thousands of steps.
     """
 
     steps: int = 9000
     batch: int = 32
     asked: int = 8
     align: float = 0.3
+    early: int = 2
     rate: float = 1e-3
     warmup: int = 200
     decay: float = 0.05
@@ -131,7 +133,7 @@ class _Stream:
         drawn = [next(self.scenes) for _ in range(self.recipe.batch // self.recipe.processes)]
         asked = [choose(self.rng, scene, self.recipe.asked) for scene, _ in drawn]
         words = patch_words([scene for scene, _ in drawn], self.tokenizer)
-        return pack([image for _, image in drawn], asked, self.tokenizer), words
+        return pack([image for _, image in drawn], asked, self.tokenizer, self.recipe.early), words
 
     def validation(self, images: int = 160) -> tuple[Batch, list[str]]:
         stream = scenes(self.recipe.seed + 7, self.sprites, TRAIN_MIX, "val")
