@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -119,7 +119,7 @@ class Calibration:
         for key, value in tensors.items():
             part, _, name = key.partition("/")
             parts[part][name] = value
-        return cls(**scalars, **parts)
+        return cls(saliency=parts["saliency"], entropy=parts["entropy"], **scalars)
 
 
 def collect(
@@ -203,13 +203,14 @@ class _Run:
         self.joined = distributed.is_available() and distributed.is_initialized()
         first, step = (distributed.get_rank(), distributed.get_world_size()) if self.joined else (0, 1)
         self.indices = range(first, len(batches), step)
+        self.device = next(model.parameters()).device
         self.progress = progress
         self.done, self.total = 0, passes * len(self.indices)
 
     def reduce(self, tensor: Tensor, how: str) -> None:
         """`sum`, `min` or `max` over the processes, in place, on the model's device (the backend can reach that)."""
         if self.joined:
-            moved = tensor.to(self.model.device)
+            moved = tensor.to(self.device)
             distributed.all_reduce(moved, getattr(distributed.ReduceOp, how.upper()))
             tensor.copy_(moved)
 
@@ -217,7 +218,7 @@ class _Run:
         """One pass: forward and backward over this process's batches; the counts over all processes."""
         counted = dict.fromkeys(("samples", "skipped", "image_tokens", "text_tokens", "micro_batches"), 0)
         largest = 0
-        selected = torch.zeros((), dtype=torch.int64, device=self.model.device)
+        selected = torch.zeros((), dtype=torch.int64, device=self.device)
         for index in self.indices:
             batch = self.batches[index]
             batch = batch() if callable(batch) else batch
@@ -292,13 +293,15 @@ def _sides(model: nn.Module, groups: Sequence[Group]) -> list[Side]:
             dims.setdefault(member.path, set()).add(member.dim)
     if not dims:
         raise ValueError("there is no prunable weight in these groups")
-    return [Side(path, model.get_submodule(path), tuple(sorted(wanted))) for path, wanted in dims.items()]
+    return [
+        Side(path, cast(nn.Linear, model.get_submodule(path)), tuple(sorted(wanted))) for path, wanted in dims.items()
+    ]
 
 
 def _row_linears(model: nn.Module, family: Family, groups: Sequence[Group]) -> dict[str, tuple[nn.Linear, str]]:
     """The row-cut linears of the language modality, with the stream of tokens each reads."""
     return {
-        member.path: (model.get_submodule(member.path), stream_of(family, group, member))
+        member.path: (cast(nn.Linear, model.get_submodule(member.path)), stream_of(family, group, member))
         for group in groups
         if group.modality == "language"
         for member in group.members

@@ -107,7 +107,8 @@ def _ask_dual(model: nn.Module, batch: Mapping[str, Any]) -> Question | None:
     if samples < 2:  # one pair has nothing to be told apart from
         return None
     text = _text_mask(batch)
-    patch = model.config.vision_config.patch_size
+    config: Any = model.config
+    patch = config.vision_config.patch_size
     patches = math.prod(side // patch for side in batch["pixel_values"].shape[-2:])
     tally = Tally(samples, 0, batch["pixel_values"].shape[0] * patches, int(text.sum()))
     return _on_device(model, Question({**batch, "return_loss": True}, None, None, None, {TEXT: text}, tally))
@@ -126,18 +127,20 @@ def _image_token(model: nn.Module) -> int:
 def _on_device(model: nn.Module, question: Question) -> Question:
     """The same question where the model is; copies do not wait (they overlap if the batch is in pinned memory)."""
 
+    weight = next(model.parameters())
+
     def move(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        dtype = model.dtype if value.is_floating_point() else None
-        return value.to(device=model.device, dtype=dtype, non_blocking=True)
+        dtype = weight.dtype if value.is_floating_point() else None
+        return value.to(device=weight.device, dtype=dtype, non_blocking=True)
 
     return Question(
         {name: move(value) for name, value in question.inputs.items()},
         move(question.labels),
         move(question.rows),
         move(question.positions),
-        {name: None if mask.all() else move(mask) for name, mask in question.masks.items()},
+        {name: None if mask is None or mask.all() else move(mask) for name, mask in question.masks.items()},
         question.tally,
     )
 
@@ -149,7 +152,7 @@ def loss(model: nn.Module, question: Question, threshold: float | None) -> tuple
     `threshold` is None), or, for a dual encoder, the contrastive loss times the number of samples; that has no tokens.
     """
     output = model(**question.inputs)
-    selected = torch.zeros((), dtype=torch.int64, device=model.device)
+    selected = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
     if question.labels is None:
         return output.loss * question.tally.samples, selected
     logits = output.logits

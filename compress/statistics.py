@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -76,16 +77,16 @@ class GradientSums:
 
     def _add(self, index: int, weight: Tensor) -> None:
         side = self.sides[index]
+        checked = grad = cast(Tensor, weight.grad)
         if self.variant in REDUCED:
             for dim in side.dims:
-                sums = squared_sums(weight.detach(), weight.grad, dim)
+                sums = squared_sums(weight.detach(), grad, dim)
                 kept = self._squares.setdefault(f"{side.path}:{dim}", torch.zeros_like(sums))
                 kept += sums
             checked, weight.grad = kept, None
-        elif self._native(weight):
-            checked = weight.grad
-        else:
-            checked = self._widen(side.path, weight)
+        elif not self._native(weight):
+            checked = self._widen(side.path, grad)
+            weight.grad = None
         self._checks[index] = checked.sum()  # NaN and Inf survive a sum; one read, no temporary
 
     def _native(self, weight: Tensor) -> bool:
@@ -93,8 +94,7 @@ class GradientSums:
         here = weight.device.type == "cpu" or not self.host
         return weight.dtype == torch.float32 and here and self.variant != "mix"
 
-    def _widen(self, path: str, weight: Tensor) -> Tensor:
-        grad, weight.grad = weight.grad, None
+    def _widen(self, path: str, grad: Tensor) -> Tensor:
         if self.host:
             grad = grad.to("cpu")
         if path not in self._sums:
