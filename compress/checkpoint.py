@@ -245,7 +245,7 @@ def _build(folder: Path, config: transformers.PreTrainedConfig, family: Family, 
     return model
 
 
-def _model_class(config: transformers.PreTrainedConfig, family: Family) -> type:
+def _model_class(config: transformers.PreTrainedConfig, family: Family) -> Any:
     dual = family.kind == "dual-encoder"
     mapping = transformers.MODEL_MAPPING if dual else transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     base = mapping[type(config)]

@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def replace_forward(attention: nn.Module, name: str, heads: list[int]) -> None:
 
 
 @functools.cache
-def t5_position_bias(stock: type) -> type:
+def t5_position_bias(stock: Any) -> type:
     """T5 computes one bias [1, H, S, T] in block 0 and hands it from block to block; blocks that kept different heads
     take theirs and hand on the whole one. The zero bias of cross attention becomes [1, 1, S, T], which fits any block.
     """
@@ -117,7 +118,7 @@ def t5_position_bias(stock: type) -> type:
 
 
 @functools.cache
-def blip2_vision(stock: type) -> type:
+def blip2_vision(stock: Any) -> type:
     """BLIP-2 derives the head size from the residual width and the number of heads; here it stays what it was."""
 
     class SlimBlip2Attention(stock):
@@ -138,11 +139,11 @@ def blip2_vision(stock: type) -> type:
     return SlimBlip2Attention
 
 
-FORWARDS = {"t5_position_bias": t5_position_bias, "blip2_vision": blip2_vision}
+FORWARDS: dict[str, Callable[[Any], type]] = {"t5_position_bias": t5_position_bias, "blip2_vision": blip2_vision}
 
 
 @functools.cache
-def slim_class(base: type) -> type:
+def slim_class(base: Any) -> Any:
     """The class `Slim<base>`: `base`, shrunk as the record of its config says (without a record it is `base`).
 
     from_pretrained builds it on the meta device, so the dense weights never exist; save_pretrained writes names that

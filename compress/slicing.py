@@ -128,10 +128,11 @@ def _removed(model: nn.Module, cut: Cut) -> int:
     """Parameters that leave with `cut`."""
     module = model.get_submodule(cut.path)
     weight, bias = module.weight, getattr(module, "bias", None)
-    if cut.rows is None:
+    if cut.columns is not None:
         return (weight.shape[1] - len(cut.columns)) * weight.shape[0]
-    per_row = weight[0].numel() + (bias is not None)
-    return (weight.shape[0] - len(cut.rows)) * per_row
+    if cut.rows is None:
+        return 0
+    return (weight.shape[0] - len(cut.rows)) * (weight[0].numel() + (bias is not None))
 
 
 def _cut(module: nn.Module, cut: Cut) -> None:
