@@ -3,6 +3,7 @@ import json
 import os
 import random
 import shutil
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,12 @@ from slimvlm.compress.samples import Sample, batches, load_samples, open_image, 
 
 def tiny_image(width: int = 24, height: int = 20, seed: int = 0) -> Image.Image:
     return Image.frombytes("RGB", (width, height), random.Random(seed).randbytes(width * height * 3))
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def draw(folder: Path, *names: str) -> None:
@@ -125,10 +132,19 @@ def test_a_hugging_face_dataset_needs_its_package_or_gives_the_same_samples(tmp_
             load_samples(folder)
         return
     import datasets
+    import pyarrow
 
     pictures = [tiny_image(seed=seed) for seed in range(3)]
-    columns = {"image": pictures, "question": ["what ?"] * 3, "answer": ["fox", "cat", "dog"]}
-    table = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    features = datasets.Features(
+        {"image": datasets.Image(), "question": datasets.Value("string"), "answer": datasets.Value("string")}
+    )
+    rows = [
+        {"image": {"bytes": png(picture), "path": None}, "question": "what ?", "answer": answer}
+        for picture, answer in zip(pictures, ("fox", "cat", "dog"), strict=True)
+    ]
+    table = datasets.Dataset(
+        pyarrow.Table.from_pylist(rows, schema=features.arrow_schema), fingerprint="0123456789abcdef"
+    )
     table.save_to_disk(str(folder))
     loaded = load_samples(folder)
     assert [sample.turns[0].target for sample in loaded.samples] == ["fox", "cat", "dog"]
