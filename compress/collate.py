@@ -73,7 +73,7 @@ class Collator:
                 f"the processor of this {family.name} model could not be built; most often torchvision is missing: "
                 "pip install 'slimvlm[vision]'"
             )
-        self.tokenizer = getattr(processor, "tokenizer", None)
+        self.tokenizer: Any = getattr(processor, "tokenizer", None)
         if not getattr(self.tokenizer, "is_fast", False) or getattr(processor, "image_processor", None) is None:
             raise UnsupportedModelError(
                 f"{type(processor).__name__} lacks an image processor or a tokenizer with character offsets; "
@@ -139,7 +139,7 @@ class Collator:
         if self.family.kind == "dual-encoder":
             vision = self.config.vision_config
             return batch["pixel_values"].shape[0] * (vision.image_size // vision.patch_size) ** 2
-        return int((batch["input_ids"] == self.image_token_id).sum())
+        return int(batch["input_ids"].eq(self.image_token_id).sum())
 
     # ---------------------------------------------------------------- text
 
@@ -147,12 +147,13 @@ class Collator:
         text = getattr(self.config, "text_config", self.config)
         return getattr(text, "max_position_embeddings", None) or self.tokenizer.model_max_length
 
-    def _image_token_id(self) -> int | None:
+    def _image_token_id(self) -> int:
+        """Of the model's config, else of the processor; -100 for dual encoders, whose texts hold no image."""
         token = getattr(self.config, "image_token_id", None)
         token = getattr(self.config, "image_token_index", None) if token is None else token
         if token is None and self.image_token:
             token = self.tokenizer.convert_tokens_to_ids(self.image_token)
-        return token
+        return IGNORED if token is None else token
 
     def _ids(self, text: str, special: bool) -> list[int]:
         return self.tokenizer(text, add_special_tokens=special, return_token_type_ids=False)["input_ids"]
@@ -206,7 +207,8 @@ class Collator:
     def _conversation(self, sample: Sample, ask: bool = False) -> tuple[str, list[tuple[int, int]]]:
         """The text of all turns (with `ask`: up to the last answer) and the character spans of the answers in it."""
         render = self._chat if self._template else self._plain
-        turns, spans = self._turns(sample), []
+        turns = self._turns(sample)
+        spans: list[tuple[int, int]] = []
         text = ""
         for count in range(1, len(turns) + 1):
             question, text = render(turns[:count], True), render(turns[:count], False)
@@ -321,7 +323,7 @@ class Collator:
 
     def _pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
-        return pad if pad is not None else self.tokenizer.eos_token_id or 0
+        return pad if pad is not None else (self.tokenizer.eos_token_id or 0)
 
     def _dual(self, samples: Sequence[Sample]) -> Batch:
         """Pixel values [B, 3, height, width] and texts; SigLIP wants texts padded to full length, without a mask."""

@@ -169,7 +169,7 @@ def _answer(run: _Run, questions: Sequence[Sample]) -> list[Row]:
     for start in range(0, len(order), run.batch_size):
         chosen = order[start : start + run.batch_size]
         taught.update(zip(chosen, _teach(run, [questions[index] for index in chosen]), strict=True))
-        answers.update((index, taught[index].answer) for index in chosen if taught[index].answer is not None)
+        answers.update((index, sure) for index in chosen if (sure := taught[index].answer) is not None)
         run.report(len(answers), len(order))
     open_ones = [index for index in order if index not in answers]
     for start in range(0, len(open_ones), run.batch_size):

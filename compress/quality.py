@@ -71,16 +71,19 @@ class Row:
     text_to_image: int | None = None
 
 
-def _rank_metric(direction: str, k: int) -> Callable[[Row], float]:
+Metric = Callable[[Any], float]  # of a Row of the right kind: the fields it reads are set
+
+
+def _rank_metric(direction: str, k: int) -> Metric:
     return lambda row: float(getattr(row, direction) <= k)
 
 
-GENERATION: dict[str, Callable[[Row], float]] = {
+GENERATION: dict[str, Metric] = {
     "exact": lambda row: row.exact,
     "vqa": lambda row: row.vqa,
     "token_loss": lambda row: row.loss / row.tokens,
 }
-RETRIEVAL: dict[str, Callable[[Row], float]] = {
+RETRIEVAL: dict[str, Metric] = {
     f"{direction}_r{k}": _rank_metric(direction, k) for direction in ("image_to_text", "text_to_image") for k in RECALLS
 } | {"mean_r1": lambda row: (float(row.image_to_text <= 1) + float(row.text_to_image <= 1)) / 2}
 METRICS = {"generation": GENERATION, "retrieval": RETRIEVAL}
@@ -164,8 +167,8 @@ def summarize(kind: str, rows: Sequence[Row], *, blind: bool, seconds: float) ->
 def _grouped(rows: Sequence[Row], key: Callable[[Row], str | None]) -> dict[str, list[Row]]:
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        if key(row) is not None:
-            groups.setdefault(key(row), []).append(row)
+        if (name := key(row)) is not None:
+            groups.setdefault(name, []).append(row)
     return dict(sorted(groups.items()))
 
 
@@ -174,7 +177,7 @@ def _means(kind: str, rows: Sequence[Row]) -> dict[str, float]:
     return {"questions": len(rows), **means, **(_token_scores(rows) if kind == "generation" else {})}
 
 
-def _token_scores(rows: Sequence[Row]) -> dict[str, float]:
+def _token_scores(rows: Sequence[Any]) -> dict[str, float]:
     loss = sum(row.loss for row in rows) / sum(row.tokens for row in rows)
     return {"token_loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
@@ -251,10 +254,20 @@ def compare(
     generator = np.random.default_rng(seed)
     means = [_resampled_means((after - before)[index], resamples, generator) for index in members.values()]
     low, high = np.quantile(np.mean(means, axis=0), [(1 - level) / 2, (1 + level) / 2])
-    sides = (float(np.mean([side[index].mean() for index in members.values()])) for side in (before, after))
+    sides = [float(np.mean([side[index].mean() for index in members.values()])) for side in (before, after)]
     difference = float(np.mean(list(tasks.values())))
     return Comparison(
-        metric, *sides, difference, float(low), float(high), level, resamples, seed, len(dense.rows), tasks
+        metric=metric,
+        dense=sides[0],
+        slim=sides[1],
+        difference=difference,
+        low=float(low),
+        high=float(high),
+        level=level,
+        resamples=resamples,
+        seed=seed,
+        questions=len(dense.rows),
+        tasks=tasks,
     )
 
 

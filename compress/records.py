@@ -84,7 +84,7 @@ def _turn(prompt: str, answers: Iterable[str]) -> Turn:
 
 def _conversation(turns: Any, name: str) -> tuple[Turn, ...]:
     """LLaVA's list of {from, value} or the chat form {role, content}: user and assistant in turn."""
-    said = []
+    said: list[str] = []
     for entry in turns:
         role = ROLES.get(entry.get("from", entry.get("role")))
         if role != ("user", "assistant")[len(said) % 2]:

@@ -91,7 +91,7 @@ def load_samples(
         raise ValueError(f"max_bad is {max_bad}; accepted is a fraction from 0 to 1")
     data = Path(data)
     records = read_records(data)
-    chosen = range(len(records.rows))
+    chosen: Sequence[int] = range(len(records.rows))
     if limit is not None and limit < len(chosen):
         chosen = sorted(random.Random(seed).sample(chosen, limit))
     samples, bad, digests = [], [], []
