@@ -134,8 +134,7 @@ def _t5_attention(module: str, key: str) -> Attention:
         key=key,
         head_dim="key_value_proj_dim",
         patch=(("n_heads", "heads"), ("inner_dim", "width")),
-        forward="t5_position_bias",
-        stock=(("num_heads", "heads"),),
+        forward="t5_position_bias",  # the layers share one bias over all heads: no stock head cut
     )
 
 
@@ -162,10 +161,9 @@ T5_DECODER = Tower(
         _t5_mlp(2),
     ),
 )
-DUAL = (
-    _vision("vision_model.encoder.layers"),
-    Tower("language", "language", "text_config", "text_model.encoder.layers", (ENCODER, PLAIN_MLP)),
-)
+DUAL_TEXT = Tower("language", "language", "text_config", "text_model.encoder.layers", (ENCODER, PLAIN_MLP))
+# SigLIP's pooling head has the width of the vision MLPs: one config field for both, so no stock cut.
+HEADED_VISION = _vision("vision_model.encoder.layers", ENCODER, Mlp(("mlp.fc1",), "mlp.fc2"))
 
 FAMILIES: tuple[Family, ...] = (
     Family("llava", "llava", "decoder", (_vision(VISION_TOWER), _language(LANGUAGE_MODEL))),
@@ -208,8 +206,8 @@ FAMILIES: tuple[Family, ...] = (
     Family("internvl", "internvl", "decoder", (INTERNVL_VISION, _language(LANGUAGE_MODEL))),
     Family("blip2_opt", "blip-2", "decoder", (BLIP2_VISION, OPT), text_model_type="opt"),
     Family("blip2_t5", "blip-2", "encoder-decoder", (BLIP2_VISION, T5_ENCODER, T5_DECODER), text_model_type="t5"),
-    Family("clip", "clip", "dual-encoder", DUAL),
-    Family("siglip", "siglip", "dual-encoder", DUAL),
+    Family("clip", "clip", "dual-encoder", (_vision("vision_model.encoder.layers"), DUAL_TEXT)),
+    Family("siglip", "siglip", "dual-encoder", (HEADED_VISION, DUAL_TEXT)),
 )
 
 

@@ -71,6 +71,7 @@ def cut_one(name, key, count):
         ("llava", "vision.", "the unmodified class cannot build a narrower vision.0.attn"),
         ("qwen2_vl", "vision.0.mlp", "cannot build a narrower vision.0.mlp"),
         ("blip2_t5", "encoder.0.attn", "cannot build a narrower encoder.0.attn"),
+        ("siglip", "vision.0.mlp", "cannot build a narrower vision.0.mlp"),
     ],
 )
 def test_sizes_the_unmodified_class_cannot_build_are_refused_by_name(tmp_path, name, key, words):
@@ -81,9 +82,11 @@ def test_sizes_the_unmodified_class_cannot_build_are_refused_by_name(tmp_path, n
 
 
 def test_a_width_that_a_pooling_head_shares_is_refused_by_name():
-    model = tiny_model("siglip").model
+    config = tiny_model("paligemma").model.config
+    config.vision_config.vision_use_head = True
+    model = transformers.PaliGemmaForConditionalGeneration(config)
     plan = make_plan(model, lambda group: range(group.size // (2 if group.kind == "mlp" else 1)))
-    with pytest.raises(CheckpointError, match=r"layout stock: .*vision_model.head.mlp"):
+    with pytest.raises(CheckpointError, match=r"layout stock: .*head.mlp"):
         stock_model(apply_plan(model, plan))
 
 

@@ -184,7 +184,7 @@ def _idefics_like(model_class: type, config_class: type) -> tuple[torch.nn.Modul
 
 def _paligemma() -> tuple[torch.nn.Module, Callable]:
     config = tf.PaliGemmaConfig(
-        vision_config={**VISION, "model_type": "siglip_vision_model", "projection_dim": 32},
+        vision_config={**VISION, "model_type": "siglip_vision_model", "projection_dim": 32, "vision_use_head": False},
         text_config={**TEXT, "model_type": "gemma", "head_dim": 8},
         image_token_index=IMAGE_TOKEN,
         projection_dim=32,
