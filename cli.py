@@ -20,7 +20,7 @@ from slimvlm.console import Device, Share, Size, shares
 from slimvlm.serve.runtimes import installed_runtimes, runtime_conflict
 
 # Names the library knows, repeated because importing them imports torch; a test compares.
-CRITERIA = ("ukmi", "taylor", "fisher", "magnitude", "random")
+CRITERIA = ("ukmi", "taylor", "fisher", "gate", "magnitude", "random")
 TAYLORS = ("first", "vectorized", "second", "mix")
 ALLOCATORS = ("balanced", "global", "local")
 ATTENTION_UNITS = ("auto", "kv-group", "query-slot")
@@ -184,6 +184,8 @@ def demo(as_json: bool, quiet: bool, **values: Any) -> None:
 
         slimvlm demo out
     """
+    # So small a model gains nothing from threads; on a busy machine they wait for each other for minutes.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     from slimvlm.demo import MODEL, SAMPLES
 
     packaged = {"model": str(MODEL), "data": SAMPLES / "train.jsonl", "eval_data": SAMPLES / "test.jsonl"}
