@@ -43,6 +43,7 @@ METHODS: dict[str, tuple[str, CompressOptions]] = {
     "default": ("slimvlm default", DEFAULT),
     "ukmi": ("UKMI, faithful (paper)", replace(DEFAULT, faithful=True).resolved()),
     "fisher": ("Fisher, global, one shot", replace(ONE_SHOT, criterion="fisher")),
+    "gate": ("Gates, global, one shot", replace(ONE_SHOT, criterion="gate")),
     "taylor": ("Taylor, global, one shot", replace(ONE_SHOT, criterion="taylor")),
     "taylor-local": ("Taylor, per layer (LLM-Pruner's way)", replace(ONE_SHOT, criterion="taylor", allocator="local")),
     "taylor-mlp": (
@@ -117,7 +118,7 @@ def plan_of_rounds(options: CompressOptions, samples: Sequence[Sample]) -> tuple
 
 def score(loaded: Loaded, study: Study, blind_seed: int | None = None) -> dict:
     collator = Collator(loaded.processor, loaded.family, loaded.model.config)
-    quality = evaluate(loaded.model, collator, study.test, batch_size=64, blind_seed=blind_seed)
+    quality = evaluate(loaded.model, collator, study.test, batch_size=128, blind_seed=blind_seed)
     tasks = {task: round(100 * values["exact"], 2) for task, values in quality.tasks.items()}
     return {"score": round(100 * quality.score, 2), "tasks": tasks}
 

@@ -23,12 +23,13 @@ from torch import Tensor, distributed, nn
 from slimvlm.compress.criteria import Criterion
 from slimvlm.compress.errors import CalibrationError
 from slimvlm.compress.families import Family
+from slimvlm.compress.gates import GateSquares
 from slimvlm.compress.groups import Group
 from slimvlm.compress.objective import Question, ask, loss, stream_of
 from slimvlm.compress.statistics import AngleHistograms, GradientSums, Side
 
 SCHEMA = 1
-GRADIENT_SALIENCIES = ("first", "vectorized", "second", "mix", "fisher")
+GRADIENT_SALIENCIES = ("first", "vectorized", "second", "mix", "fisher", "gate")
 CHECK_EVERY = 32  # batches between two looks at the non-finite flags: each look waits for the device
 
 Batch = Mapping[str, Any]
@@ -42,7 +43,7 @@ class CalibrationOptions:
     Attributes:
         criterion: what they are for: its saliency, token threshold, and whether angles are wanted.
         grad_memory_bytes: bound on the fp32 gradient sums held at once (None: no bound). Weights are then taken in
-            several passes over the data. `second` and `fisher` hold none.
+            several passes over the data. `second`, `fisher` and `gate` hold none.
         host_sums: keep the sums in host memory while the model is on a GPU.
         faithful: the paper's histogram, which drops cosines that rounding pushed outside [-1, 1].
         digest: identity of the samples, recorded.
@@ -162,7 +163,8 @@ def collect(
     saliency: dict[str, Tensor] = {}
     with _frozen(model):
         for index, sides in enumerate(passes):
-            with GradientSums(sides, criterion.saliency, host=options.host_sums) as sums:
+            collector = GateSquares if criterion.saliency == "gate" else GradientSums
+            with collector(sides, criterion.saliency, host=options.host_sums) as sums:
                 if index == 0:
                     with angles:
                         counts = run.read(sums, angles)
@@ -288,13 +290,16 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 def _sides(model: nn.Module, groups: Sequence[Group]) -> list[Side]:
     """Every prunable linear once (the parts of a fused one are one tensor), in the order of the groups."""
     dims: dict[str, set[int]] = {}
+    widths: dict[str, int] = {}
     for member in chain.from_iterable(group.members for group in groups):
         if not member.norm:
             dims.setdefault(member.path, set()).add(member.dim)
+            widths[member.path] = member.width
     if not dims:
         raise ValueError("there is no prunable weight in these groups")
     return [
-        Side(path, cast(nn.Linear, model.get_submodule(path)), tuple(sorted(wanted))) for path, wanted in dims.items()
+        Side(path, cast(nn.Linear, model.get_submodule(path)), tuple(sorted(wanted)), widths[path])
+        for path, wanted in dims.items()
     ]
 
 

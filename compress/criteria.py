@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from slimvlm.compress.calibrate import Calibration
 
 IGNORED = -100
-SALIENCIES = ("first", "vectorized", "second", "mix", "fisher", "magnitude", "random")
+SALIENCIES = ("first", "vectorized", "second", "mix", "fisher", "gate", "magnitude", "random")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Criterion:
     Attributes:
         name: how it is called.
         saliency: of a weight: `first` |w g|, `vectorized` (signed inside a row), `second` and `mix` (with curvature),
-            all with g summed over samples; `fisher` (w g)^2 summed over micro-batches; `magnitude` |w|; `random` none.
+            all with g summed over samples; `fisher` (w g)^2 summed over micro-batches; `gate` (dL/dm)^2 of a unit's
+            gate m, summed over examples; `magnitude` |w|; `random` none.
         threshold: tokens count whose largest probability is at most this (or the least of their sample); None: all.
         entropy: multiply by the entropy of the angles (language modality only).
     """
@@ -60,6 +61,7 @@ CRITERIA: Mapping[str, Criterion] = {
         Criterion("ukmi", "first", threshold=0.4, entropy=True),
         Criterion("taylor", "first"),
         Criterion("fisher", "fisher"),
+        Criterion("gate", "gate"),
         Criterion("magnitude", "magnitude"),
         Criterion("random", "random"),
     )

@@ -17,7 +17,7 @@ from slimvlm.compress.errors import CalibrationError
 from slimvlm.kernels import angle_histogram, histogram_entropy, squared_sums, taylor_sums
 
 BINS = 100  # of the cosine over [-1, 1]: the paper's choice
-REDUCED = ("second", "fisher")  # squares of every micro-batch are reduced to vectors at once: no gradient is kept
+REDUCED = ("second", "fisher", "gate")  # squares are reduced to vectors at once: no gradient is kept
 STILL_FINITE = torch.iinfo(torch.int64).max
 
 Reduce = Callable[[Tensor, str], None]  # (tensor, "sum" | "min" | "max"): in place over all processes
@@ -25,11 +25,14 @@ Reduce = Callable[[Tensor, str], None]  # (tensor, "sum" | "min" | "max"): in pl
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """A prunable linear and the dimensions its scores are wanted for (0: rows, 1: columns)."""
+    """A prunable linear, the dimensions its scores are wanted for (0: rows, 1: columns), and `width`, rows or columns
+    of one index (D for heads, 1 for channels).
+    """
 
     path: str
     linear: nn.Linear
     dims: tuple[int, ...]
+    width: int = 1
 
     def gradient_bytes(self, variant: str) -> int:
         """fp32 bytes of gradient sums this weight needs for a saliency."""
