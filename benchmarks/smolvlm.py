@@ -1,6 +1,6 @@
 """Calibrate, plan, cut and save a random model with SmolVLM-256M's configuration; prints seconds and peak memory.
 
-`python benchmarks/smolvlm.py --samples 32 --ratio 0.5 --criterion fisher --out FOLDER`
+`python benchmarks/smolvlm.py --samples 32 --ratio 0.5 --criterion gate --out FOLDER`
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--ratio", type=float, default=0.5)
-    parser.add_argument("--criterion", default="fisher", choices=sorted(CRITERIA))
+    parser.add_argument("--criterion", default="gate", choices=sorted(CRITERIA))
     parser.add_argument("--grad-memory", type=int, default=None, help="bytes")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()

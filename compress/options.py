@@ -34,7 +34,7 @@ class CompressOptions:
     out: Path
     data: Path
     ratio: float = 0.5
-    criterion: str = "fisher"
+    criterion: str = "gate"
     faithful: bool = False
     allocator: str = "global"
     rounds: int = 8
