@@ -29,7 +29,8 @@ from slimvlm.compress.objective import Question, ask, loss, stream_of
 from slimvlm.compress.statistics import AngleHistograms, GradientSums, Side
 
 SCHEMA = 1
-GRADIENT_SALIENCIES = ("first", "vectorized", "second", "mix", "fisher", "gate")
+COLLECTORS = {**dict.fromkeys(("first", "vectorized", "second", "mix", "fisher"), GradientSums), "gate": GateSquares}
+GRADIENT_SALIENCIES = tuple(COLLECTORS)
 CHECK_EVERY = 32  # batches between two looks at the non-finite flags: each look waits for the device
 
 Batch = Mapping[str, Any]
@@ -163,8 +164,7 @@ def collect(
     saliency: dict[str, Tensor] = {}
     with _frozen(model):
         for index, sides in enumerate(passes):
-            collector = GateSquares if criterion.saliency == "gate" else GradientSums
-            with collector(sides, criterion.saliency, host=options.host_sums) as sums:
+            with COLLECTORS[criterion.saliency](sides, criterion.saliency, host=options.host_sums) as sums:
                 if index == 0:
                     with angles:
                         counts = run.read(sums, angles)

@@ -45,10 +45,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 2 MB: too small for the cut model."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if (
-        shutil.which("mount") is None
-        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk]).returncode
-    ):
+    if mount("-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)):
         pytest.skip("mounting a tmpfs needs root")
     yield disk
     subprocess.run(["umount", disk], check=True)

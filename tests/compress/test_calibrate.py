@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,7 +19,6 @@ from slimvlm.compress.groups import find_groups
 
 UKMI = CRITERIA["ukmi"]
 BINS = 100
-SUPPORT = Path(__file__).parents[1] / "support"
 
 
 def run(
@@ -393,64 +389,3 @@ def test_a_damaged_calibration_file_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"\x10\0\0\0\0\0\0\0not a header....")
     with pytest.raises(CalibrationError, match="not a readable calibration file"):
         Calibration.load(path)
-
-
-WORKER = """
-import os, sys
-from pathlib import Path
-import torch
-from torch import distributed
-from slimvlm.compress.calibrate import CalibrationOptions, collect
-from slimvlm.compress.criteria import CRITERIA, Criterion
-from slimvlm.compress.errors import CalibrationError
-from slimvlm.compress.families import find_family
-from slimvlm.compress.groups import find_groups
-from tiny_models import tiny_model
-
-folder, rank = Path(sys.argv[1]), int(sys.argv[2])
-torch.set_num_threads(1)
-distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-tiny = tiny_model("llava")
-family = find_family(tiny.model.config)
-groups = find_groups(tiny.model, family)
-batches = [tiny.inputs(count) for count in (1, 3, 2)]
-for criterion in (CRITERIA["ukmi"], Criterion("mix", "mix", None, False), CRITERIA["fisher"]):
-    seen = collect(tiny.model, family, groups, batches, CalibrationOptions(criterion=criterion))
-    seen.save(folder / f"{criterion.name}.{rank}.safetensors")
-batches[1]["pixel_values"][:] = float("inf")  # only the second process reads it; both must stop
-try:
-    collect(tiny.model, family, groups, batches, CalibrationOptions(criterion=CRITERIA["taylor"]))
-except CalibrationError as error:
-    (folder / f"error.{rank}").write_text(str(error))
-distributed.destroy_process_group()
-"""
-
-
-def test_two_processes_give_the_statistics_of_one(tmp_path: Path) -> None:
-    (tmp_path / "worker.py").write_text(WORKER)
-    environment = {**os.environ, "PYTHONPATH": str(SUPPORT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    workers = [
-        subprocess.Popen([sys.executable, str(tmp_path / "worker.py"), str(tmp_path), str(rank)], env=environment)
-        for rank in (0, 1)
-    ]
-    try:
-        assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
-    finally:
-        for worker in workers:
-            worker.kill()
-    tiny = tiny_model("llava")
-    batches = [tiny.inputs(count) for count in (1, 3, 2)]
-    for criterion in (UKMI, Criterion("mix", "mix", None, False), CRITERIA["fisher"]):
-        alone = run(tiny, batches, criterion)
-        first, second = (Calibration.load(tmp_path / f"{criterion.name}.{rank}.safetensors") for rank in (0, 1))
-        assert_same(alone, first)
-        assert all(torch.equal(first.saliency[key], second.saliency[key]) for key in first.saliency)
-        assert all(torch.equal(first.entropy[key], second.entropy[key]) for key in first.entropy)
-        assert (first.num_samples, first.text_tokens, first.selected_tokens, first.micro_batch) == (
-            alone.num_samples,
-            alone.text_tokens,
-            alone.selected_tokens,
-            alone.micro_batch,
-        )
-    assert (tmp_path / "error.0").read_text() == (tmp_path / "error.1").read_text()
-    assert "batch 2 of 3" in (tmp_path / "error.0").read_text()
