@@ -158,9 +158,8 @@ def collect(
     started = time.perf_counter()
     passes = _passes(_sides(model, groups), criterion.saliency, options.grad_memory_bytes)
     run = _Run(model, family, batches, criterion, progress, len(passes))
-    angles = AngleHistograms(
-        _row_linears(model, family, groups) if criterion.entropy else {}, faithful=options.faithful
-    )
+    linears = _row_linears(model, family, groups) if criterion.entropy else {}
+    angles = AngleHistograms(linears, faithful=options.faithful)
     saliency: dict[str, Tensor] = {}
     with _frozen(model):
         for index, sides in enumerate(passes):
