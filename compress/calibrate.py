@@ -173,9 +173,6 @@ def collect(
     return Calibration(
         digest=options.digest,
         num_samples=counts["samples"],
-        image_tokens=counts["image_tokens"],
-        text_tokens=counts["text_tokens"],
-        selected_tokens=counts["selected_tokens"],
         saliency=saliency,
         entropy=angles.entropy(run.reduce),
         seconds=time.perf_counter() - started,
@@ -183,8 +180,8 @@ def collect(
         criterion=criterion.name,
         variant=criterion.saliency,
         threshold=criterion.threshold,
-        micro_batch=counts["micro_batch"],
         passes=len(passes),
+        **{name: counts[name] for name in ("image_tokens", "text_tokens", "selected_tokens", "micro_batch")},
     )
 
 

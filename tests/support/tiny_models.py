@@ -316,7 +316,7 @@ FACTORIES: dict[str, Callable[[], tuple[torch.nn.Module, Callable]]] = {
 
 
 def tiny_model(name: str, attention: str = "eager") -> Tiny:
-    """A seeded tiny model of the family `name`, in eval mode, fp32; norms and biases are noisy: zeros would hide bugs."""
+    """A seeded tiny model of the family `name`, in eval mode, fp32; norms and biases have noise: zeros hide bugs."""
     torch.manual_seed(0)
     model, inputs = FACTORIES[name]()
     with torch.no_grad():
