@@ -111,6 +111,7 @@ plan_options = _options(
     _option("--layout", type=click.Choice(LAYOUTS), help="stock loads with the unmodified transformers class."),
     _option("--samples", type=COUNT, help="Calibration samples per round."),
     _option("--grad-memory", type=Size(), metavar="SIZE", help="Bound on gradient sums held at once, as 8GB."),
+    _option("--host-sums", is_flag=True, help="Keep gradient sums in host memory while the model is on a GPU."),
     _option("--prefix-split", is_flag=True, help="Encoder-decoder models: split captions as the paper does."),
     _option("--threshold", type=FRACTION, help="Ablation: fit below this probability counts as poor; 1: all tokens."),
     _option("--entropy/--no-entropy", default=None, help="Ablation: weigh by the entropy of output angles."),

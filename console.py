@@ -196,6 +196,8 @@ def show_compression(result: Result, *, as_json: bool) -> None:
     rows = _size_rows(plan)
     if comparison:
         rows.append(_quality_row(comparison))
+    if result.dense and result.slim:
+        rows.extend(_task_rows(result.dense, result.slim, comparison.metric))
     _print_table(("", "before", "after", "change"), rows)
     _print_removed(plan)
     if result.bad_samples:
@@ -281,6 +283,18 @@ def _quality_row(comparison: Comparison) -> tuple[str, ...]:
         return name, *(f"{figure:.3f}" for figure in figures), "{:+.3f} ({:+.3f} to {:+.3f})".format(*change)
     points = (100 * value for value in change)
     return name, *(percent(figure) for figure in figures), "{:+.1f} points ({:+.1f} to {:+.1f})".format(*points)
+
+
+def _task_rows(dense: Quality, slim: Quality, metric: str) -> list[tuple[str, ...]]:
+    """The compared metric per task, where samples name one, then the other figures, both models side by side."""
+    rows = []
+    tasks = sorted(dense.tasks) if len(dense.tasks) > 1 else []
+    for name, before, after in [(f"  {task}", dense.tasks[task][metric], slim.tasks[task][metric]) for task in tasks]:
+        rows.append((name, percent(before), percent(after), f"{100 * (after - before):+.1f} points"))
+    for name in (name for name in NO_FRACTIONS if name in dense.scores):
+        before, after = dense.scores[name], slim.scores[name]
+        rows.append((name.replace("_", " "), f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}"))
+    return rows
 
 
 def _cells(names: Sequence[str], scores: Mapping[str, float]) -> list[str]:

@@ -45,6 +45,8 @@ class Result:
     comparison: Comparison | None
     seconds: dict[str, float]
     bad_samples: int
+    dense: Quality | None = None
+    slim: Quality | None = None
 
 
 def compress(options: CompressOptions, progress: Progress | None = None) -> Result:
@@ -106,11 +108,11 @@ def _compress(options: CompressOptions, progress: Progress) -> Result:
     if not run.writer or options.stages == ("plan",):
         return Result(options.out, plan, None, {}, len(data.bad))
     _slice_stage(run, options, plan, data)
-    comparison = _evaluate_stage(run, options, data, progress)
-    seconds = {name: stage["seconds"] for name, stage in run.record["stages"].items()}
-    result = Result(options.out, plan, comparison, seconds, len(data.bad))
+    dense, slim = _evaluate_stage(run, options, data, progress)
+    comparison = compare(dense, slim, options.seed)
     _check_quality(options, comparison)
-    return result
+    seconds = {name: stage["seconds"] for name, stage in run.record["stages"].items()}
+    return Result(options.out, plan, comparison, seconds, len(data.bad), dense, slim)
 
 
 def _open_run(options: CompressOptions) -> RunFolder:
@@ -185,7 +187,10 @@ def planning_of(options: CompressOptions, **identity: str) -> Planning:
             layout=options.layout,
         ),
         calibration=CalibrationOptions(
-            criterion=criterion, grad_memory_bytes=options.grad_memory, faithful=options.faithful
+            criterion=criterion,
+            grad_memory_bytes=options.grad_memory,
+            host_sums=options.host_sums,
+            faithful=options.faithful,
         ),
         rounds=options.rounds,
         attention_unit=options.attention_unit,
@@ -308,19 +313,22 @@ def _require_equal(facts: dict[str, Any], dtype: torch.dtype, out: Path) -> None
 # ------------------------------------------------------------------ evaluate
 
 
-def _evaluate_stage(run: RunFolder, options: CompressOptions, data: _Data, progress: Progress) -> Comparison:
+def _evaluate_stage(
+    run: RunFolder, options: CompressOptions, data: _Data, progress: Progress
+) -> tuple[Quality, Quality]:
+    """Quality of the dense and of the slim model on the same questions."""
     path = options.out / "quality.json"
     if run.finished("evaluate"):
         document = json.loads(path.read_text())
-        return compare(Quality.from_dict(document["dense"]), Quality.from_dict(document["slim"]), options.seed)
+        return Quality.from_dict(document["dense"]), Quality.from_dict(document["slim"])
     with run.stage("evaluate") as facts:
         facts.update(samples=len(data.evaluation), held_out=data.held_out)
         dense = _evaluate(options, options.model, data.evaluation, progress)
         slim = _evaluate(options, str(options.out / "model"), data.evaluation, progress)
-        comparison = compare(dense, slim, options.seed)
-        document = {"dense": dense.to_dict(), "slim": slim.to_dict(), "comparison": comparison.to_dict()}
+        comparison = compare(dense, slim, options.seed).to_dict()
+        document = {"dense": dense.to_dict(), "slim": slim.to_dict(), "comparison": comparison}
         write_text(path, json.dumps(document, indent=1, sort_keys=True) + "\n")
-    return comparison
+    return dense, slim
 
 
 def _evaluate(options: CompressOptions, name: str, samples: Sequence[Sample], progress: Progress) -> Quality:

@@ -25,6 +25,7 @@ class CompressOptions:
         rounds: re-calibrations on the partly cut model while the ratio grows.
         samples: calibration samples per round.
         grad_memory: bound in bytes on the gradient sums held at once; None: no bound.
+        host_sums: keep gradient sums in host memory while the model is on a GPU.
         threshold, entropy, taylor: ablations; None: what the criterion says. A threshold of 1 selects all tokens.
         stages: the stages to run.
         max_quality_drop: largest accepted loss in points of the mean metric; crossing it is a failed check.
@@ -49,6 +50,7 @@ class CompressOptions:
     device: str = "auto"
     dtype: str = "auto"
     grad_memory: int | None = None
+    host_sums: bool = False
     max_bad_samples: float = 0.01
     prefix_split: bool = False
     eval_data: Path | None = None
