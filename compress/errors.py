@@ -31,6 +31,10 @@ class MissingDependencyError(SlimvlmError):
     """An optional package is needed; the message names the pip command."""
 
 
+class DeviceError(SlimvlmError):
+    """The device asked for is not there."""
+
+
 class OutputError(SlimvlmError):
     """The output folder cannot be written, is not empty, or the disk is full."""
 

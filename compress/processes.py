@@ -7,6 +7,8 @@ import os
 import torch
 from torch import distributed
 
+from slimvlm.compress.errors import DeviceError
+
 
 def join() -> None:
     """Join the process group the launcher describes; does nothing in a single process or when already joined."""
@@ -35,16 +37,16 @@ def pick_device(asked: str) -> torch.device:
     """The device for `auto`, `cpu`, `cuda`, ...: with several processes each takes the CUDA device of its local rank.
 
     Raises:
-        ValueError: the device is not there.
+        DeviceError: the device is not there.
     """
     if asked == "auto":
         asked = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(asked)
     except RuntimeError:
-        raise ValueError(f"device {asked!r} is unknown; use auto, cpu, cuda or cuda:N") from None
+        raise DeviceError(f"device {asked!r} is unknown; use auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError(f"device {asked!r} is not available here; use --device cpu")
+            raise DeviceError(f"device {asked!r} is not available here; use --device cpu")
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
     return device

@@ -12,6 +12,8 @@ import torch
 
 import slimvlm
 from slimvlm.compress.errors import CheckFailedError, CheckpointError, InfeasibleBudgetError
+from slimvlm.compress.families import find_family
+from slimvlm.compress.groups import find_groups
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.demo import MODEL, SAMPLES
@@ -44,7 +46,9 @@ def test_one_shot_compression_gives_a_smaller_checkpoint_that_loads(finished):
     model, processor = slimvlm.load(options.out / "model")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     assert parameters == result.plan.parameters_after
-    assert abs(parameters / result.plan.parameters_before - 0.5) < 0.01
+    dense, _ = slimvlm.load(MODEL)
+    largest_unit = max(group.parameters_per_unit for group in find_groups(dense, find_family(dense.config)))
+    assert 0 <= result.plan.parameters_before / 2 - parameters < largest_unit
     assert processor is not None
 
 
