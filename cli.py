@@ -189,7 +189,11 @@ def demo(as_json: bool, quiet: bool, **values: Any) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from slimvlm.demo import MODEL, SAMPLES
 
-    packaged = {"model": str(MODEL), "data": SAMPLES / "train.jsonl", "eval_data": SAMPLES / "test.jsonl"}
+    packaged: dict[str, Any] = {
+        "model": str(MODEL),
+        "data": SAMPLES / "train.jsonl",
+        "eval_data": SAMPLES / "test.jsonl",
+    }
     _compress(CompressOptions(**packaged, **values, device="cpu"), as_json=as_json, quiet=quiet)
 
 
