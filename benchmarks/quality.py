@@ -1,6 +1,6 @@
 """What each way of choosing costs in quality, without recovery: the table of the README.
 
-`python benchmarks/quality.py measure --out study.jsonl` appends one line per cell and continues where it was stopped;
+`python benchmarks/quality.py measure study.jsonl` appends one line per cell and continues where it was stopped;
 `--methods` and `--ratios` select cells, `--split val` is for tuning. `python benchmarks/quality.py table study.jsonl`
 prints Markdown: mean and range over calibration sets of the exact match (mean of tasks), and the chance-corrected share
 of the dense model, where the blind model (images shuffled) is 0 % and the dense one 100 %.
@@ -202,7 +202,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, dest="command")
     run = commands.add_parser("measure")
-    run.add_argument("--out", type=Path, required=True)
+    run.add_argument("out", type=Path)
     run.add_argument("--split", default="test", choices=("val", "test", "vendor"))
     run.add_argument("--limit", type=int, default=None, help="questions to evaluate on (default: the whole split)")
     run.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
