@@ -213,7 +213,9 @@ def test_unusable_statistics_are_refused():
 
 
 def test_unknown_criteria_are_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="choose one of first, vectorized, second, mix, fisher, magnitude, random"):
+    with pytest.raises(
+        ValueError, match="choose one of first, vectorized, second, mix, fisher, gate, magnitude, random"
+    ):
         replace(TAYLOR, saliency="wanda")
     with pytest.raises(ValueError, match="no probability"):
         replace(UKMI, threshold=4.0)
