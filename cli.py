@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from slimvlm import console
-from slimvlm.compress.errors import SlimvlmError
+from slimvlm.compress.errors import CheckFailedError, SlimvlmError
 from slimvlm.compress.options import CompressOptions
 from slimvlm.console import Device, Share, Size, shares
 from slimvlm.serve.runtimes import installed_runtimes, runtime_conflict
@@ -201,7 +201,12 @@ def _compress(options: CompressOptions, *, as_json: bool, quiet: bool) -> None:
     from slimvlm import pipeline
 
     with console.progress(quiet) as progress:
-        result = pipeline.compress(options, progress)
+        try:
+            result = pipeline.compress(options, progress)
+        except CheckFailedError as failed:
+            if isinstance(failed.result, pipeline.Result):
+                console.show_compression(failed.result, as_json=as_json)
+            raise
     console.show_compression(result, as_json=as_json)
 
 

@@ -110,9 +110,10 @@ def _compress(options: CompressOptions, progress: Progress) -> Result:
     _slice_stage(run, options, plan, data)
     dense, slim = _evaluate_stage(run, options, data, progress)
     comparison = compare(dense, slim, options.seed)
-    _check_quality(options, comparison)
     seconds = {name: stage["seconds"] for name, stage in run.record["stages"].items()}
-    return Result(options.out, plan, comparison, seconds, len(data.bad), dense, slim)
+    result = Result(options.out, plan, comparison, seconds, len(data.bad), dense, slim)
+    _check_quality(options, result)
+    return result
 
 
 def _open_run(options: CompressOptions) -> RunFolder:
@@ -343,12 +344,13 @@ def _evaluate(options: CompressOptions, name: str, samples: Sequence[Sample], pr
     )
 
 
-def _check_quality(options: CompressOptions, comparison: Comparison) -> None:
-    limit, drop = options.max_quality_drop, -100 * comparison.difference
+def _check_quality(options: CompressOptions, result: Result) -> None:
+    limit, drop = options.max_quality_drop, 100 * result.comparison.drop
     if limit is not None and drop > limit:
         raise CheckFailedError(
             f"quality fell by {drop:.1f} points, more than --max-quality-drop {limit:g}; "
-            f"the files are kept in {options.out}; remove less or recover longer"
+            f"the files are kept in {options.out}; remove less",
+            result,
         )
 
 

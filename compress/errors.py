@@ -40,6 +40,10 @@ class OutputError(SlimvlmError):
 
 
 class CheckFailedError(SlimvlmError):
-    """A result was made but a check on it failed; the files are kept."""
+    """A result was made but a check on it failed; the files are kept. `result`: what was made, if complete."""
 
     exit_code = 4
+
+    def __init__(self, message: str, result: object | None = None) -> None:
+        super().__init__(message)
+        self.result = result

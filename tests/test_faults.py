@@ -134,3 +134,11 @@ def test_a_device_that_is_not_there_is_refused(tmp_path, model):
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     assert_refused(compress(model, tmp_path / "out", "--device", "cuda"), "cuda", "cpu")
+
+
+def test_a_crossed_quality_limit_exits_with_4_after_printing_the_result(tmp_path, model):
+    result = compress(model, tmp_path / "out", "--max-quality-drop", "0")
+    assert result.exit_code == 4
+    assert "mean of tasks" in result.stdout
+    assert "--max-quality-drop 0" in result.stderr
+    assert (tmp_path / "out" / "model" / "config.json").is_file()
