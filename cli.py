@@ -249,8 +249,8 @@ def apply(model: str, plan_file: Path, out: Path, trust_remote_code: bool, as_js
     """
     from slimvlm import pipeline
 
-    options = CompressOptions(model=model, out=out, data=plan_file, trust_remote_code=trust_remote_code)
-    console.show_plan(pipeline.apply_saved_plan(model, plan_file, out, options), out, as_json=as_json)
+    plan = pipeline.apply_saved_plan(model, plan_file, out, trust_remote_code)
+    console.show_plan(plan, out, as_json=as_json)
 
 
 @main.command()

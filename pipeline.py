@@ -69,7 +69,7 @@ def make_plan(options: CompressOptions, progress: Progress | None = None) -> Res
     return compress(replace(options, stages=("plan",)), progress)
 
 
-def apply_saved_plan(model: str, plan_file: Path, out: Path, options: CompressOptions) -> Plan:
+def apply_saved_plan(model: str, plan_file: Path, out: Path, trust_remote_code: bool = False) -> Plan:
     """Cut `model` by the plan in `plan_file` and save the checkpoint in `out`.
 
     Raises:
@@ -79,7 +79,7 @@ def apply_saved_plan(model: str, plan_file: Path, out: Path, options: CompressOp
         plan = Plan.from_json(plan_file.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{plan_file} is not a readable plan: {error}") from None
-    loaded = load_model(model, trust_remote_code=options.trust_remote_code)
+    loaded = load_model(model, trust_remote_code=trust_remote_code)
     if loaded.digest != plan.model_digest:
         raise CheckpointError(
             f"{plan_file} was made for other weights than {model} "

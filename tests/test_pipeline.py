@@ -74,13 +74,13 @@ def test_a_finished_run_resumes_to_the_same_result_without_work(finished):
 
 def test_a_saved_plan_replays_to_the_same_weights_and_refuses_other_weights(finished, tmp_path):
     options, _ = finished
-    apply_saved_plan(options.model, options.out / "plan.json", tmp_path / "replayed", options)
+    apply_saved_plan(options.model, options.out / "plan.json", tmp_path / "replayed")
     replayed, _ = slimvlm.load(tmp_path / "replayed")
     model, _ = slimvlm.load(options.out / "model")
     for (name, one), (_, other) in zip(replayed.named_parameters(), model.named_parameters(), strict=True):
         assert torch.equal(one, other), name
     with pytest.raises(CheckpointError, match="other weights"):
-        apply_saved_plan(str(options.out / "model"), options.out / "plan.json", tmp_path / "never", options)
+        apply_saved_plan(str(options.out / "model"), options.out / "plan.json", tmp_path / "never")
 
 
 def test_a_slim_checkpoint_can_be_compressed_again(finished, tmp_path):

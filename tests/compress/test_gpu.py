@@ -1,0 +1,41 @@
+"""The same numbers on a CUDA device as on the CPU; skipped where there is none."""
+
+import pytest
+import torch
+from plans import make_plan
+from tiny_models import tiny_model
+
+from slimvlm.compress.calibrate import CalibrationOptions, collect
+from slimvlm.compress.criteria import CRITERIA
+from slimvlm.compress.families import find_family
+from slimvlm.compress.groups import find_groups
+from slimvlm.compress.slicing import apply_plan
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("criterion", ["ukmi", "taylor", "fisher", "gate"])
+@pytest.mark.parametrize("host_sums", [False, True])
+def test_statistics_on_a_gpu_are_those_of_the_cpu(criterion, host_sums):
+    options = CalibrationOptions(criterion=CRITERIA[criterion], host_sums=host_sums)
+    seen = {}
+    for device in ("cpu", "cuda"):
+        tiny = tiny_model("llava")
+        model = tiny.model.to(device)
+        family = find_family(model.config)
+        seen[device] = collect(model, family, find_groups(model, family), [tiny.inputs(2), tiny.inputs(3)], options)
+    for key, value in seen["cpu"].saliency.items():
+        scale = value.max().item()
+        torch.testing.assert_close(seen["cuda"].saliency[key], value, rtol=1e-3, atol=1e-4 * scale + 1e-12)
+
+
+def test_a_cut_on_a_gpu_keeps_the_weights_of_a_cut_on_the_cpu():
+    weights = {}
+    for device in ("cpu", "cuda"):
+        model = tiny_model("llava").model.to(device)
+        plan = make_plan(model, lambda group: range(0, group.size, 2))
+        weights[device] = apply_plan(model, plan).state_dict()
+    assert all(torch.equal(value.cpu(), weights["cpu"][name]) for name, value in weights["cuda"].items())
