@@ -94,7 +94,7 @@ model_options = _options(
 )
 sample_options = _options(
     _option("--data", type=FILE_OR_FOLDER, required=True, help="JSONL, LLaVA JSON, image folder or dataset directory."),
-    _option("--batch-size", type=COUNT, help="Samples per batch; results do not depend on it."),
+    _option("--batch-size", type=COUNT, help="Samples per batch; squares are per batch in fisher, second and mix."),
     _option("--seed", type=int, help="Of the choice of samples, and of random scores."),
     _option("--max-bad-samples", type=FRACTION, help="Fraction of unreadable samples skipped before data is refused."),
 )
@@ -115,7 +115,7 @@ plan_options = _options(
     _option("--prefix-split", is_flag=True, help="Encoder-decoder models: split captions as the paper does."),
     _option("--threshold", type=FRACTION, help="Ablation: fit below this probability counts as poor; 1: all tokens."),
     _option("--entropy/--no-entropy", default=None, help="Ablation: weigh by the entropy of output angles."),
-    _option("--taylor", type=click.Choice(TAYLORS), help="Ablation: variant of the gradient score."),
+    _option("--taylor", type=click.Choice(TAYLORS), help="Ablation: variant of the criteria ukmi and taylor."),
 )
 evaluation_options = _options(
     _option("--eval-data", type=FILE_OR_FOLDER, help="Samples for before and after; else those of --data left over."),

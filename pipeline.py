@@ -18,7 +18,7 @@ from slimvlm.compress.calibrate import CalibrationOptions
 from slimvlm.compress.checkpoint import Loaded, load_model, save_checkpoint
 from slimvlm.compress.collate import Batch, Collator
 from slimvlm.compress.criteria import CRITERIA, Criterion
-from slimvlm.compress.errors import CheckFailedError, CheckpointError
+from slimvlm.compress.errors import CheckFailedError, CheckpointError, UnsuitableOptionError
 from slimvlm.compress.evaluate import Comparison, Quality, compare, evaluate
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
@@ -163,7 +163,17 @@ def _load(options: CompressOptions, data: Path, limit: int | None) -> SampleSet:
 
 
 def chosen_criterion(options: CompressOptions) -> Criterion:
-    """The criterion with the asked ablations applied."""
+    """The criterion with the asked ablations applied.
+
+    Raises:
+        UnsuitableOptionError: a Taylor variant of a criterion that is no Taylor expansion.
+    """
+    criterion = CRITERIA[options.criterion]
+    if options.taylor is not None and criterion.saliency != "first":
+        raise UnsuitableOptionError(
+            f"--taylor {options.taylor} is a variant of the criteria ukmi or taylor, not of {criterion.name}; "
+            "choose one of them with --criterion, or leave --taylor out"
+        )
     changes: dict[str, Any] = {}
     if options.threshold is not None:
         changes["threshold"] = None if options.threshold >= 1 else options.threshold
@@ -171,7 +181,7 @@ def chosen_criterion(options: CompressOptions) -> Criterion:
         changes["entropy"] = options.entropy
     if options.taylor is not None:
         changes["saliency"] = options.taylor
-    return replace(CRITERIA[options.criterion], **changes)
+    return replace(criterion, **changes)
 
 
 def planning_of(options: CompressOptions, **identity: str) -> Planning:

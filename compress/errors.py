@@ -31,6 +31,10 @@ class MissingDependencyError(SlimvlmError):
     """An optional package is needed; the message names the pip command."""
 
 
+class UnsuitableOptionError(SlimvlmError):
+    """Options that contradict each other."""
+
+
 class DeviceError(SlimvlmError):
     """The device asked for is not there."""
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 import slimvlm
-from slimvlm.compress.errors import CheckFailedError, CheckpointError, InfeasibleBudgetError
+from slimvlm.compress.errors import CheckFailedError, CheckpointError, InfeasibleBudgetError, UnsuitableOptionError
 from slimvlm.compress.families import find_family
 from slimvlm.compress.groups import find_groups
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.demo import MODEL, SAMPLES
-from slimvlm.pipeline import apply_saved_plan, compress, evaluate_checkpoint, make_plan
+from slimvlm.pipeline import apply_saved_plan, compress, evaluate_checkpoint, make_plan, planning_of
 
 
 def few(tmp_path: Path, **changes) -> CompressOptions:
@@ -146,3 +146,14 @@ def test_two_processes_give_the_plan_of_one(tmp_path):
     subprocess.run([*launcher, script, tmp_path / "two"], check=True, cwd=tmp_path, env=environment, timeout=120)
     two = Plan.from_json((tmp_path / "two" / "plan.json").read_text())
     assert two.keep == one.keep
+
+
+@pytest.mark.parametrize("criterion", ["gate", "fisher", "magnitude", "random"])
+def test_a_taylor_variant_of_a_criterion_that_is_no_taylor_is_refused(tmp_path, criterion):
+    with pytest.raises(UnsuitableOptionError, match=f"--taylor .*ukmi or taylor.*{criterion}"):
+        planning_of(few(tmp_path, criterion=criterion, taylor="mix"))
+
+
+@pytest.mark.parametrize("criterion", ["ukmi", "taylor"])
+def test_a_taylor_variant_changes_the_saliency_of_a_taylor_criterion(tmp_path, criterion):
+    assert planning_of(few(tmp_path, criterion=criterion, taylor="mix")).calibration.criterion.saliency == "mix"
