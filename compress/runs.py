@@ -108,6 +108,8 @@ class RunFolder:
         if overwrite:
             shutil.rmtree(self.path)
             return None
+        if not resume and list(self.path.iterdir()) == [record]:  # refused before anything was made: nothing to lose
+            return None
         if not resume:
             raise OutputError(
                 f"{self.path} holds an earlier run; continue it with --resume, or replace it with --overwrite"

@@ -48,3 +48,8 @@ def test_an_unwritable_folder_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot write|is a file"):
         RunFolder(tmp_path / "file" / "out", {})
+
+
+def test_a_run_that_was_refused_before_it_made_anything_is_no_obstacle(tmp_path):
+    RunFolder(tmp_path, {"ratio": 0.99})
+    assert RunFolder(tmp_path, {"ratio": 0.5}).record["options"] == {"ratio": 0.5}
