@@ -61,6 +61,32 @@ class Tower:
 
 
 @dataclass(frozen=True, slots=True)
+class Export:
+    """How the parts of a model are called and fed once they are graphs (slimvlm/export).
+
+    Attributes:
+        vision: how pixels become image features, a key of export/vision.py: `pooled` (the model's own
+            `get_image_features`), `select` (a layer of the tower through the projector), `tiles` (the same on a fixed
+            set of tiles), `masked_tiles` (Idefics3) or `patches` (Qwen: one fixed grid of patches).
+        text: the module that takes `inputs_embeds`; `head` gives its logits (encoder-decoder: both inside `text`).
+        positions: `count` (1-D, from `first_position`) or `mrope` (temporal, height and width rows).
+        prefix: the prompt attends to itself in both directions, only what is generated is causal.
+        image_output, text_output: what a dual encoder's graphs call their embeddings.
+        genai: the model type under which onnxruntime-genai knows this model, if it does.
+    """
+
+    vision: str = "pooled"
+    text: str = "model.language_model"
+    head: str = "lm_head"
+    positions: str = "count"
+    first_position: int = 0
+    prefix: bool = False
+    image_output: str = "image_embeds"
+    text_output: str = "text_embeds"
+    genai: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """One row of the table; `text_model_type` tells apart models that differ in their language model only."""
 
@@ -69,6 +95,7 @@ class Family:
     kind: str
     towers: tuple[Tower, ...]
     text_model_type: str | None = None
+    export: Export = Export()
 
 
 SEPARATE = ("q_proj", "k_proj", "v_proj")
@@ -166,20 +193,34 @@ DUAL_TEXT = Tower("language", "language", "text_config", "text_model.encoder.lay
 HEADED_VISION = _vision("vision_model.encoder.layers", ENCODER, Mlp(("mlp.fc1",), "mlp.fc2"))
 
 FAMILIES: tuple[Family, ...] = (
-    Family("llava", "llava", "decoder", (_vision(VISION_TOWER), _language(LANGUAGE_MODEL))),
-    Family("llava_next", "llava_next", "decoder", (_vision(VISION_TOWER), _language(LANGUAGE_MODEL))),
-    Family("llava_onevision", "llava_onevision", "decoder", (_vision(VISION_TOWER), _language(LANGUAGE_MODEL))),
+    Family("llava", "llava", "decoder", (_vision(VISION_TOWER), _language(LANGUAGE_MODEL)), export=Export("select")),
+    Family(
+        "llava_next",
+        "llava_next",
+        "decoder",
+        (_vision(VISION_TOWER), _language(LANGUAGE_MODEL)),
+        export=Export("tiles"),
+    ),
+    Family(
+        "llava_onevision",
+        "llava_onevision",
+        "decoder",
+        (_vision(VISION_TOWER), _language(LANGUAGE_MODEL)),
+        export=Export("tiles"),
+    ),
     Family(
         "qwen2_vl",
         "qwen2_vl",
         "decoder",
         (_vision(QWEN_BLOCKS, FUSED, Mlp(("mlp.fc1",), "mlp.fc2")), _language(LANGUAGE_MODEL, GQA_HIDDEN)),
+        export=Export("patches", positions="mrope"),
     ),
     Family(
         "qwen2_5_vl",
         "qwen2_5_vl",
         "decoder",
         (_vision(QWEN_BLOCKS, FUSED, GATED_MLP), _language(LANGUAGE_MODEL, GQA_HIDDEN)),
+        export=Export("patches", positions="mrope", genai="qwen2_5_vl"),
     ),
     Family(
         "qwen3_vl",
@@ -189,25 +230,54 @@ FAMILIES: tuple[Family, ...] = (
             _vision(QWEN_BLOCKS, FUSED, Mlp(("mlp.linear_fc1",), "mlp.linear_fc2", stock="intermediate_size")),
             _language(LANGUAGE_MODEL),
         ),
+        export=Export("patches", positions="mrope", genai="qwen3_vl"),
     ),
     Family(
         "smolvlm",
         "smolvlm",
         "decoder",
         (_vision("model.vision_model.encoder.layers"), _language("model.text_model.layers")),
+        export=Export("masked_tiles", text="model.text_model"),
     ),
     Family(
         "idefics3",
         "idefics3",
         "decoder",
         (_vision("model.vision_model.encoder.layers"), _language("model.text_model.layers")),
+        export=Export("masked_tiles", text="model.text_model"),
     ),
-    Family("paligemma", "paligemma", "decoder", (_vision(VISION_TOWER), _language(LANGUAGE_MODEL))),
+    Family(
+        "paligemma",
+        "paligemma",
+        "decoder",
+        (_vision(VISION_TOWER), _language(LANGUAGE_MODEL)),
+        export=Export(first_position=1, prefix=True),
+    ),
     Family("internvl", "internvl", "decoder", (INTERNVL_VISION, _language(LANGUAGE_MODEL))),
-    Family("blip2_opt", "blip-2", "decoder", (BLIP2_VISION, OPT), text_model_type="opt"),
-    Family("blip2_t5", "blip-2", "encoder-decoder", (BLIP2_VISION, T5_ENCODER, T5_DECODER), text_model_type="t5"),
+    Family(
+        "blip2_opt",
+        "blip-2",
+        "decoder",
+        (BLIP2_VISION, OPT),
+        text_model_type="opt",
+        export=Export(text="language_model.model", head="language_model.lm_head"),
+    ),
+    Family(
+        "blip2_t5",
+        "blip-2",
+        "encoder-decoder",
+        (BLIP2_VISION, T5_ENCODER, T5_DECODER),
+        text_model_type="t5",
+        export=Export(text="language_model"),
+    ),
     Family("clip", "clip", "dual-encoder", (_vision("vision_model.encoder.layers"), DUAL_TEXT)),
-    Family("siglip", "siglip", "dual-encoder", (HEADED_VISION, DUAL_TEXT)),
+    Family(
+        "siglip",
+        "siglip",
+        "dual-encoder",
+        (HEADED_VISION, DUAL_TEXT),
+        export=Export(image_output="pooler_output", text_output="pooler_output"),
+    ),
 )
 
 
