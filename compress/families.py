@@ -88,13 +88,19 @@ class Export:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One row of the table; `text_model_type` tells apart models that differ in their language model only."""
+    """One row of the table.
+
+    Attributes:
+        text_model_type: tells apart models that differ in their language model only.
+        projector: modules that carry what one modality's tower says into the space of the other; empty: there are none.
+    """
 
     name: str
     model_type: str
     kind: str
     towers: tuple[Tower, ...]
     text_model_type: str | None = None
+    projector: tuple[str, ...] = ()
     export: Export = Export()
 
 
@@ -192,14 +198,27 @@ DUAL_TEXT = Tower("language", "language", "text_config", "text_model.encoder.lay
 # SigLIP's pooling head has the width of the vision MLPs: one config field for both, so no stock cut.
 HEADED_VISION = _vision("vision_model.encoder.layers", ENCODER, Mlp(("mlp.fc1",), "mlp.fc2"))
 
+PROJECTOR = ("model.multi_modal_projector",)
+MERGER = ("model.visual.merger",)
+CONNECTOR = ("model.connector",)
+PROJECTION = ("language_projection",)
+
 FAMILIES: tuple[Family, ...] = (
-    Family("llava", "llava", "decoder", (_vision(VISION_TOWER), _language(LANGUAGE_MODEL)), export=Export("select")),
+    Family(
+        "llava",
+        "llava",
+        "decoder",
+        (_vision(VISION_TOWER), _language(LANGUAGE_MODEL)),
+        export=Export("select"),
+        projector=PROJECTOR,
+    ),
     Family(
         "llava_next",
         "llava_next",
         "decoder",
         (_vision(VISION_TOWER), _language(LANGUAGE_MODEL)),
         export=Export("tiles"),
+        projector=PROJECTOR,
     ),
     Family(
         "llava_onevision",
@@ -207,6 +226,7 @@ FAMILIES: tuple[Family, ...] = (
         "decoder",
         (_vision(VISION_TOWER), _language(LANGUAGE_MODEL)),
         export=Export("tiles"),
+        projector=PROJECTOR,
     ),
     Family(
         "qwen2_vl",
@@ -214,6 +234,7 @@ FAMILIES: tuple[Family, ...] = (
         "decoder",
         (_vision(QWEN_BLOCKS, FUSED, Mlp(("mlp.fc1",), "mlp.fc2")), _language(LANGUAGE_MODEL, GQA_HIDDEN)),
         export=Export("patches", positions="mrope"),
+        projector=MERGER,
     ),
     Family(
         "qwen2_5_vl",
@@ -221,6 +242,7 @@ FAMILIES: tuple[Family, ...] = (
         "decoder",
         (_vision(QWEN_BLOCKS, FUSED, GATED_MLP), _language(LANGUAGE_MODEL, GQA_HIDDEN)),
         export=Export("patches", positions="mrope", genai="qwen2_5_vl"),
+        projector=MERGER,
     ),
     Family(
         "qwen3_vl",
@@ -231,6 +253,7 @@ FAMILIES: tuple[Family, ...] = (
             _language(LANGUAGE_MODEL),
         ),
         export=Export("patches", positions="mrope", genai="qwen3_vl"),
+        projector=(*MERGER, "model.visual.deepstack_merger_list"),
     ),
     Family(
         "smolvlm",
@@ -238,6 +261,7 @@ FAMILIES: tuple[Family, ...] = (
         "decoder",
         (_vision("model.vision_model.encoder.layers"), _language("model.text_model.layers")),
         export=Export("masked_tiles", text="model.text_model"),
+        projector=CONNECTOR,
     ),
     Family(
         "idefics3",
@@ -245,6 +269,7 @@ FAMILIES: tuple[Family, ...] = (
         "decoder",
         (_vision("model.vision_model.encoder.layers"), _language("model.text_model.layers")),
         export=Export("masked_tiles", text="model.text_model"),
+        projector=CONNECTOR,
     ),
     Family(
         "paligemma",
@@ -252,8 +277,9 @@ FAMILIES: tuple[Family, ...] = (
         "decoder",
         (_vision(VISION_TOWER), _language(LANGUAGE_MODEL)),
         export=Export(first_position=1, prefix=True),
+        projector=PROJECTOR,
     ),
-    Family("internvl", "internvl", "decoder", (INTERNVL_VISION, _language(LANGUAGE_MODEL))),
+    Family("internvl", "internvl", "decoder", (INTERNVL_VISION, _language(LANGUAGE_MODEL)), projector=PROJECTOR),
     Family(
         "blip2_opt",
         "blip-2",
@@ -261,6 +287,7 @@ FAMILIES: tuple[Family, ...] = (
         (BLIP2_VISION, OPT),
         text_model_type="opt",
         export=Export(text="language_model.model", head="language_model.lm_head"),
+        projector=PROJECTION,
     ),
     Family(
         "blip2_t5",
@@ -269,14 +296,22 @@ FAMILIES: tuple[Family, ...] = (
         (BLIP2_VISION, T5_ENCODER, T5_DECODER),
         text_model_type="t5",
         export=Export(text="language_model"),
+        projector=PROJECTION,
     ),
-    Family("clip", "clip", "dual-encoder", (_vision("vision_model.encoder.layers"), DUAL_TEXT)),
+    Family(
+        "clip",
+        "clip",
+        "dual-encoder",
+        (_vision("vision_model.encoder.layers"), DUAL_TEXT),
+        projector=("visual_projection", "text_projection"),
+    ),
     Family(
         "siglip",
         "siglip",
         "dual-encoder",
         (HEADED_VISION, DUAL_TEXT),
         export=Export(image_output="pooler_output", text_output="pooler_output"),
+        projector=("vision_model.head", "text_model.head"),
     ),
 )
 

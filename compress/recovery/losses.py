@@ -1,0 +1,150 @@
+"""What the student is compared by: block outputs, token distributions, hidden states, answers.
+
+Logits are the largest tensors of a run (label tokens x vocabulary), so their losses leave no fp32 copy behind: the two
+distances to the teacher form their gradient at once and keep only what it needs, in the student's own dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100
+FLOOR = 1e-8  # of a norm that divides
+
+
+def feature_distance(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """1 - cosine between two block outputs, each taken as one long vector over batch, tokens and channels; fp32 scalar.
+
+    This is the paper's normalised squared error (UKMP, Eq. 13) without its factor 2 / (B S C), which ties the scale of
+    the loss to batch size, length and width.
+
+    Args:
+        student, teacher: [..., C] of one shape. The teacher gets no gradient.
+        mask: bool [...], True where a token counts; None: all do.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    _same_shape("block outputs", student, teacher)
+    return _Distance.apply(student, teacher, None if mask is None else mask.reshape(student.shape[:-1]))
+
+
+def normalised_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """The paper's feature loss: mean squared difference of the two tensors, each divided by its Frobenius norm.
+
+    Padding counts, as in the paper's code (UKMP, Eq. 13).
+    """
+    return feature_distance(student, teacher) * (2 / max(student.numel(), 1))
+
+
+def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0, *, reverse: bool = False) -> Tensor:
+    """Kullback-Leibler divergence of token distributions, mean over rows, times temperature squared; fp32 scalar, nats.
+
+    Args:
+        student, teacher: logits [rows, V]. The teacher gets no gradient.
+        reverse: KL(student || teacher) instead of KL(teacher || student).
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    _same_shape("logits", student, teacher)
+    return _Divergence.apply(student, teacher, temperature, reverse)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy over the labelled rows (nats, fp32 scalar); zero if there is none.
+
+    Args:
+        logits: [rows, V].
+        labels: int64 [rows]; -100 is ignored.
+    """
+    total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+    return total / (labels != IGNORED).sum().clamp_min(1)
+
+
+def squared_error(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Element-wise mean squared difference of hidden states over the tokens that count; fp32 scalar.
+
+    Args:
+        student, teacher: [..., C] of one shape.
+        mask: bool [...], True where a token counts; None: all do.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    _same_shape("hidden states", student, teacher)
+    difference = student.float() - teacher.float()
+    if mask is None:
+        return difference.square().sum() / max(difference.numel(), 1)
+    mask = mask.reshape(student.shape[:-1])
+    total = torch.where(mask[..., None], difference, 0).square().sum()
+    return total / (mask.sum() * student.shape[-1]).clamp_min(1)
+
+
+def contrast_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0, *, reverse: bool = False) -> Tensor:
+    """`divergence` between two matrices of image-text similarities [B, B]: mean over its rows and its columns."""
+    rows = divergence(student, teacher, temperature, reverse=reverse)
+    return (rows + divergence(student.T, teacher.T, temperature, reverse=reverse)) / 2
+
+
+class _Distance(torch.autograd.Function):
+    """1 - cos = |s/|s| - t/|t||^2 / 2: exactly zero for equal tensors, never negative."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+        s, t = student.float(), teacher.float()
+        if mask is not None:  # where, not a product: a padded row may hold anything
+            s, t = (torch.where(mask[..., None], value, 0) for value in (s, t))
+        norms = [torch.linalg.vector_norm(value).clamp_min(FLOOR) for value in (s, t)]
+        distance = (s / norms[0]).sub_(t / norms[1]).square_().sum() / 2
+        ctx.save_for_backward(student, teacher, mask, distance, *norms)
+        return distance
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        student, teacher, mask, distance, student_norm, teacher_norm = ctx.saved_tensors
+        factor = gradients[0] / student_norm
+        result = student.float() * (factor * (1 - distance) / student_norm)
+        result.sub_(teacher.float() * (factor / teacher_norm))
+        if mask is not None:
+            result = torch.where(mask[..., None], result, 0)
+        return result.to(student.dtype), None, None
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float, reverse: bool) -> Tensor:
+        s, t = (_log_probabilities(logits, temperature) for logits in (student, teacher))
+        rows = max(len(student), 1)
+        if reverse:
+            gradient = s.exp()
+            s.sub_(t)
+            each = (gradient * s).sum(-1, keepdim=True)
+            gradient.mul_(s.sub_(each))
+        else:
+            truth = t.exp()
+            each = (truth * t.sub_(s)).sum(-1)
+            gradient = s.exp_().sub_(truth)
+        ctx.save_for_backward(gradient.to(student.dtype))
+        ctx.scale = temperature / rows
+        return each.sum() * (temperature**2 / rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * (gradients[0] * ctx.scale)).to(gradient.dtype), None, None, None
+
+
+def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:
+    if temperature == 1:
+        return torch.log_softmax(logits, -1, dtype=torch.float32)
+    return torch.log_softmax(logits.float() / temperature, -1)
+
+
+def _same_shape(what: str, student: Tensor, teacher: Tensor) -> None:
+    if student.shape != teacher.shape:
+        raise ValueError(f"{what} of student and teacher differ: {tuple(student.shape)} and {tuple(teacher.shape)}")

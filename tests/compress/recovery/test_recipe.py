@@ -1,0 +1,207 @@
+"""Recipes and stages: the paper's schedule for the paper's model, and what holds for any depths."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slimvlm.compress.errors import UnsuitableOptionError
+from slimvlm.compress.families import FAMILIES
+from slimvlm.compress.recovery.recipe import (
+    LOSSES,
+    BlockTarget,
+    Recipe,
+    Stage,
+    make_stages,
+    match_blocks,
+    parse_recipe,
+    stage_bounds,
+    supervised_layers,
+)
+
+ROWS = {family.name: family for family in FAMILIES}
+FLAN_T5_XL = {"vision": 39, "encoder": 24, "decoder": 24}
+VE, VE_SHALLOW = list(range(0, 39, 2)), list(range(0, 23, 2))
+T5, T5_SHALLOW = list(range(1, 24, 2)), list(range(1, 12, 2))
+families = st.sampled_from(FAMILIES)
+flags = {"stages": st.booleans(), "faithful": st.booleans()}
+recipes = st.builds(parse_recipe, st.just("lpd"), **flags)
+
+
+def layers(stage: Stage, tower: str) -> list[int]:
+    return [block.layer for block in stage.blocks if block.tower == tower]
+
+
+@st.composite
+def depths(draw, family):
+    return {tower.name: draw(st.integers(1, 90)) for tower in family.towers}
+
+
+def test_the_stages_of_blip2_flan_t5_xl_are_those_of_the_paper():
+    stages = make_stages(ROWS["blip2_t5"], FLAN_T5_XL, parse_recipe("lpd", faithful=True))
+    expected = [
+        ("vision shallow", VE_SHALLOW, [], [], {}, 20),
+        ("vision", VE, [], [], {}, 20),
+        ("encoder shallow", VE, T5_SHALLOW, [], {}, 80),
+        ("encoder", VE, T5, [], {}, 40),
+        ("decoder shallow", VE, T5, T5_SHALLOW, {}, 80),
+        ("decoder", VE, T5, T5, {}, 80),
+        ("task", [], [], [], {"sft": 1.0, "kl": 1.0}, 275),
+    ]
+    found = [
+        (stage.name, layers(stage, "vision"), layers(stage, "encoder"), layers(stage, "decoder"), dict(stage.losses))
+        for stage in stages
+    ]
+    assert found == [row[:5] for row in expected]
+    assert [stage.share for stage in stages] == [row[5] / 595 for row in expected]
+    betas = {"vision": 1e6, "encoder": 1e9, "decoder": 1e8}
+    assert all(block.weight == betas[block.tower] for stage in stages for block in stage.blocks)
+
+
+def test_the_paper_s_run_of_595_thousand_samples_changes_stage_where_the_paper_does():
+    stages = make_stages(ROWS["blip2_t5"], FLAN_T5_XL, parse_recipe("lpd"))
+    assert stage_bounds(stages, 29_750) == (1000, 2000, 6000, 8000, 12_000, 16_000, 29_750)  # batches of 20
+
+
+def test_a_decoder_only_model_has_the_decoder_s_samples_and_a_dual_encoder_the_encoder_s():
+    for name, shares in (("llava", [20, 20, 80, 80, 275]), ("clip", [20, 20, 80, 40, 275])):
+        stages = make_stages(ROWS[name], {"vision": 24, "language": 32}, parse_recipe("lpd"))
+        assert [stage.share for stage in stages] == [share / sum(shares) for share in shares]
+        assert layers(stages[-2], "language") == list(range(1, 32, 2))
+
+
+def test_without_stages_everything_is_supervised_all_the_time():
+    (stage,) = make_stages(ROWS["llava"], {"vision": 4, "language": 3}, parse_recipe("lpd", stages=False))
+    assert (stage.share, stage.losses) == (1.0, {"sft": 1.0, "kl": 1.0})
+    blocks = (("vision", 1), ("vision", 3), ("language", 0), ("language", 2))
+    assert stage.blocks == tuple(BlockTarget(tower, layer, 0.5) for tower, layer in blocks)
+
+
+@given(st.data(), families, recipes)
+def test_shares_sum_to_one_and_every_tower_weighs_one(data, family, recipe):
+    for stage in make_stages(family, data.draw(depths(family)), recipe):
+        if not recipe.faithful:
+            sums = {tower: 0.0 for tower in {block.tower for block in stage.blocks}}
+            for block in stage.blocks:
+                sums[block.tower] += block.weight
+            assert all(total == pytest.approx(1) for total in sums.values())
+    assert sum(stage.share for stage in make_stages(family, data.draw(depths(family)), recipe)) == pytest.approx(1)
+
+
+@given(st.data(), families)
+def test_the_supervised_blocks_grow_to_the_last_of_every_tower_and_only_then_comes_the_task(data, family):
+    depth = data.draw(depths(family))
+    *features, task = make_stages(family, depth, parse_recipe("lpd"))
+    assert len(features) == 2 * len(family.towers)
+    reached: set[tuple[str, int]] = set()
+    for stage in features:
+        blocks = {(block.tower, block.layer) for block in stage.blocks}
+        assert reached <= blocks
+        assert not stage.losses
+        assert all(0 <= layer < depth[tower] for tower, layer in blocks)
+        reached = blocks
+    assert {(tower, count - 1) for tower, count in depth.items()} <= reached
+    assert not task.blocks
+    assert task.losses
+
+
+@given(st.integers(1, 200))
+def test_every_second_block_counted_back_from_the_last_is_supervised(depth):
+    chosen = supervised_layers(depth)
+    assert chosen[-1] == depth - 1
+    assert chosen[0] in (0, 1)
+    assert all(right - left == 2 for left, right in pairwise(chosen))
+
+
+@given(st.data(), families, recipes, st.integers(0, 5000))
+def test_bounds_of_stages_never_fall_end_at_the_last_step_and_leave_no_stage_without_one(data, family, recipe, steps):
+    stages = make_stages(family, data.draw(depths(family)), recipe)
+    bounds = (0, *stage_bounds(stages, steps))
+    assert bounds[-1] == steps
+    lengths = [after - before for before, after in pairwise(bounds)]
+    assert min(lengths) >= (1 if steps >= len(stages) else 0)
+    if steps > 1000:
+        assert all(abs(n - stage.share * steps) <= 2 for n, stage in zip(lengths, stages, strict=True))
+
+
+def test_no_stage_and_less_than_no_step_are_refused():
+    with pytest.raises(ValueError, match="0 stages and 5 steps"):
+        stage_bounds((), 5)
+    with pytest.raises(ValueError, match="-1 steps"):
+        stage_bounds((Stage("task", (), {"sft": 1.0}, 1.0),), -1)
+
+
+def test_a_tower_without_blocks_is_refused():
+    with pytest.raises(ValueError, match="tower 'language' of 'llava' has no block"):
+        make_stages(ROWS["llava"], {"vision": 3}, parse_recipe("lpd"))
+
+
+@given(st.dictionaries(st.sampled_from(LOSSES), st.floats(1e-3, 1e3), min_size=1))
+def test_a_sum_of_losses_is_read_back_as_written(losses):
+    recipe = parse_recipe(" + ".join(f"{weight!r}*{name}" for name, weight in losses.items()))
+    assert (recipe.losses, recipe.features) == (losses, False)
+    assert [stage.losses for stage in make_stages(ROWS["clip"], {"vision": 1, "language": 1}, recipe)] == [losses]
+
+
+def test_a_loss_without_a_weight_weighs_one_and_only_sft_needs_no_teacher():
+    assert parse_recipe("sft+0.5*kl").losses == {"sft": 1.0, "kl": 0.5}
+    assert not parse_recipe("2*sft").needs_teacher
+    assert all(parse_recipe(text).needs_teacher for text in ("lpd", "kl", "rkl", "hidden+sft"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "'' is no loss; accepted are lpd, or a sum of sft, kl, rkl, hidden"),
+        ("sft+ce", "recipe 'sft[+]ce': 'ce' is no loss; accepted are lpd"),
+        ("lpd+sft", "'lpd' is no loss"),
+        ("sft+sft", "'sft' comes twice; give its weight once"),
+        ("x*sft", "'x' is no number"),
+        ("*sft", "'' is no number"),
+        ("0*sft", "nothing to learn from"),
+        ("sft+0*kl", "the weight 0.0 of 'kl' is not a positive number"),
+        ("-1*kl", "the weight -1.0 of 'kl' is not a positive number"),
+        ("nan*kl", "the weight nan of 'kl' is not a positive number"),
+    ],
+)
+def test_a_recipe_that_cannot_be_meant_is_refused_with_what_is_accepted(text, message):
+    with pytest.raises(UnsuitableOptionError, match=message):
+        parse_recipe(text)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_temperature_that_is_not_positive_is_refused(temperature):
+    with pytest.raises(UnsuitableOptionError, match="is not positive"):
+        parse_recipe("kl", temperature=temperature)
+
+
+def test_a_recipe_with_an_unknown_loss_or_without_hidden_state_is_refused():
+    with pytest.raises(UnsuitableOptionError, match="the loss 'l2' is unknown"):
+        Recipe({"l2": 1.0})
+    with pytest.raises(UnsuitableOptionError, match="needs a hidden state"):
+        Recipe({"hidden": 1.0}, hidden_states=())
+
+
+@given(st.data())
+def test_a_layer_follows_the_output_that_the_next_kept_layer_read(data):
+    depth = data.draw(st.integers(1, 40))
+    kept = tuple(sorted(data.draw(st.sets(st.integers(0, depth - 1), min_size=1))))
+    targets = match_blocks(kept, depth)
+    assert len(targets) == len(kept)
+    assert targets[-1] == depth - 1
+    assert all(after == before + 1 for before, after in zip(targets, kept[1:], strict=False))
+    assert all(target >= own for target, own in zip(targets, kept, strict=True))
+
+
+def test_when_no_layer_was_removed_each_follows_itself():
+    assert match_blocks(tuple(range(7)), 7) == tuple(range(7))
+    assert match_blocks((0, 1, 4, 5), 8) == (0, 3, 4, 7)
+
+
+@pytest.mark.parametrize("kept", [(), (1, 1), (2, 1), (-1, 0), (0, 8)])
+def test_kept_layers_that_cannot_be_are_refused(kept):
+    with pytest.raises(ValueError, match="sorted, unique and below 8"):
+        match_blocks(kept, 8)
