@@ -27,6 +27,10 @@ class CalibrationError(SlimvlmError):
     """The statistics of a calibration run are unusable (for example not finite)."""
 
 
+class RecoveryError(SlimvlmError):
+    """A training cannot go on: its loss is not finite, or what it left on disk is damaged or another training's."""
+
+
 class MissingDependencyError(SlimvlmError):
     """An optional package is needed; the message names the pip command."""
 
