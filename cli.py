@@ -27,6 +27,9 @@ ATTENTION_UNITS = ("auto", "kv-group", "query-slot")
 LAYOUTS = ("per-layer", "stock")
 KINDS = ("attention", "mlp")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+TRAINED = ("lora", "projector", "lora+projector", "full")
+SCHEDULES = ("cosine", "constant")
+PRECISIONS = ("auto", "no", "bf16", "fp16")
 
 DEFAULTS = {field.name: field.default for field in fields(CompressOptions)}
 
@@ -85,6 +88,9 @@ FILE_OR_FOLDER = click.Path(exists=True, path_type=Path)
 COUNT = click.IntRange(min=1)
 FRACTION = click.FloatRange(0, 1)
 RATIO = click.FloatRange(0, 1, min_open=True, max_open=True)
+RATIO_OR_ALL = click.FloatRange(0, 1, min_open=True)
+POSITIVE = click.FloatRange(0, min_open=True)
+RECIPES = "lpd, a sum of sft, kl, rkl and hidden as sft+0.5*kl, or none."
 
 remote_code = _option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint brings.")
 model_options = _options(
@@ -116,6 +122,42 @@ plan_options = _options(
     _option("--threshold", type=FRACTION, help="Ablation: fit below this probability counts as poor; 1: all tokens."),
     _option("--entropy/--no-entropy", default=None, help="Ablation: weigh by the entropy of output angles."),
     _option("--taylor", type=click.Choice(TAYLORS), help="Ablation: variant of the criteria ukmi and taylor."),
+)
+recover_option = _option("--recover", metavar="RECIPE", help=RECIPES)
+steps_option = _option("--steps", type=COUNT, help="Optimiser steps of the recovery; else what --epochs needs.")
+recover_options = _options(
+    recover_option,
+    _option("--recover-data", type=FILE_OR_FOLDER, help="Samples to train on; else those of --data not evaluated."),
+    _option("--data-fraction", type=RATIO_OR_ALL, help="Train on this share of them, drawn by --seed."),
+    _option("--validation-samples", type=COUNT, help="Held out, by image, to keep the best state."),
+    _option("--teacher", metavar="MODEL", help="Learn from this checkpoint; else from the dense model."),
+    _option("--train", type=click.Choice(TRAINED), help="What is trained."),
+    _option("--rank", type=COUNT, help="Of the low-rank update."),
+    _option("--recall-rank", type=COUNT, help="Of the branch through the pruned weights."),
+    _option("--alpha", type=POSITIVE, help="Updates are scaled by alpha / rank."),
+    _option("--dropout", type=click.FloatRange(0, 1, max_open=True), help="On the input of the low-rank update."),
+    _option("--targets", multiple=True, metavar="NAME", help="Adapt linears of these names only; repeatable."),
+    _option("--recall/--no-recall", default=True, help="Recall the pruned weights."),
+    _option("--staged/--not-staged", default=True, help="lpd: supervise ever more blocks, or all of them at once."),
+    _option("--temperature", type=POSITIVE, help="Of the losses kl and rkl."),
+    _option("--epochs", type=POSITIVE, help="Passes over the samples."),
+    steps_option,
+    _option("--train-batch-size", type=COUNT, help="Samples per step, over all processes."),
+    _option("--accumulate", type=COUNT, help="Compute a batch in so many parts."),
+    _option("--learning-rate", type=POSITIVE, help="Else by what is trained, falling with the model's width."),
+    _option("--schedule", type=click.Choice(SCHEDULES), help="Of the learning rate after the warm-up."),
+    _option("--warmup", type=click.IntRange(min=0), help="Steps of linear warm-up."),
+    _option("--weight-decay", type=click.FloatRange(min=0), help="Of matrices."),
+    _option("--clip", type=POSITIVE, help="Largest norm of the gradient."),
+    _option("--reset-optimizer", is_flag=True, help="A fresh optimiser for every stage, as in the paper."),
+    _option("--precision", type=click.Choice(PRECISIONS), help="Of matrix products in training."),
+    _option("--gradient-checkpointing", is_flag=True, help="Less memory for more time."),
+    _option("--checkpoint-every", type=COUNT, help="Steps between states that --resume continues from."),
+    _option("--validate-every", type=COUNT, help="Steps between validations; else an eighth of all."),
+    _option("--patience", type=COUNT, help="Stop after so many validations without improvement."),
+    _option(
+        "--teacher-cache", type=Size(), metavar="SIZE", help="Keep so much of the teacher's outputs on disk."
+    ),
 )
 evaluation_options = _options(
     _option("--eval-data", type=FILE_OR_FOLDER, help="Samples for before and after; else those of --data left over."),
@@ -156,6 +198,7 @@ def main() -> None:
 @click.argument("out", type=PATH)
 @sample_options
 @plan_options
+@recover_options
 @evaluation_options
 @quality_limit
 @model_options
@@ -164,7 +207,7 @@ def main() -> None:
 def compress(as_json: bool, quiet: bool, **values: Any) -> None:
     """Cut MODEL to a smaller dense checkpoint.
 
-    MODEL is a folder or a hub name. Calibrates, plans, cuts, saves OUT/model, and evaluates before and after:
+    MODEL is a folder or a hub name. Calibrates, plans, cuts, recovers, saves OUT/model, and evaluates before and after:
 
         slimvlm compress ./my-vlm out --data samples.jsonl --ratio 0.5
     """
@@ -175,6 +218,8 @@ def compress(as_json: bool, quiet: bool, **values: Any) -> None:
 @click.argument("out", type=PATH)
 @_option("--ratio", type=RATIO, help="Fraction of ALL parameters to remove.")
 @_option("--seed", type=int, help="Of the choice of samples.")
+@recover_option
+@steps_option
 @quality_limit
 @folder_options
 @output_options
@@ -251,6 +296,27 @@ def apply(model: str, plan_file: Path, out: Path, trust_remote_code: bool, as_js
 
     plan = pipeline.apply_saved_plan(model, plan_file, out, trust_remote_code)
     console.show_plan(plan, out, as_json=as_json)
+
+
+@main.command()
+@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@recover_options
+@_option("--device", type=Device(), metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
+@quality_limit
+@output_options
+def recover(run: Path, as_json: bool, quiet: bool, **values: Any) -> None:
+    """Train the cut model of RUN again.
+
+    RUN is what `slimvlm compress` wrote. Reads its model and samples, keeps the model as it was cut in RUN/cut, puts
+    the recovered one in its place, and continues where an interrupted recovery with the same options stopped:
+
+        slimvlm recover out --recover sft+hidden --steps 500
+    """
+    from slimvlm import pipeline
+
+    with console.progress(quiet) as progress:
+        result = pipeline.recover_run(run, values, progress)
+    console.show_compression(result, as_json=as_json)
 
 
 @main.command()

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from slimvlm.compress.quality import Comparison, Quality
     from slimvlm.pipeline import Result
 
-Progress = Callable[[str, int, int], None]  # stage, done, total
+Progress = Callable[..., None]  # stage, done, total, note
+QUIET_SECONDS = 30  # at most so long nothing is said where there is no terminal
 
 # 8GB, 8gb, 8G and 8GiB; G is 1000^3, GiB is 1024^3.
 SIZE_UNITS = {"": 1, "B": 1} | {
@@ -106,7 +107,7 @@ def is_first_process() -> bool:
 def progress(quiet: bool) -> Iterator[Progress]:
     """A function that shows (stage, done, total) on stderr: bars on a terminal, else one line per finished stage."""
     if quiet or not is_first_process():
-        yield lambda stage, done, total: None
+        yield lambda stage, done, total, note="": None
     elif sys.stderr.isatty():
         with _bars() as report:
             yield report
@@ -115,15 +116,17 @@ def progress(quiet: bool) -> Iterator[Progress]:
 
 
 class _Lines:
-    """One line per finished stage, with the seconds since the one before."""
+    """One line per finished stage, with the seconds since the one before, and now and then one of a long stage."""
 
     def __init__(self) -> None:
-        self.since = time.perf_counter()
+        self.since = self.spoke = time.perf_counter()
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
+    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
+        now = time.perf_counter()
+        if done >= total or now - self.spoke > QUIET_SECONDS:
+            click.echo(f"{stage:<24}{done:>8}/{total}  {now - self.since:8.1f} s  {note}".rstrip(), err=True)
+            self.spoke = now
         if done >= total:
-            now = time.perf_counter()
-            click.echo(f"{stage:<24}{done:>8}/{total}  {now - self.since:8.1f} s", err=True)
             self.since = now
 
 
@@ -134,13 +137,14 @@ def _bars() -> Iterator[Progress]:
     from rich.progress import Progress as Bars
 
     columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Bars(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
+    note_column = TextColumn("{task.fields[note]}")
+    with Bars(*columns, TimeRemainingColumn(), note_column, console=Console(stderr=True)) as bars:
         tasks: dict[str, Any] = {}
 
-        def report(stage: str, done: int, total: int) -> None:
+        def report(stage: str, done: int, total: int, note: str = "") -> None:
             if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
+                tasks[stage] = bars.add_task(stage, total=total, note=note)
+            bars.update(tasks[stage], completed=done, total=total, note=note)
             if done >= total:
                 del tasks[stage]
 
@@ -188,6 +192,8 @@ def show_compression(result: Result, *, as_json: bool) -> None:
                 **_plan_document(plan),
                 "out": str(result.out),
                 "quality": quality,
+                "quality_before_recovery": result.cut.score if result.cut else None,
+                "recovery": result.recovery,
                 "bad_samples": result.bad_samples,
                 "seconds": result.seconds,
             }
@@ -200,11 +206,20 @@ def show_compression(result: Result, *, as_json: bool) -> None:
         rows.extend(_task_rows(result.dense, result.slim, comparison.metric))
     _print_table(("", "before", "after", "change"), rows)
     _print_removed(plan)
+    if result.recovery and result.cut:
+        print_line(_recovery_line(result.recovery, result.cut))
     if result.bad_samples:
         print_line(f"skipped  {result.bad_samples} unreadable samples, named in {result.out / 'run.json'}")
     print_line("seconds  " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result.seconds.items()))
     print_line(f"model    {result.out / 'model'}")
     print_line(f"details  {result.out / 'run.json'}, plan.json, quality.json")
+
+
+def _recovery_line(recovery: Mapping[str, Any], cut: Quality) -> str:
+    trained = f"{recovery['steps']} steps of {recovery['options']['recover']}, {recovery['seconds']:.0f} s"
+    if recovery["helped"]:
+        return f"recovery {percent(cut.score)} before it; {trained}, best state of step {recovery['best_step']}"
+    return f"recovery did not help on the validation samples ({trained}): the cut model is kept as it was"
 
 
 def show_plan(plan: Plan, written: Path, *, as_json: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,23 +17,22 @@ from slimvlm.compress.budget import Budget
 from slimvlm.compress.calibrate import CalibrationOptions
 from slimvlm.compress.checkpoint import Loaded, load_model, save_checkpoint
 from slimvlm.compress.collate import Batch, Collator
+from slimvlm.compress.computing import TOLERANCE, cast, load_to_compute, outputs, relative_difference
 from slimvlm.compress.criteria import CRITERIA, Criterion
 from slimvlm.compress.errors import CheckFailedError, CheckpointError, UnsuitableOptionError
 from slimvlm.compress.evaluate import Comparison, Quality, compare, evaluate
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.rounds import Planned, Planning, plan_in_rounds
-from slimvlm.compress.runs import RunFolder, write_text
-from slimvlm.compress.samples import Sample, SampleSet, batches, load_samples
+from slimvlm.compress.runs import RunFolder, read_identity, write_text
+from slimvlm.compress.samples import Sample, batches
 from slimvlm.compress.slicing import apply_plan, mask_plan
+from slimvlm.compress.splits import Measured, read_evaluation, read_measured, read_trained
 
-Progress = Callable[[str, int, int], None]  # stage, done, total
+Progress = Callable[..., None]  # stage, done, total, note: what else is worth saying
 
-# Logits of the cut model against the dense model with the same units masked, relative to the largest logit.
-SLICE_TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-HELD_OUT = 512  # samples of --data kept for the comparison when no --eval-data is given
 CHECKED_SAMPLES = 4
+CUT, RECOVERED = "cut", ".recovered"  # the checkpoint before the recovery; the one after it, until it is in place
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,8 @@ class Result:
     bad_samples: int
     dense: Quality | None = None
     slim: Quality | None = None
+    cut: Quality | None = None  # before the recovery, where there was one
+    recovery: dict[str, Any] | None = None  # what the recover stage recorded
 
 
 def compress(options: CompressOptions, progress: Progress | None = None) -> Result:
@@ -90,11 +91,21 @@ def apply_saved_plan(model: str, plan_file: Path, out: Path, trust_remote_code: 
     return plan
 
 
+def recover_run(out: Path, changes: Mapping[str, Any], progress: Progress | None = None) -> Result:
+    """Recover the model of the finished run in `out` (again), with the recovery options in `changes`.
+
+    Raises:
+        OutputError: `out` holds no run.
+        SlimvlmError, CheckFailedError: as `compress`.
+    """
+    return compress(CompressOptions.of_run(out, read_identity(out), **changes), progress)
+
+
 def evaluate_checkpoint(
     options: CompressOptions, against: str | None = None, progress: Progress | None = None
 ) -> tuple[Quality, Comparison | None]:
     """Quality of `options.model` on `options.data`, and compared with the checkpoint `against` when one is given."""
-    samples = _load(options, options.data, options.eval_samples).samples
+    samples = read_evaluation(options)
     quality = _evaluate(options, options.model, samples, progress or _silent)
     if against is None:
         return quality, None
@@ -103,15 +114,20 @@ def evaluate_checkpoint(
 
 def _compress(options: CompressOptions, progress: Progress) -> Result:
     run = _open_run(options)
-    data = _read_samples(options)
+    data = read_measured(options)
     plan = _plan_stage(run, options, data, progress)
-    if not run.writer or options.stages == ("plan",):
+    if options.stages == ("plan",):
         return Result(options.out, plan, None, {}, len(data.bad))
-    _slice_stage(run, options, plan, data)
-    dense, slim = _evaluate_stage(run, options, data, progress)
+    if run.writer:
+        _slice_stage(run, options, plan, data)
+    processes.wait_for_all()
+    recovery = _recover_stage(run, options, plan, data, progress)
+    if not run.writer:
+        return Result(options.out, plan, None, {}, len(data.bad))
+    dense, cut, slim = _evaluate_stage(run, options, data, progress)
     comparison = compare(dense, slim, options.seed)
     seconds = {name: stage["seconds"] for name, stage in run.record["stages"].items()}
-    result = Result(options.out, plan, comparison, seconds, len(data.bad), dense, slim)
+    result = Result(options.out, plan, comparison, seconds, len(data.bad), dense, slim, cut, recovery)
     _check_quality(options, result)
     return result
 
@@ -127,39 +143,6 @@ def _open_run(options: CompressOptions) -> RunFolder:
 
 
 # ------------------------------------------------------------------ plan
-
-
-@dataclass(frozen=True)
-class _Data:
-    """Samples to calibrate on and samples to evaluate with, the digest of all that was read, and what was unusable."""
-
-    calibration: Sequence[Sample]
-    evaluation: Sequence[Sample]
-    held_out: bool
-    digest: str
-    bad: tuple[Any, ...]
-
-
-def _read_samples(options: CompressOptions) -> _Data:
-    """Calibration samples from --data; evaluation samples from --eval-data, else the rest of --data."""
-    wanted = options.eval_samples or HELD_OUT
-    limit = options.samples if options.eval_data else options.samples + wanted
-    read = _load(options, options.data, limit)
-    if options.eval_data:
-        held = _load(options, options.eval_data, options.eval_samples)
-        return _Data(read.samples, held.samples, True, read.digest, (*read.bad, *held.bad))
-    # Every k-th sample is held out, so that both parts cover the whole file; --samples is what calibration gets.
-    count = max(0, min(wanted, len(read.samples) - options.samples))
-    held_out = {round((index + 0.5) * len(read.samples) / count) for index in range(count)} if count else set()
-    calibration = [sample for index, sample in enumerate(read.samples) if index not in held_out]
-    evaluation = [sample for index, sample in enumerate(read.samples) if index in held_out]
-    return _Data(calibration, evaluation or calibration, bool(evaluation), read.digest, read.bad)
-
-
-def _load(options: CompressOptions, data: Path, limit: int | None) -> SampleSet:
-    return load_samples(
-        data, limit=limit, seed=options.seed, max_bad=options.max_bad_samples, split_prefix=options.prefix_split
-    )
 
 
 def chosen_criterion(options: CompressOptions) -> Criterion:
@@ -210,13 +193,13 @@ def planning_of(options: CompressOptions, **identity: str) -> Planning:
     )
 
 
-def _plan_stage(run: RunFolder, options: CompressOptions, data: _Data, progress: Progress) -> Plan:
+def _plan_stage(run: RunFolder, options: CompressOptions, data: Measured, progress: Progress) -> Plan:
     path = options.out / "plan.json"
     if run.finished("plan"):
         return Plan.from_json(path.read_text())
     partial = options.out / "plan.partial.json"
     with run.stage("plan") as facts:
-        loaded = _load_model(options, options.model)
+        loaded = load_to_compute(options, options.model)
         collator = Collator(loaded.processor, loaded.family, loaded.model.config)
         done = _finished_rounds(partial)
 
@@ -255,64 +238,33 @@ def _collated(collator: Collator, samples: Sequence[Sample], batch_size: int) ->
     return [partial(collator.training, batch) for batch in batches(samples, batch_size)]
 
 
-def _load_model(options: CompressOptions, name: str) -> Loaded:
-    """The model in the dtype to compute in, and the dtype it is stored in as `config.dtype`."""
-    loaded = load_model(name, trust_remote_code=options.trust_remote_code, device=processes.pick_device(options.device))
-    _cast(loaded.model, _compute_dtype(options.dtype, loaded.model))
-    return loaded
-
-
-def _cast(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """Cast the weights in place, but no buffer: rotary frequencies must stay in the fp32 transformers made them in."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model
-
-
-def _compute_dtype(asked: str, model: torch.nn.Module) -> torch.dtype:
-    """`auto` computes in the stored dtype, but in fp32 where fp16 is slow and its gradients overflow: on a CPU."""
-    if asked != "auto":
-        return DTYPES[asked]
-    return torch.float32 if model.device.type == "cpu" and model.dtype == torch.float16 else model.dtype
-
-
 # ------------------------------------------------------------------ slice, save
 
 
-def _slice_stage(run: RunFolder, options: CompressOptions, plan: Plan, data: _Data) -> None:
+def _slice_stage(run: RunFolder, options: CompressOptions, plan: Plan, data: Measured) -> None:
     if run.finished("slice"):
         return
     with run.stage("slice") as facts:
-        shutil.rmtree(options.out / "model", ignore_errors=True)  # of a process that died before it could say finished
-        loaded = _load_model(options, options.model)
+        for name in ("model", "cut"):  # of a process that died before it could say finished
+            shutil.rmtree(options.out / name, ignore_errors=True)
+        loaded = load_to_compute(options, options.model)
         model = loaded.model
         stored, computed = model.config.dtype, model.dtype
         batch = Collator(loaded.processor, loaded.family, model.config).training(data.calibration[:CHECKED_SAMPLES])
-        masked = _logits(mask_plan(model, plan), batch)
-        facts["masked_difference"] = _relative_difference(masked, _logits(apply_plan(model, plan), batch))
-        save_checkpoint(options.out / "model", _cast(model, stored), loaded.processor, plan, options.layout)
-        sliced = _logits(_cast(model, computed), batch)
-        reloaded = _load_model(options, str(options.out / "model"))
-        facts["reload_difference"] = _relative_difference(sliced, _logits(reloaded.model, batch))
+        masked = outputs(mask_plan(model, plan), batch)
+        facts["masked_difference"] = relative_difference(masked, outputs(apply_plan(model, plan), batch))
+        save_checkpoint(options.out / "model", cast(model, stored), loaded.processor, plan, options.layout)
+        sliced = outputs(cast(model, computed), batch)
+        reloaded = load_to_compute(options, str(options.out / "model"))
+        facts["reload_difference"] = relative_difference(sliced, outputs(reloaded.model, batch))
         _require_equal(facts, computed, options.out)
 
 
-def _logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The model's outputs on `batch`: token logits, or the similarities of a dual encoder."""
-    with torch.inference_mode():
-        output = model(**{name: value.to(model.device) for name, value in batch.items() if name != "return_loss"})
-    return output.logits_per_image if hasattr(output, "logits_per_image") else output.logits
-
-
-def _relative_difference(expected: torch.Tensor, found: torch.Tensor) -> float:
-    return ((expected - found).abs().max() / expected.abs().max().clamp(min=1)).item()
-
-
 def _require_equal(facts: dict[str, Any], dtype: torch.dtype, out: Path) -> None:
-    if facts["masked_difference"] > SLICE_TOLERANCE[dtype]:
+    if facts["masked_difference"] > TOLERANCE[dtype]:
         raise CheckFailedError(
             f"{out / 'model'}: the cut model differs from the masked dense model by {facts['masked_difference']:.2e} "
-            f"(relative; accepted {SLICE_TOLERANCE[dtype]:.0e}); please report this model"
+            f"(relative; accepted {TOLERANCE[dtype]:.0e}); please report this model"
         )
     if facts["reload_difference"] > 0:
         raise CheckFailedError(
@@ -321,29 +273,99 @@ def _require_equal(facts: dict[str, Any], dtype: torch.dtype, out: Path) -> None
         )
 
 
+# ------------------------------------------------------------------ recover
+
+
+def _recover_stage(
+    run: RunFolder, options: CompressOptions, plan: Plan, data: Measured, progress: Progress
+) -> dict[str, Any] | None:
+    """Train the cut model and put it in the place of `model/`; what it was trained from is kept as `cut/`."""
+    asked = options.recovery_identity()
+    if run.facts("recover").get("options", asked) != asked:
+        _undo_recovery(run, options.out)
+    processes.wait_for_all()
+    if options.recover == "none":
+        return None
+    if run.finished("recover"):
+        return run.facts("recover")
+    from slimvlm.compress.recovery.recover import recover  # peft and accelerate take seconds to import
+
+    trained = read_trained(options, data)
+    start = options.out / (CUT if (options.out / CUT).is_dir() else "model")
+    folder = options.out / "recovery"
+    with run.stage("recover", options=asked) as facts:
+        recovered = recover(options, plan, start, trained, folder, lambda fact: _tell(progress, fact))
+        facts.update(recovered.history.to_dict(), merged_difference=recovered.merged_difference)
+        facts.update(samples=len(trained.training), data_digest=trained.digest)
+        if run.writer:
+            facts["reload_difference"] = _save_recovered(options, plan, recovered.loaded, data)
+            (folder / "recovery.jsonl").replace(options.out / "recovery.jsonl")
+            shutil.rmtree(folder)
+            run.forget("evaluate")
+    processes.wait_for_all()
+    return run.facts("recover")
+
+
+def _undo_recovery(run: RunFolder, out: Path) -> None:
+    """Back to the cut model: the recovery that was made, or begun, had other options."""
+    if run.writer:
+        run.forget("recover", "evaluate")
+        for name in ("recovery", RECOVERED):
+            shutil.rmtree(out / name, ignore_errors=True)
+        if (out / CUT).is_dir():
+            shutil.rmtree(out / "model", ignore_errors=True)
+            (out / CUT).rename(out / "model")
+
+
+def _save_recovered(options: CompressOptions, plan: Plan, loaded: Loaded, data: Measured) -> float:
+    """Write the checkpoint, check that it reloads to the same outputs, and put it in place."""
+    model, folder = loaded.model, options.out / RECOVERED
+    shutil.rmtree(folder, ignore_errors=True)
+    save_checkpoint(folder, cast(model, model.config.dtype), loaded.processor, plan, options.layout)
+    reloaded = load_to_compute(options, str(folder)).model
+    model.set_attn_implementation(reloaded.config._attn_implementation)
+    batch = Collator(loaded.processor, loaded.family, model.config).training(data.calibration[:CHECKED_SAMPLES])
+    difference = relative_difference(outputs(cast(model, reloaded.dtype), batch), outputs(reloaded, batch))
+    if difference > 0:
+        raise CheckFailedError(f"{folder}: the reloaded checkpoint differs from what was saved by {difference:.2e}")
+    if not (options.out / CUT).is_dir():
+        (options.out / "model").rename(options.out / CUT)
+    shutil.rmtree(options.out / "model", ignore_errors=True)
+    folder.rename(options.out / "model")
+    return difference
+
+
+def _tell(progress: Progress, fact: Mapping[str, Any]) -> None:
+    note = f"{fact['stage']}: loss {fact['loss']:.4g}, {fact['tokens_per_second']:.0f} tokens/s"
+    progress("recover", fact["step"], fact["total"], note)
+
+
 # ------------------------------------------------------------------ evaluate
 
 
 def _evaluate_stage(
-    run: RunFolder, options: CompressOptions, data: _Data, progress: Progress
-) -> tuple[Quality, Quality]:
-    """Quality of the dense and of the slim model on the same questions."""
+    run: RunFolder, options: CompressOptions, data: Measured, progress: Progress
+) -> tuple[Quality, Quality | None, Quality]:
+    """Quality of the dense, the cut (where a recovery followed) and the slim model on the same questions."""
     path = options.out / "quality.json"
     if run.finished("evaluate"):
         document = json.loads(path.read_text())
-        return Quality.from_dict(document["dense"]), Quality.from_dict(document["slim"])
+        read = {name: Quality.from_dict(document[name]) for name in ("dense", "cut", "slim") if name in document}
+        return read["dense"], read.get("cut"), read["slim"]
     with run.stage("evaluate") as facts:
         facts.update(samples=len(data.evaluation), held_out=data.held_out)
-        dense = _evaluate(options, options.model, data.evaluation, progress)
-        slim = _evaluate(options, str(options.out / "model"), data.evaluation, progress)
-        comparison = compare(dense, slim, options.seed).to_dict()
-        document = {"dense": dense.to_dict(), "slim": slim.to_dict(), "comparison": comparison}
+        folders = {"dense": options.model, "cut": options.out / CUT, "slim": options.out / "model"}
+        if not (options.out / CUT).is_dir():
+            del folders["cut"]
+        found = {name: _evaluate(options, str(folder), data.evaluation, progress) for name, folder in folders.items()}
+        comparison = compare(found["dense"], found["slim"], options.seed).to_dict()
+        document = {**{name: quality.to_dict() for name, quality in found.items()}, "comparison": comparison}
         write_text(path, json.dumps(document, indent=1, sort_keys=True) + "\n")
-    return dense, slim
+    return found["dense"], found.get("cut"), found["slim"]
 
 
 def _evaluate(options: CompressOptions, name: str, samples: Sequence[Sample], progress: Progress) -> Quality:
-    loaded = _load_model(options, name)
+    loaded = load_to_compute(options, name)
     collator = Collator(loaded.processor, loaded.family, loaded.model.config)
     return evaluate(
         loaded.model,
@@ -364,5 +386,5 @@ def _check_quality(options: CompressOptions, result: Result) -> None:
         )
 
 
-def _silent(stage: str, done: int, total: int) -> None:
+def _silent(stage: str, done: int, total: int, note: str = "") -> None:
     return None

@@ -3,16 +3,77 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-STAGES = ("plan", "slice", "evaluate")
+STAGES = ("plan", "slice", "recover", "evaluate")
 NOT_IDENTITY = ("out", "resume", "overwrite", "stages", "max_quality_drop")  # not what is computed
+PAPER_RECOVERY = {  # UKMP's 50 % script
+    "learning_rate": 2e-5, "schedule": "constant", "warmup": 50, "train_batch_size": 20, "reset_optimizer": True
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressOptions:
+class RecoverOptions:
+    """Options of the recovery; the names are the command line's.
+
+    Attributes:
+        recover: `lpd` (the paper's progressive distillation), a sum of losses (`sft+0.5*kl`), or `none`.
+        recover_data: samples to train on; default: those of `data` that are not evaluated with.
+        data_fraction: seeded share of them that is used.
+        validation_samples: so many are held out, by image, to choose the best state.
+        teacher: checkpoint to learn from; default: the dense model.
+        train: `lora`, `projector`, `lora+projector` or `full`.
+        rank, recall_rank, alpha, dropout, targets: of the low-rank layers; no targets: every linear that can be cut.
+        recall: add the branch through the pruned weights ("weight recalling").
+        staged: let the set of supervised blocks grow; False: all losses all the time.
+        temperature: of the kl and rkl losses.
+        steps: optimiser steps; None: what `epochs` passes over the data are.
+        train_batch_size: samples per optimiser step, over all processes.
+        accumulate: parts a batch is computed in.
+        learning_rate: None: chosen by what is trained and the model's width.
+        warmup: steps of linear warm-up.
+        reset_optimizer: start every stage with a fresh optimiser and warm-up, as the paper does.
+        precision: of the matrix products in training; auto: bf16 where the device has it.
+        patience: stop after so many validations without improvement.
+        teacher_cache: bytes on disk to keep the teacher's outputs in.
+    """
+
+    recover: str = "lpd"
+    recover_data: Path | None = None
+    data_fraction: float = 1.0
+    validation_samples: int = 256
+    teacher: str | None = None
+    train: str = "lora"
+    rank: int = 8
+    recall_rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.05
+    targets: tuple[str, ...] = ()
+    recall: bool = True
+    staged: bool = True
+    temperature: float = 1.0
+    epochs: float = 1.0
+    steps: int | None = None
+    train_batch_size: int = 16
+    accumulate: int = 1
+    learning_rate: float | None = None
+    schedule: str = "cosine"
+    warmup: int = 20
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    reset_optimizer: bool = False
+    precision: str = "auto"
+    gradient_checkpointing: bool = False
+    checkpoint_every: int = 100
+    validate_every: int | None = None
+    patience: int | None = None
+    teacher_cache: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressOptions(RecoverOptions):
     """Options of the one-shot job; the names are the command line's.
 
     Attributes:
@@ -21,7 +82,8 @@ class CompressOptions:
         data: calibration samples.
         eval_data: samples for the before/after comparison; default: those of `data` that were not calibrated on.
         ratio: fraction of ALL parameters to remove.
-        faithful: the paper's method to the letter: UKMI, the balanced loop with its ties and without floors, one round.
+        faithful: the paper's method to the letter: UKMI, the balanced loop with its ties and without floors, one round;
+            its losses, weights and schedule in the recovery.
         rounds: re-calibrations on the partly cut model while the ratio grows.
         samples: calibration samples per round.
         grad_memory: bound in bytes on the gradient sums held at once; None: no bound.
@@ -68,11 +130,30 @@ class CompressOptions:
         """The same options with `faithful` spelled out."""
         if not self.faithful:
             return self
-        return replace(
-            self, criterion="ukmi", allocator="balanced", rounds=1, attention_unit="kv-group", round_channels=1
-        )
+        plan = {"criterion": "ukmi", "allocator": "balanced", "rounds": 1, "attention_unit": "kv-group"}
+        return replace(self, **plan, round_channels=1, **PAPER_RECOVERY)
 
     def identity(self) -> dict[str, Any]:
-        """What makes two runs the same run."""
-        document = {name: value for name, value in asdict(self).items() if name not in NOT_IDENTITY}
-        return {name: str(value) if isinstance(value, Path) else value for name, value in document.items()}
+        """What makes two runs the same run; the recovery is apart, a finished run can be recovered again otherwise."""
+        apart = {*NOT_IDENTITY, *(field.name for field in fields(RecoverOptions))}
+        return {name: value for name, value in _plain(self).items() if name not in apart}
+
+    def recovery_identity(self) -> dict[str, Any]:
+        """What makes two recoveries of one run the same."""
+        names = {field.name for field in fields(RecoverOptions)} - {"teacher_cache"}
+        return {name: value for name, value in _plain(self).items() if name in names}
+
+    @classmethod
+    def of_run(cls, out: Path, identity: Mapping[str, Any], **changes: Any) -> CompressOptions:
+        """The options of an earlier run, from its `identity`, with `changes`."""
+        paths = {name: Path(identity[name]) for name in ("data", "eval_data") if identity.get(name)}
+        return cls(**{**identity, **paths, "out": out, "resume": True, **changes})
+
+
+def _plain(options: CompressOptions) -> dict[str, Any]:
+    """The fields as JSON types."""
+    convert = {Path: str, tuple: list}
+    return {
+        name: next((convert[kind](value) for kind in convert if isinstance(value, kind)), value)
+        for name, value in asdict(options).items()
+    }

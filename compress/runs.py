@@ -114,13 +114,7 @@ class RunFolder:
             raise OutputError(
                 f"{self.path} holds an earlier run; continue it with --resume, or replace it with --overwrite"
             )
-        try:
-            earlier = json.loads(record.read_text())
-        except ValueError:
-            earlier = None
-        if not isinstance(earlier, dict) or earlier.get("schema") != SCHEMA:
-            raise OutputError(f"{record} is not a run record of this version; start again with --overwrite")
-        return earlier
+        return _read_record(record)
 
     def save(self) -> None:
         """Write the record, if this process is the one that writes."""
@@ -132,10 +126,12 @@ class RunFolder:
         return self.record["stages"].get(stage, {}).get("status") == "finished"
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[dict[str, Any]]:
-        """Record `name` as running, then as finished with its seconds; facts put into the yielded dict are kept."""
-        facts: dict[str, Any] = {}
-        self.record["stages"][name] = {"status": "running"}
+    def stage(self, name: str, **known: Any) -> Iterator[dict[str, Any]]:
+        """Record `name` as running, then as finished with its seconds; `known` facts, and those put into the yielded
+        dict, are kept.
+        """
+        facts: dict[str, Any] = dict(known)
+        self.record["stages"][name] = {**known, "status": "running"}
         self.save()
         start = time.perf_counter()
         with reported_as_output_errors(self.path):
@@ -144,8 +140,35 @@ class RunFolder:
         self.save()
 
     def facts(self, stage: str) -> dict[str, Any]:
-        """What a finished stage recorded."""
-        return self.record["stages"][stage]
+        """What a stage recorded; nothing where it never began."""
+        return self.record["stages"].get(stage, {})
+
+    def forget(self, *stages: str) -> None:
+        """Take `stages` as never run."""
+        for stage in stages:
+            self.record["stages"].pop(stage, None)
+        self.save()
+
+
+def read_identity(path: Path) -> dict[str, Any]:
+    """The options that identify the run in the folder `path`.
+
+    Raises:
+        OutputError: there is no run.
+    """
+    if not (path / RECORD).is_file():
+        raise OutputError(f"{path} holds no run of slimvlm; give the folder that `slimvlm compress` wrote")
+    return _read_record(path / RECORD)["options"]
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text())
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        raise OutputError(f"{path} is not a run record of this version; start again with --overwrite")
+    return record
 
 
 def installed_versions() -> dict[str, str]:

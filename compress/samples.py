@@ -17,6 +17,7 @@ from slimvlm.compress.images import BadImageError, check_image, decode_image, re
 from slimvlm.compress.records import BadRecordError, Records, Turn, image_of, read_records, read_turns
 
 REPORTED = 5
+Checked = dict[str, tuple[Path, str] | BadImageError]  # image name -> its file and digest, or why it is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ def load_samples(
     if limit is not None and limit < len(chosen):
         chosen = sorted(random.Random(seed).sample(chosen, limit))
     samples, bad, digests = [], [], []
-    checked: dict[Path, str | BadImageError] = {}
+    checked: Checked = {}
     for index in chosen:
         try:
             sample, image_digest = _read_sample(records, index, checked)
@@ -108,27 +109,27 @@ def load_samples(
     return SampleSet(tuple(samples), _digest(samples, digests), tuple(bad), data.name)
 
 
-def _read_sample(records: Records, index: int, checked: dict[Path, str | BadImageError]) -> tuple[Sample, str]:
+def _read_sample(records: Records, index: int, checked: Checked) -> tuple[Sample, str]:
     record, name = records.rows[index], records.names[index]
     turns, image = read_turns(record, name), image_of(record)
     content = image.get("bytes") if isinstance(image, dict) else None
     if content is not None:
         path, digest = Path(name), check_image(content)
     else:
-        path = resolve_image(records.root, str(image.get("path") if isinstance(image, dict) else image))
-        digest = _check_once(path, checked)
+        path, digest = _check_once(records.root, str(image.get("path") if isinstance(image, dict) else image), checked)
     labels = {key: None if record.get(key) is None else str(record[key]) for key in ("task", "tag", "vendor")}
     return Sample(path, turns, name, labels["task"] or labels["tag"], labels["vendor"], content), digest
 
 
-def _check_once(path: Path, checked: dict[Path, str | BadImageError]) -> str:
-    """Several questions share an image: it is decoded for the first of them only."""
-    if path not in checked:
+def _check_once(root: Path, name: str, checked: Checked) -> tuple[Path, str]:
+    """(file, digest) of an image. Several questions share one: it is found and decoded for the first of them only."""
+    if name not in checked:
         try:
-            checked[path] = check_image(read_content(path))
+            path = resolve_image(root, name)
+            checked[name] = path, check_image(read_content(path))
         except BadImageError as error:
-            checked[path] = error
-    result = checked[path]
+            checked[name] = error
+    result = checked[name]
     if isinstance(result, BadImageError):
         raise result
     return result

@@ -31,6 +31,7 @@ def few(tmp_path: Path, **changes) -> CompressOptions:
         eval_samples=24,
         rounds=2,
         batch_size=8,
+        recover="none",
     )
     return replace(options, **changes)
 

@@ -13,12 +13,13 @@ from slimvlm.demo import MODEL, SAMPLES
 
 FILES = ("--data", str(SAMPLES / "train.jsonl"), "--eval-data", str(SAMPLES / "val.jsonl"))
 SIZES = ("--samples", "24", "--eval-samples", "12", "--rounds", "3", "--batch-size", "8")
+TRAINING = ("--steps", "8", "--train-batch-size", "8", "--validation-samples", "16", "--checkpoint-every", "2")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def command(out: Path, *more: str) -> list[str]:
     program = Path(sys.executable).with_name("slimvlm")
-    return [str(program), "compress", str(MODEL), str(out), *FILES, *SIZES, *more]
+    return [str(program), "compress", str(MODEL), str(out), *FILES, *SIZES, *TRAINING, *more]
 
 
 @pytest.fixture(scope="module")

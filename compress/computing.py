@@ -1,0 +1,54 @@
+"""Models as they are computed with: on the device asked for, in a sound dtype; and how their outputs compare."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from slimvlm.compress import processes
+from slimvlm.compress.checkpoint import Loaded, load_model
+from slimvlm.compress.options import CompressOptions
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Of logits that should be the same, relative to the largest logit.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}
+
+
+def load_to_compute(options: CompressOptions, name: str, attention: str | None = None) -> Loaded:
+    """The model in the dtype to compute in, and the dtype it is stored in as `config.dtype`."""
+    loaded = load_model(
+        name,
+        trust_remote_code=options.trust_remote_code,
+        device=processes.pick_device(options.device),
+        attention=attention,
+    )
+    cast(loaded.model, _compute_dtype(options.dtype, loaded.model))
+    return loaded
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast the weights in place, but no buffer: rotary frequencies must stay in the fp32 transformers made them in."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def outputs(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The model's outputs on `batch`: token logits, or the similarities of a dual encoder."""
+    with torch.inference_mode():
+        output = model(**{name: value.to(model.device) for name, value in batch.items() if name != "return_loss"})
+    return output.logits_per_image if hasattr(output, "logits_per_image") else output.logits
+
+
+def relative_difference(expected: Tensor, found: Tensor) -> float:
+    """Largest difference, relative to the largest expected value (at least 1)."""
+    return ((expected - found).abs().max() / expected.abs().max().clamp(min=1)).item()
+
+
+def _compute_dtype(asked: str, model: nn.Module) -> torch.dtype:
+    """`auto` computes in the stored dtype, but in fp32 where fp16 is slow and its gradients overflow: on a CPU."""
+    if asked != "auto":
+        return DTYPES[asked]
+    return torch.float32 if model.device.type == "cpu" and model.dtype == torch.float16 else model.dtype

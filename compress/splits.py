@@ -1,0 +1,113 @@
+"""Who sees which sample: to calibrate on, to evaluate with, to train on, and to choose the best state with.
+
+Samples of one image stay together: a model that was trained on an image must not be asked about it in the evaluation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from slimvlm.compress.errors import SampleError
+from slimvlm.compress.options import CompressOptions
+from slimvlm.compress.samples import BadSample, Sample, SampleSet, load_samples
+
+HELD_OUT = 512  # samples of --data kept for the comparison when no --eval-data is given
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Samples to calibrate on and to evaluate with; `held_out`: no image is in both. `digest`: of what was read."""
+
+    calibration: Sequence[Sample]
+    evaluation: Sequence[Sample]
+    held_out: bool
+    digest: str
+    bad: tuple[BadSample, ...]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Samples to train on, and samples to choose the best state with."""
+
+    training: Sequence[Sample]
+    validation: Sequence[Sample]
+    digest: str
+    bad: tuple[BadSample, ...]
+
+
+def read_measured(options: CompressOptions) -> Measured:
+    """Calibration samples from --data; evaluation samples from --eval-data, else some of --data.
+
+    Raises:
+        SampleError: unreadable data.
+    """
+    wanted = options.eval_samples or HELD_OUT
+    limit = options.samples if options.eval_data else options.samples + wanted
+    read = _load(options, options.data, limit)
+    if options.eval_data:
+        held = _load(options, options.eval_data, options.eval_samples)
+        return Measured(read.samples, held.samples, True, read.digest, (*read.bad, *held.bad))
+    calibration, evaluation = hold_out(read.samples, max(0, min(wanted, len(read.samples) - options.samples)))
+    return Measured(calibration, evaluation or calibration, bool(evaluation), read.digest, read.bad)
+
+
+def read_evaluation(options: CompressOptions) -> Sequence[Sample]:
+    """The samples of --data, at most --eval-samples of them."""
+    return _load(options, options.data, options.eval_samples).samples
+
+
+def read_trained(options: CompressOptions, measured: Measured) -> Trained:
+    """Training and validation samples from --recover-data, else from --data; no image of the evaluation is among them.
+
+    Raises:
+        SampleError: unreadable data, or less than one batch is left.
+    """
+    limit = None
+    if options.steps is not None and options.data_fraction == 1:  # more cannot be used
+        limit = options.steps * options.train_batch_size + options.validation_samples + len(measured.evaluation)
+    read = _load(options, options.recover_data or options.data, limit)
+    asked = {image_key(sample) for sample in measured.evaluation} if measured.held_out else set()
+    usable = [sample for sample in read.samples if image_key(sample) not in asked]
+    training, validation = hold_out(usable, min(options.validation_samples, len(usable) // 4))
+    count = round(options.data_fraction * len(training))
+    if count < options.train_batch_size:
+        raise SampleError(
+            f"{count} of {len(training)} samples are left to train on (--data-fraction {options.data_fraction:g}), "
+            f"less than one batch of {options.train_batch_size}; give more data, a larger fraction or a smaller "
+            "--train-batch-size, or leave the recovery out with --recover none"
+        )
+    return Trained(_drawn(training, count, options.seed), validation, read.digest, read.bad)
+
+
+def hold_out(samples: Sequence[Sample], count: int) -> tuple[list[Sample], list[Sample]]:
+    """(the rest, about `count` held out): whole images, spread evenly over the file, the order kept.
+
+    At least one image stays in the rest, so none is held out where all samples share one.
+    """
+    images = list(dict.fromkeys(image_key(sample) for sample in samples))
+    number = min(round(count * len(images) / len(samples)), len(images) - 1) if samples else 0
+    held = {images[int((index + 0.5) * len(images) / number)] for index in range(number)}
+    rest = [sample for sample in samples if image_key(sample) not in held]
+    return rest, [sample for sample in samples if image_key(sample) in held]
+
+
+def image_key(sample: Sample) -> Hashable:
+    """Samples with the same key show the same image."""
+    return sample.image if sample.content is None else hashlib.sha256(sample.content).digest()
+
+
+def _load(options: CompressOptions, data: Path, limit: int | None) -> SampleSet:
+    return load_samples(
+        data, limit=limit, seed=options.seed, max_bad=options.max_bad_samples, split_prefix=options.prefix_split
+    )
+
+
+def _drawn(samples: Sequence[Sample], count: int, seed: int) -> Sequence[Sample]:
+    """`count` samples drawn by `seed`, in file order."""
+    if count >= len(samples):
+        return samples
+    return [samples[index] for index in sorted(random.Random(seed).sample(range(len(samples)), count))]
