@@ -67,6 +67,18 @@ def test_grouped_queries_are_real_where_the_text_config_has_them(name):
         assert config.num_key_value_heads < config.num_attention_heads
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_projector_is_there_has_weights_and_shares_none_with_a_block(name):
+    model = tiny_model(name).model
+    family = find_family(model.config)
+    blocks = {id(p) for tower in family.towers for p in model.get_submodule(tower.blocks).parameters()}
+    assert family.projector
+    for path in family.projector:
+        weights = list(model.get_submodule(path).parameters())
+        assert weights
+        assert not blocks & {id(parameter) for parameter in weights}
+
+
 def test_an_unknown_model_type_is_refused_with_the_known_ones():
     with pytest.raises(UnsupportedModelError, match="'bert' is not supported; known families: llava, .*siglip"):
         find_family(SimpleNamespace(model_type="bert"))
