@@ -90,7 +90,7 @@ class Stepper:
         rate = self.schedule.learning_rate(step)
         for group in workers.optimizer.param_groups:
             group["lr"] = rate
-        torch.manual_seed(random.Random(f"{self.options.seed} {step} {workers.rank}").getrandbits(63))
+        workers.seed(random.Random(f"{self.options.seed} {step} {workers.rank}").getrandbits(63))
         losses, tokens = self._learn(step, stage)
         norm = workers.clip(self.options.clip)
         told = torch.tensor([tokens, told_to_stop], dtype=torch.float32).to(workers.device, non_blocking=True)
@@ -102,8 +102,9 @@ class Stepper:
         finite = math.isfinite(loss) and math.isfinite(norm_value)
         scale = workers.scale()
         if finite or scale is not None:  # a scaled step leaves itself out, and lowers the scale
-            workers.optimizer.step()
-        workers.optimizer.zero_grad()
+            workers.step()
+        else:
+            workers.forget()
         overflowed = not finite and scale is not None and scale > 1 and math.isfinite(loss)
         return Outcome(loss, named, norm_value, int(counted), rate, finite, overflowed, stopping > 0)
 

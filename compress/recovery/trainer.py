@@ -335,8 +335,12 @@ def _checkpointed_activations(distiller: nn.Module, options: TrainOptions) -> It
             f"{type(student).__name__} does not support gradient checkpointing; train without it, with smaller batches "
             "or more accumulation"
         )
-    student.gradient_checkpointing_enable({"use_reentrant": False})
+    # transformers renames them on its way to version 6.
+    enable = getattr(student, "activation_checkpointing_enable", None) or student.gradient_checkpointing_enable
+    disable = getattr(student, "activation_checkpointing_disable", None) or student.gradient_checkpointing_disable
+    enable({"use_reentrant": False})
+    student.disable_input_require_grads()  # only reentrant checkpointing needs gradients of the embeddings
     try:
         yield
     finally:
-        student.gradient_checkpointing_disable()
+        disable()

@@ -40,6 +40,7 @@ class Workers:
 
     Attributes:
         model: what to call: the distiller, wrapped.
+        optimizer: AdamW itself.
         trained: name in the student -> trained parameter (sharded, if they are).
         sharded: whether FSDP spreads the weights over the processes.
     """
@@ -54,8 +55,11 @@ class Workers:
             _name_blocks(distiller, self.accelerator.state.fsdp_plugin)
         else:
             distiller.to(self.device)
-        self.optimizer: torch.optim.Optimizer
-        self.model, self.optimizer = self.accelerator.prepare(distiller, _adam(_trained(distiller), decay, self.device))
+        adam = _adam(_trained(distiller), decay, self.device)
+        self.model, prepared = self.accelerator.prepare(distiller, adam)
+        # accelerate's wrapper is for scaled steps; it looks for packages on the disk in every step.
+        self._scaled = prepared if self.accelerator.scaler is not None else None
+        self.optimizer = adam
         self.trained = _trained(distiller)
         self._parameters = list(self.model.parameters())  # all: accelerate recognises a model by them
         self.dtype = next((p.dtype for p in distiller.student.parameters() if p.is_floating_point()), torch.float32)
@@ -81,6 +85,21 @@ class Workers:
         """Bound the norm of the gradients of all processes; what it was, a scalar."""
         norm = self.accelerator.clip_grad_norm_(self._parameters, largest or torch.inf)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def step(self) -> None:
+        """Change the weights; forget the gradients."""
+        (self._scaled or self.optimizer).step()
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def seed(self, seed: int) -> None:
+        """Seed what dropout draws from."""
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also note it down for a GPU not in use
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def scale(self) -> float | None:
         """By what fp16 losses are multiplied so that their gradients do not vanish; None without that."""
@@ -115,11 +134,12 @@ class Workers:
 
     def close(self) -> None:
         """Take off what was wrapped around the distiller (sharded weights stay sharded)."""
-        self.optimizer.zero_grad()
+        self.forget()
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.distiller.__dict__.pop(PREPARED, None)
-        self.accelerator.free_memory()
         self.model = self.distiller
+        if self.count > 1:
+            self.accelerator.free_memory()  # takes the wrapper's hooks off the weights; looks through all objects
 
 
 @contextmanager

@@ -1,0 +1,113 @@
+"""Training by two processes: the loss of one, with copies of the weights and with shards of them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from toy_distiller import COUNT, TAUGHT, ToyDistiller, collate
+
+from slimvlm.compress.recovery.state import load_best
+from slimvlm.compress.recovery.trainer import TrainOptions, train
+
+SUPPORT = Path(__file__).parents[2] / "support"
+
+WORKER = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from torch import distributed
+from torch.distributed.tensor import DTensor
+from toy_distiller import COUNT, TAUGHT, ToyDistiller, collate, token_loss
+from slimvlm.compress import processes
+from slimvlm.compress.recovery.trainer import TrainOptions, train
+
+folder, steps, rank = Path(sys.argv[1]), int(sys.argv[2]), int(os.environ["RANK"])
+torch.set_num_threads(1)
+distributed.init_process_group("gloo", init_method=f"file://{folder}/meet{sys.argv[3]}", rank=rank, world_size=2)
+distiller = ToyDistiller()
+options = TrainOptions(steps=6, batch_size=5, accumulate=2, lr=1e-2, checkpoint_every=2, validate_every=3, seed=3)
+validations = []
+
+def validate():
+    validations.append(token_loss(distiller.student))
+    return 0.0, -validations[-1]
+
+def progress(facts):
+    if facts["step"] == steps:
+        os.kill(os.getpid(), signal.SIGTERM)  # this one only; the other is told by it
+
+history = train(distiller, TAUGHT, collate, COUNT, options, folder / "run", validate=validate, progress=progress)
+if rank == 0:
+    (folder / "validations").write_text(repr(validations))
+sharded = [isinstance(value, DTensor) for value in distiller.parameters()]
+assert all(sharded) if "ACCELERATE_USE_FSDP" in os.environ else not any(sharded)
+processes.leave()
+"""
+
+
+def two_processes(folder: Path, steps: int = 100, **environment: str) -> list[int]:
+    """Exit statuses. The processes meet through a file: no port is needed."""
+    (folder / "worker.py").write_text(WORKER)
+    meeting = len(list(folder.glob("meet*")))
+    shared = {
+        "PYTHONPATH": str(SUPPORT),
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+    }
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(folder / "worker.py"), str(folder), str(steps), str(meeting)],
+            env={**os.environ, **shared, **environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        return [worker.wait(timeout=300) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
+def curve(folder: Path, name: str) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "recovery.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> tuple[Path, ToyDistiller]:
+    folder, distiller = tmp_path_factory.mktemp("alone"), ToyDistiller()
+    options = TrainOptions(steps=6, batch_size=5, accumulate=1, lr=1e-2, checkpoint_every=2, validate_every=3, seed=3)
+    train(distiller, TAUGHT, collate, COUNT, options, folder)
+    return folder, distiller
+
+
+def assert_as_alone(folder: Path, alone: tuple[Path, ToyDistiller]) -> None:
+    for name in ("loss", "grad_norm"):
+        assert curve(folder / "run", name) == pytest.approx(curve(alone[0], name), rel=1e-4)
+    student = ToyDistiller().student
+    load_best(student, folder / "run")
+    for name, value in alone[1].student.state_dict().items():
+        torch.testing.assert_close(value, student.state_dict()[name], rtol=0, atol=1e-4)
+
+
+def test_two_processes_with_half_the_batch_follow_the_loss_of_one(tmp_path, alone) -> None:
+    assert two_processes(tmp_path) == [0, 0]
+    assert_as_alone(tmp_path, alone)
+
+
+def test_sharded_student_and_teacher_follow_the_loss_of_one(tmp_path, alone) -> None:
+    environment = {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    }
+    # Some steps by these processes, the others by two that go on from their checkpoint.
+    assert two_processes(tmp_path, steps=2, **environment) == [143, 143]
+    assert two_processes(tmp_path, **environment) == [0, 0]
+    assert_as_alone(tmp_path, alone)
