@@ -93,7 +93,7 @@ def attach(model: nn.Module, plan: Plan, slices: Slices | None, options: LowRank
         _check_rank(path, model.get_submodule(path), options)
     if options.recall:
         for path in paths:
-            _hold(model.get_submodule(path), slices.of(path))
+            hold_slices(model.get_submodule(path), slices.of(path))
     config = RecallConfig(
         r=options.rank,
         lora_alpha=options.alpha,
@@ -129,7 +129,7 @@ def merge(adapted: peft.PeftModel) -> nn.Module:
 
 
 def find_targets(model: nn.Module, plan: Plan, endings: tuple[str, ...] = ()) -> list[str]:
-    """Paths of the linears of the prunable groups, in model order; only those with one of the endings, if any is given.
+    """Paths of the linears of the prunable groups, in table order; only those with one of the endings, if any is given.
 
     Raises:
         UnsuitableOptionError: an ending matches no linear.
@@ -164,7 +164,7 @@ def _check_rank(path: str, linear: nn.Module, options: LowRank) -> None:
             )
 
 
-def _hold(linear: nn.Module, recalled: Recalled) -> None:
+def hold_slices(linear: nn.Module, recalled: Recalled) -> None:
     """Keeps the slices beside the weight they were cut from, as frozen parameters: they follow it to its device and are
     sharded with it, and peft, which saves what stands beside the base layer, leaves them out of adapter files."""
     for name, piece in zip(SLICES, (recalled.rows, recalled.columns), strict=True):
