@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -86,7 +86,7 @@ class Distiller(nn.Module):
             teacher.requires_grad_(False)
         for module in student.modules():  # a block's own dropout (OPT's) follows the flag that checkpointing needs
             if isinstance(module, GradientCheckpointingLayer) and isinstance(getattr(module, "dropout", None), float):
-                module.dropout = 0.0
+                module.dropout = 0.0  # type: ignore[assignment]
         self.student, self.teacher = student, teacher
         self.train(student.training)
 
@@ -153,7 +153,7 @@ class Distiller(nn.Module):
         if name == "hidden":
             names = [key for key in truth if key.startswith("hidden.") or key in EMBEDDINGS]
             mask = None if question.rows is None else question.masks[self.family.towers[-1].name]
-            return sum(losses.squared_error(seen[key], truth[key], mask) for key in names) / len(names)  # type: ignore[return-value]
+            return torch.stack([losses.squared_error(seen[key], truth[key], mask) for key in names]).mean()
         compare = losses.divergence if question.rows is not None else losses.contrast_divergence
         return compare(seen[LOGITS], truth[LOGITS], self.recipe.temperature, reverse=name == "rkl")
 
@@ -183,10 +183,10 @@ class Distiller(nn.Module):
                 (f"hidden.{index}", _state(self.family.towers[-1], depth, index)) for index in self.recipe.hidden_states
             ]
         asked = set(stage.losses) if not teacher else set(stage.losses) & set(TAUGHT)
-        to_the_end = bool(asked if dual else asked - {"hidden"})
+        to_the_end = bool(asked if dual else asked - {"hidden"})  # somebody wants logits
         with _Watch(model, wanted, to_the_end) as watch:
             if to_the_end and question.rows is not None:
-                watch.select(model.get_output_embeddings(), question.rows)  # type: ignore[operator]
+                watch.select(cast(Any, model).get_output_embeddings(), question.rows)
             output = watch.run(question.inputs)
         seen = watch.seen
         if to_the_end and dual:
@@ -235,25 +235,31 @@ class Distiller(nn.Module):
                 f"the teacher is a {other.name} model and the student a {self.family.name} model; "
                 "use the dense model the student was cut from"
             )
-        facts = [(*_shape(model, self.family), depths_of(model, self.family)) for model in (student, teacher)]
-        for what, own, given in zip(("vocabulary", "residual widths", "depths"), *facts, strict=True):
-            mapped = what == "depths" and all(self._mapped(name, given) for name in own if own[name] != given[name])  # type: ignore[index,union-attr]
-            if own != given and not mapped:
+        depths = depths_of(teacher, self.family)
+        facts = {
+            "vocabulary": (_vocabulary(student), _vocabulary(teacher)),
+            "residual widths": (_widths(student, self.family), _widths(teacher, self.family)),
+        }
+        if any(self.depths[name] != depth and not self._mapped(name, depth) for name, depth in depths.items()):
+            facts["depths"] = (self.depths, depths)
+        for what, (own, given) in facts.items():
+            if own != given:
                 raise UnsuitableOptionError(
-                    f"the teacher's {what} are {given}, the student's {own}; "
-                    "use the dense model the student was cut from"
+                    f"the teacher has {what} {given}, the student {own}; use the dense model the student was cut from"
                 )
         if "hidden" in self.recipe.losses and self.family.kind != "dual-encoder":
-            states = min(depths_of(model, self.family)[self.family.towers[-1].name] for model in (student, teacher)) + 1
+            last = self.family.towers[-1].name
+            states = min(self.depths[last], depths[last]) + 1
             for index in self.recipe.hidden_states:
                 if not -states <= index < states:
                     raise UnsuitableOptionError(
                         f"hidden state {index} does not exist; choose from {-states} to {states - 1} (-1 is the last)"
                     )
 
-    def _mapped(self, tower: str, depths: Mapping[str, int]) -> bool:
+    def _mapped(self, tower: str, depth: int) -> bool:
+        """Whether every layer of the student's tower is given one of the teacher's `depth`."""
         layers = self.block_map.get(tower, ())
-        return len(layers) == self.depths[tower] and all(0 <= layer < depths[tower] for layer in layers)
+        return len(layers) == self.depths[tower] and all(0 <= layer < depth for layer in layers)
 
 
 class _Watch:
@@ -308,17 +314,22 @@ class _Watch:
 
 def depths_of(model: nn.Module, family: Family) -> dict[str, int]:
     """Tower name -> number of blocks."""
-    return {tower.name: len(resolve(model, tower.blocks, family)) for tower in family.towers}  # type: ignore[arg-type]
+    return {tower.name: len(cast(nn.ModuleList, resolve(model, tower.blocks, family))) for tower in family.towers}
 
 
-def _shape(model: nn.Module, family: Family) -> tuple[int, dict[str, int]]:
-    """(entries of the vocabulary, tower name -> residual width C)."""
+def _vocabulary(model: nn.Module) -> int:
+    config: Any = model.config
+    return config.text_config.vocab_size
+
+
+def _widths(model: nn.Module, family: Family) -> dict[str, int]:
+    """Tower name -> residual width C, which no cut changes."""
     widths = {}
     for tower in family.towers:
         part = next(part for part in tower.parts if isinstance(part, Attention))
-        output = resolve(model, f"{tower.blocks}.0.{part.module}.{part.output}", family)
-        widths[tower.name] = output.weight.shape[0]  # type: ignore[union-attr,index]
-    return model.config.text_config.vocab_size, widths  # type: ignore[union-attr,return-value]
+        output: Any = resolve(model, f"{tower.blocks}.0.{part.module}.{part.output}", family)
+        widths[tower.name] = output.weight.shape[0]
+    return widths
 
 
 def _state(tower: Tower, depth: int, index: int) -> str:
@@ -345,6 +356,7 @@ def _patch_mask(model: nn.Module, batch: Batch) -> Tensor | None:
     pixels = batch.get("pixel_attention_mask")
     if pixels is None:
         return None
+    config: Any = model.config
     real = batch["pixel_values"].flatten(0, 1).flatten(1).any(1)
-    patch = model.config.vision_config.patch_size  # type: ignore[union-attr]
-    return F.max_pool2d(pixels.flatten(0, 1)[real][:, None].float(), patch).flatten(1).bool()  # type: ignore[arg-type]
+    patches = F.max_pool2d(pixels.flatten(0, 1)[real][:, None].float(), config.vision_config.patch_size)
+    return patches.flatten(1).bool()

@@ -137,4 +137,4 @@ def batch_key(*parts: str) -> str:
 
 def _sum(value: Tensor) -> int:
     """Checksum of a tensor's bytes; safetensors notices files that are cut off, not bytes that changed."""
-    return zlib.crc32(value.contiguous().flatten().view(torch.uint8).numpy())
+    return zlib.crc32(value.contiguous().flatten().view(torch.uint8).numpy().data)
