@@ -6,6 +6,7 @@ What `accelerate launch` and its configuration set in the environment decides; `
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -56,7 +57,9 @@ class Workers:
         else:
             distiller.to(self.device)
         adam = _adam(_trained(distiller), decay, self.device)
-        self.model, prepared = self.accelerator.prepare(distiller, adam)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)  # accelerate knows no newer name
+            self.model, prepared = self.accelerator.prepare(distiller, adam)
         # accelerate's wrapper is for scaled steps; it looks for packages on the disk in every step.
         self._scaled = prepared if self.accelerator.scaler is not None else None
         self.optimizer = adam
