@@ -127,14 +127,15 @@ def blip2_vision(stock: Any) -> type:
         def forward(self, hidden_states, **kwargs):
             from transformers.models.blip_2.modeling_blip_2 import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
 
-            qkv = self.qkv(hidden_states).unflatten(-1, (3, -1, self.head_dim))  # B S 3 H D
+            lead = hidden_states.shape[:-1]  # sizes are read here, so that a trace does not fix them
+            qkv = self.qkv(hidden_states).reshape(*lead, 3, -1, self.head_dim)  # B S 3 H D
             query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))  # B H S D
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
             dropout = self.attention_dropout if self.training else 0.0
             mixed, weights = attend(
                 self, query, key, value, attention_mask=None, dropout=dropout, scaling=self.scale, **kwargs
             )
-            return self.projection(mixed.flatten(2)), weights
+            return self.projection(mixed.reshape(*lead, -1)), weights
 
     return SlimBlip2Attention
 

@@ -1,0 +1,51 @@
+"""Graphs that run without torch or the model's code: ONNX, TorchScript, torch.export, each with its proof beside it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slimvlm.export.options import ExportOptions
+
+if TYPE_CHECKING:
+    from slimvlm.export.job import ExportResult
+    from slimvlm.export.verification import Verification
+
+__all__ = ["ExportOptions", "export_checkpoint", "verify"]
+
+
+def export_checkpoint(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    options: ExportOptions,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> ExportResult:
+    """Exports a checkpoint (dense, per-layer or stock layout, or a hub name) into the folder `out`.
+
+    Args:
+        progress: called with (stage, done, total).
+
+    Raises:
+        SlimvlmError: refused: unsupported model, option, missing package, an occupied or full `out`.
+        CheckFailedError: a graph differs from torch; the files are kept and marked, the result is in the error.
+    """
+    from slimvlm.export.packages import require_packages
+
+    require_packages(options)
+    from slimvlm.export.job import run_export
+
+    return run_export(os.fspath(folder), Path(out), options, progress)
+
+
+def verify(folder: str | os.PathLike[str]) -> Verification:
+    """Checks an exported folder here: hashes of all files, and the stored sample through every runtime present.
+
+    Raises:
+        CheckpointError: no export, or one whose manifest names files outside it.
+        CheckFailedError: a file changed, or this machine's answers are not torch's.
+    """
+    from slimvlm.export.verification import verify_folder
+
+    return verify_folder(Path(folder))

@@ -1,0 +1,290 @@
+"""The export of one checkpoint: graphs, files, checks, manifest, in a folder that appears when it is complete."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slimvlm.compress.checkpoint import load_model
+from slimvlm.compress.collate import Collator
+from slimvlm.compress.errors import CheckFailedError, OutputError
+from slimvlm.export.client_files import name_external_data, write_client_files
+from slimvlm.export.graphs import Graph, build_graphs
+from slimvlm.export.manifest import Artifact, Manifest
+from slimvlm.export.options import ExportOptions
+from slimvlm.export.parity import TOLERANCES, measure
+from slimvlm.export.reference import (
+    Reference,
+    check_tokens,
+    export_samples,
+    first_batch,
+    graph_ports,
+    make_reference,
+)
+from slimvlm.export.runners import runner_of
+from slimvlm.export.sample import write_sample
+from slimvlm.export.torch_writer import compiled_name, write_pt2, write_torchscript
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_int8"}  # of file names, as transformers.js asks for them
+EXTENSIONS = {"onnx": ".onnx", "torchscript": ".pt", "pt2": ".pt2", "aoti": ".aoti.pt2"}
+
+
+@dataclass(frozen=True, slots=True)
+class ExportResult:
+    """The folder, its manifest, and seconds it took."""
+
+    out: Path
+    manifest: Manifest
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What is exported; `graphs` change with the precision of `model`."""
+
+    model: Any
+    collator: Collator
+    graphs: tuple[Graph, ...]
+    reference: Reference
+
+
+def run_export(checkpoint: str, out: Path, options: ExportOptions, progress: Progress | None = None) -> ExportResult:
+    """See `slimvlm.export.export_checkpoint`."""
+    options = options.checked()
+    refuse_occupied(out, options.overwrite)
+    loaded = load_model(checkpoint, trust_remote_code=options.trust_remote_code, dtype=torch.float32, attention="sdpa")
+    collator = Collator(loaded.processor, loaded.family, loaded.model.config)
+    origin = {"source": str(checkpoint), "digest": loaded.digest, "family": loaded.family.name}
+    return export_model(loaded.model, collator, out, options, progress or _silent, origin)
+
+
+def export_model(
+    model: Any,
+    collator: Collator,
+    out: Path,
+    options: ExportOptions,
+    progress: Progress,
+    origin: dict[str, Any],
+) -> ExportResult:
+    """As `run_export`, of a model in memory (fp32, in eval mode; `options.dtype` fp16 casts its weights)."""
+    started = time.perf_counter()
+    samples = export_samples(collator, model, options)
+    graphs = build_graphs(model, collator.family, first_batch(collator, samples))
+    progress("reference", 0, 1)
+    reference = make_reference(model, collator, graphs, samples, options.max_new_tokens)
+    if options.dtype == "fp16":
+        graphs = build_graphs(_to_fp16(model), collator.family, first_batch(collator, samples))
+    source = _Source(model, collator, graphs, reference)
+    manifest = Manifest(model={**origin, "type": model.config.model_type}, options=_stated(options))
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _write_graphs(partial, source, options, manifest, progress)
+        _check_generation(partial, source, options, manifest, progress)
+        _write_beside(partial, source, options, manifest)
+        manifest.write(partial)
+        if out.exists():
+            shutil.rmtree(out)
+        partial.replace(out)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        why = "no space left" if error.errno == errno.ENOSPC else error.strerror or error
+        raise OutputError(f"{out} cannot be written ({why}); free space or choose another folder") from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    result = ExportResult(out, manifest, time.perf_counter() - started)
+    if manifest.failures:
+        raise CheckFailedError(
+            f"{out}: {len(manifest.failures)} checks failed, first: {manifest.failures[0]}; the files are kept and "
+            "marked in manifest.json",
+            result,
+        )
+    return result
+
+
+def _to_fp16(model: torch.nn.Module) -> torch.nn.Module:
+    """Casts the weights in place; buffers stay (rotary frequencies are computed in fp32)."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.half()
+    return model
+
+
+def refuse_occupied(out: Path, overwrite: bool) -> None:
+    """Raises OutputError unless `out` is absent, an empty folder, or an export that may be replaced."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise OutputError(f"{out} is a file; name a folder")
+    if any(out.iterdir()) and not (overwrite and (out / "manifest.json").is_file()):
+        raise OutputError(f"{out} is not empty; choose another name, or --overwrite an earlier export")
+
+
+def _stated(options: ExportOptions) -> dict[str, Any]:
+    stated = {**asdict(options), "data": None if options.data is None else str(options.data)}
+    return {name: value for name, value in stated.items() if name not in ("overwrite", "trust_remote_code")}
+
+
+# ------------------------------------------------------------------ graphs
+
+
+def _write_graphs(
+    folder: Path, source: _Source, options: ExportOptions, manifest: Manifest, progress: Progress
+) -> None:
+    """Every graph in every format and variant, each checked as soon as it is written."""
+    todo = [(form, graph) for form in options.formats for graph in source.graphs]
+    for done, (form, graph) in enumerate(todo):
+        progress("export", done, len(todo))
+        (folder / form).mkdir(exist_ok=True)
+        for artifact in WRITERS[form](folder, graph, options):
+            artifact.inputs = [asdict(port) for port in graph_ports(graph)]
+            _check_graph(folder, artifact, source, manifest)
+            manifest.artifacts.append(artifact)
+    progress("export", len(todo), len(todo))
+    external = {
+        artifact.file.removeprefix("onnx/"): 1
+        for artifact in manifest.artifacts
+        if artifact.format == "onnx" and (folder / f"{artifact.file}_data").exists()
+    }
+    manifest.run = {"external_data": external} if external else {}
+
+
+def _onnx(folder: Path, graph: Graph, options: ExportOptions) -> list[Artifact]:
+    from slimvlm.export.onnx_rewriting import fuse, quantize_int8
+    from slimvlm.export.onnx_writer import write_onnx
+
+    started = time.perf_counter()
+    path = folder / _file("onnx", graph.name, options.dtype)
+    written = write_onnx(graph, path, options.onnx)
+    if options.fuse is not None:
+        fuse(path, options.fuse, options.external_bytes)
+    artifact = Artifact(
+        graph=graph.name,
+        format="onnx",
+        variant=options.dtype,
+        file=_file("onnx", graph.name, options.dtype),
+        exporter=written.exporter,
+        seconds=time.perf_counter() - started,
+        opset=written.opset,
+        fallback_reason=written.fallback_reason,
+        fused_for=options.fuse,
+    )
+    if options.quantize is None:
+        return [artifact]
+    started = time.perf_counter()
+    file = _file("onnx", graph.name, options.quantize)
+    quantize_int8(path, folder / file, options.external_bytes)
+    seconds = time.perf_counter() - started
+    return [artifact, replace(artifact, variant=options.quantize, file=file, seconds=seconds, parity=[])]
+
+
+def _torchscript(folder: Path, graph: Graph, options: ExportOptions) -> list[Artifact]:
+    return [_torch_artifact("torchscript", folder, graph, options, lambda path: write_torchscript(graph, path))]
+
+
+def _pt2(folder: Path, graph: Graph, options: ExportOptions) -> list[Artifact]:
+    artifact = _torch_artifact("pt2", folder, graph, options, lambda path: write_pt2(graph, path, options.aoti))
+    if not options.aoti:
+        return [artifact]
+    compiled = compiled_name(Path(artifact.file)).as_posix()
+    return [artifact, replace(artifact, format="aoti", file=compiled, exporter="torch._inductor", parity=[])]
+
+
+def _torch_artifact(
+    form: str, folder: Path, graph: Graph, options: ExportOptions, write: Callable[[Path], None]
+) -> Artifact:
+    started = time.perf_counter()
+    file = _file(form, graph.name, options.dtype)
+    write(folder / file)
+    exporter = {"torchscript": "torch.jit.trace", "pt2": "torch.export"}[form]
+    return Artifact(graph.name, form, options.dtype, file, exporter, time.perf_counter() - started)
+
+
+WRITERS: dict[str, Callable[[Path, Graph, ExportOptions], list[Artifact]]] = {
+    "onnx": _onnx,
+    "torchscript": _torchscript,
+    "pt2": _pt2,
+}
+
+
+def _file(form: str, graph: str, variant: str) -> str:
+    return f"{form}/{graph}{SUFFIXES[variant]}{EXTENSIONS[form]}"
+
+
+# ------------------------------------------------------------------ checks
+
+
+def _check_graph(folder: Path, artifact: Artifact, source: _Source, manifest: Manifest) -> None:
+    """Runs every case of the graph; the outputs' shapes are noted as seen."""
+    tolerance = TOLERANCES[artifact.variant]
+    manifest.tolerances[artifact.variant] = tolerance.to_dict()
+    cases = [case for case in source.reference.cases if case.graph == artifact.graph]
+    graph = next(graph for graph in source.graphs if graph.name == artifact.graph)
+    artifact.outputs = [
+        {
+            "name": name,
+            "dtype": str(cases[0].outputs[name].dtype),
+            "shape": [axes.get(axis, size) for axis, size in enumerate(cases[0].outputs[name].shape)],
+        }
+        for name, axes in graph.outputs.items()
+    ]
+    runner = runner_of(folder, [artifact])
+    for case in cases:
+        try:
+            difference = measure(case, runner.run(artifact.graph, case.feeds))
+        except Exception as error:  # a runtime that cannot run its own file: that is what is checked here
+            manifest.failures.append(
+                f"{artifact.file} does not run on {case.what} ({str(error).splitlines()[0][:200]})"
+            )
+            artifact.ok = False
+            continue
+        artifact.parity.append(difference.to_dict())
+        if not difference.within(tolerance):
+            artifact.ok = False
+            manifest.failures.append(
+                f"{artifact.file} differs from torch on {case.what}: relative error {difference.max_relative:.1e}, "
+                f"cosine {difference.cosine:.6f}"
+            )
+
+
+def _check_generation(
+    folder: Path, source: _Source, options: ExportOptions, manifest: Manifest, progress: Progress
+) -> None:
+    if source.reference.prompting is None:
+        return
+    manifest.generation = source.reference.prompting.to_dict()
+    sets: dict[tuple[str, str], list[Artifact]] = {}
+    for artifact in manifest.artifacts:
+        sets.setdefault((artifact.format, artifact.variant), []).append(artifact)
+    for done, ((form, variant), artifacts) in enumerate(sets.items()):
+        progress("generate", done, len(sets))
+        if not all(artifact.ok for artifact in artifacts):
+            continue  # reported already
+        check = check_tokens(runner_of(folder, artifacts), source.reference, source.collator, options.max_new_tokens)
+        enough = check.token_share >= TOLERANCES[variant].tokens
+        manifest.checks.append({"format": form, "variant": variant, "ok": enough, **check.to_dict()})
+        if not enough:
+            manifest.failures.append(
+                f"{form} {variant}: {100 * check.token_share:.1f} % of the tokens equal torch's on {check.samples} "
+                f"samples, {100 * TOLERANCES[variant].tokens:.0f} % wanted"
+            )
+
+
+def _write_beside(folder: Path, source: _Source, options: ExportOptions, manifest: Manifest) -> None:
+    processor, name = source.collator.processor, source.model.config.name_or_path
+    write_client_files(folder, source.model, processor, source.reference.prompting, Path(name or "."))
+    name_external_data(folder, (manifest.run or {}).get("external_data", {}))
+    write_sample(folder, source.reference.first, source.reference.expected)
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    return None

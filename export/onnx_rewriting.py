@@ -1,0 +1,42 @@
+"""ONNX graphs rewritten: int8 weights, fused operators."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import onnx
+import onnx_ir
+
+from slimvlm.export.onnx_writer import save_onnx
+from slimvlm.export.tracing import quiet
+
+QUANTIZED_OPERATORS = ["MatMul", "Gemm", "Gather"]  # no convolutions: one per image, and slow in int8 on a CPU
+
+
+def quantize_int8(source: Path, target: Path, external_bytes: int) -> None:
+    """Writes `source` with int8 weights, one scale per output channel; activations are quantized as they come."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with quiet(), tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        draft = Path(scratch) / target.name
+        quantize_dynamic(
+            source,
+            draft,
+            op_types_to_quantize=QUANTIZED_OPERATORS,
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            use_external_data_format=source.with_name(source.name + "_data").exists(),
+        )
+        save_onnx(onnx_ir.serde.deserialize_model(onnx.load(draft)), target, external_bytes)
+
+
+def fuse(path: Path, provider: str, external_bytes: int) -> None:
+    """Rewrites a graph with ONNX Runtime's fused operators for an execution provider (`cpu`, `cuda`)."""
+    from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
+
+    model = onnx_ir.load(path)
+    with quiet():
+        fuse_for_onnxruntime(model, provider)
+    onnx_ir.external_data.load_to_model(model)
+    save_onnx(model, path, external_bytes)

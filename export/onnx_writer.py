@@ -1,0 +1,125 @@
+"""One graph -> one `.onnx` file: the dynamo exporter first, the TorchScript-based one where that fails.
+
+An exporter may silently fix an axis that was asked to vary; the saved graph is looked at, and such a graph is refused.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir
+import torch
+from torch import Tensor
+
+from slimvlm.compress.errors import UnsupportedModelError
+from slimvlm.export.graphs import Graph
+from slimvlm.export.options import DYNAMO, TORCHSCRIPT, OnnxSettings
+from slimvlm.export.tracing import dynamic_shapes, first_line, quiet
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """How a graph was written: exporter, opset, and why the first exporter was not used, if so."""
+
+    exporter: str
+    opset: int
+    fallback_reason: str | None = None
+
+
+def write_onnx(graph: Graph, path: Path, settings: OnnxSettings) -> Written:
+    """Writes `path`, and `path` with suffix `.onnx_data` beside it where the weights exceed the threshold.
+
+    Raises:
+        UnsupportedModelError: no exporter gives this graph with all its axes.
+        OSError: the file cannot be written.
+    """
+    wanted = (DYNAMO, TORCHSCRIPT) if settings.exporter == "auto" else (settings.exporter,)
+    failures = []
+    for exporter in wanted:
+        try:
+            with quiet(), torch.no_grad():
+                model = EXPORTERS[exporter](graph, settings.opset)
+                check_axes(graph, model)
+        except OSError:
+            raise
+        except Exception as error:  # exporters raise whatever the traced code makes them raise
+            failures.append(f"{exporter}: {first_line(error)}")
+            continue
+        _name_shapes(graph, model)
+        save_onnx(model, path, settings.external_bytes)
+        return Written(exporter, model.opset_imports[""], "; ".join(failures) or None)
+    raise UnsupportedModelError(f"{graph.name} cannot be exported to ONNX ({'; '.join(failures)})")
+
+
+def save_onnx(model: onnx_ir.Model, path: Path, external_bytes: int) -> None:
+    """Saves a model, with its weights in `<name>.onnx_data` beside it (the name transformers.js expects) if large."""
+    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    onnx_ir.save(model, path, external_data=data_name(path) if weights >= external_bytes else None)
+
+
+def data_name(path: Path) -> str:
+    """Name of the file with the weights of `path`, where they are apart."""
+    return path.name + "_data"
+
+
+def check_axes(graph: Graph, model: onnx_ir.Model) -> None:
+    """Raises ValueError if an axis that varies has become a number, or an input is gone."""
+    given = {value.name: value for value in model.graph.inputs}
+    for port in graph.inputs:
+        if port.name not in given:
+            raise ValueError(f"input {port.name} is missing in the graph")
+        shape = given[port.name].shape
+        for axis, name in port.axes.items():
+            if shape is None or isinstance(shape[axis], int):
+                raise ValueError(f"axis {axis} ({name}) of {port.name} is fixed in the graph")
+
+
+def _by_dynamo(graph: Graph, opset: int) -> onnx_ir.Model:
+    program = torch.onnx.export(
+        graph.module,
+        graph.samples,
+        dynamo=True,
+        dynamic_shapes=dynamic_shapes(graph),
+        input_names=[port.name for port in graph.inputs],
+        output_names=list(graph.outputs),
+        opset_version=opset,
+        verbose=False,
+    )
+    return program.model
+
+
+def _by_torchscript(graph: Graph, opset: int) -> onnx_ir.Model:
+    axes: dict[str, Mapping[int, str]] = {port.name: dict(port.axes) for port in graph.inputs}
+    axes |= {name: dict(axis) for name, axis in graph.outputs.items()}
+    buffer = io.BytesIO()
+    torch.onnx.export(
+        graph.module,
+        graph.samples,
+        buffer,
+        dynamo=False,
+        input_names=[port.name for port in graph.inputs],
+        output_names=list(graph.outputs),
+        dynamic_axes={name: axis for name, axis in axes.items() if axis},
+        opset_version=min(opset, 20),  # the newest this exporter knows
+    )
+    return onnx_ir.serde.deserialize_model(onnx.load_from_string(buffer.getvalue()))
+
+
+EXPORTERS = {DYNAMO: _by_dynamo, TORCHSCRIPT: _by_torchscript}
+
+
+def _name_shapes(graph: Graph, model: onnx_ir.Model) -> None:
+    """States every input's and output's shape with our names: exporters write sums of symbols and made-up ones."""
+    inputs = {port.name: (port.sample, port.axes) for port in graph.inputs}
+    with torch.no_grad():
+        results = graph.module(*graph.samples)
+    results = (results,) if isinstance(results, Tensor) else results
+    outputs = dict(zip(graph.outputs, zip(results, graph.outputs.values(), strict=True), strict=True))
+    for values, known in ((model.graph.inputs, inputs), (model.graph.outputs, outputs)):
+        for value in values:
+            tensor, axes = known[value.name]
+            value.shape = onnx_ir.Shape([axes.get(axis, size) for axis, size in enumerate(tensor.shape)])

@@ -1,0 +1,95 @@
+"""Everything `slimvlm export` can be told, as data. No torch: the command line reads its defaults from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from slimvlm.compress.errors import UnsuitableOptionError
+
+FORMATS = ("onnx", "torchscript", "pt2")
+DTYPES = ("fp32", "fp16")
+QUANTIZED = ("int8",)
+DYNAMO, TORCHSCRIPT = "dynamo", "torchscript"
+EXPORTERS = ("auto", DYNAMO, TORCHSCRIPT)
+FUSIONS = ("cpu", "cuda")
+OPSETS = range(18, 24)
+EXTERNAL_BYTES = 2 * 10**9  # a file of the ONNX format ends at 2 GiB
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Options of an export; the names are the command line's.
+
+    Attributes:
+        formats: what to write, of FORMATS.
+        dtype: of the weights and the cache of every graph; pixels, embeddings and logits stay fp32.
+        quantize: `int8` adds a variant of every ONNX graph with int8 weights (fp32 activations, quantized on the fly).
+        opset: of the ONNX graphs.
+        exporter: `auto` takes the dynamo exporter and, where that fails, the TorchScript-based one.
+        fuse: rewrite the ONNX graphs with ONNX Runtime's fused operators for this execution provider.
+        image_size: height and width that images are resized to, for families whose vision graph has one fixed grid.
+        data: samples to check with; default: generated images and a plain question.
+        samples: how many of them are generated for.
+        max_new_tokens: longest generation in these checks.
+        aoti: also compile the torch.export programs ahead of time (needs a C++ compiler).
+        bundle: add a README and the whole folder as `<out>.tar`.
+        external_bytes: weights from this size on stand in a file beside their graph.
+    """
+
+    formats: tuple[str, ...] = ("onnx",)
+    dtype: str = "fp32"
+    quantize: str | None = None
+    opset: int = 20
+    exporter: str = "auto"
+    fuse: str | None = None
+    image_size: tuple[int, int] | None = None
+    data: Path | None = None
+    samples: int = 16
+    max_new_tokens: int = 16
+    seed: int = 0
+    aoti: bool = False
+    bundle: bool = False
+    overwrite: bool = False
+    trust_remote_code: bool = False
+    external_bytes: int = EXTERNAL_BYTES
+
+    def checked(self) -> ExportOptions:
+        """Itself.
+
+        Raises:
+            UnsuitableOptionError: an unknown value, or options that contradict each other.
+        """
+        known = {"dtype": DTYPES, "quantize": (None, *QUANTIZED), "exporter": EXPORTERS, "fuse": (None, *FUSIONS)}
+        for name, accepted in known.items():
+            if (value := getattr(self, name)) not in accepted:
+                choices = ", ".join(item for item in accepted if item)
+                raise UnsuitableOptionError(f"--{name} {value} is unknown; choose one of {choices}")
+        if not self.formats or set(self.formats) - set(FORMATS):
+            unknown = ", ".join(sorted(set(self.formats) - set(FORMATS))) or "nothing"
+            raise UnsuitableOptionError(f"--format {unknown} is unknown; choose from {', '.join(FORMATS)}")
+        if self.opset not in OPSETS:
+            raise UnsuitableOptionError(f"--opset {self.opset} is not supported; choose {OPSETS[0]} to {OPSETS[-1]}")
+        if "onnx" not in self.formats and (self.quantize or self.fuse):
+            raise UnsuitableOptionError("--quantize and --fuse are for ONNX graphs; add onnx to --format")
+        if self.quantize and self.dtype != "fp32":
+            raise UnsuitableOptionError(f"--quantize {self.quantize} starts from fp32 graphs; leave --dtype at fp32")
+        if self.aoti and "pt2" not in self.formats:
+            raise UnsuitableOptionError("--aoti compiles torch.export programs; add pt2 to --format")
+        if self.samples < 1 or self.max_new_tokens < 1:
+            raise UnsuitableOptionError("--samples and --max-new-tokens must be 1 or more: an export is always checked")
+        return self
+
+    @property
+    def onnx(self) -> OnnxSettings:
+        """What the writer of ONNX files needs to know."""
+        return OnnxSettings(self.opset, self.exporter, self.external_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxSettings:
+    """How an ONNX file is written."""
+
+    opset: int = 20
+    exporter: str = "auto"
+    external_bytes: int = EXTERNAL_BYTES

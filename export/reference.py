@@ -1,0 +1,249 @@
+"""What torch says on real samples: the answers and graph outputs that every exported variant is held against."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import GenerationConfig
+
+from slimvlm.compress.collate import Batch, Collator
+from slimvlm.compress.errors import UnsuitableOptionError
+from slimvlm.compress.evaluate import GREEDY
+from slimvlm.compress.quality import exact_match
+from slimvlm.compress.records import Turn
+from slimvlm.compress.samples import Sample, batches, load_samples, open_image
+from slimvlm.export.generation import Arrays, PortInfo, Prompting, Runner, generate, until_end
+from slimvlm.export.graphs import Graph
+from slimvlm.export.options import ExportOptions
+from slimvlm.export.parity import Case, TokenCheck, token_share
+from slimvlm.export.runners import Recorder, TorchRunner
+
+ROWS = 4  # samples generated for at once, left-padded
+QUESTIONS = ("What is in the image?", "What colour is it?", "How many are there?", "Describe the image.")
+DEFAULT_SIDE = 448  # of images for families that take any size, where no size was asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The samples, their batches, torch's answers (tokens up to the end) and graph outputs.
+
+    `first` is the batch that is stored beside the files, with what torch gives for it.
+    """
+
+    samples: Sequence[Sample]
+    batches: Sequence[Arrays]
+    cases: Sequence[Case]
+    prompting: Prompting | None
+    answers: Sequence[Sequence[int]]
+    accuracy: float | None
+    first: Arrays
+    expected: Arrays
+
+
+def export_samples(collator: Collator, model: Any, options: ExportOptions) -> list[Sample]:
+    """The samples of `options.data`, or generated ones; resized where the vision graph has one fixed grid.
+
+    Raises:
+        UnsuitableOptionError: an image size that the vision tower cannot take.
+        SampleError: the data cannot be read.
+    """
+    if options.data is not None:
+        samples = list(load_samples(options.data, limit=options.samples, seed=options.seed).samples)
+        samples = [replace(sample, turns=sample.turns[:1]) for sample in samples]
+    else:
+        samples = [_generated(index, options.seed) for index in range(options.samples)]
+    size = image_size(collator, model.config, options)
+    return samples if size is None else [_resized(sample, size) for sample in samples]
+
+
+def image_size(collator: Collator, config: Any, options: ExportOptions) -> tuple[int, int] | None:
+    """Height and width all images are brought to, or None where the processor brings every image to one size.
+
+    Raises:
+        UnsuitableOptionError: a size was asked for that the vision tower cannot take.
+    """
+    vision, asked = config.vision_config, options.image_size
+    kind = collator.family.export.vision
+    own = getattr(vision, "image_size", None)
+    own = tuple(own) if isinstance(own, list | tuple) else (own, own)
+    if kind == "patches":
+        unit = vision.patch_size * vision.spatial_merge_size
+        size = asked or (_rounded(DEFAULT_SIDE, unit), _rounded(DEFAULT_SIDE, unit))
+        if any(side % unit for side in size):
+            near = tuple(_rounded(side, unit) for side in size)
+            raise UnsuitableOptionError(
+                f"--image-size {_shown(size)}: this tower takes multiples of {unit}; use {_shown(near)}"
+            )
+        return size
+    if kind == "tiles":
+        return asked or own
+    if asked is not None and asked != own:
+        raise UnsuitableOptionError(
+            f"--image-size {_shown(asked)}: this tower takes {_shown(own)} only; leave the option out"
+        )
+    return None
+
+
+def _rounded(side: int, unit: int) -> int:
+    return max(unit, round(side / unit) * unit)
+
+
+def _shown(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _resized(sample: Sample, size: tuple[int, int]) -> Sample:
+    buffer = io.BytesIO()
+    open_image(sample).resize((size[1], size[0]), Image.Resampling.BICUBIC).save(buffer, "PNG")
+    return replace(sample, content=buffer.getvalue())
+
+
+def _generated(index: int, seed: int) -> Sample:
+    """A picture of a few coloured blocks, and a question about it; there is no right answer."""
+    random = np.random.default_rng((seed, index))
+    blocks = random.integers(0, 256, (3, 4, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(blocks).resize((128, 96), Image.Resampling.BICUBIC).save(buffer, "PNG")
+    turn = Turn(QUESTIONS[index % len(QUESTIONS)], ("",))
+    return Sample(Path(f"generated-{index}.png"), (turn,), f"generated sample {index}", content=buffer.getvalue())
+
+
+def first_batch(collator: Collator, samples: Sequence[Sample]) -> Batch:
+    """Two samples as the graphs are traced with."""
+    two = (list(samples) * 2)[:2]
+    return collator.training(two) if collator.family.kind == "dual-encoder" else collator.prompts(two)
+
+
+def torch_runner(graphs: Sequence[Graph]) -> TorchRunner:
+    """The modules that are exported, as they are in torch."""
+    return TorchRunner(
+        {graph.name: graph.module for graph in graphs},
+        {graph.name: graph_ports(graph) for graph in graphs},
+        {graph.name: tuple(graph.outputs) for graph in graphs},
+    )
+
+
+def graph_ports(graph: Graph) -> tuple[PortInfo, ...]:
+    """Inputs of a graph as every runtime states them."""
+    return tuple(
+        PortInfo(
+            port.name,
+            str(port.sample.dtype).removeprefix("torch."),
+            tuple(port.axes.get(axis, size) for axis, size in enumerate(port.sample.shape)),
+        )
+        for port in graph.inputs
+    )
+
+
+def make_reference(
+    model: Any, collator: Collator, graphs: Sequence[Graph], samples: Sequence[Sample], most: int
+) -> Reference:
+    """Runs torch on all samples; the cases are its first two steps on one sample and on several.
+
+    Args:
+        most: new tokens per answer.
+    """
+    runner = torch_runner(graphs)
+    if collator.family.kind == "dual-encoder":
+        return _embeddings(runner, collator, samples)
+    prompting = prompting_of(model, collator)
+    prompts = [_arrays(collator.prompts(part)) for part in batches(samples, ROWS)]
+    answers, right = [], []
+    for part, prompt in zip(batches(samples, ROWS), prompts, strict=True):
+        tokens = torch_tokens(model, collator, prompt, prompting, most)
+        answers += [until_end(row, prompting.end) for row in tokens]
+        texts = collator.decode(torch.from_numpy(tokens))
+        right += [exact_match(text, sample.turns[-1].answers) for text, sample in zip(texts, part, strict=True)]
+    single = _arrays(collator.prompts(samples[-1:]))
+    cases = _random_cases(runner, graphs)
+    for what, batch in ((f"{len(prompts[0]['input_ids'])} samples", prompts[0]), ("one sample", single)):
+        recorder = Recorder(runner)
+        generate(recorder, prompting, batch, 2)
+        cases += [Case(graph, what, feeds, outputs) for graph, feeds, outputs in recorder.calls]
+    given = generate(runner, prompting, single, most)
+    accuracy = sum(right) / len(right) if any(sample.turns[-1].target for sample in samples) else None
+    expected = {"tokens": given.tokens, "first_logits": given.first_logits}
+    return Reference(samples, prompts, cases, prompting, answers, accuracy, single, expected)
+
+
+def prompting_of(model: Any, collator: Collator) -> Prompting:
+    """What a client has to know of this model, from its config and tokenizer."""
+    given = getattr(model.generation_config, "eos_token_id", None)
+    given = given if isinstance(given, list) else [given]
+    end = tuple(dict.fromkeys(token for token in (collator.tokenizer.eos_token_id, *given) if token is not None))
+    pad = collator.tokenizer.pad_token_id
+    row, text = collator.family.export, getattr(model.config, "text_config", model.config)
+    return Prompting(
+        kind=collator.family.kind,
+        image_token=int(collator.image_token_id),
+        end=end,
+        pad=end[0] if pad is None else pad,
+        positions=row.positions,
+        first_position=row.first_position,
+        merge=getattr(model.config.vision_config, "spatial_merge_size", 1) if row.positions == "mrope" else 1,
+        start=text.decoder_start_token_id if collator.family.kind == "encoder-decoder" else None,
+    )
+
+
+def torch_tokens(model: Any, collator: Collator, prompt: Arrays, prompting: Prompting, most: int) -> np.ndarray:
+    """Greedy answers [B, T] of `generate`, without the prompt."""
+    config = GenerationConfig(
+        **GREEDY, max_new_tokens=most, eos_token_id=list(prompting.end), pad_token_id=prompting.pad
+    )
+    tensors = {name: torch.from_numpy(array) for name, array in prompt.items()}
+    with torch.inference_mode():
+        ids = model.generate(**tensors, generation_config=config).numpy()
+    asked = prompt["input_ids"]
+    if prompting.kind == "encoder-decoder":
+        return ids[:, 1:]  # the start token
+    if ids.shape[1] >= asked.shape[1] and np.array_equal(ids[:, : asked.shape[1]], asked):
+        return ids[:, asked.shape[1] :]
+    return ids
+
+
+def check_tokens(runner: Runner, reference: Reference, collator: Collator, most: int) -> TokenCheck:
+    """Greedy answers of a runtime against torch's, on all samples in left-padded batches."""
+    prompting, found = reference.prompting, []
+    for batch in reference.batches:
+        found += [until_end(row, prompting.end) for row in generate(runner, prompting, batch, most).tokens]
+    equal = sum(left == list(right) for left, right in zip(found, reference.answers, strict=True))
+    accuracy = None
+    if reference.accuracy is not None:
+        texts = [collator.decode(torch.tensor([row]))[0] for row in found]
+        pairs = zip(texts, reference.samples, strict=True)
+        accuracy = sum(exact_match(text, sample.turns[-1].answers) for text, sample in pairs) / len(texts)
+    share = token_share(found, reference.answers)
+    return TokenCheck(len(found), equal, share, accuracy, reference.accuracy)
+
+
+def _embeddings(runner: TorchRunner, collator: Collator, samples: Sequence[Sample]) -> Reference:
+    parts = {f"{len(samples)} samples": collator.training(samples), "one sample": collator.training(samples[-1:])}
+    cases = []
+    for what, batch in parts.items():
+        arrays = _arrays(batch)
+        for graph in runner.modules:
+            feeds = {port.name: arrays[port.name] for port in runner.inputs(graph)}
+            cases.append(Case(graph, what, feeds, runner.run(graph, feeds)))
+    first = _arrays(parts["one sample"])
+    expected = {f"{case.graph}.{name}": array for case in cases[-2:] for name, array in case.outputs.items()}
+    return Reference(samples, [], cases, None, [], None, first, expected)
+
+
+def _random_cases(runner: TorchRunner, graphs: Sequence[Graph]) -> list[Case]:
+    """What the graphs were traced with: several new tokens on a cache that is not empty."""
+    cases = []
+    for graph in graphs:
+        feeds = {port.name: port.sample.numpy() for port in graph.inputs}
+        cases.append(Case(graph.name, "as traced", feeds, runner.run(graph.name, feeds)))
+    return cases
+
+
+def _arrays(batch: Mapping[str, torch.Tensor]) -> Arrays:
+    return {name: tensor.numpy() for name, tensor in batch.items() if name != "return_loss"}

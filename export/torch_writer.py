@@ -1,0 +1,83 @@
+"""TorchScript, torch.export and AOTInductor files of a graph, and how to run them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slimvlm.compress.errors import MissingDependencyError, UnsupportedModelError
+from slimvlm.export.graphs import Graph
+from slimvlm.export.tracing import dynamic_shapes, first_line, quiet
+
+
+def write_torchscript(graph: Graph, path: Path) -> None:
+    """A traced module that `torch.jit.load` runs without this package or transformers.
+
+    Raises:
+        UnsupportedModelError: the graph cannot be traced.
+    """
+    try:
+        with quiet(), torch.no_grad():
+            traced = torch.jit.trace(graph.module, graph.samples, strict=False, check_trace=False)
+            torch.jit.save(traced, str(path))
+    except OSError:
+        raise
+    except Exception as error:  # whatever the traced code raises
+        raise UnsupportedModelError(f"{graph.name} cannot be traced to TorchScript ({first_line(error)})") from error
+
+
+def write_pt2(graph: Graph, path: Path, aoti: bool) -> None:
+    """A torch.export program with varying axes; with `aoti` also `<name>.aoti.pt2`, compiled for this machine.
+
+    Raises:
+        UnsupportedModelError: the graph cannot be exported or compiled.
+        MissingDependencyError: `aoti` without a C++ compiler.
+    """
+    if aoti and shutil.which("g++") is None and shutil.which("clang++") is None:
+        raise MissingDependencyError("--aoti needs a C++ compiler (g++ or clang++); install one or leave --aoti out")
+    try:
+        with quiet(), torch.no_grad():
+            program = torch.export.export(
+                graph.module, graph.samples, dynamic_shapes=dynamic_shapes(graph), strict=False
+            )
+            torch.export.save(program, path)
+            if aoti:
+                torch._inductor.aoti_compile_and_package(program, package_path=str(compiled_name(path)))
+    except OSError:
+        raise
+    except Exception as error:  # whatever the traced code or the compiler raises
+        raise UnsupportedModelError(f"{graph.name} cannot be written as {path.suffix} ({first_line(error)})") from error
+
+
+def compiled_name(path: Path) -> Path:
+    """Where the compiled form of a `.pt2` stands."""
+    return path.with_suffix(".aoti.pt2")
+
+
+def load_torchscript(path: Path) -> Any:
+    """The traced module."""
+    with quiet():
+        return torch.jit.load(str(path), map_location="cpu")
+
+
+def load_pt2(path: Path) -> Callable[..., Any]:
+    """The program as a callable module."""
+    with quiet():
+        return torch.export.load(path).module()
+
+
+def load_aoti(path: Path) -> Callable[..., Any]:
+    """The compiled program."""
+    with quiet():
+        return torch._inductor.aoti_load_package(str(path))
+
+
+LOADERS: dict[str, Callable[[Path], Any]] = {
+    "torchscript": load_torchscript,
+    "pt2": load_pt2,
+    "aoti": load_aoti,
+}

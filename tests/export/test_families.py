@@ -1,0 +1,114 @@
+"""Every family, cut to other widths in every layer, exported to ONNX and run without torch or its code."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+from tiny_models import FACTORIES
+
+from slimvlm.export.generation import Prompting, empty_cache
+from slimvlm.export.runners import runner_of
+
+DUAL = ("clip", "siglip")
+GENERATIVE = [name for name in FACTORIES if name not in DUAL]
+
+
+def input_of(model, name):
+    return next(value for value in model.graph.input if value.name == name)
+
+
+def dims(value):
+    return [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+
+
+@pytest.mark.parametrize("name", GENERATIVE)
+def test_generation_through_the_runtime_equals_torch_token_for_token(exported, name):
+    [check] = exported(name).manifest.checks
+    assert check["equal"] == check["samples"] == 5  # in batches of four, left-padded, and one
+    assert check["token_share"] == 1.0
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_every_graph_equals_torch_at_two_sizes_of_every_axis(exported, name):
+    for artifact in exported(name).manifest.artifacts:
+        sizes = {}
+        for difference in artifact.parity:
+            assert difference["max_relative"] < 1e-5
+            assert difference["cosine"] > 1 - 1e-9
+            for port in artifact.inputs:
+                for axis, label in enumerate(port["shape"]):
+                    if isinstance(label, str) and port["name"] in difference["shapes"]:
+                        sizes.setdefault(label, set()).add(difference["shapes"][port["name"]][axis])
+        assert all(len(seen) >= 2 for seen in sizes.values()), sizes
+        if artifact.graph == "decoder_model_merged" and "past_sequence_length" in sizes:
+            assert 0 in sizes["past_sequence_length"]
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_graphs_are_valid_onnx_with_the_stated_ports(exported, name):
+    result = exported(name)
+    for artifact in result.manifest.artifacts:
+        path = result.out / artifact.file
+        onnx.checker.check_model(path, full_check=True)
+        model = onnx.shape_inference.infer_shapes(onnx.load(path), strict_mode=True)
+        assert [value.name for value in model.graph.input] == [port["name"] for port in artifact.inputs]
+        for port in artifact.inputs:
+            assert dims(input_of(model, port["name"])) == list(port["shape"])
+
+
+@pytest.mark.parametrize("name", GENERATIVE)
+def test_the_decoder_states_a_cache_that_differs_from_layer_to_layer(exported, name):
+    result = exported(name)
+    prompting = Prompting.from_dict(result.manifest.generation)
+    runner = runner_of(result.out, result.manifest.artifacts)
+    own = [
+        array.shape
+        for port, array in empty_cache(runner, 3, {}).items()
+        if port.endswith("key") and ".encoder." not in port
+    ]
+    assert len(own) == 2
+    assert all(shape[0] == 3 and shape[2] == 0 for shape in own)
+    assert prompting.end
+
+
+@pytest.mark.parametrize("name", ("llava", "llava_onevision", "qwen2_vl", "qwen3_vl", "smolvlm", "paligemma"))
+def test_the_folder_has_the_names_that_transformers_js_asks_for(exported, name):
+    out = exported(name).out
+    for graph in ("vision_encoder", "embed_tokens", "decoder_model_merged"):
+        assert (out / "onnx" / f"{graph}.onnx").is_file()
+    for file in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (out / file).is_file()
+    images = json.loads((out / "preprocessor_config.json").read_text())
+    assert images["processor_class"].endswith("Processor")
+    assert not images["image_processor_type"].endswith(("Pil", "Fast"))
+    assert "auto_map" not in json.loads((out / "config.json").read_text())
+
+
+def test_a_dual_encoder_gives_the_embeddings_of_torch(exported):
+    for name, outputs in (("clip", ["image_embeds", "text_embeds"]), ("siglip", ["pooler_output"] * 2)):
+        artifacts = exported(name).manifest.artifacts
+        assert [artifact.graph for artifact in artifacts] == ["vision_model", "text_model"]
+        assert [artifact.outputs[0]["name"] for artifact in artifacts] == outputs
+
+
+def test_windows_of_qwen_vision_keep_apart_in_the_graph(exported):
+    """The 32-pixel image of the test has four windows of one layer; the other layer attends to all of it."""
+    artifact = exported("qwen2_5_vl").manifest.artifacts[0]
+    assert artifact.inputs[0]["shape"] == ("num_patches", 96)
+    assert artifact.parity[1]["shapes"]["pixel_values"][0] == 4 * 64
+    assert artifact.parity[1]["max_relative"] < 1e-5
+
+
+def test_features_of_later_layers_travel_in_the_embedding(exported):
+    """Qwen3-VL adds vision features after its first decoder layers; the embedding is as wide as all of them."""
+    embed = next(artifact for artifact in exported("qwen3_vl").manifest.artifacts if artifact.graph == "embed_tokens")
+    assert embed.outputs[0]["shape"] == ["batch_size", "sequence_length", 64]
+
+
+def test_an_empty_cache_takes_the_batch_and_no_positions(exported):
+    result = exported("llava")
+    cache = empty_cache(runner_of(result.out, result.manifest.artifacts), 2, {})
+    assert {array.dtype for array in cache.values()} == {np.dtype("float32")}

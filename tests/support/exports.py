@@ -1,0 +1,49 @@
+"""Cut tiny models of every family as exports, with their real processors."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from plans import random_plan
+from tiny_models import tiny_model
+from tiny_processors import tiny_image, tiny_processor
+
+from slimvlm.compress.collate import Collator
+from slimvlm.compress.families import find_family
+from slimvlm.compress.records import Turn
+from slimvlm.compress.samples import Sample
+from slimvlm.compress.slicing import apply_plan
+from slimvlm.export.job import ExportResult, export_model
+from slimvlm.export.options import ExportOptions
+
+SIZES = {
+    "tiles": (16, 16),
+    "patches": (32, 32),
+}  # of images where the graph has one grid; patches: two windows each way
+
+
+def cut_model(name, seed=1):
+    """A tiny model in which every layer lost another number of heads and channels, and its collator."""
+    model = apply_plan(tiny_model(name, "sdpa").model, random_plan(tiny_model(name).model, seed))
+    family = find_family(model.config)
+    return model, Collator(tiny_processor(name), family, model.config)
+
+
+def tiny_samples(count, size=(16, 16)) -> list[Sample]:
+    """Questions of different lengths about images of noise."""
+    samples = []
+    for index in range(count):
+        buffer = io.BytesIO()
+        tiny_image(*size, seed=index).save(buffer, "PNG")
+        turn = Turn("what is it" + " red" * (index % 3), ("cat",))
+        samples.append(Sample(Path(f"{index}.png"), (turn,), f"sample {index}", content=buffer.getvalue()))
+    return samples
+
+
+def export_tiny(name: str, out: Path, **options) -> ExportResult:
+    """A cut tiny model, exported with the fast exporter and a few samples unless `options` say otherwise."""
+    model, collator = cut_model(name)
+    size = SIZES.get(collator.family.export.vision)
+    chosen = {"exporter": "torchscript", "samples": 5, "max_new_tokens": 6, "image_size": size, **options}
+    return export_model(model, collator, out, ExportOptions(**chosen).checked(), lambda *_: None, {"family": name})
