@@ -1,8 +1,8 @@
-"""The three operations on whole weight matrices that scoring and cutting spend their time in.
+"""The operations on whole weight matrices that scoring and cutting spend their time in.
 
-Each lives in its own folder: `reference.py` is the plain formula, `cpu.py` the blocked product path, `__init__.py`
-checks the arguments and picks the path by device. This module imports nothing until a name is asked for (PEP 562):
-transformers probes a top-level package of this name, and `slimvlm --help` must stay fast.
+Each lives in its own folder: `reference.py` is the plain formula, `blocked.py` the torch path that a CPU runs, `gpu.py`
+the Triton kernel, `__init__.py` checks the arguments and picks the path by device. This module imports nothing until a
+name is asked for (PEP 562): transformers probes a top-level package of this name, and `slimvlm --help` must stay fast.
 """
 
 from __future__ import annotations
@@ -11,18 +11,33 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from slimvlm.kernels.gather import gather_2d
+    from slimvlm.kernels.gather import Blocks, gather_2d, gather_blocks
     from slimvlm.kernels.histogram import angle_histogram, histogram_entropy
-    from slimvlm.kernels.taylor import squared_sums, taylor_sums
+    from slimvlm.kernels.norms import row_norms
+    from slimvlm.kernels.taylor import squared_sums, taylor_sums, taylor_sums_batch
 
-__all__ = ["angle_histogram", "gather_2d", "histogram_entropy", "squared_sums", "taylor_sums"]
+__all__ = [
+    "Blocks",
+    "angle_histogram",
+    "gather_2d",
+    "gather_blocks",
+    "histogram_entropy",
+    "row_norms",
+    "squared_sums",
+    "taylor_sums",
+    "taylor_sums_batch",
+]
 
 FOLDERS = {
+    "Blocks": "gather",
     "angle_histogram": "histogram",
     "gather_2d": "gather",
+    "gather_blocks": "gather",
     "histogram_entropy": "histogram",
+    "row_norms": "norms",
     "squared_sums": "taylor",
     "taylor_sums": "taylor",
+    "taylor_sums_batch": "taylor",
 }
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slimvlm.kernels.histogram import cpu, reference
+from slimvlm.kernels import dispatch
+from slimvlm.kernels.histogram import reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def angle_histogram(  # noqa: PLR0913 (a kernel's operands)
@@ -28,19 +31,21 @@ def angle_histogram(  # noqa: PLR0913 (a kernel's operands)
         input_norms: [T], |x|, bounded below by 1e-12.
         weight_norms: [R], |w|, bounded below by 1e-12.
         bias: [R] or None.
-        counts: int64 [R, bins], added to in place.
+        counts: int64 or int32 [R, bins], added to in place.
         mask: bool [T], True for the tokens that count (padding is False).
         faithful: drop values that rounding pushed outside [-1, 1], as the paper's code does, instead of counting them
             in the end bins.
 
     Raises:
-        ValueError: shapes, devices or the dtype of `counts` do not fit, or the outputs hold NaN.
+        ValueError: shapes, devices or the dtype of `counts` do not fit, or (seen where torch counts; a Triton kernel
+            does not wait for an answer and leaves NaN uncounted) the outputs hold NaN.
     """
     if outputs.ndim != 2:
         raise ValueError(f"angle_histogram: outputs must be [tokens, channels], got shape {tuple(outputs.shape)}")
-    if counts.dtype != torch.int64 or counts.ndim != 2 or counts.shape[1] == 0:
+    if counts.dtype not in (torch.int64, torch.int32) or counts.ndim != 2 or counts.shape[1] == 0:
         raise ValueError(
-            f"angle_histogram: counts must be int64 [rows, bins], got {counts.dtype} {tuple(counts.shape)}"
+            f"angle_histogram: counts must be int64 or int32 [rows, bins] for outputs {tuple(outputs.shape)}, "
+            f"got {counts.dtype} {tuple(counts.shape)}"
         )
     tokens, rows = outputs.shape
     operands = {"input_norms": (input_norms, tokens), "weight_norms": (weight_norms, rows)}
@@ -57,8 +62,9 @@ def angle_histogram(  # noqa: PLR0913 (a kernel's operands)
             raise ValueError(f"angle_histogram: {name} is on {operand.device}, outputs on {outputs.device}")
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"angle_histogram: mask must be bool, got {mask.dtype}")
-    valid = None if mask is None else mask.nonzero().flatten()
-    cpu.angle_histogram(outputs, (input_norms, weight_norms), bias, counts, valid, faithful)
+    floating = (outputs, input_norms, weight_norms, bias)
+    path = dispatch.choose("histogram", *floating, dtypes=DTYPES)
+    path.angle_histogram(outputs, (input_norms, weight_norms), bias, counts, mask, faithful)
 
 
 def histogram_entropy(counts: Tensor) -> Tensor:

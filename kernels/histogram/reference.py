@@ -13,14 +13,14 @@ def angle_histogram(
     norms: tuple[Tensor, Tensor],
     bias: Tensor | None,
     counts: Tensor,
-    valid: Tensor | None,
+    mask: Tensor | None,
     faithful: bool,
 ) -> None:
-    """Channel by channel; `norms` are those of (inputs [T], weight rows [R]), `valid` indexes the tokens that count."""
+    """Channel by channel; `norms` are those of (inputs [T], weight rows [R]), `mask` [T] is True for what counts."""
     bins = counts.shape[1]
     lengths, widths = (norm.float().clamp_min(NORM_FLOOR) for norm in norms)
-    if valid is not None:
-        outputs, lengths = outputs[valid], lengths[valid]
+    if mask is not None:
+        outputs, lengths = outputs[mask], lengths[mask]
     for row in range(counts.shape[0]):
         product = outputs[:, row].float() - (0 if bias is None else bias[row].float())
         cosine = product / (lengths * widths[row])

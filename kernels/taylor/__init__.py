@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from collections.abc import Sequence
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from slimvlm.kernels.taylor import cpu, reference
+from slimvlm.kernels import dispatch
 
 VARIANTS = ("first", "vectorized", "second", "mix")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Operands(NamedTuple):
+    """One matrix to be reduced: its weight, its gradient and its squared gradient (None: the variant needs none)."""
+
+    weight: Tensor
+    grad: Tensor | None
+    square: Tensor | None
+    dim: int
 
 
 def taylor_sums(
@@ -29,12 +41,43 @@ def taylor_sums(
     Raises:
         ValueError: unknown variant or dim, a missing operand, or shapes or devices that differ.
     """
+    return taylor_sums_batch([weight], [grad], [dim], variant=variant, squares=[square])[0]
+
+
+def taylor_sums_batch(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    dims: Sequence[int],
+    *,
+    variant: str = "first",
+    squares: Sequence[Tensor | None] | None = None,
+) -> list[Tensor]:
+    """`taylor_sums` of many matrices of any sizes; on a GPU one launch per combination of dtypes and layout.
+
+    Args:
+        weights: matrices on one device.
+        grads: one per weight, as in `taylor_sums`.
+        dims: one per weight.
+        variant: of all.
+        squares: one per weight; may be left out for `first` and `vectorized`.
+
+    Raises:
+        ValueError: as `taylor_sums`, or lists of different lengths.
+    """
     if variant not in VARIANTS:
         raise ValueError(f"taylor_sums: variant {variant!r} is unknown; choose one of {', '.join(VARIANTS)}")
-    needed = {"second": {"square": square}, "mix": {"grad": grad, "square": square}}.get(variant, {"grad": grad})
-    _check("taylor_sums", weight, dim, needed)
-    grad = needed.get("grad")
-    return _path(weight).saliency_sums(weight, grad, dim, variant, needed.get("square"))
+    squares = [None] * len(weights) if squares is None else squares
+    if not len(weights) == len(grads) == len(dims) == len(squares):
+        raise ValueError(
+            f"taylor_sums: {len(weights)} weights, {len(grads)} gradients, {len(dims)} dims, {len(squares)} squares; "
+            "give one of each per matrix"
+        )
+    batch = []
+    for weight, grad, dim, square in zip(weights, grads, dims, squares, strict=True):
+        needed = {"second": {"square": square}, "mix": {"grad": grad, "square": square}}.get(variant, {"grad": grad})
+        _check("taylor_sums", weight, dim, needed)
+        batch.append(Operands(weight.detach(), needed.get("grad"), needed.get("square"), dim))
+    return _reduce(batch, variant)
 
 
 def squared_sums(weight: Tensor, grad: Tensor, dim: int) -> Tensor:
@@ -44,11 +87,17 @@ def squared_sums(weight: Tensor, grad: Tensor, dim: int) -> Tensor:
         ValueError: unknown dim, or shapes or devices that differ.
     """
     _check("squared_sums", weight, dim, {"grad": grad})
-    return _path(weight).saliency_sums(weight, grad, dim, "fisher", None)
+    return _reduce([Operands(weight.detach(), grad, None, dim)], "fisher")[0]
 
 
-def _path(weight: Tensor) -> ModuleType:
-    return cpu if weight.device.type == "cpu" else reference
+def _reduce(batch: Sequence[Operands], variant: str) -> list[Tensor]:
+    if not batch:
+        return []
+    devices = {operands.weight.device for operands in batch}
+    if len(devices) > 1:
+        raise ValueError(f"taylor_sums: weights are on {sorted(map(str, devices))}; batch those of one device")
+    tensors = [tensor for operands in batch for tensor in operands[:3]]
+    return dispatch.choose("taylor", *tensors, dtypes=DTYPES).saliency_sums(batch, variant)
 
 
 def _check(function: str, weight: Tensor, dim: int, operands: dict[str, Tensor | None]) -> None:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from slimvlm.kernels.taylor import Operands
 
-def saliency_sums(weight: Tensor, grad: Tensor | None, dim: int, variant: str, square: Tensor | None) -> Tensor:
-    """fp32[n]: the saliency of every weight, summed over the dimension other than `dim`."""
+
+def saliency_sums(batch: Sequence[Operands], variant: str) -> list[Tensor]:
+    """fp32[n] per matrix: the saliency of every weight, summed over the dimension other than its `dim`."""
+    return [_one(operands, variant) for operands in batch]
+
+
+def _one(operands: Operands, variant: str) -> Tensor:
+    weight, grad, square, dim = operands
     weight = weight.float()
     if variant in ("second", "mix"):
         saliency = weight * square.float() * weight

@@ -1,4 +1,4 @@
-"""Angle histogram and entropy: the golden example G5, and the CPU path against the reference."""
+"""Angle histogram and entropy: the golden example G5, and every path against the reference."""
 
 import math
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimvlm.kernels import angle_histogram, histogram_entropy
-from slimvlm.kernels.histogram import cpu, reference
+from slimvlm.kernels.histogram import reference
 
 
 def counts_of(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, **options) -> torch.Tensor:
@@ -53,27 +53,68 @@ def near_an_edge(cosine: torch.Tensor) -> torch.Tensor:
     return (position - position.round()).abs() < 1e-3
 
 
+def away_from_edges(shape, norms, bias, dtype):
+    """Outputs none of whose cosines a rounding moves to another bin, some of them outside of [-1, 1]."""
+    cosine = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2.2 - 1.1
+    outputs = (cosine * norms[0][:, None] * norms[1] + bias).to(dtype)
+    exact = (outputs.double() - bias.double()) / norms[0][:, None].double() / norms[1].double()
+    return torch.where(near_an_edge(exact), (0.003 * norms[0][:, None] * norms[1] + bias).to(dtype), outputs)
+
+
 @pytest.mark.parametrize("faithful", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 1), (1030, 517), (7, 600), (0, 3), (5, 0)], ids=str)
-def test_cpu_path_equals_the_reference_away_from_edges(shape, dtype, faithful):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (530, 17), (7, 40), (0, 3), (5, 0)], ids=str)
+def test_counts_equal_the_reference_away_from_edges(path, shape, dtype, faithful):
     generator = torch.Generator().manual_seed(0)
     norms = (torch.rand(shape[0], generator=generator) + 0.5, torch.rand(shape[1], generator=generator) + 0.5)
-    bias = torch.randn(shape[1], generator=generator).to(dtype)
-    cosine = torch.rand(shape, generator=generator) * 2.2 - 1.1
-    outputs = (cosine * norms[0][:, None] * norms[1] + bias).to(dtype)
-    exact = (outputs.double() - bias.double()) / norms[0][:, None] / norms[1]
-    outputs[near_an_edge(exact)] = 0
-    outputs -= bias * (outputs == 0)  # a value far from every edge, or well outside
-    valid = torch.arange(0, shape[0], 2)
-    found, expected = (torch.zeros(shape[1], 100, dtype=torch.int64) for _ in range(2))
-    for counts, path in ((found, cpu), (expected, reference)):
-        path.angle_histogram(outputs, norms, bias, counts, None, faithful)
-        path.angle_histogram(outputs, norms, bias, counts, valid, faithful)
-    moved = (found - expected).abs().sum()
-    assert moved <= 2e-4 * expected.sum()
-    if not faithful:
-        assert found.sum(1).tolist() == [shape[0] + len(valid)] * shape[1]
+    bias = torch.randn(shape[1], generator=generator).to(dtype) * (dtype == torch.float32)
+    outputs = away_from_edges(shape, norms, bias, dtype)
+    mask = torch.arange(shape[0]) % 2 == 0
+    expected = torch.zeros(shape[1], 100, dtype=torch.int64)
+    reference.angle_histogram(outputs, norms, bias, expected, None, faithful)
+    reference.angle_histogram(outputs, norms, bias, expected, mask, faithful)
+    turned = outputs.t().contiguous().t()
+    for config in path.configs("histogram"):
+        for one, count in ((outputs, torch.int64), (turned, torch.int32)):
+            found = torch.zeros(shape[1], 100, dtype=count, device=path.device)
+            for valid in (None, mask):
+                operands = (path.put(one), tuple(map(path.put, norms)), path.put(bias), found, path.put(valid))
+                path.module("histogram").angle_histogram(*operands, faithful, **config)
+            assert torch.equal(found.cpu().long(), expected)
+            assert faithful or found.sum(1).tolist() == [shape[0] + int(mask.sum())] * shape[1]
+
+
+@pytest.mark.parametrize("bins", [1, 7, 100, 128, 700])
+def test_any_number_of_bins_and_values_outside(path, bins):
+    outputs = torch.tensor([[-3.0, 0.1], [-0.35, 0.93], [2.0, 7.0]])
+    norms = (torch.ones(3), torch.ones(2))
+    for faithful in (False, True):
+        found, expected = (torch.zeros(2, bins, dtype=torch.int64) for _ in range(2))
+        reference.angle_histogram(outputs, norms, None, expected, None, faithful)
+        moved = path.put(found)
+        path.module("histogram").angle_histogram(
+            path.put(outputs), tuple(map(path.put, norms)), None, moved, None, faithful
+        )
+        assert torch.equal(moved.cpu(), expected)
+
+
+def test_counts_that_are_a_view_are_added_to(path):
+    table = torch.zeros(4, 100, dtype=torch.int64, device=path.device)
+    operands = (torch.zeros(6, 2), (torch.ones(6), torch.ones(2)))
+    moved = (path.put(operands[0]), tuple(map(path.put, operands[1])))
+    for _ in range(2):
+        path.module("histogram").angle_histogram(*moved, None, table[::2], None, False)
+    assert bins_of(table.cpu()) == [[50], [], [50], []] and table.sum() == 24
+
+
+def test_the_comparison_notices_one_token_in_another_bin(path):
+    outputs, norms = torch.full((9, 3), 0.305), (torch.ones(9), torch.ones(3))
+    found, expected = (torch.zeros(3, 100, dtype=torch.int64) for _ in range(2))
+    reference.angle_histogram(outputs, norms, None, expected, None, False)
+    outputs[4, 1] = 0.325
+    moved = path.put(found)
+    path.module("histogram").angle_histogram(path.put(outputs), tuple(map(path.put, norms)), None, moved, None, False)
+    assert (moved.cpu() - expected).abs().sum() == 2
 
 
 @settings(max_examples=30, deadline=None)
@@ -105,7 +146,7 @@ def test_misuse_names_both_shapes():
     good = (outputs, torch.ones(2), torch.ones(3), None, counts)
     with pytest.raises(ValueError, match=r"input_norms \(3,\) does not fit outputs \(2, 3\)"):
         angle_histogram(outputs, torch.ones(3), *good[2:])
-    with pytest.raises(ValueError, match="counts must be int64"):
+    with pytest.raises(ValueError, match=r"counts must be int64 or int32 .* for outputs \(2, 3\), got torch.float32"):
         angle_histogram(*good[:4], counts.float())
     with pytest.raises(ValueError, match=r"counts \(2,\) does not fit"):
         angle_histogram(*good[:4], counts[:2])
