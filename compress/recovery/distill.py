@@ -208,6 +208,8 @@ class Distiller(nn.Module):
         inputs = dict(batch)
         if self.family.kind == "dual-encoder":
             return _Question({**inputs, "return_loss": True}, None, None, masks)
+        if "labels" not in inputs:
+            raise ValueError("a batch without labels cannot be learnt from; collate it with answers (training batches)")
         labels = inputs.pop("labels")
         inputs["use_cache"] = False
         if self.family.kind == "decoder":

@@ -1,7 +1,7 @@
 """What the student is compared by: block outputs, token distributions, hidden states, answers.
 
-Logits are the largest tensors of a run (label tokens x vocabulary), so their losses leave no fp32 copy behind: the two
-distances to the teacher form their gradient at once and keep only what it needs, in the student's own dtype.
+Logits are the largest tensors of a run (label tokens x vocabulary), so their losses leave no fp32 copy: they form
+their gradient at once and keep nothing else, in the student's own dtype. Block outputs are kept as they are.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100
@@ -62,8 +61,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         logits: [rows, V].
         labels: int64 [rows]; -100 is ignored.
     """
-    total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
-    return total / (labels != IGNORED).sum().clamp_min(1)
+    return _CrossEntropy.apply(logits, labels)
 
 
 def squared_error(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -113,6 +111,24 @@ class _Distance(torch.autograd.Function):
         if mask is not None:
             result = torch.where(mask[..., None], result, 0)
         return result.to(student.dtype), None, None
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        counted = labels != IGNORED
+        rows = counted.sum().clamp_min(1)
+        index = labels.clamp_min(0)[:, None]
+        gradient = torch.log_softmax(logits, -1, dtype=torch.float32)
+        each = torch.where(counted, -gradient.gather(-1, index)[:, 0], 0)
+        gradient.exp_().scatter_add_(-1, index, gradient.new_full(index.shape, -1)).mul_(counted[:, None])
+        ctx.save_for_backward(gradient.to(logits.dtype), rows)
+        return each.sum() / rows
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        gradient, rows = ctx.saved_tensors
+        return (gradient * (gradients[0] / rows)).to(gradient.dtype), None
 
 
 class _Divergence(torch.autograd.Function):

@@ -107,9 +107,22 @@ def test_the_gradient_of_the_feature_distance_is_that_of_the_cosine(pair):
     torch.testing.assert_close(own.grad, reference.grad.float(), rtol=1e-3, atol=1e-5)
 
 
-def test_cross_entropy_is_the_mean_over_labels_and_zero_without_any():
+@given(pairs(2, largest=8), st.lists(st.integers(-1, 5), min_size=6, max_size=6))
+def test_cross_entropy_and_its_gradient_are_those_of_torch(pair, labels):
+    own, reference = pair[0].clone().requires_grad_(), pair[0].double().requires_grad_()
+    labels = torch.tensor([label if label < own.shape[1] else 0 for label in labels[: len(own)]])
+    labels[labels < 0] = -100
+    if (labels == -100).all():
+        labels[0] = 0
+    found, expected = losses.cross_entropy(own, labels), F.cross_entropy(reference, labels)
+    (2 * found).backward()
+    (2 * expected).backward()
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(own.grad, reference.grad.float(), rtol=1e-4, atol=1e-6)
+
+
+def test_cross_entropy_without_a_label_is_zero_and_so_is_its_gradient():
     logits, labels = noise(5, 7).requires_grad_(), torch.tensor([1, -100, 6, 0, -100])
-    torch.testing.assert_close(losses.cross_entropy(logits, labels), F.cross_entropy(logits, labels))
     nothing = losses.cross_entropy(logits, torch.full((5,), -100))
     nothing.backward()
     assert (nothing.item(), logits.grad.abs().sum().item()) == (0, 0)
@@ -158,8 +171,11 @@ def test_tensors_of_two_shapes_are_refused():
             loss(noise(2, 3), noise(2, 4))
 
 
-def test_a_divergence_keeps_one_tensor_of_the_size_of_the_logits_for_the_backward():
+@pytest.mark.parametrize("loss", ["divergence", "cross_entropy"])
+def test_a_loss_of_logits_keeps_one_tensor_of_their_size_and_dtype_for_the_backward(loss):
     kept = []
+    logits = noise(8, 100, dtype=torch.bfloat16).requires_grad_()
+    other = {"divergence": noise(8, 100), "cross_entropy": torch.arange(8)}[loss]
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        losses.divergence(noise(8, 100, dtype=torch.bfloat16).requires_grad_(), noise(8, 100), 2.0)
-    assert [(tensor.dtype, tensor.numel()) for tensor in kept] == [(torch.bfloat16, 800)]
+        getattr(losses, loss)(logits, other)
+    assert [(tensor.dtype, tensor.numel()) for tensor in kept if tensor.numel() > 8] == [(torch.bfloat16, 800)]
