@@ -14,6 +14,7 @@ its adapter switches, adapter files and merge_and_unload work.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,14 +75,15 @@ def attach(model: nn.Module, plan: Plan, slices: Slices | None, options: LowRank
     """Gives the linears of the cut `model` trainable low-rank factors, in place; everything else is frozen.
 
     Outputs stay exactly what they were until the factors are trained. The factors are fp32 if the weights are bf16 or
-    fp16. `get_base_model()` of the result is `model`, with every module where the family says.
+    fp16; their start values come from torch's global generator. `get_base_model()` of the result is `model`, with every
+    module where the family says.
 
     Args:
         slices: the pruned slices; may be None if `options.recall` is off.
 
     Raises:
         UnsuitableOptionError: a target matches nothing, or a rank is larger than a matrix (named).
-        CheckpointError: the slices cannot be read.
+        CheckpointError: the slices cannot be read. The model is as it was after any of these.
         ValueError: slices are needed and not given, or the model has an adapter already.
     """
     if options.recall and slices is None:
@@ -91,9 +93,9 @@ def attach(model: nn.Module, plan: Plan, slices: Slices | None, options: LowRank
     paths = find_targets(model, plan, options.targets)
     for path in paths:
         _check_rank(path, model.get_submodule(path), options)
-    if options.recall:
-        for path in paths:
-            hold_slices(model.get_submodule(path), slices.of(path))
+    recalled = {path: slices.of(path) for path in paths} if options.recall and slices else {}
+    for path, pieces in recalled.items():
+        hold_slices(model.get_submodule(path), pieces)
     config = RecallConfig(
         r=options.rank,
         lora_alpha=options.alpha,
@@ -103,7 +105,10 @@ def attach(model: nn.Module, plan: Plan, slices: Slices | None, options: LowRank
         literal=options.literal,
     )
     config._register_custom_module({nn.Linear: RecallLinear})
-    adapted = peft.get_peft_model(model, config)
+    with warnings.catch_warnings():
+        # peft asks transformers for this under its former name; users can do nothing about it.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        adapted = peft.get_peft_model(model, config)
     assert set(recall_layers(model)) == set(paths)
     return adapted
 
@@ -188,12 +193,18 @@ class RecallLinear(LoraLinear):
     """peft's LoRA linear with a recall branch for the slices its base layer holds."""
 
     adapter_layer_names = (*LoraLinear.adapter_layer_names, *FACTORS)
+    lora_rows_A: nn.ModuleDict
+    lora_rows_B: nn.ModuleDict
+    lora_columns_A: nn.ModuleDict
+    lora_columns_B: nn.ModuleDict
+    in_features: int
+    out_features: int
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], type[LoraVariant]]:
         return {(): RecallVariant}
 
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
         if not hasattr(self, FACTORS[0]):
             for name in FACTORS:
                 setattr(self, name, nn.ModuleDict())
@@ -251,11 +262,11 @@ class RecallVariant(LoraVariant):
     """How peft's layer computes, merges and unmerges with the recall branch."""
 
     @staticmethod
-    def init(module: RecallLinear, adapter_name: str, **kwargs: Any) -> None:
+    def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
         """The factors are made in update_layer, before peft moves and casts them."""
 
     @staticmethod
-    def forward(module: RecallLinear, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(module.lora_A[active_adapter].weight.dtype)
         if module.literal:
@@ -269,26 +280,28 @@ class RecallVariant(LoraVariant):
         return result + functional.linear(hidden * module.scaling[active_adapter], torch.cat(outer, 1))
 
     @staticmethod
-    def merge_safe(module: RecallLinear, active_adapter: str, orig_weight: Tensor) -> Tensor:
+    def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         return _added(orig_weight, module.get_delta_weight(active_adapter))
 
     @staticmethod
-    def merge_unsafe(module: RecallLinear, active_adapter: str, orig_weight: Tensor) -> None:
+    def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
         orig_weight.data = _added(orig_weight, module.get_delta_weight(active_adapter))
 
     @staticmethod
-    def unmerge(module: RecallLinear, active_adapter: str, orig_weight: Tensor) -> Tensor:
+    def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         return _added(orig_weight, -module.get_delta_weight(active_adapter))
 
 
 class _Project(torch.autograd.Function):
-    """factor @ frozen, in the factor's dtype; saves the frozen matrix as it is, not its cast copy."""
+    """factor @ frozen, in the dtype of the factor or of autocast; keeps the frozen matrix itself, not its cast copy."""
 
     @staticmethod
     def forward(ctx: Any, factor: Tensor, frozen: Tensor) -> Tensor:
         ctx.save_for_backward(frozen)
         ctx.dtype = factor.dtype
-        return factor @ frozen.to(factor.dtype)
+        device = factor.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else factor.dtype
+        return factor.to(dtype) @ frozen.to(dtype)
 
     @staticmethod
     @once_differentiable
@@ -297,7 +310,7 @@ class _Project(torch.autograd.Function):
         return (grad @ frozen.to(grad.dtype).T).to(ctx.dtype), None
 
 
-def _literal(module: RecallLinear, adapter: str, x: Tensor) -> Tensor:
+def _literal(module: Any, adapter: str, x: Tensor) -> Tensor:
     rows, columns = module.slices()
     total = module.lora_B[adapter](module.lora_A[adapter](module.lora_dropout[adapter](x)))
     if adapter in module.lora_rows_A:
