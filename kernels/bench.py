@@ -18,7 +18,8 @@ import torch
 from slimvlm.kernels import dispatch
 from slimvlm.kernels.workloads import SHAPES, Shape, Workload, make_workloads
 
-CACHE_BYTES = 256 << 20  # written between two runs, so that operands come from memory
+CACHE_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}  # written between two runs, so that operands come from memory
+REPEATS = {"cpu": 5, "cuda": 20}
 COPY_BYTES = 256 << 20
 SCHEMA = 1
 
@@ -33,14 +34,14 @@ class BenchOptions:
         device: `cpu`, `cuda` or `cuda:N`.
         shapes: matrices of the table of models.
         dtypes: of weights and activations; None: bfloat16 and float32 on a GPU, float32 on a CPU.
-        repeats: timed runs of each; the median is reported.
+        repeats: timed runs of each, of which the median is reported; None: 20 on a GPU, 5 on a CPU.
         compiled: also time torch.compile of the plain torch (needs a C++ compiler on a CPU); None: on a GPU only.
     """
 
     device: str = "cpu"
     shapes: Sequence[Shape] = SHAPES
     dtypes: Sequence[torch.dtype] | None = None
-    repeats: int = 20
+    repeats: int | None = None
     compiled: bool | None = None
 
 
@@ -121,7 +122,7 @@ def run(options: BenchOptions, progress: Progress | None = None) -> Report:
     facts = {"device": device.type, "device_name": _name(device), "threads": torch.get_num_threads()}
     if any(not check.passed for check in checks):
         return Report(**facts, versions=_versions(), copy_gb_per_s=None, checks=checks, notes=notes)
-    clock = Clock(device, options.repeats)
+    clock = Clock(device, options.repeats or REPEATS[device.type])
     copy = _copy_bandwidth(clock)
     compiled = gpu if options.compiled is None else options.compiled
     timings = []
@@ -138,7 +139,7 @@ class Clock:
     def __init__(self, device: torch.device, repeats: int) -> None:
         self.device = device
         self.repeats = repeats
-        self._cache = torch.empty(CACHE_BYTES, dtype=torch.int8, device=device)
+        self._cache = torch.empty(CACHE_BYTES[device.type], dtype=torch.int8, device=device)
 
     def median(self, function: Callable[[], object]) -> float:
         """Milliseconds; two runs first, for compilation, tuning and memory."""

@@ -49,6 +49,8 @@ def aligned(*tensors: Tensor | None) -> bool:
         if tensor is None:
             continue
         step = VECTOR_BYTES // tensor.element_size()
+        if tensor.stride().count(1) != 1:
+            return False
         sizes = [size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride == 1]
         jumps = [stride for stride in tensor.stride() if stride != 1]
         if tensor.data_ptr() % VECTOR_BYTES or any(number % step for number in sizes + jumps):

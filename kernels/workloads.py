@@ -38,6 +38,19 @@ SHAPES = (
 )
 
 
+def shapes_of(names: Sequence[str]) -> tuple[Shape, ...]:
+    """The shapes of models whose name contains one of these, in any case; all for none.
+
+    Raises:
+        ValueError: a name fits no model.
+    """
+    for name in names:
+        if not any(name.lower() in shape.model.lower() for shape in SHAPES):
+            known = ", ".join(dict.fromkeys(shape.model for shape in SHAPES))
+            raise ValueError(f"no model's name contains {name!r}; there are {known}")
+    return tuple(shape for shape in SHAPES if not names or any(name.lower() in shape.model.lower() for name in names))
+
+
 @dataclass(frozen=True, eq=False)
 class Workload:
     """One kernel on one shape.

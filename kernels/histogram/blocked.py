@@ -30,6 +30,7 @@ def angle_histogram(
     if valid is not None:
         per_length = per_length[valid]
     per_width *= bins / 2  # cosine -> position in bins
+    middle = per_width.new_tensor(bins / 2)
     shift = None if bias is None else bias.float()
     positions = per_width.new_empty(TOKENS * CHANNELS)
     for first in range(0, rows, CHANNELS):
@@ -42,7 +43,7 @@ def angle_histogram(
                 torch.mul(block, per_length[tokens, None], out=position)
             else:
                 torch.sub(block, shift[channels], out=position).mul_(per_length[tokens, None])
-            torch.addcmul(per_width.new_tensor(bins / 2), position, per_width[channels], out=position)
+            torch.addcmul(middle, position, per_width[channels], out=position)
             counts[channels] += _block_counts(position, bins, faithful)
 
 
