@@ -16,7 +16,7 @@ from safetensors import safe_open
 from tiny_models import FACTORIES, tiny_model
 
 from slimvlm.compress.checkpoint import load_model, save_checkpoint
-from slimvlm.compress.errors import CheckFailedError, UnsuitableOptionError
+from slimvlm.compress.errors import CheckFailedError, CheckpointError, UnsuitableOptionError
 from slimvlm.compress.families import find_family
 from slimvlm.compress.groups import count_parameters
 from slimvlm.compress.recovery.recall import (
@@ -257,6 +257,15 @@ def test_a_rank_larger_than_a_matrix_is_refused_before_anything_changes(tmp_path
     for options in (LowRank(rank=20), LowRank(rank=2, recall_rank=20)):
         with pytest.raises(UnsuitableOptionError, match=r"rank 20 is larger than model.*which is 16 x 32"):
             case.attach(options)
+    assert not recall_layers(case.model)
+    assert count_parameters(case.model) == case.plan.parameters_after
+
+
+def test_a_checkpoint_that_went_away_is_refused_before_anything_changes(tmp_path):
+    case = make_case(tmp_path)
+    (tmp_path / "dense" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        case.attach()
     assert not recall_layers(case.model)
     assert count_parameters(case.model) == case.plan.parameters_after
 
