@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from slimvlm.compress.checkpoint import Loaded, load_model, save_checkpoint
 from slimvlm.compress.collate import Batch, Collator
 from slimvlm.compress.computing import TOLERANCE, cast, load_to_compute, outputs, relative_difference
 from slimvlm.compress.criteria import CRITERIA, Criterion
-from slimvlm.compress.errors import CheckFailedError, CheckpointError, UnsuitableOptionError
+from slimvlm.compress.errors import CheckFailedError, CheckpointError, SlimvlmError, UnsuitableOptionError
 from slimvlm.compress.evaluate import Comparison, Quality, compare, evaluate
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
@@ -280,20 +281,20 @@ def _recover_stage(
     run: RunFolder, options: CompressOptions, plan: Plan, data: Measured, progress: Progress
 ) -> dict[str, Any] | None:
     """Train the cut model and put it in the place of `model/`; what it was trained from is kept as `cut/`."""
-    asked = options.recovery_identity()
-    if run.facts("recover").get("options", asked) != asked:
-        _undo_recovery(run, options.out)
+    asked, earlier, folder = options.recovery_identity(), run.facts("recover"), options.out / "recovery"
+    if run.finished("recover") and earlier["options"] == asked:
+        return earlier
+    if run.writer and earlier.get("options", asked) != asked:
+        shutil.rmtree(folder, ignore_errors=True)  # an interrupted training with other options
     processes.wait_for_all()
     if options.recover == "none":
+        _undo_recovery(run, options.out)
         return None
-    if run.finished("recover"):
-        return run.facts("recover")
     from slimvlm.compress.recovery.recover import recover  # peft and accelerate take seconds to import
 
     trained = read_trained(options, data)
     start = options.out / (CUT if (options.out / CUT).is_dir() else "model")
-    folder = options.out / "recovery"
-    with run.stage("recover", options=asked) as facts:
+    with _kept_if_refused(run, earlier), run.stage("recover", options=asked) as facts:
         recovered = recover(options, plan, start, trained, folder, lambda fact: _tell(progress, fact))
         facts.update(recovered.history.to_dict(), merged_difference=recovered.merged_difference)
         facts.update(samples=len(trained.training), data_digest=trained.digest)
@@ -306,15 +307,24 @@ def _recover_stage(
     return run.facts("recover")
 
 
+@contextmanager
+def _kept_if_refused(run: RunFolder, earlier: dict[str, Any]) -> Iterator[None]:
+    """A recovery that is refused leaves the model of an earlier one in place, and the record that says so."""
+    try:
+        yield
+    except SlimvlmError:
+        if earlier.get("status") == "finished":
+            run.record["stages"]["recover"] = earlier
+            run.save()
+        raise
+
+
 def _undo_recovery(run: RunFolder, out: Path) -> None:
-    """Back to the cut model: the recovery that was made, or begun, had other options."""
-    if run.writer:
+    """Back to the cut model."""
+    if run.writer and (out / CUT).is_dir():
         run.forget("recover", "evaluate")
-        for name in ("recovery", RECOVERED):
-            shutil.rmtree(out / name, ignore_errors=True)
-        if (out / CUT).is_dir():
-            shutil.rmtree(out / "model", ignore_errors=True)
-            (out / CUT).rename(out / "model")
+        shutil.rmtree(out / "model", ignore_errors=True)
+        (out / CUT).rename(out / "model")
 
 
 def _save_recovered(options: CompressOptions, plan: Plan, loaded: Loaded, data: Measured) -> float:

@@ -57,8 +57,9 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "lpd-no-recall": ("LPD without recall", PLAIN),
     "lpd-no-stages": ("LPD without stages", {"staged": False}),
     "lpd": ("LPD", {}),
+    "lpd+hidden": ("LPD, hidden states in its last stage too", {"recover": "lpd+hidden"}),
     "full": ("full fine-tuning, task loss", {"recover": "sft", "train": "full", **PLAIN}),
-    "full-kl": ("full fine-tuning, task + KL", {"recover": "sft+kl", "train": "full", **PLAIN}),
+    "full-lpd": ("full fine-tuning, LPD's stages and losses", {"train": "full", **PLAIN}),
 }
 MAIN = ("none", "sft", "sft+kl", "sft+hidden", "lpd-no-recall", "lpd-no-stages", "lpd", "full")
 RATIOS = (0.35, 0.5, 0.7)
@@ -167,12 +168,12 @@ def run(cell: Cell, arguments: argparse.Namespace) -> tuple[Loaded, dict[str, An
     """The recovered model and what it cost."""
     found = Plan.from_json(plan_file(arguments.out, cell.cut, cell.ratio, cell.seed).read_text())
     cut = dense()
+    found = replace(found, model_digest=cut.digest)
     apply_plan(cut.model, found)
     if cell.recipe == "none":
         return cut, {"removed": round(found.removed_fraction, 5)}
     options = options_of(cell, arguments)
     data = samples_of(cell.data, cell.seed, options.steps * options.train_batch_size, arguments.cache)
-    # The plans of this study were made without a digest; the slices are read from the model they were made for.
     with tempfile.TemporaryDirectory() as folder:
         save_checkpoint(Path(folder, "cut"), cut.model, cut.processor, found)
         result = recover(options, found, Path(folder, "cut"), data, Path(folder, "training"), lambda fact: None)

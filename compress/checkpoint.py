@@ -83,8 +83,7 @@ def load_model(
     Raises:
         CheckpointError, UnsupportedModelError: as `load`.
     """
-    folder = _local_folder(os.fspath(name), ("*.json", "*.safetensors", *CARRIED))
-    digest = check_weights(folder)
+    folder, digest = locate(name)
     config, family = _read_config(folder, trust_remote_code)
     options = {"dtype": dtype or "auto", "device_map": {"": device}, "attn_implementation": attention}
     model = _build(folder, config, family, options)
@@ -150,13 +149,23 @@ def save_checkpoint(
     return folder
 
 
+def locate(name: str | os.PathLike[str]) -> tuple[Path, str]:
+    """Folder and weight digest of a checkpoint, without building its model.
+
+    Raises:
+        CheckpointError: as `check_weights`.
+    """
+    folder = _local_folder(os.fspath(name), ("*.json", "*.safetensors", *CARRIED))
+    return folder, check_weights(folder)
+
+
 def check_weights(folder: Path) -> str:
     """Digest of the weight files (sha256 over their sha256 sums in name order), after checking that each is whole.
 
     Raises:
         CheckpointError: no safetensors, a missing shard, a damaged file, or one that differs from manifest.json.
     """
-    files = _weight_files(folder)
+    files = weight_files(folder)
     manifest = _read_json(folder / MANIFEST)["files"] if (folder / MANIFEST).is_file() else {}
     total = hashlib.sha256()
     for path in files:
@@ -176,7 +185,12 @@ def check_weights(folder: Path) -> str:
     return total.hexdigest()
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: the single one, or the shards its index names.
+
+    Raises:
+        CheckpointError: there is neither, or the index is damaged.
+    """
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if (folder / INDEX).is_file():

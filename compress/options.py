@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 STAGES = ("plan", "slice", "recover", "evaluate")
-NOT_IDENTITY = ("out", "resume", "overwrite", "stages", "max_quality_drop")  # not what is computed
+NOT_IDENTITY = ("out", "device", "resume", "overwrite", "stages", "max_quality_drop")  # not what is computed
 PAPER_RECOVERY = {  # UKMP's 50 % script
     "learning_rate": 2e-5, "schedule": "constant", "warmup": 50, "train_batch_size": 20, "reset_optimizer": True
 }  # fmt: skip

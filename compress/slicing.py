@@ -43,7 +43,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
         ValueError: the kept KV heads of a group would have different numbers of query heads.
     """
     family = find_family(model.config)
-    groups = _matching_groups(model, family, plan)
+    groups = matching_groups(model, family, plan)
     kept = {group.key: torch.tensor(plan.keep[group.key], dtype=torch.int64) for group in groups}
     cuts = [cut for group in groups for cut in find_cuts(group, kept[group.key])]
     after = count_parameters(model) - sum(_removed(model, cut) for cut in cuts)
@@ -77,16 +77,16 @@ def mask_plan(model: nn.Module, plan: Plan) -> nn.Module:
         CheckpointError: the plan was made for another model.
     """
     with torch.no_grad():
-        for group in _matching_groups(model, find_family(model.config), plan):
+        for group in matching_groups(model, find_family(model.config), plan):
             for cut in find_cuts(group, torch.tensor(plan.keep[group.key], dtype=torch.int64)):
                 module = model.get_submodule(cut.path)
                 if cut.rows is not None:
-                    gone = _complement(cut.rows, module.weight.shape[0])
+                    gone = complement(cut.rows, module.weight.shape[0])
                     module.weight[gone] = 0
                     if getattr(module, "bias", None) is not None:
                         module.bias[gone] = 0
                 else:
-                    module.weight[:, _complement(cut.columns, module.weight.shape[1])] = 0
+                    module.weight[:, complement(cut.columns, module.weight.shape[1])] = 0
     return model
 
 
@@ -109,7 +109,12 @@ def find_cuts(group: Group, kept: Tensor) -> Iterator[Cut]:
             yield Cut(path, rows=index, scale=(full / len(index)) ** 0.5 if first.norm else 1.0)
 
 
-def _matching_groups(model: nn.Module, family: Family, plan: Plan) -> tuple[Group, ...]:
+def matching_groups(model: nn.Module, family: Family, plan: Plan) -> tuple[Group, ...]:
+    """The groups of the dense `model`, after checking that `plan` was made for them.
+
+    Raises:
+        CheckpointError: the plan was made for another model.
+    """
     if plan.family != family.name:
         raise CheckpointError(f"the plan is for family {plan.family!r}, this model is {family.name!r}")
     groups = find_groups(model, family, plan.attention_unit)
@@ -184,7 +189,8 @@ def _record_sizes(record: dict[str, Any], group: Group, kept: Tensor) -> None:
         layer[f"{prefix}num_key_value_heads"] = len(kept_kv_heads(group, kept))
 
 
-def _complement(kept: Tensor, size: int) -> Tensor:
+def complement(kept: Tensor, size: int) -> Tensor:
+    """The sorted indices below `size` that are not `kept`."""
     mask = torch.ones(size, dtype=torch.bool)
     mask[kept] = False
     return mask.nonzero().flatten()

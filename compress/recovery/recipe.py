@@ -17,7 +17,7 @@ from slimvlm.compress.families import Family, Tower
 LOSSES = ("sft", "kl", "rkl", "hidden")
 TAUGHT = ("kl", "rkl", "hidden")  # the losses that need the teacher
 PROGRESSIVE = "lpd"
-ACCEPTED = f"accepted are {PROGRESSIVE}, or a sum of {', '.join(LOSSES)} with weights if wanted, such as 'sft+0.5*kl'"
+ACCEPTED = f"accepted are {PROGRESSIVE} and sums of {', '.join(LOSSES)}, with weights if wanted, such as 'sft+0.5*kl'"
 TASK_SAMPLES = 275  # thousands, as all sample counts of the paper's schedule
 
 
@@ -112,29 +112,35 @@ def parse_recipe(
 ) -> Recipe:
     """The recipe `lpd`, or a sum of losses such as `sft`, `kl+hidden`, `sft+0.5*kl`.
 
+    Losses added to `lpd` (`lpd+hidden`, `lpd+0.5*kl`) join, or weigh anew, those of its last stage, answers and `kl`.
+
     Args:
         stages: whether `lpd` proceeds in stages.
 
     Raises:
         UnsuitableOptionError: an unknown or repeated loss, a weight or temperature that is not positive.
     """
-    if text.strip() == PROGRESSIVE:
-        return Recipe({"sft": 1.0, "kl": 1.0}, True, stages, faithful, temperature, hidden_states)
-    losses: dict[str, float] = {}
-    for term in text.split("+"):
-        factor, star, name = term.rpartition("*")
-        name = name.strip()
-        if name not in LOSSES:
+    terms = [term.strip() for term in text.split("+")]
+    progressive = PROGRESSIVE in terms
+    losses = {"sft": 1.0, "kl": 1.0} if progressive else {}
+    given: set[str] = set()
+    for term in terms:
+        factor, star, name = (part.strip() for part in term.rpartition("*"))
+        if name not in LOSSES and term != PROGRESSIVE:
             raise UnsuitableOptionError(f"recipe {text!r}: {name!r} is no loss; {ACCEPTED}")
-        if name in losses:
-            raise UnsuitableOptionError(
-                f"recipe {text!r}: {name!r} comes twice; give its weight once, as in '2*{name}'"
-            )
-        try:
-            losses[name] = float(factor) if star else 1.0
-        except ValueError:
-            raise UnsuitableOptionError(f"recipe {text!r}: {factor!r} is no number; {ACCEPTED}") from None
-    return Recipe(losses, False, False, faithful, temperature, hidden_states)
+        if name in given:
+            raise UnsuitableOptionError(f"recipe {text!r}: {name!r} comes twice; give its weight once, as '2*{name}'")
+        given.add(name)
+        if term != PROGRESSIVE:
+            losses[name] = _weight(text, factor) if star else 1.0
+    return Recipe(losses, progressive, progressive and stages, faithful, temperature, hidden_states)
+
+
+def _weight(text: str, factor: str) -> float:
+    try:
+        return float(factor)
+    except ValueError:
+        raise UnsuitableOptionError(f"recipe {text!r}: {factor!r} is no number; {ACCEPTED}") from None
 
 
 def supervised_layers(depth: int) -> tuple[int, ...]:

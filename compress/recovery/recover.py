@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimvlm.compress.checkpoint import Loaded
+from slimvlm.compress.checkpoint import Loaded, locate
 from slimvlm.compress.collate import Collator
 from slimvlm.compress.computing import TOLERANCE, cast, load_to_compute, outputs, relative_difference
-from slimvlm.compress.errors import CheckFailedError, UnsuitableOptionError
+from slimvlm.compress.errors import CheckFailedError, CheckpointError, UnsuitableOptionError
 from slimvlm.compress.evaluate import evaluate
 from slimvlm.compress.groups import resolve
 from slimvlm.compress.options import CompressOptions
@@ -118,7 +118,7 @@ def _prepare(options: CompressOptions, plan: Plan, loaded: Loaded) -> Any | None
         settings = LowRank(
             options.rank, options.recall_rank, options.alpha, options.dropout, options.recall, options.targets
         )
-        slices = Slices(options.model, model, plan) if options.recall else None
+        slices = Slices(_dense_folder(options.model, plan), model, plan) if options.recall else None
         adapted = attach(model, plan, slices, settings)
     if "projector" in options.train:
         if not family.projector:
@@ -126,6 +126,17 @@ def _prepare(options: CompressOptions, plan: Plan, loaded: Loaded) -> Any | None
         for path in family.projector:
             resolve(model, path, family).requires_grad_(True)
     return adapted
+
+
+def _dense_folder(name: str, plan: Plan) -> Path:
+    """Where the model that was cut is, if it is still that model."""
+    folder, digest = locate(name)
+    if digest != plan.model_digest:
+        raise CheckpointError(
+            f"{name} is not the model that was cut (its weights are {digest[:12]}, the plan's {plan.model_digest[:12]}), "
+            "so its pruned weights cannot be recalled; put the original back, or train with --no-recall"
+        )
+    return folder
 
 
 def _distiller(options: CompressOptions, loaded: Loaded, recipe: Recipe) -> Distiller:

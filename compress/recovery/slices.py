@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from slimvlm.compress.checkpoint import _weight_files, build_meta
+from slimvlm.compress.checkpoint import weight_files, build_meta
 from slimvlm.compress.errors import CheckpointError
 from slimvlm.compress.plan import Plan
-from slimvlm.compress.slicing import Cut, _complement, _matching_groups, find_cuts
+from slimvlm.compress.slicing import Cut, complement, matching_groups, find_cuts
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Slices:
         self._folder = Path(folder)
         dense, family = build_meta(folder)
         self._shapes, self._cuts = {}, {}
-        for group in _matching_groups(dense, family, plan):
+        for group in matching_groups(dense, family, plan):
             for cut in find_cuts(group, torch.tensor(plan.keep[group.key], dtype=torch.int64)):
                 shape = tuple(dense.get_submodule(cut.path).weight.shape)
                 if len(shape) == 2:  # norms of the heads lose entries, which no low-rank branch recalls
@@ -107,7 +107,7 @@ def find_tensors(folder: Path, model: nn.Module) -> dict[str, tuple[Path, str]]:
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     known, prefix = model.state_dict(), model.base_model_prefix
     found = {}
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         with safe_open(file, "pt") as opened:
             for stored in opened.keys():  # noqa: SIM118 (no mapping)
                 name, converter = rename_source_key(stored, renamings, converters, prefix, known)
@@ -123,9 +123,9 @@ def _read(view: Any, cut: Cut) -> Recalled:
     height, width = view.get_shape()
     rows = columns = None
     if cut.rows is not None:
-        rows = view[_complement(cut.rows, height).tolist()]
+        rows = view[complement(cut.rows, height).tolist()]
         rows = rows if cut.columns is None else rows.index_select(1, cut.columns)
     if cut.columns is not None:
-        columns = view[:, _complement(cut.columns, width).tolist()]
+        columns = view[:, complement(cut.columns, width).tolist()]
         columns = columns if cut.rows is None else columns.index_select(0, cut.rows)
     return Recalled(rows, columns)

@@ -1,0 +1,215 @@
+"""The recover stage: what it leaves behind, that it never makes a model worse, what it refuses, for every family."""
+
+import json
+import shutil
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from plans import random_plan
+from safetensors.torch import load_file, save_file
+from tiny_models import FACTORIES, tiny_model
+from tiny_processors import tiny_image, tiny_processor
+
+import slimvlm
+from slimvlm.cli import main
+from slimvlm.compress.checkpoint import load_model, save_checkpoint
+from slimvlm.compress.options import CompressOptions
+from slimvlm.compress.records import Turn
+from slimvlm.compress.recovery.recover import recover
+from slimvlm.compress.samples import Sample
+from slimvlm.compress.slicing import apply_plan
+from slimvlm.compress.splits import Trained, hold_out
+from slimvlm.demo import MODEL, SAMPLES
+from slimvlm.pipeline import compress, recover_run
+
+SHORT = {"steps": 12, "train_batch_size": 8, "validation_samples": 24, "validate_every": 6, "warmup": 2}
+
+
+def options_in(folder: Path, **changes: object) -> CompressOptions:
+    """No calibration, few questions, twelve steps."""
+    options = CompressOptions(
+        model=str(MODEL),
+        out=folder / "out",
+        data=SAMPLES / "train.jsonl",
+        eval_data=SAMPLES / "val.jsonl",
+        criterion="magnitude",
+        rounds=1,
+        samples=8,
+        eval_samples=24,
+        device="cpu",
+    )
+    return replace(options, **{**SHORT, **changes})
+
+
+@pytest.fixture(scope="module")
+def recovered(tmp_path_factory: pytest.TempPathFactory):
+    options = options_in(tmp_path_factory.mktemp("recovered"))
+    return options, compress(options)
+
+
+@pytest.fixture
+def run(recovered, tmp_path: Path) -> Path:
+    """A copy of the recovered run."""
+    shutil.copytree(recovered[0].out, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_the_recovered_checkpoint_is_dense_and_as_small_as_the_plan_says(recovered) -> None:
+    options, result = recovered
+    model, _ = slimvlm.load(options.out / "model")
+    assert sum(parameter.numel() for parameter in model.parameters()) == result.plan.parameters_after
+    cut, weights = (load_file(options.out / name / "model.safetensors") for name in ("cut", "model"))
+    assert {name: value.shape for name, value in cut.items()} == {name: value.shape for name, value in weights.items()}
+    assert {value.dtype for value in weights.values()} == {value.dtype for value in cut.values()}
+    changed = {name for name in cut if not cut[name].equal(weights[name])}
+    assert changed
+    assert all(".layers." in name for name in changed)  # blocks only: the projector, norms and embeddings stay
+
+
+def test_the_run_says_what_the_recovery_did(recovered) -> None:
+    options, result = recovered
+    facts = json.loads((options.out / "run.json").read_text())["stages"]["recover"]
+    assert facts["steps"] == 12
+    assert facts["merged_difference"] <= 1e-5
+    assert facts["reload_difference"] == 0
+    lines = [json.loads(line) for line in (options.out / "recovery.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
+    assert not (options.out / "recovery").exists()
+    quality = json.loads((options.out / "quality.json").read_text())
+    assert result.cut.score == quality["cut"]["scores"]["exact"]
+
+
+def test_another_recovery_starts_from_the_same_cut_and_replaces_the_model(run: Path) -> None:
+    cut, model = ((run / name / "model.safetensors").read_bytes() for name in ("cut", "model"))
+    result = recover_run(run, {**SHORT, "recover": "sft", "recall": False, "learning_rate": 0.003})
+    assert (run / "cut" / "model.safetensors").read_bytes() == cut
+    assert (run / "model" / "model.safetensors").read_bytes() != model
+    assert result.recovery["options"]["recover"] == "sft"
+    assert json.loads((run / "quality.json").read_text())["slim"]["scores"]["exact"] == result.slim.score
+
+
+def test_the_same_recovery_again_does_nothing(run: Path) -> None:
+    before = (run / "model" / "model.safetensors").stat().st_mtime_ns
+    recover_run(run, SHORT)
+    assert (run / "model" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_no_recovery_brings_the_cut_model_back(run: Path) -> None:
+    cut = (run / "cut" / "model.safetensors").read_bytes()
+    result = recover_run(run, {"recover": "none"})
+    assert (run / "model" / "model.safetensors").read_bytes() == cut
+    assert not (run / "cut").exists()
+    assert result.cut is None
+
+
+def test_a_recovery_that_only_hurts_returns_the_cut_model_and_says_so(tmp_path: Path) -> None:
+    hurting = {"recover": "sft", "recall": False, "learning_rate": 30.0, "warmup": 0, "steps": 4}
+    options = options_in(tmp_path, ratio=0.05, **hurting)  # a small cut leaves something to lose
+    result = CliRunner().invoke(main, words_of(options))
+    assert result.exit_code == 0, result.output
+    assert "did not help" in result.stdout
+    cut, model = (load_file(options.out / name / "model.safetensors") for name in ("cut", "model"))
+    for name, value in cut.items():
+        assert value.equal(model[name]), name
+
+
+def words_of(options: CompressOptions) -> list[str]:
+    """The command line that gives these options, as far as they are not the defaults."""
+    default = CompressOptions(model="", out=Path(), data=Path())
+    words = ["compress", options.model, str(options.out), "--quiet"]
+    for name in (field.name for field in fields(options)):
+        value = getattr(options, name)
+        if name not in ("model", "out") and value != getattr(default, name):
+            flag = f"--{name.replace('_', '-')}"
+            words += [flag, str(value)] if not isinstance(value, bool) else [flag if value else f"--no-{flag[2:]}"]
+    return words
+
+
+def refused(run: Path, *more: object) -> Result:
+    """The command is refused in one sentence, and the run still has its model."""
+    weights = (run / "model" / "model.safetensors").read_bytes()
+    result = CliRunner().invoke(main, [str(word) for word in ["recover", run, "--quiet", *more]])
+    assert result.exit_code == 3, result.output
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert (run / "model" / "model.safetensors").read_bytes() == weights
+    return result
+
+
+def test_data_without_answers_is_refused(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "bare.jsonl").write_text('{"image": "a.png", "question": "what?"}\n')
+    assert "answer" in refused(run, "--recover-data", tmp_path / "bare.jsonl").stderr
+
+
+def test_a_fraction_that_leaves_no_batch_is_refused(run: Path) -> None:
+    assert "less than one batch" in refused(run, "--data-fraction", 0.0001).stderr
+
+
+def test_a_rank_larger_than_a_matrix_is_refused(run: Path) -> None:
+    assert "rank" in refused(run, "--rank", 5000).stderr
+
+
+def test_a_recipe_that_is_none_is_refused_with_the_known_ones(run: Path) -> None:
+    assert "hidden" in refused(run, "--recover", "magic").stderr
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_a_teacher_of_another_shape_or_family_is_refused(run: Path, tmp_path: Path, name: str) -> None:
+    save_checkpoint(tmp_path / "teacher", tiny_model(name).model, None, None)
+    assert "teacher" in refused(run, "--teacher", tmp_path / "teacher").stderr
+
+
+def test_pruned_weights_of_another_checkpoint_are_not_recalled(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(MODEL, other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: value * 1.5 for name, value in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    record = json.loads((run / "run.json").read_text())
+    record["options"]["model"] = str(other)
+    (run / "run.json").write_text(json.dumps(record))
+    assert "not the model that was cut" in refused(run).stderr
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["recover", str(tmp_path)])
+    assert result.exit_code == 3
+    assert "holds no run" in result.stderr
+
+
+def test_images_are_held_out_whole() -> None:
+    samples = [Sample(Path(f"{index // 3}.png"), (Turn("q", ("a",)),), str(index)) for index in range(60)]
+    rest, held = hold_out(samples, 15)
+    assert {sample.image for sample in rest}.isdisjoint({sample.image for sample in held})
+    assert len(held) == 15
+    assert len(rest) + len(held) == 60
+
+
+@pytest.mark.parametrize("name", sorted(FACTORIES))
+def test_every_family_is_recovered_into_a_dense_checkpoint(name: str, tmp_path: Path) -> None:
+    if getattr(tiny_processor(name), "video_processor", 0) is None:
+        pytest.skip("without torchvision this family's processor lacks its video part and cannot be saved")
+    save_checkpoint(tmp_path / "dense", tiny_model(name).model, tiny_processor(name), None)
+    loaded = load_model(tmp_path / "dense")
+    plan = replace(random_plan(loaded.model), model_digest=loaded.digest)
+    apply_plan(loaded.model, plan)
+    save_checkpoint(tmp_path / "cut", loaded.model, loaded.processor, plan)
+    options = replace(options_in(tmp_path), model=str(tmp_path / "dense"), rank=2, recall_rank=2, steps=7)
+    data = Trained(samples_in(tmp_path), samples_in(tmp_path)[:4], "", ())
+    facts: list[dict] = []
+    result = recover(options, plan, tmp_path / "cut", data, tmp_path / "training", facts.append)
+    assert sum(parameter.numel() for parameter in result.loaded.model.parameters()) == plan.parameters_after
+    assert not [key for key, _ in result.loaded.model.named_parameters() if "lora" in key]
+    assert len({fact["stage"] for fact in facts}) == (7 if name == "blip2_t5" else 5)
+    assert all(torch.isfinite(torch.tensor(fact["loss"])) for fact in facts)
+
+
+def samples_in(folder: Path) -> list[Sample]:
+    """Eight images with a caption each."""
+    samples = []
+    for index in range(8):
+        path = folder / f"{index}.png"
+        tiny_image(seed=index).save(path)
+        samples.append(Sample(path, (Turn("what is it", ("a red dog" if index % 2 else "a cat",)),), str(index)))
+    return samples
