@@ -30,7 +30,8 @@ class History:
         seconds: wall-clock time, validations and checkpoints included, over all resumed parts.
         tokens: input tokens without padding, over all processes; `tokens_per_second` over the time of steps alone.
         skipped: steps left out because loss or gradient was not finite.
-        first, best, last: validation (score, -loss) before training, at `best_step`, and at the end; None without one.
+        first, best, last: validation (score, -loss) before training, at `best_step`, and at the end; None without one,
+            or if it was no number.
         helped: whether training improved the validation; if not, the student has its starting weights again.
         peak_memory_bytes: of this process: resident memory on a CPU (since it started), allocated on a GPU.
         stages: name, steps, seconds, tokens, first and last loss of each stage that was reached.
@@ -108,14 +109,18 @@ class Facts:
             tokens_per_second=self.tokens / self.stepping_seconds if self.stepping_seconds else 0.0,
             skipped=self.skipped,
             best_step=self.best_step,
-            best=self.best,
-            first=self.first,
-            last=self.last,
+            best=_known(self.best),
+            first=_known(self.first),
+            last=_known(self.last),
             stopped_early=stopped_early,
             helped=self.best_step > 0,
             peak_memory_bytes=peak,
             stages=tuple(self.stages),
         )
+
+
+def _known(score: Score | None) -> Score | None:
+    return None if score == WORST else score
 
 
 class Journal:
@@ -134,7 +139,7 @@ class Journal:
             with reported_as_output_errors(folder):
                 path = folder / JOURNAL
                 self._file = path.open("r+b" if path.exists() else "w+b")
-                self._file.truncate(keep)
+                self._file.truncate(min(keep, path.stat().st_size))
                 self._file.seek(0, os.SEEK_END)
 
     def write(self, line: dict[str, Any]) -> None:

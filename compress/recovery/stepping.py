@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,19 +15,10 @@ from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.recovery.order import batch_indices, divide
 from slimvlm.compress.recovery.recipe import Stage
 from slimvlm.compress.recovery.schedule import Schedule, TrainOptions
+from slimvlm.compress.recovery.teacher import TeacherCache, batch_key
 from slimvlm.compress.recovery.workers import Workers
 
 ANSWER_LOSSES = frozenset({"sft", "kl", "rkl"})  # means over the tokens that have a label
-
-
-class TargetCache(Protocol):
-    """Where a teacher's outputs for a batch are kept between epochs."""
-
-    def get(self, key: str, stage_name: str) -> Mapping[str, Tensor] | None:
-        """What was put for this batch, if it has all that the stage needs."""
-
-    def put(self, key: str, stage_name: str, targets: Mapping[str, Tensor]) -> None:
-        """Keep it, if there is room."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +27,7 @@ class Samples:
 
     collate: Callable[[list[int]], Batch]
     count: int
-    cache: TargetCache | None = None
+    cache: TeacherCache | None = None
 
 
 @dataclass(frozen=True)
@@ -137,24 +125,25 @@ class Stepper:
         return list(own / self.workers.sum(own.sum()).clamp(min=1))
 
     def _targets(self, indices: Sequence[int], batch: Batch, stage: Stage) -> Mapping[str, Tensor] | None:
-        """The teacher's outputs from the cache, put there if they were missing."""
+        """The teacher's outputs from the cache, put there if they were missing; None: the distiller is to ask it."""
         cache, workers = self.samples.cache, self.workers
         if cache is None or workers.sharded:
             return None
-        key = hashlib.sha256(json.dumps(list(indices)).encode()).hexdigest()
-        targets = cache.get(key, stage.name)
-        if targets is None:
+
+        def compute() -> dict[str, Tensor]:
             with workers.accelerator.autocast():
-                targets = workers.distiller.targets(batch, stage)
-            cache.put(key, stage.name, targets)
-        return {name: value.to(workers.device, non_blocking=True) for name, value in targets.items()}
+                return workers.distiller.targets(batch, stage)
+
+        key = batch_key(*map(str, indices))
+        return cache.outputs(key, workers.distiller.target_names(stage), compute)
 
 
 def _weight(batch: Batch, stage: Stage) -> int:
     """What this part of a batch counts for in the mean over all of it: answer tokens, tokens, or samples.
 
-    A stage that adds up means over different things (blocks of several towers) is weighed by the tokens of the text
-    model: each process's own mean of the others then counts a little more or less.
+    Parts that count like this add up to `sft`, `kl`, `rkl` of the whole batch exactly. A feature loss is one cosine
+    over all tokens of a part, and a stage may add up means over different things (towers): these depend a little on how
+    the batch is divided. Two processes give what two accumulated parts in one process give.
     """
     labels = batch.get("labels")
     if labels is not None and not ANSWER_LOSSES.isdisjoint(stage.losses):

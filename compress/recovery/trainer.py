@@ -3,7 +3,7 @@
 Every step seeds the random generators from (seed, step, process), and the order of the data follows from the seed and
 the step too: a training that was killed and goes on from its checkpoint reaches the weights it would have reached.
 Several processes share the samples of a step; each part's loss counts by its share of the tokens the loss is a mean
-over, so two processes with half the batch each follow the loss of one.
+over, so two processes with half the batch each follow the loss of one (features excepted: see `stepping`).
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ from slimvlm.compress.recovery.history import WORST, Facts, History, Journal, Sc
 from slimvlm.compress.recovery.recipe import Stage
 from slimvlm.compress.recovery.schedule import Schedule, TrainOptions
 from slimvlm.compress.recovery.state import StateFolder, fill, moments, set_moments, whole
-from slimvlm.compress.recovery.stepping import Samples, Stepper, TargetCache
+from slimvlm.compress.recovery.stepping import Samples, Stepper
+from slimvlm.compress.recovery.teacher import TeacherCache
 from slimvlm.compress.recovery.workers import Workers, own_accelerate
 
-__all__ = ["History", "TargetCache", "TrainOptions", "train"]
+__all__ = ["History", "TrainOptions", "train"]
 
 MOST_SKIPPED = 10  # steps in a row whose loss is not finite
 
@@ -61,7 +62,7 @@ def train(  # noqa: PLR0913 (what is trained, on what, how, where, and who watch
     validate: Callable[[], Score] | None = None,
     progress: Progress | None = None,
     resume: bool = True,
-    cache: TargetCache | None = None,
+    cache: TeacherCache | None = None,
 ) -> History:
     """Train `distiller.student` in place; afterwards it has its best weights, or its starting ones if none were better.
 
@@ -81,7 +82,8 @@ def train(  # noqa: PLR0913 (what is trained, on what, how, where, and who watch
         progress: called after every step by the first process, with step, total, stage, loss (None if skipped),
             tokens_per_second and seconds_left.
         resume: go on from the checkpoint in `folder`, if there is one; otherwise start again.
-        cache: where the teacher's outputs are kept between epochs; not used with sharded weights.
+        cache: where the teacher's outputs are kept between epochs, in a folder of this teacher, these samples and this
+            collation alone; not used with sharded weights.
 
     Raises:
         RecoveryError: the loss was not finite ten times in a row (the last checkpoint stays), or the checkpoint is
@@ -123,7 +125,8 @@ class _Run:
             stopped_early = self._steps(signals)
             if self.job.validate is None:
                 self.facts.best_step = self.facts.step
-                self.facts.best_file = self.files.save_best(self._weights(), self.facts.step)
+                with self._together():
+                    self.facts.best_file = self.files.save_best(self._weights(), self.facts.step)
             self._checkpoint()
             self._take_best()
         finally:
@@ -231,6 +234,11 @@ class _Run:
             scores = {name: saved.facts["facts"][name] for name in ("best", "first", "last")}
             tuples = {name: None if value is None else tuple(value) for name, value in scores.items()}
             self.facts = Facts(**{**saved.facts["facts"], **tuples})
+        if self.workers.first_says([self.facts.step, saved is not None]) != (self.facts.step, saved is not None):
+            raise RecoveryError(
+                f"process {self.workers.rank} finds another training in {self.files.path} than the first process; all "
+                "need the same folder, on a disk they share"
+            )
         self.journal = Journal(self.files.path, self.facts.journal_bytes, self.files.writer)
 
     def _take_best(self) -> None:

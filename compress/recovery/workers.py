@@ -52,6 +52,8 @@ class Workers:
         self.device = self.accelerator.device
         self.count, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.sharded = self.accelerator.is_fsdp2
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         if self.sharded:
             _name_blocks(distiller, self.accelerator.state.fsdp_plugin)
         else:

@@ -55,6 +55,9 @@ class ToyDistiller(nn.Module):
         self.teacher.requires_grad_(False)
         self.poison, self.calls = poison, 0
 
+    def target_names(self, stage: Stage) -> tuple[str, ...]:
+        return ("logits",)
+
     def targets(self, batch: dict[str, Tensor], stage: Stage) -> dict[str, Tensor]:
         with torch.no_grad():
             return {"logits": self.teacher(batch["input_ids"])}

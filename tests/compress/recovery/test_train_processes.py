@@ -8,12 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from staged_training import staged_training
 from toy_distiller import COUNT, TAUGHT, ToyDistiller, collate
 
 from slimvlm.compress.recovery.state import load_best
 from slimvlm.compress.recovery.trainer import TrainOptions, train
 
 SUPPORT = Path(__file__).parents[2] / "support"
+SHARDED = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+}
 
 WORKER = """
 import os, signal, sys
@@ -30,28 +36,41 @@ torch.set_num_threads(1)
 distributed.init_process_group("gloo", init_method=f"file://{folder}/meet{sys.argv[3]}", rank=rank, world_size=2)
 distiller = ToyDistiller()
 options = TrainOptions(steps=6, batch_size=5, accumulate=2, lr=1e-2, checkpoint_every=2, validate_every=3, seed=3)
-validations = []
 
 def validate():
-    validations.append(token_loss(distiller.student))
-    return 0.0, -validations[-1]
+    return 0.0, -token_loss(distiller.student)
 
 def progress(facts):
     if facts["step"] == steps:
         os.kill(os.getpid(), signal.SIGTERM)  # this one only; the other is told by it
 
-history = train(distiller, TAUGHT, collate, COUNT, options, folder / "run", validate=validate, progress=progress)
-if rank == 0:
-    (folder / "validations").write_text(repr(validations))
+train(distiller, TAUGHT, collate, COUNT, options, folder / "run", validate=validate, progress=progress)
 sharded = [isinstance(value, DTensor) for value in distiller.parameters()]
 assert all(sharded) if "ACCELERATE_USE_FSDP" in os.environ else not any(sharded)
 processes.leave()
 """
 
+STAGED_WORKER = """
+import os, sys
+from pathlib import Path
+import torch
+from torch import distributed
+from torch.distributed.tensor import DTensor
+from staged_training import staged_training
+from slimvlm.compress import processes
 
-def two_processes(folder: Path, steps: int = 100, **environment: str) -> list[int]:
+folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+torch.set_num_threads(1)
+distributed.init_process_group("gloo", init_method=f"file://{folder}/meet{sys.argv[3]}", rank=rank, world_size=2)
+distiller = staged_training(folder / "run", accumulate=1)
+assert all(isinstance(value, DTensor) for value in distiller.parameters())
+processes.leave()
+"""
+
+
+def two_processes(folder: Path, steps: int = 100, worker: str = WORKER, **environment: str) -> list[int]:
     """Exit statuses. The processes meet through a file: no port is needed."""
-    (folder / "worker.py").write_text(WORKER)
+    (folder / "worker.py").write_text(worker)
     meeting = len(list(folder.glob("meet*")))
     shared = {
         "PYTHONPATH": str(SUPPORT),
@@ -102,12 +121,17 @@ def test_two_processes_with_half_the_batch_follow_the_loss_of_one(tmp_path, alon
 
 
 def test_sharded_student_and_teacher_follow_the_loss_of_one(tmp_path, alone) -> None:
-    environment = {
-        "ACCELERATE_USE_FSDP": "true",
-        "FSDP_VERSION": "2",
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    }
     # Some steps by these processes, the others by two that go on from their checkpoint.
-    assert two_processes(tmp_path, steps=2, **environment) == [143, 143]
-    assert two_processes(tmp_path, **environment) == [0, 0]
+    assert two_processes(tmp_path, steps=2, **SHARDED) == [143, 143]
+    assert two_processes(tmp_path, **SHARDED) == [0, 0]
     assert_as_alone(tmp_path, alone)
+
+
+def test_stages_that_end_a_forward_early_work_with_shards(tmp_path) -> None:
+    assert two_processes(tmp_path, worker=STAGED_WORKER, **SHARDED) == [0, 0]
+    whole = staged_training(tmp_path / "alone", accumulate=2)
+    assert curve(tmp_path / "run", "loss") == pytest.approx(curve(tmp_path / "alone", "loss"), rel=1e-3)
+    before = [parameter.clone() for parameter in whole.student.parameters()]
+    load_best(whole.student, tmp_path / "run")
+    for mine, theirs in zip(before, whole.student.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-3)

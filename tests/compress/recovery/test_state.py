@@ -1,0 +1,94 @@
+"""What a training keeps on disk."""
+
+import pytest
+import torch
+from torch import nn
+
+from slimvlm.compress.errors import OutputError, RecoveryError
+from slimvlm.compress.recovery.state import STATE, StateFolder, load_best, moments, set_moments
+
+
+def tensors(value: float) -> dict[str, torch.Tensor]:
+    return {"weight": torch.full((3, 2), value)}
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path) -> None:
+    facts = {"step": 7, "loss": 0.1 + 0.2, "worst": float("-inf"), "file": "x"}
+    StateFolder(tmp_path).save(tensors(0.1), facts, best="")
+    saved = StateFolder(tmp_path).load()
+    assert saved is not None and saved.facts == {**facts, "best_file": ""}
+    assert torch.equal(saved.tensors["weight"], tensors(0.1)["weight"])
+
+
+def test_there_is_no_checkpoint_in_a_new_folder(tmp_path) -> None:
+    assert StateFolder(tmp_path / "new").load() is None
+
+
+def test_best_weights_stay_as_long_as_the_checkpoint_names_them(tmp_path) -> None:
+    files = StateFolder(tmp_path)
+    first = files.save_best(tensors(1), 1)
+    files.save(tensors(1), {}, first)
+    files.save_best(tensors(2), 2)
+    third = files.save_best(tensors(3), 3)  # a process killed now goes on from the checkpoint, which names the first
+    assert names(tmp_path) == [first, third, STATE]
+    files.save(tensors(3), {}, third)
+    assert names(tmp_path) == [third, STATE]
+    assert files.read(third).facts["step"] == 3
+
+
+def test_a_process_that_does_not_write_leaves_the_folder_alone(tmp_path) -> None:
+    files = StateFolder(tmp_path / "none", writer=False)
+    files.save(tensors(1), {}, files.save_best(tensors(1), 1))
+    files.clear()
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x10\x00\x00\x00\x00\x00\x00\x00{}", b"\xff" * 64])
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, damage) -> None:
+    (tmp_path / STATE).write_bytes(damage)
+    with pytest.raises(RecoveryError, match=STATE):
+        StateFolder(tmp_path).load()
+
+
+def test_a_folder_that_cannot_be_written_is_an_output_error(tmp_path) -> None:
+    files = StateFolder(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(OutputError, match=STATE):
+        files.save(tensors(1), {}, "")
+
+
+def test_adamw_goes_on_from_its_moments() -> None:
+    def steps(layer: nn.Linear, optimizer: torch.optim.AdamW, count: int) -> None:
+        for _ in range(count):
+            layer(torch.ones(1, 3)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    torch.manual_seed(0)
+    whole = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(whole.parameters(), lr=0.1)
+    steps(whole, optimizer, 2)
+    resumed = nn.Linear(3, 2)
+    resumed.load_state_dict(whole.state_dict())
+    fresh = torch.optim.AdamW(resumed.parameters(), lr=0.1)
+    remembered = moments(optimizer, dict(whole.named_parameters()))
+    set_moments(fresh, dict(resumed.named_parameters()), {name: value.clone() for name, value in remembered.items()})
+    steps(whole, optimizer, 3)
+    steps(resumed, fresh, 3)
+    assert torch.equal(whole.weight, resumed.weight)
+
+
+def test_the_best_weights_of_another_student_are_refused(tmp_path) -> None:
+    with pytest.raises(RecoveryError, match="no training"):
+        load_best(nn.Linear(2, 3), tmp_path)
+    files = StateFolder(tmp_path)
+    files.save({}, {}, files.save_best(tensors(1), 1))
+    with pytest.raises(RecoveryError, match="weight does not fit"):
+        load_best(nn.Linear(3, 3), tmp_path)
+    student = nn.Linear(2, 3)
+    load_best(student, tmp_path)
+    assert torch.equal(student.weight, tensors(1)["weight"])
