@@ -121,6 +121,18 @@ class Collator:
         texts = [_Text(self._prompt(sample), []) for sample in samples]
         return self._batch(samples, texts, left=True)
 
+    def prompt_text(self, sample: Sample) -> tuple[str, bool]:
+        """What `prompts` encodes: the text up to the last answer, and whether the tokenizer adds its special tokens.
+
+        One image token stands for the image (none where the processor puts the image first).
+        """
+        if self._takes_suffix:
+            return f"{self.image_token}{self.tokenizer.bos_token}{self._single(sample).prompt}\n", False
+        if self.family.kind == "encoder-decoder":
+            return self._single(sample).prompt, True
+        text = self._conversation(sample, ask=True)[0]
+        return text, self._adds_special(text)
+
     def caption(self, sample: Sample) -> str:
         """The text a dual encoder is to match with the image: question and answer of the last turn."""
         turn = sample.turns[-1]
@@ -186,19 +198,17 @@ class Collator:
 
     def _prompt(self, sample: Sample) -> list[int]:
         """Ids up to the last answer, one image placeholder in them (none where the processor puts the image first)."""
-        if self._takes_suffix:
-            text = f"{self.image_token}{self.tokenizer.bos_token}{self._single(sample).prompt}\n"
-            return self._ids(text, special=False)
-        if self.family.kind == "encoder-decoder":
-            return self._ids(self._single(sample).prompt, special=True)
-        return self._encode(self._conversation(sample, ask=True)[0])["input_ids"]
+        return self._ids(*self.prompt_text(sample))
 
     def _encode(self, text: str) -> Any:
-        bos = self.tokenizer.bos_token
-        special = not (self._template and bos and text.startswith(bos))  # as apply_chat_template(tokenize=True) does
         return self.tokenizer(
-            text, add_special_tokens=special, return_offsets_mapping=True, return_token_type_ids=False
+            text, add_special_tokens=self._adds_special(text), return_offsets_mapping=True, return_token_type_ids=False
         )
+
+    def _adds_special(self, text: str) -> bool:
+        """As apply_chat_template(tokenize=True) does: not where the template wrote the first special token itself."""
+        bos = self.tokenizer.bos_token
+        return not (self._template and bos and text.startswith(bos))
 
     def _ended(self, ids: list[int]) -> list[int]:
         end = self.tokenizer.eos_token_id

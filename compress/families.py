@@ -72,6 +72,7 @@ class Export:
         positions: `count` (1-D, from `first_position`) or `mrope` (temporal, height and width rows).
         prefix: the prompt attends to itself in both directions, only what is generated is causal.
         image_output, text_output: what a dual encoder's graphs call their embeddings.
+        flat_config: clients read the sizes of the text model at the top of config.json.
         genai: the model type under which onnxruntime-genai knows this model, if it does.
     """
 
@@ -83,6 +84,7 @@ class Export:
     prefix: bool = False
     image_output: str = "image_embeds"
     text_output: str = "text_embeds"
+    flat_config: bool = False
     genai: str | None = None
 
 
@@ -233,7 +235,7 @@ FAMILIES: tuple[Family, ...] = (
         "qwen2_vl",
         "decoder",
         (_vision(QWEN_BLOCKS, FUSED, Mlp(("mlp.fc1",), "mlp.fc2")), _language(LANGUAGE_MODEL, GQA_HIDDEN)),
-        export=Export("patches", positions="mrope"),
+        export=Export("patches", positions="mrope", flat_config=True),
         projector=MERGER,
     ),
     Family(
