@@ -1,6 +1,6 @@
 """How fast the CPU paths of the kernels are against the plain torch they replace, side by side in one process.
 
-    python benchmarks/kernels.py [--repeats 7] [--threads 1] [--clock wall|cpu] [--output FILE]
+    python benchmarks/scoring.py [--repeats 7] [--threads 1] [--clock wall|cpu] [--output FILE]
 
 All of a comparison run in turn, round after round; ratios are taken of minima and of medians. `--clock cpu` counts the
 process's CPU time: use it with one thread on a machine that others are using. `calibration` and `cut` run the library
