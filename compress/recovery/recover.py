@@ -133,8 +133,8 @@ def _dense_folder(name: str, plan: Plan) -> Path:
     folder, digest = locate(name)
     if digest != plan.model_digest:
         raise CheckpointError(
-            f"{name} is not the model that was cut (its weights are {digest[:12]}, the plan's {plan.model_digest[:12]}), "
-            "so its pruned weights cannot be recalled; put the original back, or train with --no-recall"
+            f"{name} is not the model that was cut ({digest[:12]}, the plan says {plan.model_digest[:12]}), so "
+            "its pruned weights cannot be recalled; put the original back, or train with --no-recall"
         )
     return folder
 

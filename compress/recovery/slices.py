@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from slimvlm.compress.checkpoint import weight_files, build_meta
+from slimvlm.compress.checkpoint import build_meta, weight_files
 from slimvlm.compress.errors import CheckpointError
 from slimvlm.compress.plan import Plan
-from slimvlm.compress.slicing import Cut, complement, matching_groups, find_cuts
+from slimvlm.compress.slicing import Cut, complement, find_cuts, matching_groups
 
 
 @dataclass(frozen=True, slots=True)
