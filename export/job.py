@@ -15,17 +15,20 @@ import torch
 from slimvlm.compress.checkpoint import load_model
 from slimvlm.compress.collate import Collator
 from slimvlm.compress.errors import CheckFailedError, OutputError
+from slimvlm.export.bundle import write_readme, write_tar
 from slimvlm.export.client_files import name_external_data, write_client_files
 from slimvlm.export.graphs import Graph, build_graphs
 from slimvlm.export.manifest import Artifact, Manifest
 from slimvlm.export.options import ExportOptions
 from slimvlm.export.parity import TOLERANCES, measure
+from slimvlm.export.recipe import NoRecipeError, check_recipe, make_recipe, single_batches
 from slimvlm.export.reference import (
     Reference,
     check_tokens,
     export_samples,
     first_batch,
     graph_ports,
+    image_size,
     make_reference,
 )
 from slimvlm.export.runners import runner_of
@@ -33,6 +36,7 @@ from slimvlm.export.sample import write_sample
 from slimvlm.export.torch_writer import compiled_name, write_pt2, write_torchscript
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
+EXAMPLE = "run_onnx.py"
 SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_int8"}  # of file names, as transformers.js asks for them
 EXTENSIONS = {"onnx": ".onnx", "torchscript": ".pt", "pt2": ".pt2", "aoti": ".aoti.pt2"}
 
@@ -91,10 +95,14 @@ def export_model(
         _write_graphs(partial, source, options, manifest, progress)
         _check_generation(partial, source, options, manifest, progress)
         _write_beside(partial, source, options, manifest)
+        if options.bundle:
+            write_readme(partial, manifest)
         manifest.write(partial)
         if out.exists():
             shutil.rmtree(out)
         partial.replace(out)
+        if options.bundle:
+            write_tar(out)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         why = "no space left" if error.errno == errno.ENOSPC else error.strerror or error
@@ -155,7 +163,8 @@ def _write_graphs(
         for artifact in manifest.artifacts
         if artifact.format == "onnx" and (folder / f"{artifact.file}_data").exists()
     }
-    manifest.run = {"external_data": external} if external else {}
+    if external:
+        manifest.run["external_data"] = external
 
 
 def _onnx(folder: Path, graph: Graph, options: ExportOptions) -> list[Artifact]:
@@ -281,9 +290,27 @@ def _check_generation(
 
 def _write_beside(folder: Path, source: _Source, options: ExportOptions, manifest: Manifest) -> None:
     processor, name = source.collator.processor, source.model.config.name_or_path
-    write_client_files(folder, source.model, processor, source.reference.prompting, Path(name or "."))
-    name_external_data(folder, (manifest.run or {}).get("external_data", {}))
+    flat = source.collator.family.export.flat_config
+    write_client_files(folder, source.model, processor, source.reference.prompting, Path(name or "."), flat)
+    name_external_data(folder, manifest.run.get("external_data", {}))
+    if "onnx" in options.formats and source.reference.prompting is not None:
+        _write_example(folder, source, options, manifest)
     write_sample(folder, source.reference.first, source.reference.expected)
+
+
+def _write_example(folder: Path, source: _Source, options: ExportOptions, manifest: Manifest) -> None:
+    """`run_onnx.py`, if its recipe gives what the processor gives."""
+    collator, samples = source.collator, list(source.reference.samples)
+    size = image_size(collator, source.model.config, options)
+    try:
+        alone = single_batches(collator, samples)
+        recipe = make_recipe(collator, samples[0], alone[0], size)
+        check_recipe(collator, recipe, samples[: len(alone)], alone)
+    except NoRecipeError as error:
+        manifest.run["why_not"] = str(error)
+        return
+    manifest.run |= recipe
+    shutil.copyfile(Path(__file__).with_name(EXAMPLE), folder / EXAMPLE)
 
 
 def _silent(stage: str, done: int, total: int) -> None:

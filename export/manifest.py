@@ -18,6 +18,17 @@ SCHEMA = 1
 VERSIONED = ("slimvlm", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy")
 
 
+def installed_versions() -> dict[str, str]:
+    """Of the packages that decide what an export is."""
+    found = {}
+    for name in VERSIONED:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
 @dataclass(slots=True)
 class Artifact:
     """One graph in one format and variant.
@@ -51,17 +62,16 @@ class Manifest:
     model: dict[str, Any]
     options: dict[str, Any]
     generation: dict[str, Any] | None = None
-    run: dict[str, Any] | None = None
+    run: dict[str, Any] = field(default_factory=dict)
     tolerances: dict[str, Any] = field(default_factory=dict)
     artifacts: list[Artifact] = field(default_factory=list)
     checks: list[dict[str, Any]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
-    versions: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=installed_versions)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Lists the files of the folder and writes the manifest last."""
-        self.versions = _versions()
         self.files = {
             path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_digest(path)}
             for path in sorted(folder.rglob("*"))
@@ -125,13 +135,3 @@ def file_digest(path: Path) -> str:
     """Sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in VERSIONED:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -58,7 +58,7 @@ def export_samples(collator: Collator, model: Any, options: ExportOptions) -> li
         samples = list(load_samples(options.data, limit=options.samples, seed=options.seed).samples)
         samples = [replace(sample, turns=sample.turns[:1]) for sample in samples]
     else:
-        samples = [_generated(index, options.seed) for index in range(options.samples)]
+        samples = [generated_sample(index, options.seed) for index in range(options.samples)]
     size = image_size(collator, model.config, options)
     return samples if size is None else [_resized(sample, size) for sample in samples]
 
@@ -83,12 +83,18 @@ def image_size(collator: Collator, config: Any, options: ExportOptions) -> tuple
             )
         return size
     if kind == "tiles":
-        return asked or own
+        return asked or _whole_tiles(config.image_grid_pinpoints)
     if asked is not None and asked != own:
         raise UnsuitableOptionError(
             f"--image-size {_shown(asked)}: this tower takes {_shown(own)} only; leave the option out"
         )
     return None
+
+
+def _whole_tiles(pinpoints: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """The smallest size of the model's list, of the square ones if there are any: such images are not padded."""
+    height, width = min(pinpoints, key=lambda size: (size[0] != size[1], size[0] * size[1]))
+    return height, width
 
 
 def _rounded(side: int, unit: int) -> int:
@@ -105,7 +111,7 @@ def _resized(sample: Sample, size: tuple[int, int]) -> Sample:
     return replace(sample, content=buffer.getvalue())
 
 
-def _generated(index: int, seed: int) -> Sample:
+def generated_sample(index: int, seed: int) -> Sample:
     """A picture of a few coloured blocks, and a question about it; there is no right answer."""
     random = np.random.default_rng((seed, index))
     blocks = random.integers(0, 256, (3, 4, 3), dtype=np.uint8)
@@ -230,9 +236,13 @@ def _embeddings(runner: TorchRunner, collator: Collator, samples: Sequence[Sampl
         arrays = _arrays(batch)
         for graph in runner.modules:
             feeds = {port.name: arrays[port.name] for port in runner.inputs(graph)}
+            if "input_ids" in feeds:  # another length, also where the processor pads every text to one
+                shorter = {name: array[:, :-1] for name, array in feeds.items()}
+                cases.append(Case(graph, f"{what}, a token less", shorter, runner.run(graph, shorter)))
             cases.append(Case(graph, what, feeds, runner.run(graph, feeds)))
     first = _arrays(parts["one sample"])
-    expected = {f"{case.graph}.{name}": array for case in cases[-2:] for name, array in case.outputs.items()}
+    last = [case for case in cases if case.what == "one sample"]
+    expected = {f"{case.graph}.{name}": array for case in last for name, array in case.outputs.items()}
     return Reference(samples, [], cases, None, [], None, first, expected)
 
 

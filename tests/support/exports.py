@@ -14,8 +14,10 @@ from slimvlm.compress.families import find_family
 from slimvlm.compress.records import Turn
 from slimvlm.compress.samples import Sample
 from slimvlm.compress.slicing import apply_plan
+from slimvlm.export.generation import until_end
 from slimvlm.export.job import ExportResult, export_model
 from slimvlm.export.options import ExportOptions
+from slimvlm.export.sample import read_sample
 
 SIZES = {
     "tiles": (16, 16),
@@ -47,3 +49,10 @@ def export_tiny(name: str, out: Path, **options) -> ExportResult:
     size = SIZES.get(collator.family.export.vision)
     chosen = {"exporter": "torchscript", "samples": 5, "max_new_tokens": 6, "image_size": size, **options}
     return export_model(model, collator, out, ExportOptions(**chosen).checked(), lambda *_: None, {"family": name})
+
+
+def answer_of(result: ExportResult, name: str) -> str:
+    """What torch answers to the stored sample, the last of them."""
+    tokens = read_sample(result.out)[1]["tokens"][0].tolist()
+    kept = until_end(tokens, result.manifest.generation["end"])
+    return tiny_processor(name).tokenizer.decode(kept, skip_special_tokens=True).strip()

@@ -1,0 +1,142 @@
+"""What a client has to do to an image and a question before the graphs, as data: `run` in manifest.json.
+
+It is read off the processor, and then held against the processor on real samples; where `run_onnx.py` with this recipe
+does not give the processor's tokens and pixels, the folder is shipped without it and says why.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+from slimvlm.compress.collate import Collator
+from slimvlm.compress.records import Turn
+from slimvlm.compress.samples import Sample, open_image
+from slimvlm.export.generation import Arrays
+
+QUESTION = "{question}"
+CHECKED = 4  # samples
+PIXEL_ERROR = 0.05  # mean, of values that are about 1: libraries resize a little differently
+
+
+class NoRecipeError(ValueError):
+    """This processor does what the recipe cannot say; the message names it."""
+
+
+def make_recipe(collator: Collator, sample: Sample, batch: Arrays, size: tuple[int, int] | None) -> dict[str, Any]:
+    """`prompt` and `image` for run_onnx.py.
+
+    Args:
+        sample: a real one; `batch` is what the collator makes of it.
+        size: that all images are brought to first, if any.
+
+    Raises:
+        NoRecipeError: the processor does something else.
+    """
+    return {"prompt": _prompt(collator, sample, batch), "image": _image(collator, batch, size)}
+
+
+def check_recipe(collator: Collator, recipe: dict[str, Any], samples: list[Sample], batches: list[Arrays]) -> None:
+    """Raises NoRecipeError where the recipe's token ids or pixels are not the processor's."""
+    from tokenizers import Tokenizer
+
+    from slimvlm.export.run_onnx import pixels, prompt_ids
+
+    tokenizer = Tokenizer.from_str(collator.tokenizer.backend_tokenizer.to_str())
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    for sample, batch in zip(samples, batches, strict=True):
+        ids = prompt_ids(tokenizer, sample.turns[-1].prompt, recipe["prompt"])
+        if not np.array_equal(ids, batch["input_ids"]):
+            raise NoRecipeError(f"the prompt of {sample.identity} is put together differently by its processor")
+        found, wanted = pixels(open_image(sample), recipe["image"]), batch["pixel_values"]
+        if found.shape != wanted.shape or np.abs(found - wanted).mean() > PIXEL_ERROR:
+            raise NoRecipeError(f"the image of {sample.identity} is prepared differently by its processor")
+
+
+def single_batches(collator: Collator, samples: list[Sample]) -> list[Arrays]:
+    """Each sample alone, as the processor makes it."""
+    return [
+        {name: tensor.numpy() for name, tensor in collator.prompts([sample]).items()} for sample in samples[:CHECKED]
+    ]
+
+
+def _prompt(collator: Collator, sample: Sample, batch: Arrays) -> dict[str, Any]:
+    marked = Sample(sample.image, (Turn(QUESTION, ("",)),), "recipe", content=sample.content)
+    text, special = collator.prompt_text(marked)
+    if text.count(QUESTION) != 1:
+        raise NoRecipeError("its chat template does not hold the question as it is")
+    written, special_here = collator.prompt_text(sample)
+    ids = collator.tokenizer(written, add_special_tokens=special_here, return_token_type_ids=False)["input_ids"]
+    token, whole = int(collator.image_token_id), batch["input_ids"][0].tolist()
+    at = ids.index(token) if token in ids else 0
+    rest = len(ids) - at - (token in ids)
+    image_ids = whole[at : len(whole) - rest]
+    return {
+        "text": text,
+        "special": special,
+        "image_token": token,
+        "image_ids": image_ids,
+        "image_first": token not in ids,
+    }
+
+
+def _image(collator: Collator, batch: Arrays, size: tuple[int, int] | None) -> dict[str, Any]:
+    images = collator.processor.image_processor
+    shape = list(batch["pixel_values"].shape)
+    recipe: dict[str, Any] = {
+        "resize_first": None if size is None else list(size),
+        "resample": int(images.resample),
+        "scale": images.rescale_factor if images.do_rescale else 1.0,
+        "mean": list(images.image_mean) if images.do_normalize else [0.0] * 3,
+        "std": list(images.image_std) if images.do_normalize else [1.0] * 3,
+        "repeat": 1,
+        "split": None,
+        "order": None,
+        "shape": shape,
+    }
+    return {**recipe, **LAYOUTS[collator.family.export.vision](collator, batch, size)}
+
+
+def _plain(collator: Collator, batch: Arrays, size: tuple[int, int] | None) -> dict[str, Any]:
+    """One image of one size."""
+    images = collator.processor.image_processor
+    side = dict(images.size)
+    *tiles, _, height, width = batch["pixel_values"].shape
+    if (count := math.prod(tiles)) != 1:
+        raise NoRecipeError(f"its processor cuts an image into as many as {count} tiles, by the shape of the image")
+    if "shortest_edge" in side and getattr(images, "do_center_crop", False):
+        return {"views": [{"shortest_edge": side["shortest_edge"], "box": [height, width]}]}
+    return {"views": [{"size": [height, width]}]}
+
+
+def _tiles(collator: Collator, batch: Arrays, size: tuple[int, int] | None) -> dict[str, Any]:
+    """The whole image, then its tiles; the image is one of the sizes that need no padding."""
+    side = batch["pixel_values"].shape[-1]
+    rows, columns = get_anyres_image_grid_shape(size, collator.config.image_grid_pinpoints, side)
+    if size != (rows * side, columns * side):
+        raise NoRecipeError(
+            f"images of {size[0]}x{size[1]} are padded before they are tiled; use --image-size of tiles"
+        )
+    tiles = [{"box": [row * side, column * side, side, side]} for row in range(rows) for column in range(columns)]
+    return {"views": [{"size": [side, side]}, *tiles]}
+
+
+def _patches(collator: Collator, batch: Arrays, size: tuple[int, int] | None) -> dict[str, Any]:
+    """Patches of one image in blocks that are merged to one token, every image repeated in time (Qwen VL)."""
+    images = collator.processor.image_processor
+    frames, rows, columns = batch["image_grid_thw"][0].tolist()
+    patch, merge, time = images.patch_size, images.merge_size, images.temporal_patch_size
+    return {
+        "views": [{"size": [rows * patch, columns * patch]}],
+        "repeat": time,
+        "split": [frames, time, 3, rows // merge, merge, patch, columns // merge, merge, patch],
+        "order": [0, 3, 6, 4, 7, 2, 1, 5, 8],
+        "grid": [frames, rows, columns],
+    }
+
+
+LAYOUTS = {"pooled": _plain, "select": _plain, "masked_tiles": _plain, "tiles": _tiles, "patches": _patches}

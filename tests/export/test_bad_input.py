@@ -1,0 +1,191 @@
+"""What cannot be exported is refused in one sentence, before anything is written."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import transformers as tf
+from exports import cut_model, export_tiny
+from tiny_models import ROPE, TEXT
+
+from slimvlm.compress.errors import (
+    CheckFailedError,
+    CheckpointError,
+    OutputError,
+    SlimvlmError,
+    UnsuitableOptionError,
+    UnsupportedModelError,
+)
+from slimvlm.export import ExportOptions, export_checkpoint, verify
+from slimvlm.export.graphs import build_graphs
+from slimvlm.export.reference import image_size
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    (
+        ({"formats": ("tflite",)}, "--format tflite is unknown; choose from onnx, torchscript, pt2"),
+        ({"formats": ()}, "--format nothing"),
+        ({"opset": 12}, "--opset 12 is not supported; choose 18 to 23"),
+        ({"dtype": "int4"}, "--dtype int4 is unknown"),
+        ({"quantize": "int8", "dtype": "fp16"}, "starts from fp32"),
+        ({"quantize": "int8", "formats": ("torchscript",)}, "add onnx to --format"),
+        ({"aoti": True}, "add pt2 to --format"),
+        ({"samples": 0}, "always checked"),
+    ),
+)
+def test_options_that_do_not_fit_are_refused(tmp_path, options, words):
+    with pytest.raises(UnsuitableOptionError, match=words) as caught:
+        export_checkpoint(tmp_path / "no", tmp_path / "out", ExportOptions(**options))
+    assert caught.value.exit_code == 3
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_are_known_without_torch():
+    code = "import sys, slimvlm.export; slimvlm.export.ExportOptions(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_export_is_verified_without_torch(exported):
+    out = exported("llava").out
+    code = f"import sys, slimvlm.export; slimvlm.export.verify({str(out)!r}); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "name, size, words",
+    (
+        ("qwen2_vl", (30, 32), "30x32: this tower takes multiples of 8; use 32x32"),
+        ("llava", (32, 32), "32x32: this tower takes 16x16 only"),
+    ),
+)
+def test_an_image_size_that_the_tower_cannot_take_is_refused(name, size, words):
+    model, collator = cut_model(name)
+    with pytest.raises(UnsuitableOptionError, match=words):
+        image_size(collator, model.config, ExportOptions(image_size=size))
+
+
+def test_a_family_nobody_knows_is_refused_by_name(tmp_path):
+    config = tf.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=16)
+    tf.BertModel(config).save_pretrained(tmp_path / "m")
+    with pytest.raises(UnsupportedModelError, match="'bert' is not supported"):
+        export_checkpoint(tmp_path / "m", tmp_path / "out", ExportOptions())
+
+
+def test_sliding_windows_are_refused_by_name():
+    text = {**TEXT, "rope_parameters": ROPE, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
+    model, collator = cut_model("qwen2_vl")
+    model.config.text_config = tf.Qwen2VLTextConfig(**text)
+    with pytest.raises(UnsupportedModelError, match="sliding windows of 8 tokens"):
+        build_graphs(model, collator.family, {})
+
+
+def test_an_occupied_folder_is_not_touched(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep")
+    for overwrite in (False, True):  # it is no export, so --overwrite does not take it either
+        with pytest.raises(OutputError, match="is not empty"):
+            export_checkpoint(tmp_path / "no", tmp_path / "out", ExportOptions(overwrite=overwrite))
+    assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
+
+
+def test_a_missing_package_is_named_with_its_command(tmp_path):
+    code = (
+        "import sys; sys.modules['onnxscript'] = None\n"
+        "from slimvlm.export.packages import require_packages\n"
+        "from slimvlm.export import ExportOptions\n"
+        "import importlib.util; find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name: None if name == 'onnxscript' else find(name)\n"
+        "try: require_packages(ExportOptions())\n"
+        "except Exception as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == (
+        "--format onnx needs onnxscript: pip install 'slimvlm[onnx]' ('slimvlm[gpu]' for CUDA)"
+    )
+
+
+# ------------------------------------------------------------------ exported folders
+
+
+@pytest.fixture
+def folder(exported, tmp_path) -> Path:
+    """A copy of an export that a test may damage."""
+    return shutil.copytree(exported("llava").out, tmp_path / "export")
+
+
+def test_a_whole_export_is_verified(folder):
+    result = verify(folder)
+    [check] = result.checks
+    assert check["ok"]
+    assert check["token_share"] == 1.0
+    assert result.files == len(json.loads((folder / "manifest.json").read_text())["files"])
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    (
+        (lambda path: path.unlink(), "is missing"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "bytes"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"!"), "was changed"),
+    ),
+)
+def test_a_damaged_file_is_named(folder, damage, words):
+    damage(folder / "onnx" / "embed_tokens.onnx")
+    with pytest.raises(CheckFailedError, match=f"embed_tokens.onnx {words}|embed_tokens.onnx has .* {words}") as caught:
+        verify(folder)
+    assert caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize("name", ("../outside.onnx", "/etc/passwd", "onnx/../../outside"))
+def test_a_manifest_that_leaves_its_folder_is_refused(folder, name):
+    document = json.loads((folder / "manifest.json").read_text())
+    document["files"][name] = {"bytes": 1, "sha256": ""}
+    (folder / "manifest.json").write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match="outside its folder"):
+        verify(folder)
+
+
+def test_a_link_out_of_the_folder_is_refused(folder, tmp_path):
+    (tmp_path / "outside").write_text("x")
+    (folder / "linked").symlink_to(tmp_path / "outside")
+    document = json.loads((folder / "manifest.json").read_text())
+    document["files"]["linked"] = {"bytes": 1, "sha256": ""}
+    (folder / "manifest.json").write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match="outside its folder"):
+        verify(folder)
+
+
+def test_a_folder_that_is_no_export_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="is not the manifest of an export"):
+        verify(tmp_path)
+
+
+def test_the_bundle_is_one_tar_with_everything_in_it(tmp_path):
+    result = export_tiny("llava", tmp_path / "export", bundle=True)
+    with tarfile.open(tmp_path / "export.tar") as archive:
+        names = {name.removeprefix("export/") for name in archive.getnames()}
+    assert names == {*result.manifest.files, "manifest.json"}
+    assert {"README.md", "run_onnx.py", "tokenizer.json", "onnx/decoder_model_merged.onnx"} <= names
+    assert "python run_onnx.py" in (tmp_path / "export" / "README.md").read_text()
+
+
+def test_a_full_disk_is_said_so_and_leaves_nothing(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(SlimvlmError, match="cannot be written"):
+            export_tiny("llava", tmp_path / "export")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
