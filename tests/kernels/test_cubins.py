@@ -1,0 +1,44 @@
+"""Without a GPU: every kernel in every launch configuration compiles for real GPUs and takes what the table says."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+from cubins import TARGETS, cases, compile_all, compile_case  # noqa: E402
+
+TABLE = json.loads((Path(__file__).parent / "resources.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("capability", TARGETS)
+def test_every_configuration_compiles_without_spills_reads_whole_vectors_and_matches_the_table(capability):
+    found = {}
+    for one in compile_all(capability):
+        assert one.spilled == 0, f"{one.target} {one.name}: {one.spilled} bytes of a thread's registers spill to memory"
+        assert one.wide is not False, f"{one.target} {one.name}: loads are narrower than 16 bytes"
+        row = {"registers": one.registers, "shared": one.shared, "spilled": one.spilled}
+        found[f"{one.target} {one.name}"] = row
+    recorded = {name: row for name, row in TABLE["kernels"].items() if name.startswith(f"sm_{capability} ")}
+    assert set(found) == set(recorded), (
+        "python -P tests/support/cubins.py tests/kernels/resources.json writes the table"
+    )
+    if triton.__version__ == TABLE["triton"]:  # another compiler allocates otherwise
+        assert found == recorded
+
+
+def test_every_kernel_and_configuration_is_in_the_table():
+    names = " ".join(TABLE["kernels"])
+    for case in cases():
+        for config in case.tuner.configs:
+            settings = " ".join(f"{key}={value}" for key, value in config.kwargs.items())
+            assert f"sm_90 {case.name} {settings} warps={config.num_warps}" in names
+
+
+def test_the_checks_notice_spills_and_narrow_loads():
+    case = next(case for case in cases() if case.name.startswith("taylor along fp32"))
+    spilling = compile_case(case, triton.Config({"TILE": 32768}, num_warps=4), 80)
+    assert spilling.spilled > 0
+    case.arguments["ALIGN"] = 1
+    assert compile_case(case, case.tuner.configs[0], 80).wide is False
