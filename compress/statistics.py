@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from slimvlm.compress.errors import CalibrationError
-from slimvlm.kernels import angle_histogram, histogram_entropy, squared_sums, taylor_sums
+from slimvlm.kernels import angle_histogram, histogram_entropy, row_norms, squared_sums, taylor_sums_batch
 
 BINS = 100  # of the cosine over [-1, 1]: the paper's choice
 REDUCED = ("second", "fisher", "gate")  # squares are reduced to vectors at once: no gradient is kept
@@ -131,43 +131,53 @@ class GradientSums:
         )
 
     def saliency(self, micro_batches: int, reduce: Reduce) -> dict[str, Tensor]:
-        """fp32 vectors on the CPU, keyed `path:dim`; every gradient matrix is freed as soon as it is reduced.
+        """fp32 vectors on the CPU, keyed `path:dim`; gradient matrices are freed as they are reduced.
 
         Args:
             micro_batches: number of backward passes over all processes, the divisor of `second` and `mix`.
         """
-        result = {}
-        for side in self.sides:
-            for dim in side.dims:
-                result[f"{side.path}:{dim}"] = torch.zeros(side.linear.weight.shape[dim])
-            if self.variant in REDUCED:
+        result: dict[str, Tensor] = {}
+        if self.variant in REDUCED:
+            for side in self.sides:
                 self._reduced(side, micro_batches, reduce, result)
-            else:
-                self._full(side, micro_batches, reduce, result)
+            return result
+        # One batch, launched together; one by one if the sums are in host memory because the device has no room.
+        step = 1 if self.host else len(self.sides)
+        for start in range(0, len(self.sides), step):
+            result |= self._full(self.sides[start : start + step], micro_batches, reduce)
         return result
 
     def _reduced(self, side: Side, micro_batches: int, reduce: Reduce, result: dict[str, Tensor]) -> None:
         for dim in side.dims:
             key = f"{side.path}:{dim}"
-            sums = self._squares.get(key, result[key].to(side.linear.weight.device))
+            weight = side.linear.weight
+            sums = self._squares.get(key, torch.zeros(weight.shape[dim], device=weight.device))
             reduce(sums, "sum")
             result[key] = (sums / micro_batches if self.variant == "second" else sums).cpu()
 
-    def _full(self, side: Side, micro_batches: int, reduce: Reduce, result: dict[str, Tensor]) -> None:
+    def _full(self, sides: Sequence[Side], micro_batches: int, reduce: Reduce) -> dict[str, Tensor]:
+        wanted = []
+        for side in sides:
+            grad, square = self._accumulated(side, micro_batches, reduce)
+            wanted += [(side, grad, square, dim) for dim in side.dims]
+        _, grads, squares, dims = zip(*wanted, strict=True)
+        weights = [side.linear.weight.detach() for side, *_ in wanted]
+        sums = taylor_sums_batch(weights, grads, dims, variant=self.variant, squares=squares)
+        return {f"{side.path}:{dim}": values.cpu() for (side, *_, dim), values in zip(wanted, sums, strict=True)}
+
+    def _accumulated(self, side: Side, micro_batches: int, reduce: Reduce) -> tuple[Tensor, Tensor | None]:
+        """The sum of the gradients and the mean of their squares over all processes; gives up what this object held."""
         weight = side.linear.weight
         # A weight the loss does not reach (a block behind LLaVA's feature layer) has no gradient: its sum is zero.
         held = weight.grad if self._native(weight) else self._sums.pop(side.path, None)
         grad = torch.zeros_like(weight, dtype=torch.float32) if held is None else held.to(weight.device)
         weight.grad = None
         reduce(grad, "sum")
-        square = None
-        if self.variant == "mix":
-            square = self._squares.pop(side.path, torch.zeros_like(grad)).to(weight.device)
-            reduce(square, "sum")
-            square /= micro_batches
-        for dim in side.dims:
-            sums = taylor_sums(weight.detach(), grad, dim, variant=self.variant, square=square)
-            result[f"{side.path}:{dim}"] = sums.cpu()
+        if self.variant != "mix":
+            return grad, None
+        square = self._squares.pop(side.path, torch.zeros_like(grad)).to(weight.device)
+        reduce(square, "sum")
+        return grad, square.div_(micro_batches)
 
 
 class AngleHistograms:
@@ -190,7 +200,7 @@ class AngleHistograms:
     def __enter__(self) -> AngleHistograms:
         for path, (linear, stream) in self.linears.items():
             weight = linear.weight.detach()
-            self._norms[path] = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+            self._norms[path] = row_norms(weight)
             self.counts[path] = torch.zeros(weight.shape[0], BINS, dtype=torch.int64, device=weight.device)
             self._handles.append(linear.register_forward_hook(partial(self._count, path, stream)))
         return self
@@ -209,7 +219,7 @@ class AngleHistograms:
     def _count(self, path: str, stream: str, linear: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if self._last is None or self._last[0] is not inputs[0]:
             tokens = inputs[0].detach().flatten(0, -2)
-            self._last = (inputs[0], torch.linalg.vector_norm(tokens, dim=-1, dtype=torch.float32))
+            self._last = (inputs[0], row_norms(tokens))
         norms = self._last[1]
         mask = self._masks[stream]
         if mask is not None and mask.numel() != norms.numel():
