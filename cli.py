@@ -149,15 +149,13 @@ recover_options = _options(
     _option("--warmup", type=click.IntRange(min=0), help="Steps of linear warm-up."),
     _option("--weight-decay", type=click.FloatRange(min=0), help="Of matrices."),
     _option("--clip", type=POSITIVE, help="Largest norm of the gradient."),
-    _option("--reset-optimizer", is_flag=True, help="A fresh optimiser for every stage, as in the paper."),
+    _option("--reset-optimizer/--keep-optimizer", default=None, help="Begin each stage with a fresh optimiser."),
     _option("--precision", type=click.Choice(PRECISIONS), help="Of matrix products in training."),
     _option("--gradient-checkpointing", is_flag=True, help="Less memory for more time."),
     _option("--checkpoint-every", type=COUNT, help="Steps between states that --resume continues from."),
     _option("--validate-every", type=COUNT, help="Steps between validations; else an eighth of all."),
     _option("--patience", type=COUNT, help="Stop after so many validations without improvement."),
-    _option(
-        "--teacher-cache", type=Size(), metavar="SIZE", help="Keep so much of the teacher's outputs on disk."
-    ),
+    _option("--teacher-cache", type=Size(), metavar="SIZE", help="Keep so much of the teacher's outputs on disk."),
 )
 evaluation_options = _options(
     _option("--eval-data", type=FILE_OR_FOLDER, help="Samples for before and after; else those of --data left over."),

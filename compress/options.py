@@ -34,7 +34,7 @@ class RecoverOptions:
         accumulate: parts a batch is computed in.
         learning_rate: None: chosen by what is trained and the model's width.
         warmup: steps of linear warm-up.
-        reset_optimizer: start every stage with a fresh optimiser and warm-up, as the paper does.
+        reset_optimizer: start every stage with a fresh optimiser, warm-up and schedule; None: where there are stages.
         precision: of the matrix products in training; auto: bf16 where the device has it.
         patience: stop after so many validations without improvement.
         teacher_cache: bytes on disk to keep the teacher's outputs in.
@@ -60,10 +60,10 @@ class RecoverOptions:
     accumulate: int = 1
     learning_rate: float | None = None
     schedule: str = "cosine"
-    warmup: int = 20
+    warmup: int = 10
     weight_decay: float = 0.05
     clip: float = 1.0
-    reset_optimizer: bool = False
+    reset_optimizer: bool | None = None
     precision: str = "auto"
     gradient_checkpointing: bool = False
     checkpoint_every: int = 100

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from slimvlm.compress.checkpoint import Loaded, locate
 from slimvlm.compress.collate import Collator
@@ -22,6 +24,8 @@ from slimvlm.compress.recovery.distill import Distiller
 from slimvlm.compress.recovery.recall import LowRank, attach, merge
 from slimvlm.compress.recovery.recipe import Recipe, make_stages, parse_recipe
 from slimvlm.compress.recovery.slices import Slices
+from slimvlm.compress.recovery.state import load_best
+from slimvlm.compress.recovery.teacher import TeacherCache
 from slimvlm.compress.recovery.trainer import History, TrainOptions, train
 from slimvlm.compress.samples import Sample
 from slimvlm.compress.splits import Trained
@@ -74,11 +78,16 @@ def recover(
         make_stages(loaded.family, depths, recipe),
         lambda indices: collator.training([data.training[index] for index in indices]),
         len(data.training),
-        _train_options(options, loaded.model, len(data.training)),
+        _train_options(options, recipe, loaded.model, len(data.training)),
         folder,
-        validate=lambda: _score(options, loaded.model, collator, data.validation),
+        validate=lambda: _score(options, distiller.student, collator, data.validation),
         progress=report,
+        cache=_cache(options, data),
     )
+    if any(isinstance(parameter, DTensor) for parameter in loaded.model.parameters()):  # FSDP leaves it in pieces
+        loaded = _load_student(options, student, data)
+        adapted = _prepare(options, plan, loaded)
+        load_best(loaded.model, folder)
     batch = collator.training(data.training[:CHECKED_SAMPLES])
     loaded.model.eval()
     before = outputs(loaded.model, batch)
@@ -147,7 +156,17 @@ def _distiller(options: CompressOptions, loaded: Loaded, recipe: Recipe) -> Dist
     return Distiller(loaded.model, teacher, loaded.family, recipe)
 
 
-def _train_options(options: CompressOptions, model: nn.Module, count: int) -> TrainOptions:
+def _cache(options: CompressOptions, data: Trained) -> TeacherCache | None:
+    """On disk, for this teacher and these samples; what an earlier recovery of the run kept is used again."""
+    if options.teacher_cache is None:
+        return None
+    _, digest = locate(options.teacher or options.model)
+    collation = f"{digest} {data.digest} {options.seed} {options.data_fraction} {options.validation_samples}"
+    name = hashlib.sha256(collation.encode()).hexdigest()[:16]
+    return TeacherCache(options.out / "teacher" / name, options.teacher_cache)
+
+
+def _train_options(options: CompressOptions, recipe: Recipe, model: nn.Module, count: int) -> TrainOptions:
     steps = options.steps or max(1, round(options.epochs * count / options.train_batch_size))
     width = model.config.get_text_config().hidden_size
     return TrainOptions(
@@ -165,7 +184,9 @@ def _train_options(options: CompressOptions, model: nn.Module, count: int) -> Tr
         patience=options.patience,
         gradient_checkpointing=options.gradient_checkpointing,
         seed=options.seed,
-        reset_optimizer=options.reset_optimizer,
+        # Features have gradients a hundred times smaller than answers: with the second moments of a feature stage the
+        # first steps on answers are so long that they undo it.
+        reset_optimizer=recipe.staged if options.reset_optimizer is None else options.reset_optimizer,
     )
 
 
