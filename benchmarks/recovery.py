@@ -170,15 +170,7 @@ def fresh(seed: int, count: int, folder: Path | None) -> Iterator[Sample]:
 def options_of(cell: Cell, arguments: argparse.Namespace) -> CompressOptions:
     changes = {"train_batch_size": BATCH, "validate_every": max(1, arguments.steps // 4), **RECIPES[cell.recipe][1]}
     changes |= {name: json.loads(value) for name, _, value in (pair.partition("=") for pair in arguments.set)}
-    return replace(
-        BASE,
-        ratio=cell.ratio,
-        seed=cell.seed,
-        steps=arguments.steps,
-        train_batch_size=BATCH,
-        validate_every=max(1, arguments.steps // 4),
-        **changes,
-    )
+    return replace(BASE, ratio=cell.ratio, seed=cell.seed, steps=arguments.steps, **changes)
 
 
 def run(cell: Cell, arguments: argparse.Namespace) -> tuple[Loaded, dict[str, Any]]:
