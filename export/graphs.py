@@ -66,7 +66,7 @@ def build_graphs(model: nn.Module, family: Family, batch: Mapping[str, Tensor]) 
     _refuse_sliding_windows(model)
     if family.kind == "dual-encoder":
         return _dual_encoder(model, family, batch)
-    first = (vision_graph(model, family, batch), _embed_graph(model, _widths(model)))
+    first = (vision_graph(model, family, batch), _embed_graph(model, embedding_width(model)))
     if family.kind == "encoder-decoder":
         from slimvlm.export.seq2seq import encoder_decoder_graphs
 
@@ -203,7 +203,8 @@ def cache_ports(sizes: Sequence[tuple[int, int]], name: str, length: str, dtype:
     ]
 
 
-def _widths(model: nn.Module) -> int:
+def embedding_width(model: nn.Module) -> int:
+    """Of `inputs_embeds`: the model's own width, and what DeepStack adds (see Decoder)."""
     return model.get_input_embeddings().weight.shape[1] * (1 + deepstack_layers(model))
 
 
@@ -221,7 +222,7 @@ def _decoder_graph(model: nn.Module, family: Family) -> Graph:
     layers = deepstack_layers(model)
     module = Decoder(text, head, family.export.prefix, layers).eval()
     generator = torch.Generator().manual_seed(1)
-    embeds = torch.randn(SAMPLE_BATCH, SAMPLE_SEQUENCE, _widths(model), generator=generator)
+    embeds = torch.randn(SAMPLE_BATCH, SAMPLE_SEQUENCE, embedding_width(model), generator=generator)
     positions = torch.arange(SAMPLE_PAST, SAMPLE_PAST + SAMPLE_SEQUENCE).expand(SAMPLE_BATCH, -1).clone()
     position_axes = {0: BATCH, 1: SEQUENCE}
     if family.export.positions == "mrope":

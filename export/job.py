@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ import torch
 
 from slimvlm.compress.checkpoint import load_model
 from slimvlm.compress.collate import Collator
-from slimvlm.compress.errors import CheckFailedError, OutputError
+from slimvlm.compress.errors import CheckFailedError, CheckpointError, OutputError
+from slimvlm.compress.samples import Sample
 from slimvlm.export.bundle import write_readme, write_tar
 from slimvlm.export.client_files import name_external_data, write_client_files
+from slimvlm.export.genai import genai_graphs, write_genai
 from slimvlm.export.graphs import Graph, build_graphs
 from slimvlm.export.manifest import Artifact, Manifest
 from slimvlm.export.options import ExportOptions
@@ -81,11 +83,11 @@ def export_model(
     """As `run_export`, of a model in memory (fp32, in eval mode; `options.dtype` fp16 casts its weights)."""
     started = time.perf_counter()
     samples = export_samples(collator, model, options)
-    graphs = build_graphs(model, collator.family, first_batch(collator, samples))
+    graphs = _graphs(model, collator, samples)
     progress("reference", 0, 1)
     reference = make_reference(model, collator, graphs, samples, options.max_new_tokens)
     if options.dtype == "fp16":
-        graphs = build_graphs(_to_fp16(model), collator.family, first_batch(collator, samples))
+        graphs = _graphs(_to_fp16(model), collator, samples)
     source = _Source(model, collator, graphs, reference)
     manifest = Manifest(model={**origin, "type": model.config.model_type}, options=_stated(options))
     partial = out.with_name(f".{out.name}.partial")
@@ -120,6 +122,11 @@ def export_model(
     return result
 
 
+def _graphs(model: Any, collator: Collator, samples: Sequence[Sample]) -> tuple[Graph, ...]:
+    batch = first_batch(collator, samples)
+    return build_graphs(model, collator.family, batch) + genai_graphs(model, collator.family)
+
+
 def _to_fp16(model: torch.nn.Module) -> torch.nn.Module:
     """Casts the weights in place; buffers stay (rotary frequencies are computed in fp32)."""
     for parameter in model.parameters():
@@ -133,8 +140,17 @@ def refuse_occupied(out: Path, overwrite: bool) -> None:
         return
     if not out.is_dir():
         raise OutputError(f"{out} is a file; name a folder")
-    if any(out.iterdir()) and not (overwrite and (out / "manifest.json").is_file()):
+    if any(out.iterdir()) and not (overwrite and _is_export(out)):
         raise OutputError(f"{out} is not empty; choose another name, or --overwrite an earlier export")
+
+
+def _is_export(folder: Path) -> bool:
+    """A checkpoint has a manifest too, but of another kind."""
+    try:
+        Manifest.read(folder)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _stated(options: ExportOptions) -> dict[str, Any]:
@@ -293,6 +309,8 @@ def _write_beside(folder: Path, source: _Source, options: ExportOptions, manifes
     flat = source.collator.family.export.flat_config
     write_client_files(folder, source.model, processor, source.reference.prompting, Path(name or "."), flat)
     name_external_data(folder, manifest.run.get("external_data", {}))
+    if (known_as := source.collator.family.export.genai) is not None and "onnx" in options.formats:
+        write_genai(folder, known_as, source.model, processor, source.reference.prompting)
     if "onnx" in options.formats and source.reference.prompting is not None:
         _write_example(folder, source, options, manifest)
     write_sample(folder, source.reference.first, source.reference.expected)

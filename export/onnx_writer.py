@@ -5,12 +5,11 @@ An exporter may silently fix an axis that was asked to vary; the saved graph is 
 
 from __future__ import annotations
 
-import io
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx
 import onnx_ir
 import torch
 from torch import Tensor
@@ -95,18 +94,21 @@ def _by_dynamo(graph: Graph, opset: int) -> onnx_ir.Model:
 def _by_torchscript(graph: Graph, opset: int) -> onnx_ir.Model:
     axes: dict[str, Mapping[int, str]] = {port.name: dict(port.axes) for port in graph.inputs}
     axes |= {name: dict(axis) for name, axis in graph.outputs.items()}
-    buffer = io.BytesIO()
-    torch.onnx.export(
-        graph.module,
-        graph.samples,
-        buffer,
-        dynamo=False,
-        input_names=[port.name for port in graph.inputs],
-        output_names=list(graph.outputs),
-        dynamic_axes={name: axis for name, axis in axes.items() if axis},
-        opset_version=min(opset, 20),  # the newest this exporter knows
-    )
-    return onnx_ir.serde.deserialize_model(onnx.load_from_string(buffer.getvalue()))
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "graph.onnx"  # a file: above 2 GB this exporter puts the weights beside it
+        torch.onnx.export(
+            graph.module,
+            graph.samples,
+            str(path),
+            dynamo=False,
+            input_names=[port.name for port in graph.inputs],
+            output_names=list(graph.outputs),
+            dynamic_axes={name: axis for name, axis in axes.items() if axis},
+            opset_version=min(opset, 20),  # the newest this exporter knows
+        )
+        model = onnx_ir.load(path)
+        onnx_ir.external_data.load_to_model(model)
+    return model
 
 
 EXPORTERS = {DYNAMO: _by_dynamo, TORCHSCRIPT: _by_torchscript}

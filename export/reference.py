@@ -167,12 +167,16 @@ def make_reference(
         answers += [until_end(row, prompting.end) for row in tokens]
         texts = collator.decode(torch.from_numpy(tokens))
         right += [exact_match(text, sample.turns[-1].answers) for text, sample in zip(texts, part, strict=True)]
-    single = _arrays(collator.prompts(samples[-1:]))
+    single, pair = (_arrays(collator.prompts(part)) for part in (samples[-1:], (list(samples) * 2)[:2]))
     cases = _random_cases(runner, graphs)
-    for what, batch in ((f"{len(prompts[0]['input_ids'])} samples", prompts[0]), ("one sample", single)):
+    for what, batch in (("two samples", pair), ("one sample", single)):
         recorder = Recorder(runner)
         generate(recorder, prompting, batch, 2)
         cases += [Case(graph, what, feeds, outputs) for graph, feeds, outputs in recorder.calls]
+        if "embedding" in runner.modules:  # only onnxruntime-genai runs it
+            features = next(outputs for graph, _, outputs in recorder.calls if graph == "vision_encoder")
+            feeds = {"input_ids": batch["input_ids"], **features}
+            cases.append(Case("embedding", what, feeds, runner.run("embedding", feeds)))
     given = generate(runner, prompting, single, most)
     accuracy = sum(right) / len(right) if any(sample.turns[-1].target for sample in samples) else None
     expected = {"tokens": given.tokens, "first_logits": given.first_logits}

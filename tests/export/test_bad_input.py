@@ -16,6 +16,7 @@ import transformers as tf
 from exports import cut_model, export_tiny
 from tiny_models import ROPE, TEXT
 
+from slimvlm.compress.checkpoint import save_checkpoint
 from slimvlm.compress.errors import (
     CheckFailedError,
     CheckpointError,
@@ -26,6 +27,7 @@ from slimvlm.compress.errors import (
 )
 from slimvlm.export import ExportOptions, export_checkpoint, verify
 from slimvlm.export.graphs import build_graphs
+from slimvlm.export.job import refuse_occupied
 from slimvlm.export.reference import image_size
 
 
@@ -96,6 +98,15 @@ def test_an_occupied_folder_is_not_touched(tmp_path):
         with pytest.raises(OutputError, match="is not empty"):
             export_checkpoint(tmp_path / "no", tmp_path / "out", ExportOptions(overwrite=overwrite))
     assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
+
+
+def test_overwrite_takes_an_export_but_no_checkpoint(exported, tmp_path):
+    shutil.copytree(exported("llava").out, tmp_path / "export")
+    refuse_occupied(tmp_path / "export", overwrite=True)
+    model, _ = cut_model("llava")
+    save_checkpoint(tmp_path / "model", model, None, None)
+    with pytest.raises(OutputError, match="is not empty"):
+        refuse_occupied(tmp_path / "model", overwrite=True)
 
 
 def test_a_missing_package_is_named_with_its_command(tmp_path):

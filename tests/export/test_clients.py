@@ -12,6 +12,7 @@ from exports import answer_of
 from plans import random_plan
 
 from slimvlm.compress.checkpoint import load_model, save_checkpoint
+from slimvlm.compress.families import FAMILIES
 from slimvlm.compress.samples import load_samples, open_image
 from slimvlm.compress.slicing import apply_plan
 from slimvlm.demo import MODEL, SAMPLES
@@ -23,6 +24,8 @@ from slimvlm.export.sample import read_sample
 
 CLIENTS = os.environ.get("SLIMVLM_CLIENTS", "")
 JS_TENSORS = ("input_ids", "attention_mask", "pixel_values", "pixel_attention_mask", "image_grid_thw")
+PYTHON = Path(CLIENTS) / "venv" / "bin" / "python"
+GENAI_TENSORS = ("input_ids", "pixel_values", "image_grid_thw")
 GRAPHS = ("vision_encoder", "embed_tokens", "decoder_model_merged")
 JS_FAMILIES = ("llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "idefics3", "paligemma")
 
@@ -101,15 +104,31 @@ def test_transformers_js_runs_the_int8_variant(demo, tmp_path):
     assert expected["tokens"].shape[0] == len(found)
 
 
+@pytest.mark.parametrize("name", [family.name for family in FAMILIES if family.export.genai])
+def test_onnxruntime_genai_generates_the_tokens_of_torch(exported, tmp_path, name):
+    result = exported(name)
+    given, expected = read_sample(result.out)
+    tensors = [tensor for tensor in tensors_of(given) if tensor["name"] in GENAI_TENSORS]
+    images = int((given["input_ids"] == result.manifest.generation["image_token"]).sum())
+    tensors.append({"name": "num_image_tokens", "dims": [1], "data": [images]})
+    request = {"max_new_tokens": expected["tokens"].shape[1], "max_length": 64, "tensors": tensors}
+    (tmp_path / "request.json").write_text(json.dumps(request))
+    script = Path(__file__).with_name("client_genai.py")
+    command = [str(PYTHON), str(script), str(result.out), str(tmp_path / "request.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    end = result.manifest.generation["end"]
+    assert ended(json.loads(done.stdout)[0], end) == ended(expected["tokens"][0].tolist(), end)
+
+
 @pytest.mark.parametrize("name", ("llava", "qwen2_vl", "paligemma", "blip2_t5"))
 def test_the_example_answers_where_there_is_no_torch(exported, tmp_path, name):
     result = exported(name)
     image = tmp_path / "image.png"
     sample = generated_sample(4, seed=0)  # the one that is stored
     open_image(sample).save(image)
-    python = Path(CLIENTS) / "venv" / "bin" / "python"
     command = [
-        str(python),
+        str(PYTHON),
         str(result.out / "run_onnx.py"),
         str(image),
         sample.turns[0].prompt,
@@ -118,6 +137,6 @@ def test_the_example_answers_where_there_is_no_torch(exported, tmp_path, name):
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    absent = subprocess.run([str(python), "-c", "import torch"], capture_output=True, check=False)
+    absent = subprocess.run([str(PYTHON), "-c", "import torch"], capture_output=True, check=False)
     assert absent.returncode != 0
     assert done.stdout.strip() == answer_of(result, name)

@@ -17,6 +17,7 @@ from slimvlm.export.onnx_writer import write_onnx
 from slimvlm.export.options import OnnxSettings
 from slimvlm.export.reference import first_batch
 from slimvlm.export.runners import OnnxRunner
+from slimvlm.export.torch_writer import compiled_name, load_aoti, load_pt2, write_pt2
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def test_int8_graphs_hold_int8_matrices_and_keep_the_direction_of_every_output(v
         assert min(difference["cosine"] for difference in artifact.parity) > 0.98
         weights = onnx.load(variants.out / artifact.file, load_external_data=False).graph.initializer
         kinds = {weight.data_type for weight in weights if len(weight.dims) == 2 and min(weight.dims) > 1}
-        assert onnx.TensorProto.INT8 in kinds
+        assert kinds & {onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
 
 
 def test_weights_above_the_limit_stand_beside_their_graph(variants):
@@ -149,3 +150,13 @@ def embed_graph(model, collator):
 def graph_of(module):
     """One input [B, 3], one output [B, ...]."""
     return Graph("vision_encoder", module.eval(), (Port("x", torch.ones(2, 3), {0: BATCH}),), {"y": {0: BATCH}})
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
+def test_a_program_compiled_ahead_of_time_gives_the_same_at_another_size(tmp_path):
+    graph = graph_of(nn.Sequential(nn.Linear(3, 4), nn.ReLU()))
+    write_pt2(graph, tmp_path / "linear.pt2", aoti=True)
+    rows = torch.randn(5, 3)
+    for load, path in ((load_pt2, tmp_path / "linear.pt2"), (load_aoti, compiled_name(tmp_path / "linear.pt2"))):
+        with torch.no_grad():
+            assert torch.allclose(load(path)(rows), graph.module(rows), atol=1e-6)
