@@ -6,7 +6,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import click
@@ -20,7 +20,7 @@ from slimvlm.compress.checkpoint import LAYOUTS
 from slimvlm.compress.criteria import CRITERIA
 from slimvlm.compress.errors import CheckFailedError, SampleError
 from slimvlm.compress.groups import ATTENTION_UNITS
-from slimvlm.compress.options import CompressOptions
+from slimvlm.compress.options import CompressOptions, RecoverOptions
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 COMMANDS = sorted(main.commands)
@@ -88,6 +88,14 @@ def test_every_option_of_compress_is_a_field_with_the_same_default(data: Path, t
     assert parsed("model", out, "--data", data) == CompressOptions(model="model", out=out, data=data)
     parameters = {parameter.name for parameter in main.commands["compress"].params}
     assert parameters - NOT_OPTIONS == {field.name for field in fields(CompressOptions)} - {"stages"}
+
+
+def test_every_option_of_recover_is_one_of_the_recovery_with_the_same_default(tmp_path: Path) -> None:
+    command = main.commands["recover"]
+    values = command.make_context("recover", [str(tmp_path)]).params
+    values = {name: value for name, value in values.items() if name not in NOT_OPTIONS | {"run", "device"}}
+    assert values.pop("max_quality_drop") is None
+    assert values == asdict(RecoverOptions())
 
 
 def test_given_options_reach_the_library(data: Path) -> None:

@@ -43,7 +43,7 @@ def kill_when_it_says(out: Path, stage: str, times: int) -> None:
     assert process.returncode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize(("stage", "times"), [("calibrate", 1), ("calibrate", 3), ("evaluate", 1)])
+@pytest.mark.parametrize(("stage", "times"), [("calibrate", 1), ("calibrate", 3), ("recover", 1), ("evaluate", 1)])
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, uninterrupted, stage, times):
     out = tmp_path / "out"
     kill_when_it_says(out, stage, times)
