@@ -16,7 +16,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from unittest import mock
@@ -110,10 +110,10 @@ def calibration() -> Runs:
 def plain_statistics() -> AbstractContextManager[object]:
     """Eager sums and a loop of torch.histc in the places of the kernels."""
 
-    def sums(weight: Tensor, grad: Tensor, dim: int, **_: object) -> Tensor:
-        return (weight * grad).abs().sum(1 - dim)
+    def sums(weights: Sequence[Tensor], grads: Sequence[Tensor], dims: Sequence[int], **_: object) -> list[Tensor]:
+        return [(weight * grad).abs().sum(1 - dim) for weight, grad, dim in zip(weights, grads, dims, strict=True)]
 
-    return mock.patch.multiple(collectors, taylor_sums=sums, angle_histogram=histc_loop)
+    return mock.patch.multiple(collectors, taylor_sums_batch=sums, angle_histogram=histc_loop)
 
 
 def cut() -> Runs:
