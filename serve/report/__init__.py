@@ -1,0 +1,31 @@
+"""`report.html` and `report.md` of a run folder: what a compression did, in charts, tables and words. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from slimvlm.compress.runs import write_text
+from slimvlm.serve.report.document import Report
+from slimvlm.serve.report.files import read_run
+from slimvlm.serve.report.markdown import markdown
+from slimvlm.serve.report.page import page
+from slimvlm.serve.report.removed import removed_section, scores_section
+from slimvlm.serve.report.training import recovery_section
+
+PAGE, TEXT = "report.html", "report.md"
+
+
+def write_report(run: Path) -> Path:
+    """Write both files into the folder `run` of a compression, and give the page.
+
+    They hold no date: the same run gives the same bytes. Stages that are not finished are named as missing.
+
+    Raises:
+        OutputError: `run` holds no run, a file of it is damaged, or the folder cannot be written.
+    """
+    files = read_run(run)
+    builders = (removed_section, scores_section, recovery_section)
+    report = Report(f"Compression of {files.record['options']['model']}", tuple(build(files) for build in builders))
+    write_text(run / TEXT, markdown(report))
+    write_text(run / PAGE, page(report))
+    return run / PAGE

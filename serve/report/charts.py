@@ -1,0 +1,273 @@
+"""The charts: matplotlib draws them as SVG with text as text, and the page's style sheet colours them.
+
+Colours are written as CSS variables, so that one drawing is readable in light, in dark and on paper. No date and no
+random names: the same figures give the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import matplotlib.style
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
+
+from slimvlm.serve.report.document import Chart
+
+WIDTH = 3.75  # inches: narrow enough for a telephone, so that letters stay legible there
+SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
+# Placeholders for the style sheet's variables: matplotlib takes colours only.
+VARIABLES = ("ink", "quiet", "grid", "dense", "cut", "slim", "whole")
+INK, QUIET, GRID, DENSE, CUT, SLIM, WHOLE = (f"#00000{number}" for number in range(1, len(VARIABLES) + 1))
+COLOURS = {"dense": DENSE, "cut": CUT, "slim": SLIM, "vision": SLIM, "language": CUT}
+MARKERS = {"dense": "o", "cut": "^", "slim": "s"}
+DASHES = {"vision": "-", "language": "--"}
+STYLE = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # a name with a dollar sign is a name
+    "axes.unicode_minus": False,
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "legend.fontsize": 7.5,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": QUIET,
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "axes.linewidth": 0.6,
+    "grid.color": GRID,
+    "grid.linewidth": 0.5,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "lines.linewidth": 1.1,
+}
+POINTS = 400  # of a line; more are averaged
+TICK_LETTERS = 18
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A value with its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """A training.
+
+    Attributes:
+        steps, losses: of the steps that were not skipped.
+        stages: (first step, last step) of each stage, in order.
+        validations: (step, score 0 to 1).
+        best_step: the state that was kept.
+    """
+
+    steps: Sequence[int]
+    losses: Sequence[float]
+    skipped: Sequence[int]
+    stages: Sequence[tuple[int, int]]
+    validations: Sequence[tuple[int, float]]
+    best_step: int | None
+
+
+def kept_bars(name: str, title: str, layers: Sequence[int], kept: Sequence[int], sizes: Sequence[int]) -> Chart:
+    """A bar per layer: what it keeps, before what it had."""
+    with _drawn(name, title, 1.9) as (figure, charts):
+        axes = figure.subplots()
+        axes.bar(layers, sizes, color=WHOLE, width=0.8, label="dense")
+        axes.bar(layers, kept, color=SLIM, width=0.8, label="kept")
+        axes.set(xlabel="layer", ylim=(0, max(sizes) * 1.02), xlim=(min(layers) - 0.6, max(layers) + 0.6))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+        _finish(axes, "y")
+        _legend(axes, 2)
+    return charts[0]
+
+
+def size_bars(name: str, title: str, parts: Sequence[str], before: Sequence[int], after: Sequence[int]) -> Chart:
+    """Two lying bars per part of the model, in millions."""
+    with _drawn(name, title, 0.6 + 0.36 * len(parts)) as (figure, charts):
+        axes = figure.subplots()
+        places = np.arange(len(parts))
+        axes.barh(places, np.array(before) / 1e6, color=WHOLE, height=0.7, label="before")
+        axes.barh(places, np.array(after) / 1e6, color=SLIM, height=0.7, label="after")
+        axes.set_yticks(places, [_short(part) for part in parts])
+        axes.invert_yaxis()
+        axes.set_xlabel("million parameters")
+        _finish(axes, "x")
+        _legend(axes, 2)
+    return charts[0]
+
+
+def score_steps(name: str, title: str, by_modality: Mapping[str, np.ndarray]) -> Chart:
+    """Distribution of positive scores per modality, on a logarithmic axis."""
+    with _drawn(name, title, 2.1) as (figure, charts):
+        axes = figure.subplots()
+        logs = {modality: np.log10(scores[scores > 0].astype(np.float64)) for modality, scores in by_modality.items()}
+        found = np.concatenate(list(logs.values()))
+        edges = np.linspace(found.min(), found.max() + 1e-9, 33)
+        for modality, values in logs.items():
+            if len(values):
+                weights = np.full(len(values), 1 / len(by_modality[modality]))
+                style = {
+                    "edgecolor": COLOURS.get(modality, DENSE),
+                    "linestyle": DASHES.get(modality, ":"),
+                    "label": modality,
+                }
+                axes.hist(values, edges, weights=weights, histtype="step", linewidth=1.3, **style)
+        axes.set(xlabel="score (logarithmic)", ylabel="share of units")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
+        axes.xaxis.set_major_formatter(lambda value, _: f"1e{value:.0f}")
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        _finish(axes, "y")
+        _legend(axes, 2)
+    return charts[0]
+
+
+def training_curve(name: str, title: str, curve: Curve) -> Chart:
+    """Loss over steps, broken at stage boundaries (their losses are different sums), and the validations below."""
+    with _drawn(name, title, 3.3 if curve.validations else 2.2) as (figure, charts):
+        if curve.validations:
+            upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 2))
+            _draw_validations(lower, curve)
+        else:
+            upper = lower = figure.subplots()
+        for first, last in curve.stages:
+            chosen = [place for place, step in enumerate(curve.steps) if first <= step <= last]
+            _draw_losses(upper, [curve.steps[place] for place in chosen], [curve.losses[place] for place in chosen])
+        if curve.losses and min(curve.losses) > 0 and max(curve.losses) > 20 * min(curve.losses):
+            upper.set_yscale("log")
+            upper.yaxis.set_major_formatter(_plain)
+            upper.yaxis.set_minor_formatter(NullFormatter())
+        if curve.skipped:
+            upper.plot(curve.skipped, [0.02] * len(curve.skipped), "x", color=CUT, transform=_across(upper))
+        for axes in dict.fromkeys((upper, lower)):
+            for first, _ in curve.stages[1:]:
+                axes.axvline(first - 0.5, color=QUIET, linewidth=0.6, linestyle=":")
+            _finish(axes, "y")
+        _number_stages(upper, curve.stages)
+        upper.set_ylabel("loss")
+        lower.set_xlabel("optimiser step")
+        lower.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+    return charts[0]
+
+
+def task_dots(name: str, title: str, tasks: Mapping[str, Mapping[str, Estimate]], unit: str) -> Chart:
+    """A row per task: the value of every model with its interval."""
+    with _drawn(name, title, 0.75 + 0.32 * len(tasks)) as (figure, charts):
+        axes = figure.subplots()
+        labels = list(next(iter(tasks.values())))
+        for place, label in enumerate(labels):
+            found = [estimates[label] for estimates in tasks.values()]
+            values = [100 * estimate.value for estimate in found]
+            arms = np.array([[100 * (e.value - e.low), 100 * (e.high - e.value)] for e in found]).T.clip(0)
+            rows = np.arange(len(tasks)) + 0.22 * (place - (len(labels) - 1) / 2)
+            style = {"marker": MARKERS[label], "color": COLOURS[label], "label": label}
+            axes.errorbar(values, rows, xerr=arms, linestyle="none", markersize=3.5, elinewidth=0.9, **style)
+        axes.set_yticks(range(len(tasks)), [_short(task) for task in tasks])
+        axes.set(ylim=(len(tasks) - 0.5, -0.5), xlim=(-2, 102), xlabel=unit)
+        _finish(axes, "x")
+        _legend(axes, len(labels))
+    return charts[0]
+
+
+def _draw_losses(axes: Axes, steps: Sequence[int], losses: Sequence[float]) -> None:
+    """A line; with too many steps the mean of neighbours, and their range behind it."""
+    if len(steps) <= POINTS:
+        axes.plot(steps, losses, color=SLIM, marker="." if len(steps) < 2 else None)
+        return
+    parts = [np.array(part) for part in np.array_split(np.array([steps, losses], dtype=np.float64), POINTS, axis=1)]
+    middles = [part[0].mean() for part in parts]
+    axes.fill_between(middles, [p[1].min() for p in parts], [p[1].max() for p in parts], color=WHOLE, linewidth=0)
+    axes.plot(middles, [part[1].mean() for part in parts], color=SLIM)
+
+
+def _draw_validations(axes: Axes, curve: Curve) -> None:
+    steps, scores = zip(*curve.validations, strict=True)
+    axes.plot(steps, scores, color=DENSE, marker="o", markersize=3)
+    best = [(step, score) for step, score in curve.validations if step == curve.best_step]
+    axes.plot(*zip(*best, strict=True), "o", markersize=8, color=CUT, fillstyle="none") if best else None
+    axes.set_ylabel("validation score")
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
+
+
+def _number_stages(axes: Axes, stages: Sequence[tuple[int, int]]) -> None:
+    """1, 2, 3 above the stages that are wide enough; the table has their names."""
+    total = stages[-1][1] if stages else 0
+    for number, (first, last) in enumerate(stages, start=1):
+        if last - first + 1 >= 0.03 * total:
+            place = (first + last) / 2
+            axes.text(place, 1.02, str(number), transform=_across(axes), ha="center", va="bottom", color=QUIET)
+
+
+def _across(axes: Axes):
+    """Coordinates: x in steps, y from 0 (bottom) to 1 (top)."""
+    return axes.get_xaxis_transform()
+
+
+def _plain(value: float, _: object) -> str:
+    return f"{value:.3g}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= TICK_LETTERS else text[: TICK_LETTERS - 1] + "…"
+
+
+def _finish(axes: Axes, grid: str) -> None:
+    axes.grid(axis=grid)
+    axes.tick_params(length=2)
+
+
+def _legend(axes: Axes, columns: int) -> None:
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2, handlelength=1.6)
+
+
+@contextmanager
+def _drawn(name: str, title: str, height: float) -> Iterator[tuple[Figure, list[Chart]]]:
+    """A figure to draw in; the list holds the chart afterwards."""
+    charts: list[Chart] = []
+    with matplotlib.style.context(["default", STYLE | {"svg.hashsalt": name}]):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        FigureCanvasSVG(figure)
+        yield figure, charts
+        file = io.BytesIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    charts.append(Chart(name, title, _element(file.getvalue(), name, title)))
+
+
+def _element(document: bytes, name: str, title: str) -> str:
+    """The SVG as an element of a page: no rules of its own, sized by the page, identifiers that no other chart has."""
+    ElementTree.register_namespace("", SVG)
+    ElementTree.register_namespace("xlink", XLINK)
+    root = ElementTree.fromstring(document)
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag in (f"{{{SVG}}}metadata", f"{{{SVG}}}style"):
+                parent.remove(child)
+    for element in root.iter():
+        for key, value in element.attrib.items():
+            if key == "id":
+                value = f"{name}-{value}"
+            value = re.sub(r"(?<=url\(#)|^#(?=[a-zA-Z])", lambda found: f"{found.group()}{name}-", value)
+            element.set(key, re.sub(r"#00000([1-9])\b", lambda found: f"var(--{VARIABLES[int(found[1]) - 1]})", value))
+    for key in ("width", "height"):
+        root.attrib.pop(key)
+    root.set("role", "img")
+    root.set("aria-label", title)
+    return ElementTree.tostring(root, encoding="unicode")

@@ -1,0 +1,149 @@
+"""What a report is made of, before it is a page or a text: findings, sections, tables, charts, examples.
+
+Everything here is plain text as it came from the files; only the two writers (page.py, markdown.py) escape.
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+HEADINGS = ("What got worse, failed or is missing", "What was done")
+LONGEST_TEXT = 400  # characters of an answer, a reason or a name that are shown
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One sentence on the result, and the fields it follows from; `bad`: something got worse or failed."""
+
+    text: str
+    source: str
+    bad: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows of cells, all of them text.
+
+    Attributes:
+        source: file and fields the figures come from.
+        texts: so many first columns hold names; the others hold figures.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    source: str
+    texts: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """An SVG element of our own making; `name` is unique in a report, `title` says in words what it shows."""
+
+    name: str
+    title: str
+    svg: str
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One evaluated question with what each model said.
+
+    Attributes:
+        image: a data URI.
+        said: label of a model -> (its answer, whether it is right).
+    """
+
+    image: str
+    name: str
+    task: str
+    question: str
+    wanted: str
+    said: dict[str, tuple[str, bool]]
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A chapter.
+
+    Attributes:
+        parts: charts and tables in the order they are shown, a chart before the table of its figures.
+        code: (label, text) to be copied as it stands.
+    """
+
+    key: str
+    title: str
+    notes: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    parts: tuple[Chart | Table, ...] = ()
+    examples: tuple[Example, ...] = ()
+    code: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The whole of it."""
+
+    title: str
+    sections: tuple[Section, ...]
+
+    @property
+    def findings(self) -> list[tuple[str, list[Finding]]]:
+        """What the sections found, under two headings, the bad news first; a heading without findings is left out."""
+        found = [finding for section in self.sections for finding in section.findings]
+        lists = [[finding for finding in found if finding.bad is bad] for bad in (True, False)]
+        return [(title, findings) for title, findings in zip(HEADINGS, lists, strict=True) if findings]
+
+
+def shown(value: object) -> str:
+    """Any value of a file as one line of visible text.
+
+    Line breaks become blanks; control characters, half surrogates and what reorders text (bidirectional overrides)
+    become escapes, so that nothing in a name or an answer can hide or forge anything.
+    """
+    text = " ".join(str(value).split())
+    visible = "".join(character if _is_visible(character) else _escape(character) for character in text)
+    return visible if len(visible) <= LONGEST_TEXT else visible[:LONGEST_TEXT] + "…"
+
+
+def _is_visible(character: str) -> bool:
+    return character == " " or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+
+
+def _escape(character: str) -> str:
+    return f"\\u{ord(character):04x}" if ord(character) < 0x10000 else f"\\U{ord(character):08x}"
+
+
+def whole(number: float) -> str:
+    """A count: 2,520,256."""
+    return f"{number:,.0f}"
+
+
+def percent(fraction: float) -> str:
+    """A fraction in percent: 79.1 %."""
+    return f"{100 * fraction:.1f} %"
+
+
+def points(difference: float) -> str:
+    """A difference of two fractions in percentage points: -16.2."""
+    return f"{100 * difference:+.1f}"
+
+
+def span(low: float, high: float, form: str = "{:.1f}") -> str:
+    """An interval of fractions, in percent: 74.2 to 83.4."""
+    return f"{form.format(100 * low)} to {form.format(100 * high)}"
+
+
+def figure(value: float | None) -> str:
+    """Any figure to three digits: 0.05, 7.71e-07, none where there is none."""
+    if value is None:
+        return "none"
+    return f"{value:.3g}" if math.isfinite(value) else str(value)
+
+
+def change(before: float, after: float) -> str:
+    """Relative change in percent: -35.0 %."""
+    return f"{100 * (after / before - 1):+.1f} %" if before else "none"

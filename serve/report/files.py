@@ -1,0 +1,147 @@
+"""The files of a run folder that a report is made of. A file counts only where run.json says its stage is finished."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from slimvlm.compress.errors import OutputError
+from slimvlm.compress.plan import Plan
+from slimvlm.compress.quality import Comparison, Quality
+from slimvlm.compress.runs import RECORD, read_identity
+
+PLAN, SCORES, JOURNAL, QUALITY = "plan.json", "scores.safetensors", "recovery.jsonl", "quality.json"
+MANIFEST, PROFILE = "export/manifest.json", "profile.json"
+MODELS = ("dense", "cut", "slim")  # before; cut but not recovered; what was delivered
+
+Read = TypeVar("Read")
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """`scores.safetensors`: one importance per unit and group; `criterion` made them."""
+
+    criterion: str
+    values: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """`quality.json`: the models that were evaluated, by the names of MODELS, and dense against slim."""
+
+    models: Mapping[str, Quality]
+    comparison: Comparison
+
+
+@dataclass(frozen=True, slots=True)
+class RunFiles:
+    """What a run folder holds; None for what is not there (yet).
+
+    Attributes:
+        record: run.json.
+        journal: lines of recovery.jsonl.
+        manifest, profile: as they are in the files.
+        digests: sha256 and bytes of the files read, besides run.json.
+    """
+
+    folder: Path
+    record: dict[str, Any]
+    plan: Plan | None
+    scores: Scored | None
+    journal: list[dict[str, Any]] | None
+    quality: Measured | None
+    manifest: dict[str, Any] | None
+    profile: dict[str, Any] | None
+    digests: Mapping[str, tuple[str, int]]
+
+    def stage(self, name: str) -> dict[str, Any]:
+        """What run.json says of a stage; nothing where it never began."""
+        return self.record["stages"].get(name, {})
+
+
+def read_run(folder: Path) -> RunFiles:
+    """Read a run folder.
+
+    Raises:
+        OutputError: it holds no run, or a file of a finished stage is missing or damaged.
+    """
+    read_identity(folder)  # refuses what is no run
+    record = json.loads((folder / RECORD).read_text())
+    finished = {name for name, stage in record["stages"].items() if stage.get("status") == "finished"}
+    journal = _journal_file(record["stages"].get("recover", {}))
+    wanted: dict[str, tuple[bool, Callable[[Path], Any]]] = {
+        PLAN: ("plan" in finished, lambda path: Plan.from_json(path.read_text())),
+        SCORES: ("plan" in finished, _read_scores),
+        QUALITY: ("evaluate" in finished, _read_quality),
+        MANIFEST: ((folder / MANIFEST).is_file(), _read_object),
+        PROFILE: ((folder / PROFILE).is_file(), _read_object),
+    }
+    if journal is not None:
+        wanted[journal] = ("recover" in finished or (folder / journal).is_file(), _read_journal)
+    read = {name: _read(folder, name, reader) for name, (is_there, reader) in wanted.items() if is_there}
+    return RunFiles(
+        folder,
+        record,
+        read.get(PLAN),
+        read.get(SCORES),
+        read.get(journal) if journal else None,
+        read.get(QUALITY),
+        read.get(MANIFEST),
+        read.get(PROFILE),
+        {name: _digest(folder / name) for name in read},
+    )
+
+
+def _journal_file(stage: Mapping[str, Any]) -> str | None:
+    """Where the lines of the recovery that counts are: it is moved up when it is finished."""
+    return {"finished": JOURNAL, "running": f"recovery/{JOURNAL}"}.get(stage.get("status", ""))
+
+
+def _read(folder: Path, name: str, reader: Callable[[Path], Read]) -> Read:
+    try:
+        return reader(folder / name)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OutputError(
+            f"{folder / name} cannot be read ({error}); run the command that wrote it again, or remove {folder / name} "
+            "if it was put there by hand"
+        ) from None
+
+
+def _read_scores(path: Path) -> Scored:
+    with safe_open(path, "numpy") as file:
+        criterion = json.loads((file.metadata() or {})["criterion"])["name"]
+        names = [name for name in file.keys() if name.startswith("values/")]  # noqa: SIM118 (not a mapping)
+        return Scored(criterion, {name.removeprefix("values/"): file.get_tensor(name) for name in names})
+
+
+def _read_journal(path: Path) -> list[dict[str, Any]]:
+    """The lines; one that a killed process left half-written is dropped."""
+    lines = path.read_text().splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    return [json.loads(line) for line in lines]
+
+
+def _read_quality(path: Path) -> Measured:
+    document = json.loads(path.read_text())
+    models = {name: Quality.from_dict(document[name]) for name in MODELS if name in document}
+    return Measured({"dense": models["dense"], **models}, Comparison.from_dict(document["comparison"]))
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    document = json.loads(path.read_text())
+    if not isinstance(document, dict):
+        raise ValueError("not a JSON object")
+    return document
+
+
+def _digest(path: Path) -> tuple[str, int]:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size
