@@ -22,7 +22,7 @@ def write_tar(folder: Path) -> Path:
     Raises:
         OSError: it cannot be written.
     """
-    target = folder.with_name(folder.name + ".tar")
+    target = tar_name(folder)
     partial = target.with_name(f".{target.name}.partial")
     try:
         with tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as archive:
@@ -34,6 +34,11 @@ def write_tar(folder: Path) -> Path:
         partial.unlink(missing_ok=True)
         raise
     return target
+
+
+def tar_name(folder: Path) -> Path:
+    """Where the bundle of an export stands."""
+    return folder.with_name(folder.name + ".tar")
 
 
 def _anonymous(entry: tarfile.TarInfo) -> tarfile.TarInfo:
@@ -66,6 +71,7 @@ def _lines(manifest: Manifest) -> list[str]:
             'python run_onnx.py IMAGE "QUESTION"',
             "```",
         ]
+        lines += ["", runs["note"] + "."] if "note" in runs else []
     elif "why_not" in runs:
         lines += ["", f"`run_onnx.py` is not here: {runs['why_not']}."]
     lines += [

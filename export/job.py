@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from slimvlm.compress.checkpoint import load_model
 from slimvlm.compress.collate import Collator
 from slimvlm.compress.errors import CheckFailedError, CheckpointError, OutputError
 from slimvlm.compress.samples import Sample
-from slimvlm.export.bundle import write_readme, write_tar
+from slimvlm.export.bundle import tar_name, write_readme, write_tar
 from slimvlm.export.client_files import name_external_data, write_client_files
 from slimvlm.export.genai import genai_graphs, write_genai
 from slimvlm.export.graphs import Graph, build_graphs
 from slimvlm.export.manifest import Artifact, Manifest
 from slimvlm.export.options import ExportOptions
 from slimvlm.export.parity import TOLERANCES, measure
-from slimvlm.export.recipe import NoRecipeError, check_recipe, make_recipe, single_batches
+from slimvlm.export.recipe import NoRecipeError, check_recipe, make_recipe, one_tile, single_batches
 from slimvlm.export.reference import (
     Reference,
     check_tokens,
@@ -36,6 +37,7 @@ from slimvlm.export.reference import (
 from slimvlm.export.runners import runner_of
 from slimvlm.export.sample import write_sample
 from slimvlm.export.torch_writer import compiled_name, write_pt2, write_torchscript
+from slimvlm.export.tracing import first_line
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 EXAMPLE = "run_onnx.py"
@@ -66,6 +68,8 @@ def run_export(checkpoint: str, out: Path, options: ExportOptions, progress: Pro
     """See `slimvlm.export.export_checkpoint`."""
     options = options.checked()
     refuse_occupied(out, options.overwrite)
+    if options.bundle:
+        refuse_occupied(tar_name(out), options.overwrite)
     loaded = load_model(checkpoint, trust_remote_code=options.trust_remote_code, dtype=torch.float32, attention="sdpa")
     collator = Collator(loaded.processor, loaded.family, loaded.model.config)
     origin = {"source": str(checkpoint), "digest": loaded.digest, "family": loaded.family.name}
@@ -105,9 +109,9 @@ def export_model(
         partial.replace(out)
         if options.bundle:
             write_tar(out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        why = "no space left" if error.errno == errno.ENOSPC else error.strerror or error
+        why = "no space left" if getattr(error, "errno", None) == errno.ENOSPC else first_line(error)
         raise OutputError(f"{out} cannot be written ({why}); free space or choose another folder") from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -135,12 +139,13 @@ def _to_fp16(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def refuse_occupied(out: Path, overwrite: bool) -> None:
-    """Raises OutputError unless `out` is absent, an empty folder, or an export that may be replaced."""
+    """Raises OutputError unless `out` is absent, an empty folder, or an export or bundle that may be replaced."""
     if not out.exists():
         return
-    if not out.is_dir():
-        raise OutputError(f"{out} is a file; name a folder")
-    if any(out.iterdir()) and not (overwrite and _is_export(out)):
+    if out.is_file():
+        if not (overwrite and out.suffix == ".tar"):
+            raise OutputError(f"{out} is there already; choose another name, or --overwrite an earlier bundle")
+    elif any(out.iterdir()) and not (overwrite and _is_export(out)):
         raise OutputError(f"{out} is not empty; choose another name, or --overwrite an earlier export")
 
 
@@ -321,13 +326,16 @@ def _write_example(folder: Path, source: _Source, options: ExportOptions, manife
     collator, samples = source.collator, list(source.reference.samples)
     size = image_size(collator, source.model.config, options)
     try:
-        alone = single_batches(collator, samples)
-        recipe = make_recipe(collator, samples[0], alone[0], size)
-        check_recipe(collator, recipe, samples[: len(alone)], alone)
+        with one_tile(collator) as plain:
+            alone = single_batches(plain, samples)
+            recipe = make_recipe(plain, samples[0], alone[0], size)
+            check_recipe(plain, recipe, samples[: len(alone)], alone)
     except NoRecipeError as error:
         manifest.run["why_not"] = str(error)
         return
     manifest.run |= recipe
+    if plain is not collator:
+        manifest.run["note"] = f"{EXAMPLE} gives the model the whole image only; its processor also cuts it into tiles"
     shutil.copyfile(Path(__file__).with_name(EXAMPLE), folder / EXAMPLE)
 
 

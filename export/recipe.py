@@ -7,6 +7,8 @@ does not give the processor's tokens and pixels, the folder is shipped without i
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -55,6 +57,20 @@ def check_recipe(collator: Collator, recipe: dict[str, Any], samples: list[Sampl
         found, wanted = pixels(open_image(sample), recipe["image"]), batch["pixel_values"]
         if found.shape != wanted.shape or np.abs(found - wanted).mean() > PIXEL_ERROR:
             raise NoRecipeError(f"the image of {sample.identity} is prepared differently by its processor")
+
+
+@contextmanager
+def one_tile(collator: Collator) -> Iterator[Collator]:
+    """A collator whose processor does not cut images into tiles, where that is a switch: the example shows one tile."""
+    images = collator.processor.image_processor
+    if not getattr(images, "do_image_splitting", False):
+        yield collator
+        return
+    images.do_image_splitting = False
+    try:
+        yield Collator(collator.processor, collator.family, collator.config)
+    finally:
+        images.do_image_splitting = True
 
 
 def single_batches(collator: Collator, samples: list[Sample]) -> list[Arrays]:

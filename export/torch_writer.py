@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,11 +24,9 @@ def write_torchscript(graph: Graph, path: Path) -> None:
     try:
         with quiet(), torch.no_grad():
             traced = torch.jit.trace(graph.module, graph.samples, strict=False, check_trace=False)
-            torch.jit.save(traced, str(path))
-    except OSError:
-        raise
     except Exception as error:  # whatever the traced code raises
         raise UnsupportedModelError(f"{graph.name} cannot be traced to TorchScript ({first_line(error)})") from error
+    _save(lambda: torch.jit.save(traced, str(path)), path)
 
 
 def write_pt2(graph: Graph, path: Path, aoti: bool) -> None:
@@ -44,13 +43,22 @@ def write_pt2(graph: Graph, path: Path, aoti: bool) -> None:
             program = torch.export.export(
                 graph.module, graph.samples, dynamic_shapes=dynamic_shapes(graph), strict=False
             )
-            torch.export.save(program, path)
             if aoti:
                 torch._inductor.aoti_compile_and_package(program, package_path=str(compiled_name(path)))
     except OSError:
         raise
     except Exception as error:  # whatever the traced code or the compiler raises
-        raise UnsupportedModelError(f"{graph.name} cannot be written as {path.suffix} ({first_line(error)})") from error
+        raise UnsupportedModelError(f"{graph.name} cannot be exported by torch.export ({first_line(error)})") from error
+    _save(lambda: torch.export.save(program, path), path)
+
+
+def _save(write: Callable[[], None], path: Path) -> None:
+    """Runs `write`; torch reports a full disk as a RuntimeError."""
+    try:
+        with quiet():
+            write()
+    except RuntimeError as error:
+        raise OSError(errno.EIO, first_line(error), str(path)) from error
 
 
 def compiled_name(path: Path) -> Path:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import onnx
 import pytest
 import torch
-from exports import cut_model, export_tiny, tiny_samples
+from exports import cut_model, export_tiny, random_feeds, tiny_samples
 from torch import nn
 
 from slimvlm.compress.errors import CheckFailedError, UnsupportedModelError
 from slimvlm.export import verify, vision
 from slimvlm.export.graphs import BATCH, Graph, Port, build_graphs
+from slimvlm.export.onnx_rewriting import fuse, quantize_int8
 from slimvlm.export.onnx_writer import write_onnx
-from slimvlm.export.options import OnnxSettings
-from slimvlm.export.reference import first_batch
-from slimvlm.export.runners import OnnxRunner
+from slimvlm.export.options import EXTERNAL_BYTES, OnnxSettings
+from slimvlm.export.parity import Case, measure
+from slimvlm.export.reference import first_batch, graph_ports, torch_runner
+from slimvlm.export.runners import OnnxRunner, TorchRunner
 from slimvlm.export.torch_writer import compiled_name, load_aoti, load_pt2, write_pt2
 
 
@@ -73,24 +76,62 @@ def test_fp16_graphs_have_fp16_caches_and_fp32_outputs(tmp_path):
     assert check["token_share"] >= 0.9
 
 
-def test_fused_operators_give_the_same_answers(tmp_path):
-    result = export_tiny("llava", tmp_path / "export", fuse="cpu", exporter="dynamo")
-    assert all(artifact.fused_for == "cpu" for artifact in result.manifest.artifacts)
-    assert result.manifest.checks[0]["equal"] == 5
-    graphs = [onnx.load(result.out / artifact.file).graph for artifact in result.manifest.artifacts]
-    assert any(node.domain == "com.microsoft" for graph in graphs for node in graph.node)
+SIZES = ((1, 7, 0), (3, 1, 5), (2, 3, 4))  # batch, new tokens, tokens before
 
 
-def test_torch_export_programs_equal_torch_at_other_sizes(tmp_path):
-    result = export_tiny("llava", tmp_path / "export", formats=("pt2",))
-    assert all(d["max_relative"] < 1e-5 for artifact in result.manifest.artifacts for d in artifact.parity)
-    assert result.manifest.checks[0]["equal"] == 5
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory):
+    """The decoder of a cut LLaVA and its file by the dynamo exporter."""
+    graph = graphs_of(*cut_model("llava"))["decoder_model_merged"]
+    path = tmp_path_factory.mktemp("dynamo") / "decoder_model_merged.onnx"
+    assert write_onnx(graph, path, OnnxSettings()).exporter == "dynamo"
+    return graph, path
+
+
+def difference_at_other_sizes(graph, runner):
+    """Largest error relative to the largest output of torch, and smallest cosine."""
+    torch_says, worst, cosine = torch_runner([graph]), 0.0, 1.0
+    for batch, tokens, past in SIZES:
+        feeds = random_feeds(graph, batch_size=batch, sequence_length=tokens, past_sequence_length=past)
+        case = Case(graph.name, "", feeds, torch_says.run(graph.name, feeds))
+        found = measure(case, runner.run(graph.name, feeds))
+        worst, cosine = max(worst, found.max_relative), min(cosine, found.cosine)
+    return worst, cosine
+
+
+def test_the_dynamo_graph_equals_torch_at_other_sizes(decoder):
+    graph, path = decoder
+    assert difference_at_other_sizes(graph, OnnxRunner({graph.name: path}))[0] < 1e-5
+
+
+def test_fused_operators_give_the_same_numbers(decoder, tmp_path):
+    graph, path = decoder
+    fused = Path(shutil.copy(path, tmp_path))
+    fuse(fused, "cpu", EXTERNAL_BYTES)
+    assert any(node.domain == "com.microsoft" for node in onnx.load(fused).graph.node)
+    assert difference_at_other_sizes(graph, OnnxRunner({graph.name: fused}))[0] < 1e-5
+
+
+def test_int8_finds_the_matrices_of_a_dynamo_graph(decoder, tmp_path):
+    graph, path = decoder
+    quantize_int8(path, tmp_path / "int8.onnx", EXTERNAL_BYTES)
+    weights = onnx.load(tmp_path / "int8.onnx").graph.initializer
+    floats = [weight.name for weight in weights if weight.data_type == onnx.TensorProto.FLOAT and len(weight.dims) == 2]
+    assert [name for name in floats if "proj" in name or "lm_head" in name] == []
+    assert difference_at_other_sizes(graph, OnnxRunner({graph.name: tmp_path / "int8.onnx"}))[1] > 0.98
+
+
+def test_a_torch_export_program_equals_torch_at_other_sizes(decoder, tmp_path):
+    graph, _ = decoder
+    write_pt2(graph, tmp_path / "decoder.pt2", aoti=False)
+    ports, outputs = {graph.name: graph_ports(graph)}, {graph.name: tuple(graph.outputs)}
+    runner = TorchRunner({graph.name: load_pt2(tmp_path / "decoder.pt2")}, ports, outputs)
+    assert difference_at_other_sizes(graph, runner)[0] < 1e-5
 
 
 @pytest.mark.parametrize("opset", (18, 21, 23))
 def test_the_opset_is_the_asked_one(tmp_path, opset):
-    model, collator = cut_model("llava")
-    graph = embed_graph(model, collator)
+    graph = graphs_of(*cut_model("llava"))["embed_tokens"]
     written = write_onnx(graph, tmp_path / "embed.onnx", OnnxSettings(opset=opset, exporter="dynamo"))
     assert written.opset == opset
     assert {entry.domain: entry.version for entry in onnx.load(tmp_path / "embed.onnx").opset_import}[""] == opset
@@ -142,9 +183,10 @@ def test_a_graph_that_is_wrong_at_another_size_fails_its_check_and_is_kept(tmp_p
         verify(out)
 
 
-def embed_graph(model, collator):
+def graphs_of(model, collator):
+    """By name."""
     graphs = build_graphs(model, collator.family, first_batch(collator, tiny_samples(2)))
-    return next(graph for graph in graphs if graph.name == "embed_tokens")
+    return {graph.name: graph for graph in graphs}
 
 
 def graph_of(module):

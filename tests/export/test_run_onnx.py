@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from exports import answer_of
+from exports import answer_of, cut_model
 from tiny_models import FACTORIES
 
 from slimvlm.compress.samples import open_image
-from slimvlm.export import run_onnx
+from slimvlm.export import ExportOptions, run_onnx
+from slimvlm.export.job import export_model
 from slimvlm.export.reference import generated_sample
 
 FAMILIES = tuple(name for name in FACTORIES if name not in ("clip", "siglip", "internvl"))
@@ -48,3 +49,17 @@ def test_where_the_example_would_not_do_what_the_processor_does_it_says_so(expor
     result = exported("internvl")
     assert "tiles" in result.manifest.run["why_not"]
     assert not (result.out / "run_onnx.py").exists()
+
+
+def test_an_image_cut_into_tiles_runs_as_in_torch_and_the_example_shows_the_whole_image(tmp_path):
+    model, collator = cut_model("smolvlm")
+    images = collator.processor.image_processor
+    images.do_image_splitting, images.size = True, {"longest_edge": 32}
+    options = ExportOptions(exporter="torchscript", samples=4, max_new_tokens=4)
+    result = export_model(model, collator, tmp_path / "export", options, lambda *_: None, {"family": "smolvlm"})
+    assert result.manifest.checks[0]["equal"] == 4
+    tiles = {difference["shapes"]["pixel_values"][1] for difference in result.manifest.artifacts[0].parity}
+    assert max(tiles) > 1
+    assert "whole image only" in result.manifest.run["note"]
+    assert run_onnx.Model(result.out).answer(open_image(generated_sample(0, seed=0)), "What is it?", 4)
+    assert images.do_image_splitting

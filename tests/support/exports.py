@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import numpy as np
 from plans import random_plan
 from tiny_models import tiny_model
 from tiny_processors import tiny_image, tiny_processor
@@ -14,9 +15,11 @@ from slimvlm.compress.families import find_family
 from slimvlm.compress.records import Turn
 from slimvlm.compress.samples import Sample
 from slimvlm.compress.slicing import apply_plan
-from slimvlm.export.generation import until_end
+from slimvlm.export.generation import Arrays, until_end
+from slimvlm.export.graphs import Graph
 from slimvlm.export.job import ExportResult, export_model
 from slimvlm.export.options import ExportOptions
+from slimvlm.export.reference import graph_ports
 from slimvlm.export.sample import read_sample
 
 SIZES = {
@@ -56,3 +59,18 @@ def answer_of(result: ExportResult, name: str) -> str:
     tokens = read_sample(result.out)[1]["tokens"][0].tolist()
     kept = until_end(tokens, result.manifest.generation["end"])
     return tiny_processor(name).tokenizer.decode(kept, skip_special_tokens=True).strip()
+
+
+def random_feeds(graph: Graph, **sizes: int) -> Arrays:
+    """Arrays for a decoder graph at other sizes of its axes; `total_sequence_length` follows from the others."""
+    sizes["total_sequence_length"] = sizes["past_sequence_length"] + sizes["sequence_length"]
+    random, feeds = np.random.default_rng(0), {}
+    for port in graph_ports(graph):
+        shape = [sizes[size] if isinstance(size, str) else size for size in port.shape]
+        if port.dtype == "int64":
+            first = 0 if port.name == "attention_mask" else sizes["past_sequence_length"]
+            count = np.ones(shape, np.int64) if port.name == "attention_mask" else np.arange(shape[-1])
+            feeds[port.name] = np.broadcast_to(first + count, shape).copy()
+        else:
+            feeds[port.name] = random.standard_normal(shape).astype(port.dtype)
+    return feeds
