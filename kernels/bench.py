@@ -10,7 +10,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -89,8 +89,8 @@ class Report:
     device_name: str
     threads: int
     versions: dict[str, str]
-    copy_gb_per_s: float | None
     checks: list[Check]
+    copy_gb_per_s: float | None = None
     timings: list[Timing] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -118,19 +118,18 @@ def run(options: BenchOptions, progress: Progress | None = None) -> Report:
     for done, (shape, dtype) in enumerate(cases, start=1):
         checks += [_check(workload) for workload in make_workloads(shape, dtype, device)]
         _tell(progress, "check", done, len(cases))
-    notes = _notes(device)
-    facts = {"device": device.type, "device_name": _name(device), "threads": torch.get_num_threads()}
-    if any(not check.passed for check in checks):
-        return Report(**facts, versions=_versions(), copy_gb_per_s=None, checks=checks, notes=notes)
+    report = Report(device.type, _name(device), torch.get_num_threads(), _versions(), checks, notes=_notes(device))
+    if report.failures:
+        return report
     clock = Clock(device, options.repeats or REPEATS[device.type])
     copy = _copy_bandwidth(clock)
     compiled = gpu if options.compiled is None else options.compiled
     timings = []
     for done, (shape, dtype) in enumerate(cases, start=1):
         for workload in make_workloads(shape, dtype, device):
-            timings.append(_time(workload, clock, copy, compiled, notes))
+            timings.append(_time(workload, clock, copy, compiled, report.notes))
         _tell(progress, "time", done, len(cases))
-    return Report(**facts, versions=_versions(), copy_gb_per_s=copy, checks=checks, timings=timings, notes=notes)
+    return replace(report, copy_gb_per_s=copy, timings=timings)
 
 
 class Clock:
@@ -150,9 +149,9 @@ class Clock:
     def _once(self, function: Callable[[], object]) -> float:
         self._cache.zero_()
         if self.device.type != "cuda":
-            start = time.perf_counter()
+            started = time.perf_counter()
             function()
-            return 1000 * (time.perf_counter() - start)
+            return 1000 * (time.perf_counter() - started)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.device(self.device):
             start.record()

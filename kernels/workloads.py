@@ -229,7 +229,7 @@ def _moved_share(found: Tensor, expected: Tensor) -> float:
 
 def _different(found: Tensor | Sequence[Tensor], expected: Tensor | Sequence[Tensor]) -> float:
     """Number of tensors that are not equal bit for bit."""
-    pairs = [(found, expected)] if isinstance(found, Tensor) else zip(found, expected, strict=True)
+    pairs = zip(*((result,) if isinstance(result, Tensor) else result for result in (found, expected)), strict=True)
     return float(sum(not torch.equal(one, other) for one, other in pairs))
 
 

@@ -48,7 +48,10 @@ def angle_histogram(  # noqa: PLR0913 (a kernel's operands)
             f"got {counts.dtype} {tuple(counts.shape)}"
         )
     tokens, rows = outputs.shape
-    operands = {"input_norms": (input_norms, tokens), "weight_norms": (weight_norms, rows)}
+    operands: dict[str, tuple[Tensor | None, int]] = {
+        "input_norms": (input_norms, tokens),
+        "weight_norms": (weight_norms, rows),
+    }
     operands |= {"bias": (bias, rows), "mask": (mask, tokens), "counts": (counts[:, 0], rows)}
     for name, (operand, length) in operands.items():
         if operand is None:

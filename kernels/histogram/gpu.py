@@ -20,7 +20,7 @@ from slimvlm.kernels.launching import aligned, launch
 CHANNELS = tl.constexpr(8)
 FLOOR = tl.constexpr(NORM_FLOOR)
 PROGRAMS_PER_PROCESSOR = 16
-WARP = 32  # `tl.histogram` gives every lane at least one bin
+LANES = 64  # of the widest warp (AMD); every lane gets at least one bin
 CONFIGS = [
     triton.Config({"BLOCK_T": 256}, num_warps=4),  # twice the tokens spill on sm_100
     triton.Config({"BLOCK_T": 512}, num_warps=8),
@@ -129,7 +129,7 @@ def angle_histogram(
         "mask": None if mask is None else mask.contiguous().view(torch.uint8), "counts": target, "tokens": tokens,
         "rows": rows, "bins": bins, "per_token": outputs.stride(0), "per_channel": outputs.stride(1), "share": share,
         "FAITHFUL": faithful, "ALIGN": CHANNELS.value if whole else 1,
-        "SLOTS": max(WARP, triton.next_power_of_2(bins + 1)),
+        "SLOTS": max(LANES, triton.next_power_of_2(bins + 1)),
     }  # fmt: skip
     launch(histogram_kernel, lambda _: (programs, triton.cdiv(tokens, share)), arguments, outputs.device, config)
     if target is not counts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ def _split(tensor: Tensor | None, rows: int, step: int) -> Sequence[Tensor | Non
     return [None] * -(-rows // step) if tensor is None else tensor.split(step)
 
 
-def _saliency(inputs: Sequence[Tensor | None], variant: str, buffers: Tensor) -> Tensor:
+def _saliency(inputs: Sequence[Any], variant: str, buffers: Tensor) -> Tensor:
     """Signed saliency of one block, in `buffers[0]`."""
     weight, grad, square = inputs
     if variant == "second":

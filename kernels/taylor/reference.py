@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -18,14 +18,13 @@ def saliency_sums(batch: Sequence[Operands], variant: str) -> list[Tensor]:
 
 
 def _one(operands: Operands, variant: str) -> Tensor:
-    weight, grad, square, dim = operands
-    weight = weight.float()
-    if variant in ("second", "mix"):
-        saliency = weight * square.float() * weight
-    else:
-        saliency = weight * grad.float()
+    weight, dim = operands.weight.float(), operands.dim
+    grad, square = (None if tensor is None else tensor.float() for tensor in (operands.grad, operands.square))
+    saliency = weight * cast(Tensor, square if variant == "second" else grad)
+    if variant == "second":
+        saliency = saliency * weight
     if variant == "mix":
-        saliency = weight * grad.float() - 0.5 * saliency
+        saliency = saliency - 0.5 * weight * cast(Tensor, square) * weight
     if variant == "fisher":
         return saliency.square().sum(1 - dim)
     if variant == "vectorized":
