@@ -7,7 +7,7 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-from cubins import TARGETS, cases, compile_all, compile_case  # noqa: E402
+from cubins import TARGETS, cases, compile_all, compile_case, spills_on_rocm  # noqa: E402
 
 TABLE = json.loads((Path(__file__).parent / "resources.json").read_text(encoding="utf-8"))
 
@@ -34,6 +34,11 @@ def test_every_kernel_and_configuration_is_in_the_table():
         for config in case.tuner.configs:
             settings = " ".join(f"{key}={value}" for key, value in config.kwargs.items())
             assert f"sm_90 {case.name} {settings} warps={config.num_warps}" in names
+
+
+def test_every_kernel_compiles_for_rocm_without_spills():
+    for case in cases():
+        assert spills_on_rocm(case, case.tuner.configs[0]) == 0, case.name
 
 
 def test_the_checks_notice_spills_and_narrow_loads():

@@ -111,6 +111,25 @@ def _histogram(kind: str) -> Case:
 
 def compile_case(case: Case, config: triton.Config, capability: int) -> Compiled:
     """To a cubin, and read what it takes."""
+    kernel = _compile(case, config, GPUTarget("cuda", capability, 32))
+    wide = None
+    if case.tile_bytes is not None:
+        loaded = 16 * 32 * config.num_warps * len(VECTOR_LOAD.findall(kernel.asm["ptx"]))
+        wide = loaded >= case.tile_bytes(config.kwargs)
+    settings = " ".join(f"{key}={value}" for key, value in config.kwargs.items())
+    registers, spilled = _usage(kernel.asm["cubin"])
+    name = f"{case.name} {settings} warps={config.num_warps}"
+    return Compiled(name, f"sm_{capability}", registers, kernel.metadata.shared, spilled, wide)
+
+
+def spills_on_rocm(case: Case, config: triton.Config) -> int:
+    """Registers that spill on an AMD GPU of the CDNA 3 generation; compiles to a code object."""
+    kernel = _compile(case, config, GPUTarget("hip", "gfx942", 64))
+    assert kernel.asm["hsaco"].startswith(b"\x7fELF")
+    return sum(map(int, re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", kernel.asm["amdgcn"])))
+
+
+def _compile(case: Case, config: triton.Config, target: GPUTarget) -> Any:
     function = case.tuner.fn
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(function.arg_names):
@@ -124,15 +143,7 @@ def compile_case(case: Case, config: triton.Config, capability: int) -> Compiled
             signature[name], constants[(index,)] = "constexpr", value
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     source = ASTSource(function, signature, constants, attributes)
-    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    wide = None
-    if case.tile_bytes is not None:
-        loaded = 16 * 32 * config.num_warps * len(VECTOR_LOAD.findall(kernel.asm["ptx"]))
-        wide = loaded >= case.tile_bytes(config.kwargs)
-    settings = " ".join(f"{key}={value}" for key, value in config.kwargs.items())
-    registers, spilled = _usage(kernel.asm["cubin"])
-    name = f"{case.name} {settings} warps={config.num_warps}"
-    return Compiled(name, f"sm_{capability}", registers, kernel.metadata.shared, spilled, wide)
+    return triton.compile(source, target=target, options=options)
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
