@@ -6,6 +6,7 @@ Every figure names the device it was measured on; what ran on a CPU is a figure 
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import statistics
 import time
@@ -21,6 +22,7 @@ from slimvlm.kernels.workloads import SHAPES, Shape, Workload, make_workloads
 CACHE_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}  # written between two runs, so that operands come from memory
 REPEATS = {"cpu": 5, "cuda": 20}
 COPY_BYTES = 256 << 20
+BUSY = 1.0  # load average from which times on a CPU say little
 SCHEMA = 1
 
 Progress = Callable[[str, int, int], None]
@@ -222,7 +224,11 @@ def _copy_bandwidth(clock: Clock) -> float:
 def _notes(device: torch.device) -> list[str]:
     if device.type == "cuda":
         return []
-    return ["measured on a CPU: these are figures of the blocked torch path; the Triton kernels were not run"]
+    notes = ["measured on a CPU: these are figures of the blocked torch path; the Triton kernels were not run"]
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > BUSY:
+        notes.append(f"the machine was busy (load average {load:.1f} before the start): times and shares are noise")
+    return notes
 
 
 def _name(device: torch.device) -> str:
