@@ -20,6 +20,7 @@ def write_sample(folder: Path, given: Arrays, expected: Arrays) -> None:
     tensors = {GIVEN + name: array for name, array in given.items()}
     tensors |= {EXPECTED + name: array for name, array in expected.items()}
     save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, folder / SAMPLE)
+    (folder / SAMPLE).chmod(0o644)  # as the other files; safetensors writes for the owner alone
 
 
 def read_sample(folder: Path) -> tuple[Arrays, Arrays]:
