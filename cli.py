@@ -115,8 +115,9 @@ plan_options = _options(
     _option("--round-channels", type=COUNT, help="MLP widths become multiples of this."),
     _option("--attention-unit", type=click.Choice(ATTENTION_UNITS), help="What leaves an attention together."),
     _option("--layout", type=click.Choice(LAYOUTS), help="stock loads with the unmodified transformers class."),
+    _option("--refit/--no-refit", default=True, help="Fit what is left of each output to the dense one."),
     _option("--samples", type=COUNT, help="Calibration samples per round."),
-    _option("--grad-memory", type=Size(), metavar="SIZE", help="Bound on gradient sums held at once, as 8GB."),
+    _option("--grad-memory", type=Size(), metavar="SIZE", help="Bound on sums held at once, as 8GB."),
     _option("--host-sums", is_flag=True, help="Keep gradient sums in host memory while the model is on a GPU."),
     _option("--prefix-split", is_flag=True, help="Encoder-decoder models: split captions as the paper does."),
     _option("--threshold", type=FRACTION, help="Ablation: fit below this probability counts as poor; 1: all tokens."),
@@ -236,6 +237,7 @@ def demo(as_json: bool, quiet: bool, **values: Any) -> None:
         "model": str(MODEL),
         "data": SAMPLES / "train.jsonl",
         "eval_data": SAMPLES / "test.jsonl",
+        "train_batch_size": 32,
     }
     _compress(CompressOptions(**packaged, **values, device="cpu"), as_json=as_json, quiet=quiet)
 

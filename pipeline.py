@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,24 +15,26 @@ import torch
 from slimvlm.compress import processes
 from slimvlm.compress.budget import Budget
 from slimvlm.compress.calibrate import CalibrationOptions
-from slimvlm.compress.checkpoint import Loaded, load_model, save_checkpoint
+from slimvlm.compress.checkpoint import load_model, save_checkpoint
 from slimvlm.compress.collate import Batch, Collator
 from slimvlm.compress.computing import TOLERANCE, cast, load_to_compute, outputs, relative_difference
 from slimvlm.compress.criteria import CRITERIA, Criterion
-from slimvlm.compress.errors import CheckFailedError, CheckpointError, SlimvlmError, UnsuitableOptionError
+from slimvlm.compress.errors import CheckFailedError, CheckpointError, UnsuitableOptionError
 from slimvlm.compress.evaluate import Comparison, Quality, compare, evaluate
+from slimvlm.compress.groups import find_groups
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
+from slimvlm.compress.recovery.stage import CUT, recover_stage
+from slimvlm.compress.refit import refit
 from slimvlm.compress.rounds import Planned, Planning, plan_in_rounds
 from slimvlm.compress.runs import RunFolder, read_identity, write_text
 from slimvlm.compress.samples import Sample, batches
 from slimvlm.compress.slicing import apply_plan, mask_plan
-from slimvlm.compress.splits import Measured, read_evaluation, read_measured, read_trained
+from slimvlm.compress.splits import Measured, read_evaluation, read_measured
 
 Progress = Callable[..., None]  # stage, done, total, note: what else is worth saying
 
 CHECKED_SAMPLES = 4
-CUT, RECOVERED = "cut", ".recovered"  # the checkpoint before the recovery; the one after it, until it is in place
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,9 @@ def _compress(options: CompressOptions, progress: Progress) -> Result:
     if options.stages == ("plan",):
         return Result(options.out, plan, None, {}, len(data.bad))
     if run.writer:
-        _slice_stage(run, options, plan, data)
+        _slice_stage(run, options, plan, data, progress)
     processes.wait_for_all()
-    recovery = _recover_stage(run, options, plan, data, progress)
+    recovery = recover_stage(run, options, plan, data, progress)
     if not run.writer:
         return Result(options.out, plan, None, {}, len(data.bad))
     dense, cut, slim = _evaluate_stage(run, options, data, progress)
@@ -242,7 +243,8 @@ def _collated(collator: Collator, samples: Sequence[Sample], batch_size: int) ->
 # ------------------------------------------------------------------ slice, save
 
 
-def _slice_stage(run: RunFolder, options: CompressOptions, plan: Plan, data: Measured) -> None:
+def _slice_stage(run: RunFolder, options: CompressOptions, plan: Plan, data: Measured, progress: Progress) -> None:
+    """Cut, check the cut against the masked dense model, refit what is left to it, save, and check the checkpoint."""
     if run.finished("slice"):
         return
     with run.stage("slice") as facts:
@@ -251,9 +253,18 @@ def _slice_stage(run: RunFolder, options: CompressOptions, plan: Plan, data: Mea
         loaded = load_to_compute(options, options.model)
         model = loaded.model
         stored, computed = model.config.dtype, model.dtype
-        batch = Collator(loaded.processor, loaded.family, model.config).training(data.calibration[:CHECKED_SAMPLES])
+        collator = Collator(loaded.processor, loaded.family, model.config)
+        batch = collator.training(data.calibration[:CHECKED_SAMPLES])
+        fitted = None
+        if options.refit:
+            groups = find_groups(model, loaded.family, plan.attention_unit)
+            work = _collated(collator, data.calibration, options.batch_size)
+            fitted = refit(model, loaded.family, groups, plan.keep, work, memory=options.grad_memory, progress=progress)
+            facts.update(output_lost_by_cut=fitted.lost_by_cut, output_lost=fitted.lost)
         masked = outputs(mask_plan(model, plan), batch)
         facts["masked_difference"] = relative_difference(masked, outputs(apply_plan(model, plan), batch))
+        if fitted is not None:
+            fitted.put_into(model)
         save_checkpoint(options.out / "model", cast(model, stored), loaded.processor, plan, options.layout)
         sliced = outputs(cast(model, computed), batch)
         reloaded = load_to_compute(options, str(options.out / "model"))
@@ -272,82 +283,6 @@ def _require_equal(facts: dict[str, Any], dtype: torch.dtype, out: Path) -> None
             f"{out / 'model'}: the reloaded checkpoint differs from what was saved by "
             f"{facts['reload_difference']:.2e}; please report this model"
         )
-
-
-# ------------------------------------------------------------------ recover
-
-
-def _recover_stage(
-    run: RunFolder, options: CompressOptions, plan: Plan, data: Measured, progress: Progress
-) -> dict[str, Any] | None:
-    """Train the cut model and put it in the place of `model/`; what it was trained from is kept as `cut/`."""
-    asked, earlier, folder = options.recovery_identity(), run.facts("recover"), options.out / "recovery"
-    if run.finished("recover") and earlier["options"] == asked:
-        return earlier
-    if run.writer and earlier.get("options", asked) != asked:
-        shutil.rmtree(folder, ignore_errors=True)  # an interrupted training with other options
-    processes.wait_for_all()
-    if options.recover == "none":
-        _undo_recovery(run, options.out)
-        return None
-    from slimvlm.compress.recovery.recover import recover  # peft and accelerate take seconds to import
-
-    trained = read_trained(options, data)
-    start = options.out / (CUT if (options.out / CUT).is_dir() else "model")
-    with _kept_if_refused(run, earlier), run.stage("recover", options=asked) as facts:
-        recovered = recover(options, plan, start, trained, folder, lambda fact: _tell(progress, fact))
-        facts.update(recovered.history.to_dict(), merged_difference=recovered.merged_difference)
-        facts.update(samples=len(trained.training), data_digest=trained.digest)
-        if run.writer:
-            facts["reload_difference"] = _save_recovered(options, plan, recovered.loaded, data)
-            (folder / "recovery.jsonl").replace(options.out / "recovery.jsonl")
-            shutil.rmtree(folder)
-            run.forget("evaluate")
-    processes.wait_for_all()
-    return run.facts("recover")
-
-
-@contextmanager
-def _kept_if_refused(run: RunFolder, earlier: dict[str, Any]) -> Iterator[None]:
-    """A recovery that is refused leaves the model of an earlier one in place, and the record that says so."""
-    try:
-        yield
-    except SlimvlmError:
-        if earlier.get("status") == "finished":
-            run.record["stages"]["recover"] = earlier
-            run.save()
-        raise
-
-
-def _undo_recovery(run: RunFolder, out: Path) -> None:
-    """Back to the cut model."""
-    if run.writer and (out / CUT).is_dir():
-        run.forget("recover", "evaluate")
-        shutil.rmtree(out / "model", ignore_errors=True)
-        (out / CUT).rename(out / "model")
-
-
-def _save_recovered(options: CompressOptions, plan: Plan, loaded: Loaded, data: Measured) -> float:
-    """Write the checkpoint, check that it reloads to the same outputs, and put it in place."""
-    model, folder = loaded.model, options.out / RECOVERED
-    shutil.rmtree(folder, ignore_errors=True)
-    save_checkpoint(folder, cast(model, model.config.dtype), loaded.processor, plan, options.layout)
-    reloaded = load_to_compute(options, str(folder)).model
-    model.set_attn_implementation(reloaded.config._attn_implementation)
-    batch = Collator(loaded.processor, loaded.family, model.config).training(data.calibration[:CHECKED_SAMPLES])
-    difference = relative_difference(outputs(cast(model, reloaded.dtype), batch), outputs(reloaded, batch))
-    if difference > 0:
-        raise CheckFailedError(f"{folder}: the reloaded checkpoint differs from what was saved by {difference:.2e}")
-    if not (options.out / CUT).is_dir():
-        (options.out / "model").rename(options.out / CUT)
-    shutil.rmtree(options.out / "model", ignore_errors=True)
-    folder.rename(options.out / "model")
-    return difference
-
-
-def _tell(progress: Progress, fact: Mapping[str, Any]) -> None:
-    note = f"{fact['stage']}: loss {fact['loss']:.4g}, {fact['tokens_per_second']:.0f} tokens/s"
-    progress("recover", fact["step"], fact["total"], note)
 
 
 # ------------------------------------------------------------------ evaluate

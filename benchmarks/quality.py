@@ -30,6 +30,7 @@ from slimvlm.compress.evaluate import evaluate
 from slimvlm.compress.groups import find_groups
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
+from slimvlm.compress.refit import refit
 from slimvlm.compress.rounds import plan_in_rounds
 from slimvlm.compress.runs import installed_versions
 from slimvlm.compress.samples import Sample, batches, load_samples
@@ -38,9 +39,10 @@ from slimvlm.demo import MODEL, SAMPLES
 from slimvlm.pipeline import planning_of
 
 DEFAULT = CompressOptions(model=str(MODEL), out=Path("unused"), data=SAMPLES / "train.jsonl")
-ONE_SHOT = replace(DEFAULT, rounds=1, allocator="global")
+ONE_SHOT = replace(DEFAULT, rounds=1, allocator="global", refit=False)
 METHODS: dict[str, tuple[str, CompressOptions]] = {
     "default": ("slimvlm default", DEFAULT),
+    "no-refit": ("slimvlm default, without the refit", replace(DEFAULT, refit=False)),
     "ukmi": ("UKMI, faithful (paper)", replace(DEFAULT, faithful=True).resolved()),
     "fisher": ("Fisher, global, one shot", replace(ONE_SHOT, criterion="fisher")),
     "gate": ("Gates, global, one shot", replace(ONE_SHOT, criterion="gate")),
@@ -123,9 +125,17 @@ def score(loaded: Loaded, study: Study, blind_seed: int | None = None) -> dict:
     return {"score": round(100 * quality.score, 2), "tasks": tasks}
 
 
-def cut(plan: Plan) -> Loaded:
+def cut(plan: Plan, options: CompressOptions, samples: Sequence[Sample]) -> Loaded:
+    """The cut model, refitted on the calibration samples where the options say so."""
     loaded = dense()
+    fitted = None
+    if options.refit:
+        groups = find_groups(loaded.model, loaded.family, plan.attention_unit)
+        work = collated(loaded, samples, options.batch_size)
+        fitted = refit(loaded.model, loaded.family, groups, plan.keep, work)
     apply_plan(loaded.model, plan)
+    if fitted is not None:
+        fitted.put_into(loaded.model)
     return loaded
 
 
@@ -159,7 +169,7 @@ def measure(arguments: argparse.Namespace) -> None:
             for ratio, plan, seconds in plans:
                 facts = {"plan_seconds": round(seconds, 1), "score": None}
                 if plan is not None:
-                    facts |= {**score(cut(plan), study), "removed": round(plan.removed_fraction, 5)}
+                    facts |= {**score(cut(plan, options, samples), study), "removed": round(plan.removed_fraction, 5)}
                 write(method, ratio, index, facts)
 
 

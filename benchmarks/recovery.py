@@ -31,7 +31,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from quality import METHODS, calibration_sets, dense, one_shot_plans, plan_of_rounds
+from quality import METHODS, calibration_sets, cut, one_shot_plans, plan_of_rounds
 
 from slimvlm.compress.checkpoint import Loaded, save_checkpoint
 from slimvlm.compress.collate import Collator
@@ -42,7 +42,6 @@ from slimvlm.compress.records import Turn
 from slimvlm.compress.recovery.recover import recover
 from slimvlm.compress.runs import installed_versions
 from slimvlm.compress.samples import Sample, load_samples
-from slimvlm.compress.slicing import apply_plan
 from slimvlm.compress.splits import Trained, hold_out
 from slimvlm.demo import MODEL, SAMPLES
 from slimvlm.demo.scenes import TRAIN_MIX, questions, scenes
@@ -133,6 +132,11 @@ def packaged_samples() -> Sequence[Sample]:
     return load_samples(SAMPLES / "train.jsonl").samples
 
 
+@cache
+def calibration(seed: int) -> Sequence[Sample]:
+    return calibration_sets(seed + 1, BASE.samples)[seed]
+
+
 def samples_of(data: str, seed: int, count: int, folder: Path | None) -> Trained:
     """`count`: how many a training of the asked steps can use; more is only made of fresh scenes."""
     packaged = packaged_samples()
@@ -176,15 +180,14 @@ def options_of(cell: Cell, arguments: argparse.Namespace) -> CompressOptions:
 def run(cell: Cell, arguments: argparse.Namespace) -> tuple[Loaded, dict[str, Any]]:
     """The recovered model and what it cost."""
     found = Plan.from_json(plan_file(arguments.out, cell.cut, cell.ratio, cell.seed).read_text())
-    cut = dense()
-    found = replace(found, model_digest=cut.digest)
-    apply_plan(cut.model, found)
+    loaded = cut(found, METHODS[cell.cut][1], calibration(cell.seed))
+    found = replace(found, model_digest=loaded.digest)
     if cell.recipe == "none":
-        return cut, {"removed": round(found.removed_fraction, 5)}
+        return loaded, {"removed": round(found.removed_fraction, 5)}
     options = options_of(cell, arguments)
     data = samples_of(cell.data, cell.seed, options.steps * options.train_batch_size, arguments.cache)
     with tempfile.TemporaryDirectory() as folder:
-        save_checkpoint(Path(folder, "cut"), cut.model, cut.processor, found)
+        save_checkpoint(Path(folder, "cut"), loaded.model, loaded.processor, found)
         result = recover(options, found, Path(folder, "cut"), data, Path(folder, "training"), lambda fact: None)
     history = result.history.to_dict()
     facts = {name: history[name] for name in ("seconds", "tokens_per_second", "best_step", "helped", "first", "best")}

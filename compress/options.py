@@ -86,9 +86,10 @@ class CompressOptions(RecoverOptions):
             its losses, weights and schedule in the recovery.
         rounds: re-calibrations on the partly cut model while the ratio grows.
         samples: calibration samples per round.
-        grad_memory: bound in bytes on the gradient sums held at once; None: no bound.
+        grad_memory: bound in bytes on the sums held at once, of gradients or of the refit; None: none, or 4 GiB.
         host_sums: keep gradient sums in host memory while the model is on a GPU.
         threshold, entropy, taylor: ablations; None: what the criterion says. A threshold of 1 selects all tokens.
+        refit: fit the kept columns of output projections to the dense outputs, by least squares.
         stages: the stages to run.
         max_quality_drop: largest accepted loss in points of the mean metric; crossing it is a failed check.
     """
@@ -106,6 +107,7 @@ class CompressOptions(RecoverOptions):
     round_channels: int = 1
     attention_unit: str = "auto"
     layout: str = "per-layer"
+    refit: bool = True
     samples: int = 512
     batch_size: int = 16
     seed: int = 0
@@ -131,7 +133,7 @@ class CompressOptions(RecoverOptions):
         if not self.faithful:
             return self
         plan = {"criterion": "ukmi", "allocator": "balanced", "rounds": 1, "attention_unit": "kv-group"}
-        return replace(self, **plan, round_channels=1, **PAPER_RECOVERY)
+        return replace(self, **plan, round_channels=1, refit=False, **PAPER_RECOVERY)
 
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same run; the recovery is apart, a finished run can be recovered again otherwise."""

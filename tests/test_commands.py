@@ -12,7 +12,7 @@ from slimvlm.demo import MODEL, SAMPLES
 
 # No calibration and few questions: seconds.
 CHEAP = ("--data", SAMPLES / "train.jsonl", "--criterion", "magnitude", "--rounds", 1, "--samples", 8)
-NO_RECOVERY = ("--recover", "none")
+NO_RECOVERY = ("--no-refit", "--recover", "none")
 
 
 def run(*words: object) -> Result:
@@ -56,14 +56,14 @@ def test_apply_replays_the_plan_of_compress(finished: tuple[Path, Result], tmp_p
 
 
 def test_plan_writes_the_plan_that_compress_goes_on_from(finished: tuple[Path, Result], tmp_path: Path) -> None:
-    options = (*CHEAP, "--ratio", 0.6, "--eval-samples", 12, "--json", "--quiet")
+    options = (*CHEAP, "--no-refit", "--ratio", 0.6, "--eval-samples", 12, "--json", "--quiet")
     planned = run("plan", MODEL, tmp_path / "out", *options)
     assert planned.exit_code == 0, planned.stderr
     assert not (tmp_path / "out" / "model").exists()
     written = (tmp_path / "out" / "plan.json").read_text(encoding="utf-8")
     assert written == (finished[0] / "plan.json").read_text(encoding="utf-8")
     assert json.loads(planned.stdout)["parameters"]["after"] == Plan.from_json(written).parameters_after
-    resumed = run("compress", MODEL, tmp_path / "out", *options, *NO_RECOVERY, "--resume")
+    resumed = run("compress", MODEL, tmp_path / "out", *options, *NO_RECOVERY[1:], "--resume")
     assert resumed.exit_code == 0, resumed.stderr
     assert json.loads(resumed.stdout)["quality"] == json.loads(finished[1].stdout)["quality"]
 

@@ -31,6 +31,7 @@ def few(tmp_path: Path, **changes) -> CompressOptions:
         eval_samples=24,
         rounds=2,
         batch_size=8,
+        refit=False,
         recover="none",
     )
     return replace(options, **changes)
@@ -158,3 +159,14 @@ def test_a_taylor_variant_of_a_criterion_that_is_no_taylor_is_refused(tmp_path, 
 @pytest.mark.parametrize("criterion", ["ukmi", "taylor"])
 def test_a_taylor_variant_changes_the_saliency_of_a_taylor_criterion(tmp_path, criterion):
     assert planning_of(few(tmp_path, criterion=criterion, taylor="mix")).calibration.criterion.saliency == "mix"
+
+
+def test_the_refit_is_on_by_default_keeps_the_size_and_is_recorded(tmp_path, finished):
+    options = few(tmp_path, refit=CompressOptions(model="", out=tmp_path, data=tmp_path).refit)
+    result = compress(options)
+    assert result.plan == finished[1].plan
+    facts = json.loads((options.out / "run.json").read_text())["stages"]["slice"]
+    assert 0 < facts["output_lost"] < facts["output_lost_by_cut"] < 1
+    assert facts["reload_difference"] == 0
+    assert result.slim.scores["token_loss"] < finished[1].slim.scores["token_loss"]
+    assert not replace(options, faithful=True).resolved().refit

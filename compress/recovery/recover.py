@@ -128,7 +128,9 @@ def _prepare(options: CompressOptions, plan: Plan, loaded: Loaded) -> Any | None
             options.rank, options.recall_rank, options.alpha, options.dropout, options.recall, options.targets
         )
         slices = Slices(_dense_folder(options.model, plan), model, plan) if options.recall else None
-        adapted = attach(model, plan, slices, settings)
+        with torch.random.fork_rng():
+            torch.manual_seed(options.seed)  # the new factors start at random
+            adapted = attach(model, plan, slices, settings)
     if "projector" in options.train:
         if not family.projector:
             raise UnsuitableOptionError(f"family {family.name} has no projector to train; use --train lora or full")

@@ -1,0 +1,104 @@
+"""The recover stage of a run: from the cut checkpoint in the run folder to the recovered one in its place."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from slimvlm.compress import processes
+from slimvlm.compress.checkpoint import Loaded, save_checkpoint
+from slimvlm.compress.collate import Collator
+from slimvlm.compress.computing import cast, load_to_compute, outputs, relative_difference
+from slimvlm.compress.errors import CheckFailedError, SlimvlmError
+from slimvlm.compress.options import CompressOptions
+from slimvlm.compress.plan import Plan
+from slimvlm.compress.runs import RunFolder
+from slimvlm.compress.splits import Measured, read_trained
+
+CUT, RECOVERED = "cut", ".recovered"  # the checkpoint before the recovery; the one after it, until it is in place
+CHECKED_SAMPLES = 4
+Progress = Callable[..., None]  # stage, done, total, note
+
+
+def recover_stage(
+    run: RunFolder, options: CompressOptions, plan: Plan, data: Measured, progress: Progress
+) -> dict[str, Any] | None:
+    """Train the cut model and put it in the place of `model/`; what it was trained from is kept as `cut/`.
+
+    Does nothing where the same recovery is finished; goes on where it was interrupted; begins again from `cut/` where
+    the options differ. Returns what was recorded, None without a recovery. Every process of the run calls it.
+
+    Raises:
+        SlimvlmError: refused; the model and the record of an earlier recovery stay.
+        CheckFailedError: the merged or reloaded model differs from the trained one.
+    """
+    asked, earlier, folder = options.recovery_identity(), run.facts("recover"), options.out / "recovery"
+    if run.finished("recover") and earlier["options"] == asked:
+        return earlier
+    if run.writer and earlier.get("options", asked) != asked:
+        shutil.rmtree(folder, ignore_errors=True)  # an interrupted training with other options
+    processes.wait_for_all()
+    if options.recover == "none":
+        _undo_recovery(run, options.out)
+        return None
+    from slimvlm.compress.recovery.recover import recover  # peft and accelerate take seconds to import
+
+    trained = read_trained(options, data)
+    start = options.out / (CUT if (options.out / CUT).is_dir() else "model")
+    with _kept_if_refused(run, earlier), run.stage("recover", options=asked) as facts:
+        recovered = recover(options, plan, start, trained, folder, lambda fact: _tell(progress, fact))
+        facts.update(recovered.history.to_dict(), merged_difference=recovered.merged_difference)
+        facts.update(samples=len(trained.training), data_digest=trained.digest)
+        if run.writer:
+            facts["reload_difference"] = _save_recovered(options, plan, recovered.loaded, data)
+            (folder / "recovery.jsonl").replace(options.out / "recovery.jsonl")
+            shutil.rmtree(folder)
+            run.forget("evaluate")
+    processes.wait_for_all()
+    return run.facts("recover")
+
+
+@contextmanager
+def _kept_if_refused(run: RunFolder, earlier: dict[str, Any]) -> Iterator[None]:
+    """A recovery that is refused leaves the model of an earlier one in place, and the record that says so."""
+    try:
+        yield
+    except SlimvlmError:
+        if earlier.get("status") == "finished":
+            run.record["stages"]["recover"] = earlier
+            run.save()
+        raise
+
+
+def _undo_recovery(run: RunFolder, out: Path) -> None:
+    """Back to the cut model."""
+    if run.writer and (out / CUT).is_dir():
+        run.forget("recover", "evaluate")
+        shutil.rmtree(out / "model", ignore_errors=True)
+        (out / CUT).rename(out / "model")
+
+
+def _save_recovered(options: CompressOptions, plan: Plan, loaded: Loaded, data: Measured) -> float:
+    """Write the checkpoint, check that it reloads to the same outputs, and put it in place."""
+    model, folder = loaded.model, options.out / RECOVERED
+    shutil.rmtree(folder, ignore_errors=True)
+    save_checkpoint(folder, cast(model, model.config.dtype), loaded.processor, plan, options.layout)
+    reloaded = load_to_compute(options, str(folder)).model
+    model.set_attn_implementation(reloaded.config._attn_implementation)
+    batch = Collator(loaded.processor, loaded.family, model.config).training(data.calibration[:CHECKED_SAMPLES])
+    difference = relative_difference(outputs(cast(model, reloaded.dtype), batch), outputs(reloaded, batch))
+    if difference > 0:
+        raise CheckFailedError(f"{folder}: the reloaded checkpoint differs from what was saved by {difference:.2e}")
+    if not (options.out / CUT).is_dir():
+        (options.out / "model").rename(options.out / CUT)
+    shutil.rmtree(options.out / "model", ignore_errors=True)
+    folder.rename(options.out / "model")
+    return difference
+
+
+def _tell(progress: Progress, fact: Mapping[str, Any]) -> None:
+    note = f"{fact['stage']}: loss {fact['loss']:.4g}, {fact['tokens_per_second']:.0f} tokens/s"
+    progress("recover", fact["step"], fact["total"], note)
