@@ -5,13 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from slimvlm.compress.runs import write_text
+from slimvlm.serve.report.answers import answers_section
+from slimvlm.serve.report.checks import parity_section, repeat_section, running_section
 from slimvlm.serve.report.document import Report
 from slimvlm.serve.report.files import read_run
 from slimvlm.serve.report.markdown import markdown
 from slimvlm.serve.report.page import page
+from slimvlm.serve.report.quality import quality_section
 from slimvlm.serve.report.removed import removed_section, scores_section
 from slimvlm.serve.report.training import recovery_section
 
+SECTIONS = (
+    *(quality_section, answers_section, removed_section, scores_section, recovery_section),
+    *(running_section, parity_section, repeat_section),
+)
 PAGE, TEXT = "report.html", "report.md"
 
 
@@ -24,8 +31,7 @@ def write_report(run: Path) -> Path:
         OutputError: `run` holds no run, a file of it is damaged, or the folder cannot be written.
     """
     files = read_run(run)
-    builders = (removed_section, scores_section, recovery_section)
-    report = Report(f"Compression of {files.record['options']['model']}", tuple(build(files) for build in builders))
+    report = Report(f"Compression of {files.record['options']['model']}", tuple(build(files) for build in SECTIONS))
     write_text(run / TEXT, markdown(report))
     write_text(run / PAGE, page(report))
     return run / PAGE

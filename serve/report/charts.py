@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
-from slimvlm.serve.report.document import Chart
+from slimvlm.serve.report.document import Chart, shown
 
 WIDTH = 3.75  # inches: narrow enough for a telephone, so that letters stay legible there
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
@@ -127,7 +128,7 @@ def score_steps(name: str, title: str, by_modality: Mapping[str, np.ndarray]) ->
                 style = {
                     "edgecolor": COLOURS.get(modality, DENSE),
                     "linestyle": DASHES.get(modality, ":"),
-                    "label": modality,
+                    "label": _short(modality),
                 }
                 axes.hist(values, edges, weights=weights, histtype="step", linewidth=1.3, **style)
         axes.set(xlabel="score (logarithmic)", ylabel="share of units")
@@ -225,7 +226,8 @@ def _plain(value: float, _: object) -> str:
     return f"{value:.3g}"
 
 
-def _short(text: str) -> str:
+def _short(name: str) -> str:
+    text = shown(name)
     return text if len(text) <= TICK_LETTERS else text[: TICK_LETTERS - 1] + "…"
 
 
@@ -242,7 +244,8 @@ def _legend(axes: Axes, columns: int) -> None:
 def _drawn(name: str, title: str, height: float) -> Iterator[tuple[Figure, list[Chart]]]:
     """A figure to draw in; the list holds the chart afterwards."""
     charts: list[Chart] = []
-    with matplotlib.style.context(["default", STYLE | {"svg.hashsalt": name}]):
+    with warnings.catch_warnings(), matplotlib.style.context(["default", STYLE | {"svg.hashsalt": name}]):
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the reader's fonts draw the text, not ours
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         FigureCanvasSVG(figure)
         yield figure, charts

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 HEADINGS = ("What got worse, failed or is missing", "What was done")
+WIDE = (6, 66)  # columns, letters
 LONGEST_TEXT = 400  # characters of an answer, a reason or a name that are shown
 
 
@@ -37,6 +38,12 @@ class Table:
     rows: Sequence[tuple[str, ...]]
     source: str
     texts: int = 1
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether it needs the whole width of a page."""
+        longest = (max((len(row[place]) for row in self.rows), default=0) for place in range(len(self.columns)))
+        return len(self.columns) > WIDE[0] or sum(longest) > WIDE[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +106,21 @@ class Report:
 
 
 def shown(value: object) -> str:
-    """Any value of a file as one line of visible text.
+    """A name or an answer as one line of visible text, of bounded length."""
+    text = line(value)
+    return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + "…"
 
-    Line breaks become blanks; control characters, half surrogates and what reorders text (bidirectional overrides)
-    become escapes, so that nothing in a name or an answer can hide or forge anything.
+
+def line(value: object) -> str:
+    """Any value as one line of visible text: line breaks and runs of blanks become a blank."""
+    return visible(" ".join(str(value).split()))
+
+
+def visible(text: str) -> str:
+    """The text with escapes for control characters, half surrogates and what reorders text (bidirectional overrides):
+    nothing in a name or an answer can hide or forge anything, and it can always be encoded.
     """
-    text = " ".join(str(value).split())
-    visible = "".join(character if _is_visible(character) else _escape(character) for character in text)
-    return visible if len(visible) <= LONGEST_TEXT else visible[:LONGEST_TEXT] + "…"
+    return "".join(character if _is_visible(character) else _escape(character) for character in text)
 
 
 def _is_visible(character: str) -> bool:
@@ -127,14 +141,15 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.1f} %"
 
 
+def share(fraction: float) -> str:
+    """A round fraction in percent: 95 %."""
+    return f"{100 * fraction:g} %"
+
+
 def points(difference: float) -> str:
     """A difference of two fractions in percentage points: -16.2."""
-    return f"{100 * difference:+.1f}"
-
-
-def span(low: float, high: float, form: str = "{:.1f}") -> str:
-    """An interval of fractions, in percent: 74.2 to 83.4."""
-    return f"{form.format(100 * low)} to {form.format(100 * high)}"
+    text = f"{100 * difference:+.1f}"
+    return "0.0" if text in ("+0.0", "-0.0") else text
 
 
 def figure(value: float | None) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-from slimvlm.serve.report.document import Example, Report, Section, Table, shown
+from slimvlm.serve.report.document import Example, Report, Section, Table, line, visible
 
-SPECIAL = re.compile(r"([\\`*_\[\]<>#+!|~$&])")
+SPECIAL = re.compile(r"([\\`*_\[\]<>#!|~$&])")
 
 
 def markdown(report: Report) -> str:
@@ -17,7 +17,12 @@ def markdown(report: Report) -> str:
 
 def escaped(value: str) -> str:
     """Text that stands for itself in any Markdown, in a cell as well; an empty one is said to be."""
-    return SPECIAL.sub(r"\\\1", shown(value))
+    return SPECIAL.sub(r"\\\1", line(value))
+
+
+def paragraph(value: str) -> str:
+    """Such text at the start of a line, where a sign or a number with a dot would begin a list."""
+    return re.sub(r"^(\d*)([-+.)])", r"\1\\\2", escaped(value))
 
 
 def _lines(report: Report) -> Iterator[str]:
@@ -25,7 +30,7 @@ def _lines(report: Report) -> Iterator[str]:
     yield ""
     for title, findings in report.findings:
         yield from (f"**{escaped(title)}**", "")
-        yield from (f"- {escaped(finding.text)} ({escaped(finding.source)})" for finding in findings)
+        yield from (f"- {paragraph(finding.text)} ({escaped(finding.source)})" for finding in findings)
         yield ""
     for section in report.sections:
         yield from _section(section)
@@ -34,7 +39,7 @@ def _lines(report: Report) -> Iterator[str]:
 def _section(section: Section) -> Iterator[str]:
     yield f"## {escaped(section.title)}"
     for note in section.notes:
-        yield from ("", escaped(note))
+        yield from ("", paragraph(note))
     for part in section.parts:
         if isinstance(part, Table):
             yield from _table(part)
@@ -42,7 +47,7 @@ def _section(section: Section) -> Iterator[str]:
         yield from _table(_example_table(section.examples))
     for label, text in section.code:
         fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-        yield from ("", escaped(label), "", fence, *(shown(line) for line in text.splitlines()), fence)
+        yield from ("", escaped(label), "", fence, visible(text), fence)
     yield ""
 
 

@@ -111,7 +111,7 @@ def _chart(number: int, part: _Part) -> Chart:
 
 def _size_chart(plan: Plan) -> Chart:
     towers = sorted(plan.towers.items())
-    names = ["whole model", *(shown(name) for name, _ in towers)]
+    names = ["whole model", *(name for name, _ in towers)]
     before = [plan.parameters_before, *(tower.parameters_before for _, tower in towers)]
     after = [plan.parameters_after, *(tower.parameters_after for _, tower in towers)]
     return size_bars("sizes", "Parameters before and after", names, before, after)

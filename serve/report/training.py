@@ -134,7 +134,7 @@ def _stage_table(stage: dict[str, Any]) -> Table:
         for number, part in enumerate(stage["stages"], start=1)
     ]
     columns = ("", "stage", "steps", "tokens", "seconds", "first loss", "last loss")
-    return Table("Stages", columns, rows, f"{RECOVER}.stages", texts=2)
+    return Table("Stages of the training", columns, rows, f"{RECOVER}.stages", texts=2)
 
 
 def _validation_table(lines: list[dict[str, Any]]) -> Table:

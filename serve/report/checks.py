@@ -1,0 +1,157 @@
+"""Whether the files are what they claim to be, what they cost to run, and how to make them again."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from slimvlm.compress.options import STAGES
+from slimvlm.serve.report.document import Finding, Section, Table, figure, percent, shown, whole
+from slimvlm.serve.report.files import MANIFEST, RunFiles
+
+CHECKED = (  # stage, field, what it says
+    ("slice", "masked_difference", "cut model against the dense model with the same units masked, relative"),
+    ("slice", "reload_difference", "saved checkpoint against the cut model in memory, relative"),
+    ("recover", "merged_difference", "merged weights against the adapted model, relative"),
+    ("recover", "reload_difference", "saved recovered checkpoint against the model in memory, relative"),
+)
+
+
+def parity_section(files: RunFiles) -> Section:
+    """Differences between what must be equal: of the checkpoints, and of every exported graph."""
+    rows = [
+        (text, figure(files.stage(stage)[field]))
+        for stage, field, text in CHECKED
+        if files.stage(stage).get(field) is not None
+    ]
+    tables = [Table("Checkpoint", ("compared", "difference"), rows, "run.json: stages.slice, stages.recover")]
+    notes = ["A run stops at the first of these checks that fails, so a finished stage has passed its own."]
+    if files.manifest is None:
+        notes.append("The model was not exported: there is no export/manifest.json.")
+        return Section("parity", "Parity", tuple(notes), parts=tuple(tables))
+    manifest = files.manifest
+    tables.append(_graph_table(manifest))
+    if manifest.get("checks"):
+        tables.append(_token_table(manifest))
+    found = tuple(Finding(shown(text), f"{MANIFEST}: failures", bad=True) for text in manifest.get("failures", ()))
+    if not found:
+        count = whole(len(manifest["artifacts"]))
+        found = (Finding(f"All {count} exported graphs are within their tolerances.", f"{MANIFEST}: ok"),)
+    return Section("parity", "Parity", tuple(notes), findings=found, parts=tuple(tables))
+
+
+def _graph_table(manifest: Mapping[str, Any]) -> Table:
+    """The worst case of every graph."""
+    rows = []
+    for artifact in manifest["artifacts"]:
+        cases = artifact["parity"]
+        tolerance = manifest["tolerances"].get(artifact["variant"], {})
+        worst = {
+            "max_absolute": max((case["max_absolute"] for case in cases), default=None),
+            "max_relative": max((case["max_relative"] for case in cases), default=None),
+        }
+        cosine = min((case["cosine"] for case in cases), default=None)
+        rows.append(
+            (
+                *(artifact["file"], artifact["exporter"], "yes" if artifact["ok"] else "NO", whole(len(cases))),
+                *(figure(worst["max_absolute"]), figure(worst["max_relative"]), figure(tolerance.get("relative"))),
+                *("none" if cosine is None else f"{cosine:.6f}", figure(tolerance.get("cosine"))),
+            )
+        )
+    columns = ("file", "exporter", "passed", "cases", "absolute", "relative", "accepted", "cosine", "wanted")
+    title = "Exported graphs against torch, worst case each"
+    return Table(title, columns, rows, f"{MANIFEST}: artifacts[].parity, tolerances", texts=3)
+
+
+def _token_table(manifest: Mapping[str, Any]) -> Table:
+    rows = [
+        (
+            *(check["format"], check["variant"], "yes" if check["ok"] else "NO", whole(check["samples"])),
+            *(whole(check["equal"]), percent(check["token_share"])),
+            *("none" if check[name] is None else percent(check[name]) for name in ("accuracy", "torch_accuracy")),
+        )
+        for check in manifest["checks"]
+    ]
+    columns = ("format", "variant", "passed", "samples", "equal", "equal tokens", "right", "right in torch")
+    return Table("Greedy answers against torch", columns, rows, f"{MANIFEST}: checks", texts=3)
+
+
+def running_section(files: RunFiles) -> Section:
+    """The place of latency and memory."""
+    if files.profile is None:
+        text = "Latency and memory were not measured: whether the slim model is faster is not known."
+        return Section("running", "Latency and memory", findings=(Finding(text, "no profile.json", bad=True),))
+    text = "profile.json is in the folder; this version of the report does not read it yet."
+    return Section("running", "Latency and memory", (text,))
+
+
+# ------------------------------------------------------------------ repeat
+
+
+def repeat_section(files: RunFiles) -> Section:
+    """Command, options, versions, seeds and digests."""
+    record = files.record
+    return Section(
+        "repeat",
+        "To repeat it",
+        notes=(
+            "The paths are as they were given; a digest says whether a model or data are the same without a path. "
+            "run.json is not among the digests: every later command adds to it.",
+        ),
+        code=(("Command", shlex.join(map(str, record["command"]))),),
+        parts=(
+            _pairs("Versions", record["versions"], "run.json: versions"),
+            Table("Seeds", ("", "value"), list(_seeds(files)), "run.json, plan.json, quality.json: the fields named"),
+            Table("Digests (sha256)", ("", "value", "bytes"), list(_digests(files)), "run.json; the files", texts=2),
+            Table("Stages", ("stage", "status", "seconds"), list(_stages(record)), "run.json: stages", texts=2),
+            _pairs("Options", record["options"], "run.json: options"),
+            *_recovery_options(files),
+            *_bad_samples(files),
+        ),
+    )
+
+
+def _pairs(title: str, values: Mapping[str, Any], source: str) -> Table:
+    rows = [(name, value if isinstance(value, str) else json.dumps(value)) for name, value in sorted(values.items())]
+    return Table(title, ("", "value"), rows, source, texts=2)
+
+
+def _recovery_options(files: RunFiles) -> tuple[Table, ...]:
+    options = files.stage("recover").get("options")
+    return (_pairs("Options of the recovery", options, "run.json: stages.recover.options"),) if options else ()
+
+
+def _bad_samples(files: RunFiles) -> tuple[Table, ...]:
+    bad = files.stage("plan").get("bad_samples") or ()
+    rows = [(one,) for one in bad]
+    return (Table("Samples left out", ("sample: reason",), rows, "run.json: stages.plan.bad_samples"),) if bad else ()
+
+
+def _seeds(files: RunFiles) -> Iterator[tuple[str, str]]:
+    yield "samples, recovery (run.json: options.seed)", str(files.record["options"]["seed"])
+    if files.plan is not None:
+        yield "plan (plan.json: seed)", str(files.plan.seed)
+    if files.quality is not None:
+        yield "intervals (quality.json: comparison.seed)", str(files.quality.comparison.seed)
+
+
+def _digests(files: RunFiles) -> Iterator[tuple[str, str, str]]:
+    recorded = (
+        ("dense model", "plan", "model_digest"),
+        ("calibration data", "plan", "data_digest"),
+        ("recovery data", "recover", "data_digest"),
+    )
+    for name, stage, field in recorded:
+        if digest := files.stage(stage).get(field):
+            yield f"{name} (run.json: stages.{stage}.{field})", digest, ""
+    for name, (digest, size) in sorted(files.digests.items()):
+        yield name, digest, whole(size)
+
+
+def _stages(record: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    for name in sorted(record["stages"], key=lambda name: (name not in STAGES, (*STAGES, name).index(name))):
+        stage = record["stages"][name]
+        seconds = stage.get("seconds")
+        yield name, str(stage.get("status")), "" if seconds is None else f"{seconds:.1f}"
