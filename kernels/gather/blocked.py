@@ -34,15 +34,15 @@ def _take_cols(weight: Tensor, rows: Tensor | None, targets: Sequence[tuple[Tens
     """Write weight[rows][:, cols] for every (cols, target); a block of rows serves all targets while it is cached."""
     count = weight.shape[0] if rows is None else rows.numel()
     step = max(1, BLOCK_BYTES // max(weight.shape[1] * weight.element_size(), 1))
-    targets = [(None if cols is None else cols.long()[None], out) for cols, out in targets if out.numel()]
+    targets = [(cols, out) for cols, out in targets if out.numel()]
     for start in range(0, count if targets else 0, step):
         block = slice(start, min(start + step, count))
         kept = weight[block] if rows is None else weight.index_select(0, rows[block])
-        for index, out in targets:
-            if index is None:
+        for cols, out in targets:
+            if cols is None:
                 out[block] = kept
             else:
-                torch.gather(kept, 1, index.expand(kept.shape[0], -1), out=out[block])
+                torch.index_select(kept, 1, cols, out=out[block])
 
 
 def _complement(kept: Tensor | None, size: int, device: torch.device) -> Tensor:
