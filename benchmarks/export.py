@@ -3,6 +3,7 @@
     python benchmarks/export.py speed [--repeats 7]   dense and half of a medium decoder, fp32 and int8, in one run
     python benchmarks/export.py large                 a graph of more than 2 GB, its weights beside it, run
     python benchmarks/export.py smolvlm               seconds and peak memory of SmolVLM-256M's configuration
+    python benchmarks/export.py families              seconds of a whole checked export per family, tiny models
 
 One thread. Times are the process's CPU time and the least of several interleaved runs, so that others on the machine
 change them little. Targets: half of heads and channels >= 1.8 x faster in prefill and decode; peak memory <= 3 x the
@@ -157,6 +158,24 @@ def smolvlm(exporter: str) -> dict[str, object]:
     }
 
 
+def families(exporter: str) -> dict[str, object]:
+    """Export with checks of every tiny model of the tests: seconds of CPU time, and whether all answers are torch's."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
+    from exports import export_tiny
+    from tiny_models import FACTORIES
+
+    report = {}
+    for name in FACTORIES:
+        with tempfile.TemporaryDirectory() as scratch:
+            started = time.process_time()
+            manifest = export_tiny(name, Path(scratch) / "export", exporter=exporter).manifest
+            seconds = round(time.process_time() - started, 1)
+        exporters = sorted({artifact.exporter for artifact in manifest.artifacts})
+        report[name] = {"cpu_seconds": seconds, "exporters": exporters, "checks": manifest.checks}
+        print(name, seconds, exporters, file=sys.stderr)
+    return report
+
+
 class _Peak:
     """Largest resident memory inside the block, sampled."""
 
@@ -180,12 +199,17 @@ def _resident() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("speed", "large", "smolvlm"))
+    parser.add_argument("what", choices=("speed", "large", "smolvlm", "families"))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--exporter", choices=("auto", "dynamo", "torchscript"), default="auto")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    jobs = {"speed": lambda: speed(given.repeats), "large": large, "smolvlm": lambda: smolvlm(given.exporter)}
+    jobs: dict[str, Callable[[], dict[str, object]]] = {
+        "speed": lambda: speed(given.repeats),
+        "large": large,
+        "smolvlm": lambda: smolvlm(given.exporter),
+        "families": lambda: families(given.exporter),
+    }
     print(json.dumps({given.what: jobs[given.what](), "versions": installed_versions()}, indent=1))
 
 

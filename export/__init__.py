@@ -42,6 +42,8 @@ def export_checkpoint(
 def verify(folder: str | os.PathLike[str]) -> Verification:
     """Checks an exported folder here: hashes of all files, and the stored sample through every runtime present.
 
+    It runs what is in the folder; a program compiled ahead of time (`.aoti.pt2`) is native code of whoever made it.
+
     Raises:
         CheckpointError: no export, or one whose manifest names files outside it.
         CheckFailedError: a file changed, or this machine's answers are not torch's.

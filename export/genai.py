@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from slimvlm.compress.families import Family
 from slimvlm.export.generation import Prompting
@@ -23,7 +23,7 @@ PIXELS = 3
 class Merge(Embed):
     """Token ids [B, S] and image features [N, C] -> embeddings [B, S, C]; the n-th image token takes the n-th row."""
 
-    def __init__(self, embedding: nn.Module, width: int, image_token: int) -> None:
+    def __init__(self, embedding: Any, width: int, image_token: int) -> None:
         super().__init__(embedding, width)
         self.image_token = image_token
 

@@ -54,7 +54,7 @@ class Graph:
         return tuple(port.sample for port in self.inputs)
 
 
-def build_graphs(model: nn.Module, family: Family, batch: Mapping[str, Tensor]) -> tuple[Graph, ...]:
+def build_graphs(model: Any, family: Family, batch: Mapping[str, Tensor]) -> tuple[Graph, ...]:
     """The graphs of a model, in the order in which generation runs them.
 
     Args:
@@ -74,7 +74,7 @@ def build_graphs(model: nn.Module, family: Family, batch: Mapping[str, Tensor]) 
     return (*first, _decoder_graph(model, family))
 
 
-def vision_graph(model: nn.Module, family: Family, batch: Mapping[str, Tensor]) -> Graph:
+def vision_graph(model: Any, family: Family, batch: Mapping[str, Tensor]) -> Graph:
     """`vision_encoder`: what the processor makes of images -> features, one row per image token."""
     kind = family.export.vision
     module, names = vision_encoder(model, kind, batch)
@@ -95,7 +95,7 @@ def _two_or_more(tensor: Tensor, axes: Mapping[int, str]) -> Tensor:
 class Embed(nn.Module):
     """Token ids [B, S] -> embeddings [B, S, width]; beyond the model's own width they are zero (see Decoder)."""
 
-    def __init__(self, embedding: nn.Module, width: int) -> None:
+    def __init__(self, embedding: Any, width: int) -> None:
         super().__init__()
         self.embedding, self.width = embedding, width
 
@@ -120,7 +120,7 @@ class Decoder(nn.Module):
         deepstack: number of layers that features are added to.
     """
 
-    def __init__(self, text: nn.Module, head: nn.Module, prefix: bool = False, deepstack: int = 0) -> None:
+    def __init__(self, text: Any, head: Any, prefix: bool = False, deepstack: int = 0) -> None:
         super().__init__()
         self.text, self.head, self.prefix, self.deepstack = text, head, prefix, deepstack
         if deepstack:
@@ -184,7 +184,7 @@ def _add_deepstack(stock: Any, hidden: Tensor, positions: Tensor, features: Tens
     return hidden + features if features.ndim == 3 else stock(hidden, positions, features)
 
 
-def deepstack_layers(model: nn.Module) -> int:
+def deepstack_layers(model: Any) -> int:
     """How many decoder layers get vision features added."""
     return len(getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", None) or ())
 
@@ -203,12 +203,12 @@ def cache_ports(sizes: Sequence[tuple[int, int]], name: str, length: str, dtype:
     ]
 
 
-def embedding_width(model: nn.Module) -> int:
+def embedding_width(model: Any) -> int:
     """Of `inputs_embeds`: the model's own width, and what DeepStack adds (see Decoder)."""
     return model.get_input_embeddings().weight.shape[1] * (1 + deepstack_layers(model))
 
 
-def _embed_graph(model: nn.Module, width: int) -> Graph:
+def _embed_graph(model: Any, width: int) -> Graph:
     embedding = model.get_input_embeddings()
     ids = torch.arange(SAMPLE_BATCH * SAMPLE_SEQUENCE).view(SAMPLE_BATCH, SAMPLE_SEQUENCE) % embedding.weight.shape[0]
     axes = {0: BATCH, 1: SEQUENCE}
@@ -217,7 +217,7 @@ def _embed_graph(model: nn.Module, width: int) -> Graph:
     )
 
 
-def _decoder_graph(model: nn.Module, family: Family) -> Graph:
+def _decoder_graph(model: Any, family: Family) -> Graph:
     text, head = model.get_submodule(family.export.text), model.get_submodule(family.export.head)
     layers = deepstack_layers(model)
     module = Decoder(text, head, family.export.prefix, layers).eval()
@@ -246,7 +246,7 @@ def _cache_sizes(decoder: Decoder, embeds: Tensor, positions: Tensor) -> list[tu
     return [(keys.shape[1], keys.shape[3]) for keys in outputs[1::2]]
 
 
-def _refuse_sliding_windows(model: nn.Module) -> None:
+def _refuse_sliding_windows(model: Any) -> None:
     text = getattr(model.config, "text_config", None)
     if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
         raise UnsupportedModelError(
@@ -258,7 +258,7 @@ def _refuse_sliding_windows(model: nn.Module) -> None:
 class Encoder(nn.Module):
     """One side of a dual encoder: `get_image_features` or `get_text_features`, as one tensor [B, C]."""
 
-    def __init__(self, model: nn.Module, method: str) -> None:
+    def __init__(self, model: Any, method: str) -> None:
         super().__init__()
         self.model, self.method = model, method
 
@@ -267,7 +267,7 @@ class Encoder(nn.Module):
         return getattr(self.model, self.method)(*inputs).pooler_output.float()
 
 
-def _dual_encoder(model: nn.Module, family: Family, batch: Mapping[str, Tensor]) -> tuple[Graph, ...]:
+def _dual_encoder(model: Any, family: Family, batch: Mapping[str, Tensor]) -> tuple[Graph, ...]:
     row = family.export
     axes = {0: BATCH, 1: SEQUENCE}
     text = tuple(Port(name, batch[name], axes) for name in ("input_ids", "attention_mask") if name in batch)

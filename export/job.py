@@ -314,11 +314,13 @@ def _write_beside(folder: Path, source: _Source, options: ExportOptions, manifes
     flat = source.collator.family.export.flat_config
     write_client_files(folder, source.model, processor, source.reference.prompting, Path(name or "."), flat)
     name_external_data(folder, manifest.run.get("external_data", {}))
-    if (known_as := source.collator.family.export.genai) is not None and "onnx" in options.formats:
-        write_genai(folder, known_as, source.model, processor, source.reference.prompting)
-    if "onnx" in options.formats and source.reference.prompting is not None:
-        _write_example(folder, source, options, manifest)
     write_sample(folder, source.reference.first, source.reference.expected)
+    prompting = source.reference.prompting
+    if prompting is None or "onnx" not in options.formats:
+        return
+    _write_example(folder, source, options, manifest)
+    if (known_as := source.collator.family.export.genai) is not None:
+        write_genai(folder, known_as, source.model, processor, prompting)
 
 
 def _write_example(folder: Path, source: _Source, options: ExportOptions, manifest: Manifest) -> None:

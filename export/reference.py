@@ -161,7 +161,8 @@ def make_reference(
         return _embeddings(runner, collator, samples)
     prompting = prompting_of(model, collator)
     prompts = [_arrays(collator.prompts(part)) for part in batches(samples, ROWS)]
-    answers, right = [], []
+    answers: list[list[int]] = []
+    right: list[float] = []
     for part, prompt in zip(batches(samples, ROWS), prompts, strict=True):
         tokens = torch_tokens(model, collator, prompt, prompting, most)
         answers += [until_end(row, prompting.end) for row in tokens]
@@ -220,7 +221,10 @@ def torch_tokens(model: Any, collator: Collator, prompt: Arrays, prompting: Prom
 
 def check_tokens(runner: Runner, reference: Reference, collator: Collator, most: int) -> TokenCheck:
     """Greedy answers of a runtime against torch's, on all samples in left-padded batches."""
-    prompting, found = reference.prompting, []
+    prompting = reference.prompting
+    if prompting is None:
+        raise ValueError("a dual encoder gives no tokens to check")
+    found: list[list[int]] = []
     for batch in reference.batches:
         found += [until_end(row, prompting.end) for row in generate(runner, prompting, batch, most).tokens]
     equal = sum(left == list(right) for left, right in zip(found, reference.answers, strict=True))

@@ -30,7 +30,7 @@ SAMPLE_ENCODED = 6
 class Encoder(nn.Module):
     """Embeddings [B, S, C] and mask [B, S] -> hidden states [B, S, C] and, per decoder layer, keys and values."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.encoder, self.decoder = model.encoder, model.decoder
 
@@ -52,7 +52,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """The decoder and head of a T5, with its own cache and the encoder's keys and values as inputs."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.decoder, self.head = model.decoder, model.lm_head
         self.scale = model.model_dim**-0.5 if model.config.scale_decoder_outputs else 1.0
@@ -80,7 +80,7 @@ class Decoder(nn.Module):
         return (self.head(hidden * self.scale).float(), *cached_tensors(cache.self_attention_cache))
 
 
-def encoder_decoder_graphs(model: nn.Module) -> tuple[Graph, Graph]:
+def encoder_decoder_graphs(model: Any) -> tuple[Graph, Graph]:
     """`encoder_model` and `decoder_model_merged` of a T5 with language modelling head."""
     encoder, decoder = Encoder(model).eval(), Decoder(model).eval()
     width, dtype = model.lm_head.weight.shape[1], model.lm_head.weight.dtype

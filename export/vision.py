@@ -21,7 +21,7 @@ from slimvlm.compress.errors import UnsupportedModelError
 RESAMPLED = 1.1  # LLaVA-OneVision shrinks feature maps that exceed its maximum by more than this (its own constant)
 
 
-def vision_encoder(model: nn.Module, kind: str, batch: Mapping[str, Tensor]) -> tuple[nn.Module, tuple[str, ...]]:
+def vision_encoder(model: Any, kind: str, batch: Mapping[str, Tensor]) -> tuple[nn.Module, tuple[str, ...]]:
     """The module of `kind` (a value of `Export.vision`) and the names of its inputs in `batch`.
 
     Args:
@@ -34,7 +34,7 @@ def vision_encoder(model: nn.Module, kind: str, batch: Mapping[str, Tensor]) -> 
 class Pooled(nn.Module):
     """Pixels [B, 3, H, W] -> features [B, T, C] by the model's own method, where that is free of loops."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
@@ -46,7 +46,7 @@ class Pooled(nn.Module):
 class Select(nn.Module):
     """Pixels [B, 3, H, W] -> one or several layers of the tower -> projector -> features [B, T, C]."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         inner = model.model
         self.tower, self.projector = inner.vision_tower, inner.multi_modal_projector
@@ -71,7 +71,7 @@ class Tiles(Select):
         image_size: height and width of the images before they were tiled; all images must have it.
     """
 
-    def __init__(self, model: nn.Module, image_size: tuple[int, int]) -> None:
+    def __init__(self, model: Any, image_size: tuple[int, int]) -> None:
         super().__init__(model)
         vision = model.config.vision_config
         self.side = vision.image_size // vision.patch_size
@@ -118,7 +118,7 @@ class MaskedTiles(nn.Module):
     Whole images of padding give features too; whoever puts them into the text leaves those out.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.tower, self.connector = model.model.vision_model, model.model.connector
 
@@ -161,7 +161,15 @@ class Patches(nn.Module):
     (DeepStack) are appended along the width.
     """
 
-    def __init__(self, model: nn.Module, grid: Tensor) -> None:
+    places: Tensor
+    back: Tensor
+    cos: Tensor
+    sin: Tensor
+    frames: Tensor | None
+    windows: Tensor | None
+    learned: Tensor | None
+
+    def __init__(self, model: Any, grid: Tensor) -> None:
         super().__init__()
         self.tower = model.model.visual
         config = self.tower.config
@@ -246,11 +254,11 @@ def _blocks(ends: Tensor) -> Tensor | None:
     return torch.zeros(outside.shape).masked_fill(outside, torch.finfo(torch.float16).min)
 
 
-def _tiles(model: nn.Module, batch: Mapping[str, Tensor]) -> Tiles:
+def _tiles(model: Any, batch: Mapping[str, Tensor]) -> Tiles:
     return Tiles(model, _same(batch["image_sizes"], "image size"))
 
 
-def _patches(model: nn.Module, batch: Mapping[str, Tensor]) -> Patches:
+def _patches(model: Any, batch: Mapping[str, Tensor]) -> Patches:
     return Patches(model, torch.tensor(_same(batch["image_grid_thw"], "grid of patches")))
 
 
@@ -261,7 +269,7 @@ def _same(rows: Tensor, what: str) -> tuple[int, ...]:
     return first
 
 
-KINDS: dict[str, tuple[Callable[[nn.Module, Mapping[str, Tensor]], nn.Module], tuple[str, ...]]] = {
+KINDS: dict[str, tuple[Callable[[Any, Mapping[str, Tensor]], nn.Module], tuple[str, ...]]] = {
     "pooled": (lambda model, batch: Pooled(model), ("pixel_values",)),
     "select": (lambda model, batch: Select(model), ("pixel_values",)),
     "tiles": (_tiles, ("pixel_values",)),
