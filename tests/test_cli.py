@@ -13,14 +13,17 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from slimvlm import cli, console
-from slimvlm.cli import main
+from slimvlm.cli import Commands, main
 from slimvlm.compress.allocate import ALLOCATORS
 from slimvlm.compress.checkpoint import LAYOUTS
 from slimvlm.compress.criteria import CRITERIA
 from slimvlm.compress.errors import CheckFailedError, SampleError
 from slimvlm.compress.groups import ATTENTION_UNITS
 from slimvlm.compress.options import CompressOptions, RecoverOptions
+from slimvlm.console import options as choices
+from slimvlm.console import show
+from slimvlm.console.progress import progress
+from slimvlm.console.values import Size
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 COMMANDS = sorted(main.commands)
@@ -65,7 +68,12 @@ def test_every_command_is_in_the_readme(command: str) -> None:
 
 def test_every_command_and_option_of_the_readme_exists() -> None:
     assert set(re.findall(r"(?:`|^    )slimvlm ([a-z]+) ", README, re.MULTILINE)) <= set(COMMANDS)
-    known = {name for command in main.commands.values() for parameter in command.params for name in parameter.opts}
+    known = {
+        name
+        for command in main.commands.values()
+        for parameter in command.params
+        for name in (*parameter.opts, *parameter.secondary_opts)
+    }
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - known == set()
 
 
@@ -77,10 +85,10 @@ def test_help_takes_at_most_half_a_second_of_processor_time() -> None:
 
 
 def test_the_choices_are_what_the_library_knows() -> None:
-    assert set(cli.CRITERIA) == set(CRITERIA)
-    assert set(cli.ALLOCATORS) == set(ALLOCATORS)
-    assert set(cli.ATTENTION_UNITS) == set(ATTENTION_UNITS)
-    assert set(cli.LAYOUTS) == set(LAYOUTS)
+    assert set(choices.CRITERIA) == set(CRITERIA)
+    assert set(choices.ALLOCATORS) == set(ALLOCATORS)
+    assert set(choices.ATTENTION_UNITS) == set(ATTENTION_UNITS)
+    assert set(choices.LAYOUTS) == set(LAYOUTS)
 
 
 def test_every_option_of_compress_is_a_field_with_the_same_default(data: Path, tmp_path: Path) -> None:
@@ -139,7 +147,7 @@ def test_a_value_that_makes_no_sense_is_a_usage_error(arguments: list[str], says
     [("8GB", 8 * 10**9), ("8g", 8 * 10**9), ("1.5 MiB", 3 * 2**19), ("512MiB", 2**29), ("4096", 4096), ("1kb", 1000)],
 )
 def test_sizes_are_bytes(text: str, size: int) -> None:
-    assert console.Size().convert(text, None, None) == size
+    assert Size().convert(text, None, None) == size
 
 
 @pytest.mark.parametrize(
@@ -163,7 +171,7 @@ def test_a_bug_keeps_its_traceback() -> None:
 
 
 def _ending_with(error: BaseException) -> click.Group:
-    @click.group(cls=cli.Commands, invoke_without_command=True)
+    @click.group(cls=Commands, invoke_without_command=True)
     def group() -> None:
         raise error
 
@@ -171,7 +179,7 @@ def _ending_with(error: BaseException) -> click.Group:
 
 
 def test_progress_is_one_line_per_stage_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    with console.progress(quiet=False) as report:
+    with progress(quiet=False) as report:
         report("calibrate", 0, 2)
         report("calibrate", 1, 2)
         report("calibrate", 2, 2)
@@ -185,13 +193,13 @@ def test_progress_is_one_line_per_stage_on_stderr(capsys: pytest.CaptureFixture[
 def test_quiet_and_other_processes_print_nothing(
     quieten: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with console.progress(quiet=bool(quieten(monkeypatch))) as report:
+    with progress(quiet=bool(quieten(monkeypatch))) as report:
         report("calibrate", 1, 1)
     assert capsys.readouterr().err == ""
 
 
 def test_json_is_one_document_without_nan(capsys: pytest.CaptureFixture[str]) -> None:
-    console.print_json({"loss": float("nan"), "path": Path("a/b"), "list": (1, 2.5, float("inf"))})
+    show.print_json({"loss": float("nan"), "path": Path("a/b"), "list": (1, 2.5, float("inf"))})
     assert json.loads(capsys.readouterr().out) == {"loss": None, "path": "a/b", "list": [1, 2.5, None]}
 
 
@@ -199,4 +207,4 @@ def test_json_is_one_document_without_nan(capsys: pytest.CaptureFixture[str]) ->
     ("number", "text"), [(950, "950"), (2510, "2.51 k"), (2_510_000, "2.51 M"), (7_620_000_000, "7.62 B")]
 )
 def test_counts_are_readable(number: int, text: str) -> None:
-    assert console.count(number) == text
+    assert show.count(number) == text

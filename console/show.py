@@ -1,19 +1,17 @@
-"""How the command line reads values and prints: sizes and shares in, progress on stderr, results on stdout."""
+"""Results on stdout: tables for people, one JSON document for programs."""
 
 from __future__ import annotations
 
 import json
-import os
-import re
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from slimvlm.console.progress import is_first_process
 
 if TYPE_CHECKING:
     from slimvlm.compress.inspection import Inspection
@@ -21,134 +19,8 @@ if TYPE_CHECKING:
     from slimvlm.compress.quality import Comparison, Quality
     from slimvlm.pipeline import Result
 
-Progress = Callable[..., None]  # stage, done, total, note
-QUIET_SECONDS = 30  # at most so long nothing is said where there is no terminal
-
-# 8GB, 8gb, 8G and 8GiB; G is 1000^3, GiB is 1024^3.
-SIZE_UNITS = {"": 1, "B": 1} | {
-    prefix + suffix: base**power
-    for power, prefix in enumerate("KMGT", start=1)
-    for suffix, base in (("", 1000), ("B", 1000), ("IB", 1024))
-}
 WIDTH_OF_A_FILE = 120  # columns when stdout is no terminal
 NO_FRACTIONS = ("token_loss", "perplexity")  # metrics that are not a share of the questions
-
-
-class Size(click.ParamType):
-    """An amount of memory in bytes: `8GB`, `512MiB`, or a plain number."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Bytes of `value`."""
-        if isinstance(value, int):
-            return value
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value.strip())
-        unit = SIZE_UNITS.get(found.group(2).upper()) if found else None
-        if found is None or unit is None or float(found.group(1)) * unit < 1:
-            self.fail(f"{value!r} is not a size; write for example 8GB, 512MiB or a number of bytes.", param, ctx)
-        return int(float(found.group(1)) * unit)
-
-
-class Share(click.ParamType):
-    """`NAME=RATIO`, for example `vision=0.3`.
-
-    Args:
-        names: the accepted names; none given: any, the library knows better.
-    """
-
-    name = "name=ratio"
-
-    def __init__(self, *names: str) -> None:
-        self.names = names
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
-        """The name and the ratio of `value`."""
-        if isinstance(value, tuple):
-            return value
-        name, _, number = value.partition("=")
-        try:
-            ratio = float(number)
-        except ValueError:
-            ratio = -1.0
-        if not name or not 0 <= ratio < 1:
-            self.fail(f"{value!r} is not NAME=RATIO with a ratio from 0 to below 1, as vision=0.3.", param, ctx)
-        if self.names and name not in self.names:
-            self.fail(f"{name!r} is not one of {', '.join(self.names)}.", param, ctx)
-        return name, ratio
-
-
-class Device(click.ParamType):
-    """`auto`, `cpu`, `cuda` or `cuda:N`; whether it is there is known only once torch is imported."""
-
-    name = "device"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The device's name."""
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
-            self.fail(f"{value!r} is not one of auto, cpu, cuda, cuda:N.", param, ctx)
-        return value
-
-
-def shares(_ctx: click.Context, param: click.Parameter, pairs: Sequence[tuple[str, float]]) -> dict[str, float]:
-    """Click callback of a repeatable `Share` option: name -> ratio."""
-    by_name = dict(pairs)
-    if len(by_name) < len(pairs):
-        raise click.BadParameter("a name is given twice.", param=param)
-    return by_name
-
-
-def is_first_process() -> bool:
-    """Whether this process is the one that prints; a launcher gives each its RANK."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-@contextmanager
-def progress(quiet: bool) -> Iterator[Progress]:
-    """A function that shows (stage, done, total) on stderr: bars on a terminal, else one line per finished stage."""
-    if quiet or not is_first_process():
-        yield lambda stage, done, total, note="": None
-    elif sys.stderr.isatty():
-        with _bars() as report:
-            yield report
-    else:
-        yield _Lines()
-
-
-class _Lines:
-    """One line per finished stage, with the seconds since the one before, and now and then one of a long stage."""
-
-    def __init__(self) -> None:
-        self.since = self.spoke = time.perf_counter()
-
-    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
-        now = time.perf_counter()
-        if done >= total or now - self.spoke > QUIET_SECONDS:
-            click.echo(f"{stage:<24}{done:>8}/{total}  {now - self.since:8.1f} s  {note}".rstrip(), err=True)
-            self.spoke = now
-        if done >= total:
-            self.since = now
-
-
-@contextmanager
-def _bars() -> Iterator[Progress]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
-
-    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    note_column = TextColumn("{task.fields[note]}")
-    with Bars(*columns, TimeRemainingColumn(), note_column, console=Console(stderr=True)) as bars:
-        tasks: dict[str, Any] = {}
-
-        def report(stage: str, done: int, total: int, note: str = "") -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total, note=note)
-            bars.update(tasks[stage], completed=done, total=total, note=note)
-            if done >= total:
-                del tasks[stage]
-
-        yield report
 
 
 def print_json(document: Mapping[str, Any]) -> None:

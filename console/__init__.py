@@ -1,0 +1,1 @@
+"""How the command line reads values and prints: options in, progress on stderr, results on stdout."""

@@ -1,0 +1,142 @@
+"""The options that commands share, in groups; their names and defaults are those of `CompressOptions`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from slimvlm.compress.options import CompressOptions
+from slimvlm.console.values import Device, Share, Size, shares
+
+# Names the library knows, repeated because importing them imports torch; a test compares.
+CRITERIA = ("ukmi", "taylor", "fisher", "gate", "magnitude", "random")
+TAYLORS = ("first", "vectorized", "second", "mix")
+ALLOCATORS = ("balanced", "global", "local")
+ATTENTION_UNITS = ("auto", "kv-group", "query-slot")
+LAYOUTS = ("per-layer", "stock")
+KINDS = ("attention", "mlp")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+TRAINED = ("lora", "projector", "lora+projector", "full")
+SCHEDULES = ("cosine", "constant")
+PRECISIONS = ("auto", "no", "bf16", "fp16")
+
+DEFAULTS = {field.name: field.default for field in fields(CompressOptions)}
+
+
+def option(flag: str, **settings: Any) -> Callable[[Any], Any]:
+    """An option whose default is the library's."""
+    default = DEFAULTS.get(flag.split("/")[0].removeprefix("--").replace("-", "_"))
+    if not settings.get("multiple") and isinstance(default, str | int | float):
+        settings.setdefault("default", default)
+    return click.option(flag, **settings)
+
+
+def together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Several options as one decorator, shown in this order."""
+
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+PATH = click.Path(path_type=Path)
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+FILE_OR_FOLDER = click.Path(exists=True, path_type=Path)
+COUNT = click.IntRange(min=1)
+FRACTION = click.FloatRange(0, 1)
+RATIO = click.FloatRange(0, 1, min_open=True, max_open=True)
+RATIO_OR_ALL = click.FloatRange(0, 1, min_open=True)
+POSITIVE = click.FloatRange(0, min_open=True)
+RECIPES = "lpd, a sum of sft, kl, rkl and hidden as sft+0.5*kl, or none."
+
+remote_code = option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint brings.")
+model_options = together(
+    option("--device", type=Device(), metavar="DEVICE", help="auto, cpu, cuda or cuda:N."),
+    option("--dtype", type=click.Choice(DTYPES), help="Type of the weights; auto is the checkpoint's own."),
+    remote_code,
+)
+sample_options = together(
+    option("--data", type=FILE_OR_FOLDER, required=True, help="JSONL, LLaVA JSON, image folder or dataset directory."),
+    option("--batch-size", type=COUNT, help="Samples per batch; squares are per batch in fisher, second and mix."),
+    option("--seed", type=int, help="Of the choice of samples, and of random scores."),
+    option("--max-bad-samples", type=FRACTION, help="Fraction of unreadable samples skipped before data is refused."),
+)
+plan_options = together(
+    option("--ratio", type=RATIO, help="Fraction of ALL parameters to remove."),
+    option("--criterion", type=click.Choice(CRITERIA), help="What a unit is worth."),
+    option("--faithful", is_flag=True, help="The paper's method to the letter: UKMI, balanced, one round, no floors."),
+    option("--allocator", type=click.Choice(ALLOCATORS), help="Where units are taken."),
+    option("--rounds", type=COUNT, help="Calibrations, each on the model as cut so far."),
+    option("--tower-ratio", type=Share(), multiple=True, callback=shares, help="For one tower, as vision=0.3."),
+    option("--kind-ratio", type=Share(*KINDS), multiple=True, callback=shares, help="For a kind, as attention=0.1."),
+    option("--round-channels", type=COUNT, help="MLP widths become multiples of this."),
+    option("--attention-unit", type=click.Choice(ATTENTION_UNITS), help="What leaves an attention together."),
+    option("--layout", type=click.Choice(LAYOUTS), help="stock loads with the unmodified transformers class."),
+    option("--refit/--no-refit", default=True, help="Fit what is left of each output to the dense one."),
+    option("--samples", type=COUNT, help="Calibration samples per round."),
+    option("--grad-memory", type=Size(), metavar="SIZE", help="Bound on sums held at once, as 8GB."),
+    option("--host-sums", is_flag=True, help="Keep gradient sums in host memory while the model is on a GPU."),
+    option("--prefix-split", is_flag=True, help="Encoder-decoder models: split captions as the paper does."),
+    option("--threshold", type=FRACTION, help="Ablation: fit below this probability counts as poor; 1: all tokens."),
+    option("--entropy/--no-entropy", default=None, help="Ablation: weigh by the entropy of output angles."),
+    option("--taylor", type=click.Choice(TAYLORS), help="Ablation: variant of the criteria ukmi and taylor."),
+)
+recover_option = option("--recover", metavar="RECIPE", help=RECIPES)
+steps_option = option("--steps", type=COUNT, help="Optimiser steps of the recovery; else what --epochs needs.")
+recover_options = together(
+    recover_option,
+    option("--recover-data", type=FILE_OR_FOLDER, help="Samples to train on; else those of --data not evaluated."),
+    option("--data-fraction", type=RATIO_OR_ALL, help="Train on this share of them, drawn by --seed."),
+    option("--validation-samples", type=COUNT, help="Held out, by image, to keep the best state."),
+    option("--teacher", metavar="MODEL", help="Learn from this checkpoint; else from the dense model."),
+    option("--train", type=click.Choice(TRAINED), help="What is trained."),
+    option("--rank", type=COUNT, help="Of the low-rank update."),
+    option("--recall-rank", type=COUNT, help="Of the branch through the pruned weights."),
+    option("--alpha", type=POSITIVE, help="Updates are scaled by alpha / rank."),
+    option("--dropout", type=click.FloatRange(0, 1, max_open=True), help="On the input of the low-rank update."),
+    option("--targets", multiple=True, metavar="NAME", help="Adapt linears of these names only; repeatable."),
+    option("--recall/--no-recall", default=True, help="Recall the pruned weights."),
+    option("--staged/--not-staged", default=True, help="lpd: supervise ever more blocks, or all of them at once."),
+    option("--temperature", type=POSITIVE, help="Of the losses kl and rkl."),
+    option("--epochs", type=POSITIVE, help="Passes over the samples."),
+    steps_option,
+    option("--train-batch-size", type=COUNT, help="Samples per step, over all processes."),
+    option("--accumulate", type=COUNT, help="Compute a batch in so many parts."),
+    option("--learning-rate", type=POSITIVE, help="Else by what is trained, falling with the model's width."),
+    option("--schedule", type=click.Choice(SCHEDULES), help="Of the learning rate after the warm-up."),
+    option("--warmup", type=click.IntRange(min=0), help="Steps of linear warm-up."),
+    option("--weight-decay", type=click.FloatRange(min=0), help="Of matrices."),
+    option("--clip", type=POSITIVE, help="Largest norm of the gradient."),
+    option("--reset-optimizer/--keep-optimizer", default=None, help="Begin each stage with a fresh optimiser."),
+    option("--precision", type=click.Choice(PRECISIONS), help="Of matrix products in training."),
+    option("--gradient-checkpointing", is_flag=True, help="Less memory for more time."),
+    option("--checkpoint-every", type=COUNT, help="Steps between states that --resume continues from."),
+    option("--validate-every", type=COUNT, help="Steps between validations; else an eighth of all."),
+    option("--patience", type=COUNT, help="Stop after so many validations without improvement."),
+    option("--teacher-cache", type=Size(), metavar="SIZE", help="Keep so much of the teacher's outputs on disk."),
+)
+evaluation_options = together(
+    option("--eval-data", type=FILE_OR_FOLDER, help="Samples for before and after; else those of --data left over."),
+    option("--eval-samples", type=COUNT, help="At most so many of them."),
+)
+quality_limit = option(
+    "--max-quality-drop",
+    type=click.FloatRange(min=0),
+    metavar="POINTS",
+    help="Exit with 4 if quality falls by more.",
+)
+folder_options = together(
+    option("--resume", is_flag=True, help="Continue an interrupted run after its last finished stage."),
+    option("--overwrite", is_flag=True, help="Replace an earlier run."),
+)
+output_options = together(
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
+    click.option("--quiet", "-q", is_flag=True, help="No progress on stderr."),
+)

@@ -1,0 +1,68 @@
+"""Progress on stderr, of the first of several processes."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+Progress = Callable[..., None]  # stage, done, total, note
+QUIET_SECONDS = 30  # at most so long nothing is said where there is no terminal
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that prints; a launcher gives each its RANK."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Progress]:
+    """A function that shows (stage, done, total) on stderr: bars on a terminal, else one line per finished stage."""
+    if quiet or not is_first_process():
+        yield lambda stage, done, total, note="": None
+    elif sys.stderr.isatty():
+        with _bars() as report:
+            yield report
+    else:
+        yield _Lines()
+
+
+class _Lines:
+    """One line per finished stage, with the seconds since the one before, and now and then one of a long stage."""
+
+    def __init__(self) -> None:
+        self.since = self.spoke = time.perf_counter()
+
+    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
+        now = time.perf_counter()
+        if done >= total or now - self.spoke > QUIET_SECONDS:
+            click.echo(f"{stage:<24}{done:>8}/{total}  {now - self.since:8.1f} s  {note}".rstrip(), err=True)
+            self.spoke = now
+        if done >= total:
+            self.since = now
+
+
+@contextmanager
+def _bars() -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    note_column = TextColumn("{task.fields[note]}")
+    with Bars(*columns, TimeRemainingColumn(), note_column, console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(stage: str, done: int, total: int, note: str = "") -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total, note=note)
+            bars.update(tasks[stage], completed=done, total=total, note=note)
+            if done >= total:
+                del tasks[stage]
+
+        yield report
