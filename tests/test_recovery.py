@@ -1,7 +1,10 @@
 """The recover stage: what it leaves behind, that it never makes a model worse, what it refuses, for every family."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -213,3 +216,33 @@ def samples_in(folder: Path) -> list[Sample]:
         tiny_image(seed=index).save(path)
         samples.append(Sample(path, (Turn("what is it", ("a red dog" if index % 2 else "a cat",)),), str(index)))
     return samples
+
+
+JOB = """
+import json, sys
+from pathlib import Path
+from slimvlm.compress.options import CompressOptions
+from slimvlm.pipeline import compress
+
+options = json.loads(sys.argv[1])
+paths = {name: Path(options[name]) for name in ("out", "data", "eval_data")}
+compress(CompressOptions(**{**options, **paths}))
+"""
+
+
+def test_two_processes_recover_the_model_that_one_recovers(recovered, tmp_path: Path) -> None:
+    changes = {"recover": "sft", "dropout": 0.0, "precision": "no", "steps": 4, "validate_every": 4, "warmup": 1}
+    one = options_in(tmp_path, **changes)
+    compress(one)
+    two = {**{name: value for name, value in vars(one).items() if isinstance(value, str | int | float | Path)}}
+    two = {name: str(value) if isinstance(value, Path) else value for name, value in two.items()}
+    (tmp_path / "job.py").write_text(JOB)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    words = [*launcher, tmp_path / "job.py", json.dumps({**two, "out": str(tmp_path / "two")})]
+    subprocess.run(words, check=True, cwd=tmp_path, env=environment, timeout=300)
+    alone, together = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("out", "two"))
+    cut = load_file(tmp_path / "out" / "cut" / "model.safetensors")
+    for name, value in alone.items():
+        moved = (value.float() - cut[name].float()).norm()
+        assert (value.float() - together[name].float()).norm() <= 0.05 * moved + 1e-6, name
