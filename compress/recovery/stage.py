@@ -100,5 +100,6 @@ def _save_recovered(options: CompressOptions, plan: Plan, loaded: Loaded, data: 
 
 
 def _tell(progress: Progress, fact: Mapping[str, Any]) -> None:
-    note = f"{fact['stage']}: loss {fact['loss']:.4g}, {fact['tokens_per_second']:.0f} tokens/s"
+    loss = "skipped" if fact["loss"] is None else f"loss {fact['loss']:.4g}"
+    note = f"{fact['stage']}: {loss}, {fact['tokens_per_second']:.0f} tokens/s"
     progress("recover", fact["step"], fact["total"], note)
