@@ -82,7 +82,7 @@ def running_section(files: RunFiles) -> Section:
     """The place of latency and memory."""
     if files.profile is None:
         text = "Latency and memory were not measured: whether the slim model is faster is not known."
-        return Section("running", "Latency and memory", findings=(Finding(text, "no profile.json", bad=True),))
+        return Section("running", "Latency and memory", (text,), findings=(Finding(text, "no profile.json", bad=True),))
     text = "profile.json is in the folder; this version of the report does not read it yet."
     return Section("running", "Latency and memory", (text,))
 

@@ -22,7 +22,7 @@ def escaped(value: str) -> str:
 
 def paragraph(value: str) -> str:
     """Such text at the start of a line, where a sign or a number with a dot would begin a list."""
-    return re.sub(r"^(\d*)([-+.)])", r"\1\\\2", escaped(value))
+    return re.sub(r"^(\d*)([-+.)])(?=\s|$)", r"\1\\\2", escaped(value))
 
 
 def _lines(report: Report) -> Iterator[str]:

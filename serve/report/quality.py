@@ -23,7 +23,7 @@ def quality_section(files: RunFiles) -> Section:
     measured = files.quality
     if measured is None:
         text = "The quality was not measured: nothing is known of what the cut cost."
-        return Section("quality", TITLE, findings=(Finding(text, "run.json: stages.evaluate", bad=True),))
+        return Section("quality", TITLE, (text,), findings=(Finding(text, "run.json: stages.evaluate", bad=True),))
     models, comparison = measured.models, measured.comparison
     by_task = {name: _by_task(quality) for name, quality in models.items()}
     changes = _changes(by_task["dense"], by_task["slim"], comparison)

@@ -17,7 +17,7 @@ def recovery_section(files: RunFiles) -> Section:
     stage = files.stage("recover")
     if not stage:
         text = "The cut model was not trained afterwards: there was no recovery."
-        return Section("recovery", TITLE, findings=(Finding(text, "run.json: stages has no recover"),))
+        return Section("recovery", TITLE, (text,), findings=(Finding(text, "run.json: stages has no recover"),))
     lines = files.journal or []
     steps = [line for line in lines if "stage" in line]
     validations = [line for line in lines if "validation" in line]

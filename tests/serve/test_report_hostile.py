@@ -102,4 +102,5 @@ def test_markdown_takes_text_as_text() -> None:
     assert escaped("a|b*c_d`e<f>[g](h)#!") == r"a\|b\*c\_d\`e\<f\>\[g\](h)\#\!"
     assert paragraph("- x") == r"\- x"
     assert paragraph("12. x") == r"12\. x"
-    assert escaped("-16.2") == "-16.2"
+    assert escaped("-16.2") == paragraph("-16.2") == "-16.2"
+    assert paragraph("50.0 % are gone") == "50.0 % are gone"
