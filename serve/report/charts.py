@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.transforms import Transform
 
 from slimvlm.serve.report.document import Chart, shown
 
@@ -202,7 +203,7 @@ def _draw_validations(axes: Axes, curve: Curve) -> None:
     steps, scores = zip(*curve.validations, strict=True)
     axes.plot(steps, scores, color=DENSE, marker="o", markersize=3)
     best = [(step, score) for step, score in curve.validations if step == curve.best_step]
-    axes.plot(*zip(*best, strict=True), "o", markersize=8, color=CUT, fillstyle="none") if best else None
+    axes.plot([step for step, _ in best], [score for _, score in best], "o", markersize=8, color=CUT, fillstyle="none")
     axes.set_ylabel("validation score")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
@@ -217,7 +218,7 @@ def _number_stages(axes: Axes, stages: Sequence[tuple[int, int]]) -> None:
             axes.text(place, 1.02, str(number), transform=_across(axes), ha="center", va="bottom", color=QUIET)
 
 
-def _across(axes: Axes):
+def _across(axes: Axes) -> Transform:
     """Coordinates: x in steps, y from 0 (bottom) to 1 (top)."""
     return axes.get_xaxis_transform()
 

@@ -80,8 +80,17 @@ def _by_task(quality: Quality) -> dict[str, Quality]:
 
 def _changes(dense: dict[str, Quality], slim: dict[str, Quality], overall: Comparison) -> dict[str, Comparison]:
     """Slim minus dense per task, with the settings of the overall comparison; what lost most first."""
-    settings = {"metric": overall.metric, "resamples": overall.resamples, "level": overall.level}
-    found = {task: compare(dense[task], slim[task], overall.seed, **settings) for task in dense}
+    found = {
+        task: compare(
+            dense[task],
+            slim[task],
+            overall.seed,
+            metric=overall.metric,
+            resamples=overall.resamples,
+            level=overall.level,
+        )
+        for task in dense
+    }
     return dict(sorted(found.items(), key=lambda item: (item[1].difference, item[0])))
 
 
