@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from slimvlm.compress.families import Family
 from slimvlm.export.generation import Prompting
@@ -20,17 +20,17 @@ CONFIG, IMAGES = "genai_config.json", "genai_processor.json"
 PIXELS = 3
 
 
-class Merge(Embed):
+class Merge(nn.Module):
     """Token ids [B, S] and image features [N, C] -> embeddings [B, S, C]; the n-th image token takes the n-th row."""
 
     def __init__(self, embedding: Any, width: int, image_token: int) -> None:
-        super().__init__(embedding, width)
-        self.image_token = image_token
+        super().__init__()
+        self.embed, self.image_token = Embed(embedding, width), image_token
 
     def forward(self, input_ids: Tensor, image_features: Tensor) -> Tensor:
         """Look up and replace, fp32; N may be 0."""
         image = input_ids == self.image_token
-        embeds = super().forward(input_ids)
+        embeds = self.embed(input_ids)
         rows = torch.cat([torch.zeros_like(embeds[:1, 0]), image_features])  # row 0 is for text
         place = image.flatten().long().cumsum(0).view(image.shape) * image
         return torch.where(image[..., None], rows[place], embeds)

@@ -162,7 +162,8 @@ def filled_cache(past: Sequence[Tensor]) -> DynamicCache:
 
 def cached_tensors(cache: DynamicCache) -> list[Tensor]:
     """Keys and values as `filled_cache` takes them."""
-    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    layers: list[Any] = cache.layers
+    return [tensor for layer in layers for tensor in (layer.keys, layer.values)]
 
 
 def causal_mask(attention_mask: Tensor, queries: Tensor, prefix: bool = False) -> Tensor:
@@ -247,7 +248,7 @@ def _cache_sizes(decoder: Decoder, embeds: Tensor, positions: Tensor) -> list[tu
 
 
 def _refuse_sliding_windows(model: Any) -> None:
-    text = getattr(model.config, "text_config", None)
+    text: Any = getattr(model.config, "text_config", None)
     if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
         raise UnsupportedModelError(
             f"{type(model).__name__} attends through sliding windows of {text.sliding_window} tokens, which "

@@ -90,6 +90,7 @@ def export_model(
     graphs = _graphs(model, collator, samples)
     progress("reference", 0, 1)
     reference = make_reference(model, collator, graphs, samples, options.max_new_tokens)
+    progress("reference", 1, 1)
     if options.dtype == "fp16":
         graphs = _graphs(_to_fp16(model), collator, samples)
     source = _Source(model, collator, graphs, reference)
@@ -307,6 +308,7 @@ def _check_generation(
                 f"{form} {variant}: {100 * check.token_share:.1f} % of the tokens equal torch's on {check.samples} "
                 f"samples, {100 * TOLERANCES[variant].tokens:.0f} % wanted"
             )
+    progress("generate", len(sets), len(sets))
 
 
 def _write_beside(folder: Path, source: _Source, options: ExportOptions, manifest: Manifest) -> None:

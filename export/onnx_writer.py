@@ -88,6 +88,8 @@ def _by_dynamo(graph: Graph, opset: int) -> onnx_ir.Model:
         opset_version=opset,
         verbose=False,
     )
+    if program is None:
+        raise ValueError("the exporter gave nothing")
     return program.model
 
 
@@ -123,5 +125,5 @@ def _name_shapes(graph: Graph, model: onnx_ir.Model) -> None:
     outputs = dict(zip(graph.outputs, zip(results, graph.outputs.values(), strict=True), strict=True))
     for values, known in ((model.graph.inputs, inputs), (model.graph.outputs, outputs)):
         for value in values:
-            tensor, axes = known[value.name]
+            tensor, axes = known[value.name or ""]
             value.shape = onnx_ir.Shape([axes.get(axis, size) for axis, size in enumerate(tensor.shape)])

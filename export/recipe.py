@@ -132,11 +132,10 @@ def _plain(collator: Collator, batch: Arrays, size: tuple[int, int] | None) -> d
 def _tiles(collator: Collator, batch: Arrays, size: tuple[int, int] | None) -> dict[str, Any]:
     """The whole image, then its tiles; the image is one of the sizes that need no padding."""
     side = batch["pixel_values"].shape[-1]
-    rows, columns = get_anyres_image_grid_shape(size, collator.config.image_grid_pinpoints, side)
-    if size != (rows * side, columns * side):
-        raise NoRecipeError(
-            f"images of {size[0]}x{size[1]} are padded before they are tiled; use --image-size of tiles"
-        )
+    height, width = size if size is not None else (side, side)
+    rows, columns = get_anyres_image_grid_shape((height, width), collator.config.image_grid_pinpoints, side)
+    if (height, width) != (rows * side, columns * side):
+        raise NoRecipeError(f"images of {height}x{width} are padded before they are tiled; use --image-size of tiles")
     tiles = [{"box": [row * side, column * side, side, side]} for row in range(rows) for column in range(columns)]
     return {"views": [{"size": [side, side]}, *tiles]}
 

@@ -77,7 +77,7 @@ def image_size(collator: Collator, config: Any, options: ExportOptions) -> tuple
         unit = vision.patch_size * vision.spatial_merge_size
         size = asked or (_rounded(DEFAULT_SIDE, unit), _rounded(DEFAULT_SIDE, unit))
         if any(side % unit for side in size):
-            near = tuple(_rounded(side, unit) for side in size)
+            near = (_rounded(size[0], unit), _rounded(size[1], unit))
             raise UnsuitableOptionError(
                 f"--image-size {_shown(size)}: this tower takes multiples of {unit}; use {_shown(near)}"
             )

@@ -71,7 +71,7 @@ class Tiles(Select):
         image_size: height and width of the images before they were tiled; all images must have it.
     """
 
-    def __init__(self, model: Any, image_size: tuple[int, int]) -> None:
+    def __init__(self, model: Any, image_size: tuple[int, ...]) -> None:
         super().__init__(model)
         vision = model.config.vision_config
         self.side = vision.image_size // vision.patch_size
@@ -96,7 +96,7 @@ class Tiles(Select):
         image = F.pad(image, (0, 1)) + last * self.newline.float()[None, :, None, None]  # a column of newlines
         return torch.cat([base, image.flatten(2).transpose(1, 2)], dim=1)
 
-    def _covered(self, image_size: tuple[int, int]) -> tuple[int, int, int, int]:
+    def _covered(self, image_size: tuple[int, ...]) -> tuple[int, int, int, int]:
         """Top, left, height and width of the part of the map that the image covers, found with numbers for features."""
         height, width = self.grid[0] * self.side, self.grid[1] * self.side
         place = unpad_image(torch.arange(height * width).view(1, height, width), image_size)[0]
