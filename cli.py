@@ -18,9 +18,11 @@ from slimvlm.console.options import (
     ATTENTION_UNITS,
     COUNT,
     FILE,
+    FOLDER,
     PATH,
     RATIO,
     evaluation_options,
+    export_options,
     folder_options,
     model_options,
     option,
@@ -190,7 +192,7 @@ def apply(model: str, plan_file: Path, out: Path, trust_remote_code: bool, as_js
 
 
 @main.command()
-@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("run", type=FOLDER)
 @recover_options
 @option("--device", type=Device(), metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
 @quality_limit
@@ -247,6 +249,72 @@ def inspect(model: str, attention_unit: str, trust_remote_code: bool, as_json: b
     from slimvlm.compress.inspection import inspect_model
 
     show.show_inspection(inspect_model(model, attention_unit, trust_remote_code), as_json=as_json)
+
+
+@main.command()
+@click.argument("model")
+@click.argument("out", type=PATH, required=False)
+@export_options
+@click.option("--verify", is_flag=True, help="Check the exported folder MODEL on this machine instead.")
+@output_options
+def export(model: str, out: Path | None, verify: bool, as_json: bool, quiet: bool, **values: Any) -> None:
+    """Write MODEL as graphs that run without torch.
+
+    ONNX in the layout transformers.js loads, TorchScript, torch.export; each is held against torch on real samples:
+
+        slimvlm export out/model exported --format onnx --data test.jsonl
+    """
+    from slimvlm.export import ExportOptions, export_checkpoint
+    from slimvlm.export import verify as verify_folder
+
+    if verify:
+        show.show_verification(verify_folder(model), as_json=as_json)
+        return
+    if out is None:
+        raise click.UsageError("Missing argument 'OUT'.")
+    with progress(quiet) as report:
+        try:
+            result = export_checkpoint(model, out, ExportOptions(**values), report)
+        except CheckFailedError as failed:
+            if failed.result is not None:
+                show.show_export(failed.result, as_json=as_json)
+            raise
+    show.show_export(result, as_json=as_json)
+
+
+@main.command()
+@click.argument("run", type=FOLDER)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def report(run: Path, as_json: bool) -> None:
+    """Write report.html and report.md of a RUN.
+
+    RUN is what `slimvlm compress` wrote, which does this at its end; after a later recovery or export:
+
+        slimvlm report out
+    """
+    from slimvlm.serve.report import write_report
+
+    show.show_written(write_report(run), as_json=as_json)
+
+
+@main.command()
+@option("--device", type=Device(), metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
+@output_options
+def kernels(device: str, as_json: bool, quiet: bool) -> None:
+    """Check and time the kernels on this device.
+
+    Against plain torch, on matrices of real models; nothing is timed if a result is wrong:
+
+        slimvlm kernels --device cuda
+    """
+    from slimvlm.compress.processes import pick_device
+    from slimvlm.kernels.bench import BenchOptions, describe, run
+
+    with progress(quiet) as tell:
+        found = run(BenchOptions(device=str(pick_device(device))), tell)
+    show.show_kernels(found, describe(found), as_json=as_json)
+    if found.failures:
+        raise CheckFailedError(f"{len(found.failures)} of {len(found.checks)} checks failed; nothing was timed")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ from typing import Any
 import click
 
 from slimvlm.compress.options import CompressOptions
-from slimvlm.console.values import Device, Share, Size, shares
+from slimvlm.console.values import Device, ImageSize, Names, Share, Size, shares
+from slimvlm.export.options import DTYPES as EXPORTED_DTYPES
+from slimvlm.export.options import EXPORTERS, FORMATS, FUSIONS, QUANTIZED
 
 # Names the library knows, repeated because importing them imports torch; a test compares.
 CRITERIA = ("ukmi", "taylor", "fisher", "gate", "magnitude", "random")
@@ -49,6 +51,7 @@ def together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 PATH = click.Path(path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 FILE_OR_FOLDER = click.Path(exists=True, path_type=Path)
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 COUNT = click.IntRange(min=1)
 FRACTION = click.FloatRange(0, 1)
 RATIO = click.FloatRange(0, 1, min_open=True, max_open=True)
@@ -135,6 +138,23 @@ quality_limit = option(
 folder_options = together(
     option("--resume", is_flag=True, help="Continue an interrupted run after its last finished stage."),
     option("--overwrite", is_flag=True, help="Replace an earlier run."),
+)
+export_options = together(
+    click.option("--format", "formats", type=Names(*FORMATS), default="onnx", help="Of onnx, torchscript, pt2."),
+    click.option("--dtype", type=click.Choice(EXPORTED_DTYPES), default="fp32", help="Of weights and cache."),
+    click.option("--quantize", type=click.Choice(QUANTIZED), help="A second set of ONNX graphs with int8 weights."),
+    click.option("--opset", type=int, default=20, help="Of the ONNX graphs."),
+    click.option("--exporter", type=click.Choice(EXPORTERS), default="auto", help="auto falls back to torchscript."),
+    click.option("--fuse", type=click.Choice(FUSIONS), help="ONNX Runtime's fused operators for this device."),
+    click.option("--image-size", type=ImageSize(), metavar="HxW", help="Of families with one fixed grid."),
+    click.option("--data", type=FILE_OR_FOLDER, help="Samples to check with; else generated images."),
+    click.option("--samples", type=COUNT, default=16, help="So many of them are generated for."),
+    click.option("--max-new-tokens", type=COUNT, default=16, help="Longest generation in these checks."),
+    click.option("--aoti", is_flag=True, help="Compile the torch.export programs (needs a C++ compiler)."),
+    click.option("--bundle", is_flag=True, help="Add a README, and the folder as OUT.tar."),
+    click.option("--seed", type=int, default=0, help="Of the choice of samples."),
+    click.option("--overwrite", is_flag=True, help="Replace an earlier export."),
+    remote_code,
 )
 output_options = together(
     click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from slimvlm.compress.inspection import Inspection
     from slimvlm.compress.plan import Plan
     from slimvlm.compress.quality import Comparison, Quality
+    from slimvlm.export.job import ExportResult
+    from slimvlm.export.verification import Verification
+    from slimvlm.kernels.bench import Report as KernelReport
     from slimvlm.pipeline import Result
 
 WIDTH_OF_A_FILE = 120  # columns when stdout is no terminal
@@ -136,6 +139,54 @@ def show_inspection(inspection: Inspection, *, as_json: bool) -> None:
         for part in inspection.parts
     ]
     _print_table(columns, rows)
+
+
+def show_export(result: ExportResult, *, as_json: bool) -> None:
+    """The files of an export, how far each is from torch, and the generations that were compared."""
+    manifest = result.manifest
+    if as_json:
+        print_json({"out": str(result.out), "seconds": result.seconds, "manifest": asdict(manifest)})
+        return
+    rows = []
+    for one in manifest.artifacts:
+        worst = max((case["max_relative"] for case in one.parity), default=float("nan"))
+        rows.append((one.file, one.exporter, f"{worst:.1e}", "yes" if one.ok else "NO"))
+    _print_table(("file", "exporter", "relative difference", "accepted"), rows)
+    print_line()
+    for check in manifest.checks:
+        equal = (
+            f"{check['equal']} of {check['samples']} answers are torch's, {percent(check['token_share'])} of the tokens"
+        )
+        print_line(f"{check['format']} {check['variant']}: {equal}")
+    print_line(f"written  {result.out}, {len(manifest.files)} files named in manifest.json, {result.seconds:.0f} s")
+
+
+def show_verification(verification: Verification, *, as_json: bool) -> None:
+    """What was checked of an exported folder."""
+    if as_json:
+        print_json(verification.to_dict())
+        return
+    print_line(f"{verification.folder}: {verification.files} files are what manifest.json says")
+    for check in verification.checks:
+        print_line("  " + ", ".join(f"{name} {value}" for name, value in check.items()))
+    for skipped in verification.skipped:
+        print_line(f"  not run: {skipped}")
+
+
+def show_kernels(report: KernelReport, text: str, *, as_json: bool) -> None:
+    """Checks and timings of the kernels."""
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        print_line(text)
+
+
+def show_written(path: Path, *, as_json: bool) -> None:
+    """A file that was written."""
+    if as_json:
+        print_json({"written": str(path)})
+    else:
+        print_line(f"written  {path}")
 
 
 def _plan_document(plan: Plan) -> dict[str, Any]:

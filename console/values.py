@@ -72,6 +72,39 @@ class Device(click.ParamType):
         return value
 
 
+class Names(click.ParamType):
+    """Comma-separated names out of a list: `onnx,torchscript`."""
+
+    name = "names"
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        """The names, in the order given."""
+        if isinstance(value, tuple):
+            return value
+        given = tuple(dict.fromkeys(name.strip() for name in value.split(",")))
+        if unknown := [name for name in given if name not in self.names]:
+            self.fail(f"{unknown[0]!r} is not one of {', '.join(self.names)}.", param, ctx)
+        return given
+
+
+class ImageSize(click.ParamType):
+    """Height and width in pixels: `224x224`."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """(height, width)."""
+        if isinstance(value, tuple):
+            return value
+        found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", value.strip())
+        if not found:
+            self.fail(f"{value!r} is not HEIGHTxWIDTH in pixels, as 224x224.", param, ctx)
+        return int(found.group(1)), int(found.group(2))
+
+
 def shares(_ctx: click.Context, param: click.Parameter, pairs: Sequence[tuple[str, float]]) -> dict[str, float]:
     """Click callback of a repeatable `Share` option: name -> ratio."""
     by_name = dict(pairs)

@@ -24,6 +24,7 @@ from slimvlm.console import options as choices
 from slimvlm.console import show
 from slimvlm.console.progress import progress
 from slimvlm.console.values import Size
+from slimvlm.export.options import ExportOptions
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 COMMANDS = sorted(main.commands)
@@ -104,6 +105,19 @@ def test_every_option_of_recover_is_one_of_the_recovery_with_the_same_default(tm
     values = {name: value for name, value in values.items() if name not in NOT_OPTIONS | {"run", "device"}}
     assert values.pop("max_quality_drop") is None
     assert values == asdict(RecoverOptions())
+
+
+def test_every_option_of_export_has_the_librarys_default(tmp_path: Path) -> None:
+    values = main.commands["export"].make_context("export", [str(tmp_path), "out"]).params
+    values = {name: value for name, value in values.items() if name not in NOT_OPTIONS | {"model", "out", "verify"}}
+    assert ExportOptions(**values) == ExportOptions()
+
+
+@pytest.mark.parametrize("value", ["onnx,gguf", ""])
+def test_an_unknown_format_is_a_usage_error_that_lists_the_known(value: str, tmp_path: Path) -> None:
+    code, _, error = run("export", tmp_path, tmp_path / "out", "--format", value)
+    assert code == 2
+    assert "torchscript" in error
 
 
 def test_given_options_reach_the_library(data: Path) -> None:
