@@ -13,6 +13,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import matplotlib.style
 import numpy as np
@@ -122,11 +123,11 @@ def score_steps(name: str, title: str, by_modality: Mapping[str, np.ndarray]) ->
         axes = figure.subplots()
         logs = {modality: np.log10(scores[scores > 0].astype(np.float64)) for modality, scores in by_modality.items()}
         found = np.concatenate(list(logs.values()))
-        edges = np.linspace(found.min(), found.max() + 1e-9, 33)
+        edges = np.linspace(found.min(), found.max() + 1e-9, 33).tolist()
         for modality, values in logs.items():
             if len(values):
                 weights = np.full(len(values), 1 / len(by_modality[modality]))
-                style = {
+                style: dict[str, Any] = {
                     "edgecolor": COLOURS.get(modality, DENSE),
                     "linestyle": DASHES.get(modality, ":"),
                     "label": _short(modality),
@@ -179,7 +180,7 @@ def task_dots(name: str, title: str, tasks: Mapping[str, Mapping[str, Estimate]]
             values = [100 * estimate.value for estimate in found]
             arms = np.array([[100 * (e.value - e.low), 100 * (e.high - e.value)] for e in found]).T.clip(0)
             rows = np.arange(len(tasks)) + 0.22 * (place - (len(labels) - 1) / 2)
-            style = {"marker": MARKERS[label], "color": COLOURS[label], "label": label}
+            style: dict[str, Any] = {"marker": MARKERS[label], "color": COLOURS[label], "label": label}
             axes.errorbar(values, rows, xerr=arms, linestyle="none", markersize=3.5, elinewidth=0.9, **style)
         axes.set_yticks(range(len(tasks)), [_short(task) for task in tasks])
         axes.set(ylim=(len(tasks) - 0.5, -0.5), xlim=(-2, 102), xlabel=unit)
@@ -232,7 +233,7 @@ def _short(name: str) -> str:
     return text if len(text) <= TICK_LETTERS else text[: TICK_LETTERS - 1] + "…"
 
 
-def _finish(axes: Axes, grid: str) -> None:
+def _finish(axes: Axes, grid: Literal["x", "y"]) -> None:
     axes.grid(axis=grid)
     axes.tick_params(length=2)
 

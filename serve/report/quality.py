@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -114,7 +114,7 @@ def _overall_findings(comparison: Comparison) -> tuple[Finding, ...]:
     return (Finding(text, source),)
 
 
-def _recovery_findings(models: dict[str, Quality], comparison: Comparison) -> tuple[Finding, ...]:
+def _recovery_findings(models: Mapping[str, Quality], comparison: Comparison) -> tuple[Finding, ...]:
     """What the recovery gave on the evaluated questions, which it has not seen."""
     if "cut" not in models:
         return ()
@@ -195,7 +195,7 @@ def _metric(name: str) -> str:
     return {"exact": "share of right answers", "mean_r1": "share of first matches that are right"}.get(name, name)
 
 
-def _task_table(models: dict[str, Quality], estimates: dict[str, dict[str, Estimate]]) -> Table:
+def _task_table(models: Mapping[str, Quality], estimates: dict[str, dict[str, Estimate]]) -> Table:
     rows = []
     for task, found in estimates.items():
         cells = (f"{100 * one.value:.1f} ({100 * one.low:.1f} to {100 * one.high:.1f})" for one in found.values())
@@ -219,14 +219,14 @@ def _change_table(comparison: Comparison, changes: dict[str, Comparison]) -> Tab
     )
 
 
-def _score_table(models: dict[str, Quality]) -> Table:
+def _score_table(models: Mapping[str, Quality]) -> Table:
     names = list(models["dense"].scores)
     rows = [(name.replace("_", " "), *(figure(quality.scores[name]) for quality in models.values())) for name in names]
     source = f"{QUALITY}: scores of {', '.join(models)}"
     return Table("All figures, mean of tasks", ("", *models), rows, source)
 
 
-def _vendor_tables(models: dict[str, Quality], metric: str) -> tuple[Table, ...]:
+def _vendor_tables(models: Mapping[str, Quality], metric: str) -> tuple[Table, ...]:
     vendors = models["dense"].vendors
     if len(vendors) < 2:
         return ()
