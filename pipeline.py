@@ -1,4 +1,4 @@
-"""The one job: plan, cut, save, evaluate, in order; every stage is resumable and nothing here is clever."""
+"""The one job: plan, cut, save, recover, evaluate, report, in order; every stage is resumable and nothing here is clever."""
 
 from __future__ import annotations
 
@@ -130,6 +130,9 @@ def _compress(options: CompressOptions, progress: Progress) -> Result:
     comparison = compare(dense, slim, options.seed)
     seconds = {name: stage["seconds"] for name, stage in run.record["stages"].items()}
     result = Result(options.out, plan, comparison, seconds, len(data.bad), dense, slim, cut, recovery)
+    from slimvlm.serve.report import write_report  # matplotlib takes a second to import
+
+    write_report(options.out)
     _check_quality(options, result)
     return result
 

@@ -87,7 +87,7 @@ def show_compression(result: Result, *, as_json: bool) -> None:
         print_line(f"skipped  {result.bad_samples} unreadable samples, named in {result.out / 'run.json'}")
     print_line("seconds  " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result.seconds.items()))
     print_line(f"model    {result.out / 'model'}")
-    print_line(f"details  {result.out / 'run.json'}, plan.json, quality.json")
+    print_line(f"report   {result.out / 'report.html'}, report.md; every figure in the .json files beside it")
 
 
 def _recovery_line(recovery: Mapping[str, Any], cut: Quality) -> str:

@@ -63,6 +63,7 @@ def test_the_run_folder_holds_plan_scores_quality_and_the_checks_that_were_made(
     quality = json.loads((options.out / "quality.json").read_text())
     assert len(quality["dense"]["rows"]) == len(quality["slim"]["rows"]) == 24
     assert (options.out / "scores.safetensors").is_file()
+    assert "<svg" in (options.out / "report.html").read_text()
 
 
 def test_a_finished_run_resumes_to_the_same_result_without_work(finished):
