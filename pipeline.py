@@ -1,4 +1,4 @@
-"""The one job: plan, cut, save, recover, evaluate, report, in order; every stage is resumable and nothing here is clever."""
+"""The one job: plan, cut, recover, evaluate, report, in order; every stage is resumable and nothing here is clever."""
 
 from __future__ import annotations
 
