@@ -152,12 +152,20 @@ def test_a_loss_without_a_weight_weighs_one_and_only_sft_needs_no_teacher():
     assert all(parse_recipe(text).needs_teacher for text in ("lpd", "kl", "rkl", "hidden+sft"))
 
 
+def test_losses_added_to_lpd_join_those_of_its_last_stage_or_weigh_them_anew():
+    assert parse_recipe("lpd+hidden").losses == {"sft": 1.0, "kl": 1.0, "hidden": 1.0}
+    assert parse_recipe("lpd+0.5*kl").losses == {"sft": 1.0, "kl": 0.5}
+    assert parse_recipe("hidden+lpd").features
+    assert parse_recipe("hidden+lpd").staged
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "'' is no loss; accepted are lpd, or a sum of sft, kl, rkl, hidden"),
+        ("", "'' is no loss; accepted are lpd and sums of sft, kl, rkl, hidden"),
         ("sft+ce", "recipe 'sft[+]ce': 'ce' is no loss; accepted are lpd"),
-        ("lpd+sft", "'lpd' is no loss"),
+        ("2*lpd", "'lpd' is no loss"),
+        ("lpd+lpd", "'lpd' comes twice"),
         ("sft+sft", "'sft' comes twice; give its weight once"),
         ("x*sft", "'x' is no number"),
         ("*sft", "'' is no number"),
