@@ -21,6 +21,7 @@ from slimvlm.compress.checkpoint import build_meta, weight_files
 from slimvlm.compress.errors import CheckpointError
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.slicing import Cut, complement, find_cuts, matching_groups
+from slimvlm.kernels import gather_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,13 +120,11 @@ def find_tensors(folder: Path, model: nn.Module) -> dict[str, tuple[Path, str]]:
 
 
 def _read(view: Any, cut: Cut) -> Recalled:
-    """Whole rows are read first: they are contiguous in the file."""
+    """Of a one-sided cut only what was pruned is read; cut on both, the matrix is read once and taken apart at once."""
     height, width = view.get_shape()
-    rows = columns = None
+    if cut.rows is not None and cut.columns is not None:
+        blocks = gather_blocks(view[:], cut.rows, cut.columns)
+        return Recalled(blocks.pruned_rows, blocks.pruned_cols)
     if cut.rows is not None:
-        rows = view[complement(cut.rows, height).tolist()]
-        rows = rows if cut.columns is None else rows.index_select(1, cut.columns)
-    if cut.columns is not None:
-        columns = view[:, complement(cut.columns, width).tolist()]
-        columns = columns if cut.rows is None else columns.index_select(0, cut.rows)
-    return Recalled(rows, columns)
+        return Recalled(view[complement(cut.rows, height).tolist()], None)
+    return Recalled(None, view[:, complement(cut.columns, width).tolist()] if cut.columns is not None else None)

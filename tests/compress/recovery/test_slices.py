@@ -20,8 +20,9 @@ from slimvlm.compress.checkpoint import load, save_checkpoint
 from slimvlm.compress.errors import CheckpointError
 from slimvlm.compress.families import find_family
 from slimvlm.compress.groups import find_groups, member_indices
+from slimvlm.compress.recovery import slices
 from slimvlm.compress.recovery.slices import Slices
-from slimvlm.compress.slicing import apply_plan
+from slimvlm.compress.slicing import Cut, apply_plan
 
 LLAVA = (
     (r"^lm_head\.", "language_model.lm_head."),
@@ -215,3 +216,12 @@ def anonymous_memory() -> int:
     """Bytes this process holds; the pages of mapped files, which the system can drop, are not counted."""
     line = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return int(line.group(1)) * 1024
+
+
+def test_a_matrix_cut_on_both_sides_gives_both_slices(tmp_path):
+    weight = torch.arange(24.0).reshape(4, 6)
+    save_file({"w": weight}, tmp_path / "w.safetensors")
+    with safe_open(tmp_path / "w.safetensors", "pt") as file:
+        found = slices._read(file.get_slice("w"), Cut("w", torch.tensor([0, 3]), torch.tensor([1, 2, 5])))
+    assert found.rows.equal(weight[[1, 2]][:, [1, 2, 5]])
+    assert found.columns.equal(weight[[0, 3]][:, [0, 3, 4]])
