@@ -6,6 +6,8 @@ Exit codes: 0 done, 1 a bug (traceback), 2 usage, 3 refused, 4 a check failed (f
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +105,9 @@ def compress(as_json: bool, quiet: bool, **values: Any) -> None:
 
         slimvlm compress ./my-vlm out --data samples.jsonl --ratio 0.5
     """
-    _compress(CompressOptions(**values), as_json=as_json, quiet=quiet)
+    from slimvlm import pipeline
+
+    _show_job(partial(pipeline.compress, CompressOptions(**values)), as_json=as_json, quiet=quiet)
 
 
 @main.command()
@@ -124,6 +128,7 @@ def demo(as_json: bool, quiet: bool, **values: Any) -> None:
     """
     # So small a model gains nothing from threads; on a busy machine they wait for each other for minutes.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from slimvlm import pipeline
     from slimvlm.demo import MODEL, SAMPLES
 
     packaged: dict[str, Any] = {
@@ -132,15 +137,17 @@ def demo(as_json: bool, quiet: bool, **values: Any) -> None:
         "eval_data": SAMPLES / "test.jsonl",
         "train_batch_size": 32,
     }
-    _compress(CompressOptions(**packaged, **values, device="cpu"), as_json=as_json, quiet=quiet)
+    options = CompressOptions(**packaged, **values, device="cpu")
+    _show_job(partial(pipeline.compress, options), as_json=as_json, quiet=quiet)
 
 
-def _compress(options: CompressOptions, *, as_json: bool, quiet: bool) -> None:
+def _show_job(job: Callable[[Any], Any], *, as_json: bool, quiet: bool) -> None:
+    """Print what a whole job gave, also when a check on it failed."""
     from slimvlm import pipeline
 
     with progress(quiet) as report:
         try:
-            result = pipeline.compress(options, report)
+            result = job(report)
         except CheckFailedError as failed:
             if isinstance(failed.result, pipeline.Result):
                 show.show_compression(failed.result, as_json=as_json)
@@ -207,9 +214,7 @@ def recover(run: Path, as_json: bool, quiet: bool, **values: Any) -> None:
     """
     from slimvlm import pipeline
 
-    with progress(quiet) as report:
-        result = pipeline.recover_run(run, values, report)
-    show.show_compression(result, as_json=as_json)
+    _show_job(partial(pipeline.recover_run, run, values), as_json=as_json, quiet=quiet)
 
 
 @main.command()

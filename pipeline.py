@@ -17,13 +17,14 @@ from slimvlm.compress.budget import Budget
 from slimvlm.compress.calibrate import CalibrationOptions
 from slimvlm.compress.checkpoint import load_model, save_checkpoint
 from slimvlm.compress.collate import Batch, Collator
-from slimvlm.compress.computing import TOLERANCE, cast, load_to_compute, outputs, relative_difference
+from slimvlm.compress.computing import CHECKED_SAMPLES, TOLERANCE, cast, load_to_compute, outputs, relative_difference
 from slimvlm.compress.criteria import CRITERIA, Criterion
 from slimvlm.compress.errors import CheckFailedError, CheckpointError, UnsuitableOptionError
 from slimvlm.compress.evaluate import Comparison, Quality, compare, evaluate
 from slimvlm.compress.groups import find_groups
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
+from slimvlm.compress.recovery.recipe import parse_recipe
 from slimvlm.compress.recovery.stage import CUT, recover_stage
 from slimvlm.compress.refit import refit
 from slimvlm.compress.rounds import Planned, Planning, plan_in_rounds
@@ -33,8 +34,6 @@ from slimvlm.compress.slicing import apply_plan, mask_plan
 from slimvlm.compress.splits import Measured, read_evaluation, read_measured
 
 Progress = Callable[..., None]  # stage, done, total, note: what else is worth saying
-
-CHECKED_SAMPLES = 4
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,8 @@ def compress(options: CompressOptions, progress: Progress | None = None) -> Resu
         CheckFailedError: the result was made, but a check on it failed; files are kept (exit code 4).
     """
     options = options.resolved()
+    if options.recover != "none":
+        parse_recipe(options.recover)  # a mistake in it is not worth the minutes until it is needed
     processes.join()
     try:
         return _compress(options, progress or _silent)

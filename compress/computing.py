@@ -13,6 +13,7 @@ from slimvlm.compress.options import CompressOptions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Of logits that should be the same, relative to the largest logit.
+CHECKED_SAMPLES = 4  # so many samples two models are compared on
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}
 
 

@@ -100,6 +100,21 @@ def test_the_same_recovery_again_does_nothing(run: Path) -> None:
     assert (run / "model" / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_a_crossed_quality_limit_exits_with_4_after_printing_the_result(run: Path) -> None:
+    short = [word for name, value in SHORT.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    result = CliRunner().invoke(main, ["recover", str(run), *short, "--max-quality-drop", "1", "--quiet"])
+    assert result.exit_code == 4, result.output
+    assert "recovery" in result.stdout
+
+
+def test_a_recipe_that_is_none_is_refused_before_any_work(tmp_path: Path) -> None:
+    options = options_in(tmp_path, recover="magic")
+    result = CliRunner().invoke(main, words_of(options))
+    assert result.exit_code == 3
+    assert "hidden" in result.stderr
+    assert not options.out.exists()
+
+
 def test_no_recovery_brings_the_cut_model_back(run: Path) -> None:
     cut = (run / "cut" / "model.safetensors").read_bytes()
     result = recover_run(run, {"recover": "none"})

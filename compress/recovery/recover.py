@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from slimvlm.compress.checkpoint import Loaded, locate
 from slimvlm.compress.collate import Collator
-from slimvlm.compress.computing import TOLERANCE, cast, load_to_compute, outputs, relative_difference
+from slimvlm.compress.computing import CHECKED_SAMPLES, TOLERANCE, cast, load_to_compute, outputs, relative_difference
 from slimvlm.compress.errors import CheckFailedError, CheckpointError, UnsuitableOptionError
 from slimvlm.compress.evaluate import evaluate
 from slimvlm.compress.groups import resolve
@@ -35,7 +35,6 @@ TRAINED = ("lora", "projector", "lora+projector", "full")
 # validation split of the demo set; at a hidden size of 4096 it gives the 1e-4 (LoRA) and 2e-5 (all) of common practice.
 RATE_TIMES_WIDTH = {"lora": 0.5, "projector": 0.5, "lora+projector": 0.5, "full": 0.1}
 EAGER_TOKENS = 512  # on a CPU, eager attention is the faster one to train with up to about so many tokens
-CHECKED_SAMPLES = 4
 VALIDATIONS = 8
 
 Report = Callable[[dict[str, Any]], None]  # the facts of one step

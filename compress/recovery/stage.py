@@ -11,7 +11,7 @@ from typing import Any
 from slimvlm.compress import processes
 from slimvlm.compress.checkpoint import Loaded, save_checkpoint
 from slimvlm.compress.collate import Collator
-from slimvlm.compress.computing import cast, load_to_compute, outputs, relative_difference
+from slimvlm.compress.computing import CHECKED_SAMPLES, cast, load_to_compute, outputs, relative_difference
 from slimvlm.compress.errors import CheckFailedError, SlimvlmError
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
@@ -19,7 +19,6 @@ from slimvlm.compress.runs import RunFolder
 from slimvlm.compress.splits import Measured, read_trained
 
 CUT, RECOVERED = "cut", ".recovered"  # the checkpoint before the recovery; the one after it, until it is in place
-CHECKED_SAMPLES = 4
 Progress = Callable[..., None]  # stage, done, total, note
 
 

@@ -1,19 +1,15 @@
 """Calibration by two processes: the statistics of one, and one message when something is wrong."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
+from pairs import run_pair
 from tiny_models import tiny_model
 
 from slimvlm.compress.calibrate import Calibration, CalibrationOptions, collect
 from slimvlm.compress.criteria import CRITERIA, Criterion
 from slimvlm.compress.families import find_family
 from slimvlm.compress.groups import find_groups
-
-SUPPORT = Path(__file__).parents[1] / "support"
 
 WORKER = """
 import os, sys
@@ -48,16 +44,7 @@ distributed.destroy_process_group()
 
 def test_two_processes_give_the_statistics_of_one(tmp_path: Path) -> None:
     (tmp_path / "worker.py").write_text(WORKER)
-    environment = {**os.environ, "PYTHONPATH": str(SUPPORT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    workers = [
-        subprocess.Popen([sys.executable, str(tmp_path / "worker.py"), str(tmp_path), str(rank)], env=environment)
-        for rank in (0, 1)
-    ]
-    try:
-        assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
-    finally:
-        for worker in workers:
-            worker.kill()
+    run_pair(tmp_path / "worker.py")
     tiny = tiny_model("llava")
     family = find_family(tiny.model.config)
     groups = find_groups(tiny.model, family)

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import torch
+from pairs import run_pair
 from recalled import SMALL, make_case, randomise, trainable
 from safetensors.torch import load_file
-
-SUPPORT = Path(__file__).parents[2] / "support"
 
 WORKER = """
 import sys
@@ -45,16 +39,7 @@ distributed.destroy_process_group()
 
 def test_two_processes_that_share_the_model_find_the_gradients_of_one(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
-    environment = {**os.environ, "PYTHONPATH": str(SUPPORT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    workers = [
-        subprocess.Popen([sys.executable, str(tmp_path / "worker.py"), str(tmp_path), str(rank)], env=environment)
-        for rank in (0, 1)
-    ]
-    try:
-        assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
-    finally:
-        for worker in workers:
-            worker.kill()
+    run_pair(tmp_path / "worker.py")
     found = load_file(tmp_path / "gradients.safetensors")
     assert 0.3 < found.pop("share").item() < 0.7
     case = make_case(tmp_path / "alone")
