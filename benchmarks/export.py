@@ -28,9 +28,9 @@ import transformers
 from torch import nn
 
 from slimvlm.compress.families import find_family
-from slimvlm.export.generation import empty_cache
+from slimvlm.compress.generation import empty_cache
+from slimvlm.compress.manifest import installed_versions
 from slimvlm.export.graphs import Embed, Graph, Port, build_graphs
-from slimvlm.export.manifest import installed_versions
 from slimvlm.export.onnx_rewriting import quantize_int8
 from slimvlm.export.onnx_writer import write_onnx
 from slimvlm.export.options import EXTERNAL_BYTES, OnnxSettings

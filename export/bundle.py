@@ -6,7 +6,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from slimvlm.export.manifest import Manifest
+from slimvlm.compress.manifest import Manifest
 
 README = "README.md"
 

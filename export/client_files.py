@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from slimvlm.compress.generation import Prompting
 from slimvlm.compress.modeling_slim import PREFIX, RECORD
-from slimvlm.export.generation import Prompting
 
 CARRIED = ("LICENSE*", "NOTICE*", "spiece.model", "tokenizer.model", "vocab.json", "merges.txt")
 TEXT_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from slimvlm.compress.families import Family
-from slimvlm.export.generation import Prompting
+from slimvlm.compress.generation import Prompting
 from slimvlm.export.graphs import BATCH, SEQUENCE, Embed, Graph, Port, embedding_width
 
 CONFIG, IMAGES = "genai_config.json", "genai_processor.json"

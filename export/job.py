@@ -16,12 +16,12 @@ from safetensors import SafetensorError
 from slimvlm.compress.checkpoint import load_model
 from slimvlm.compress.collate import Collator
 from slimvlm.compress.errors import CheckFailedError, CheckpointError, OutputError
+from slimvlm.compress.manifest import Artifact, Manifest
 from slimvlm.compress.samples import Sample
 from slimvlm.export.bundle import tar_name, write_readme, write_tar
 from slimvlm.export.client_files import name_external_data, write_client_files
 from slimvlm.export.genai import genai_graphs, write_genai
 from slimvlm.export.graphs import Graph, build_graphs
-from slimvlm.export.manifest import Artifact, Manifest
 from slimvlm.export.options import ExportOptions
 from slimvlm.export.parity import TOLERANCES, measure
 from slimvlm.export.recipe import NoRecipeError, check_recipe, make_recipe, one_tile, single_batches

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from slimvlm.export.generation import Arrays
+from slimvlm.compress.generation import Arrays
 
 
 @dataclass(frozen=True, slots=True)

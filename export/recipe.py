@@ -15,9 +15,9 @@ import numpy as np
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
 from slimvlm.compress.collate import Collator
+from slimvlm.compress.generation import Arrays
 from slimvlm.compress.records import Turn
 from slimvlm.compress.samples import Sample, open_image
-from slimvlm.export.generation import Arrays
 
 QUESTION = "{question}"
 CHECKED = 4  # samples

@@ -16,10 +16,10 @@ from transformers import GenerationConfig
 from slimvlm.compress.collate import Batch, Collator
 from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.evaluate import GREEDY
+from slimvlm.compress.generation import Arrays, PortInfo, Prompting, Runner, generate, until_end
 from slimvlm.compress.quality import exact_match
 from slimvlm.compress.records import Turn
 from slimvlm.compress.samples import Sample, batches, load_samples, open_image
-from slimvlm.export.generation import Arrays, PortInfo, Prompting, Runner, generate, until_end
 from slimvlm.export.graphs import Graph
 from slimvlm.export.options import ExportOptions
 from slimvlm.export.parity import Case, TokenCheck, token_share

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from slimvlm.export.generation import Arrays, PortInfo, Runner
-from slimvlm.export.manifest import Artifact, inside
+from slimvlm.compress.generation import Arrays, PortInfo, Runner
+from slimvlm.compress.manifest import Artifact, inside
 
 ONNX_DTYPES = {
     "tensor(float)": "float32",

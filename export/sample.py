@@ -9,8 +9,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from slimvlm.compress.errors import CheckpointError
-from slimvlm.export.generation import Arrays
-from slimvlm.export.manifest import SAMPLE
+from slimvlm.compress.generation import Arrays
+from slimvlm.compress.manifest import SAMPLE
 
 GIVEN, EXPECTED = "given.", "expected."
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from slimvlm.compress.errors import CheckFailedError, MissingDependencyError
-from slimvlm.export.generation import Arrays, Prompting, Runner, generate, until_end
-from slimvlm.export.manifest import Artifact, Manifest, check_files, inside
+from slimvlm.compress.generation import Arrays, Prompting, Runner, generate, until_end
+from slimvlm.compress.manifest import Artifact, Manifest, check_files, inside
 from slimvlm.export.parity import TOLERANCES, Case, measure, token_share
 from slimvlm.export.runners import runner_of
 from slimvlm.export.sample import read_sample

@@ -13,11 +13,11 @@ from plans import random_plan
 
 from slimvlm.compress.checkpoint import load_model, save_checkpoint
 from slimvlm.compress.families import FAMILIES
+from slimvlm.compress.generation import Prompting, generate
 from slimvlm.compress.samples import load_samples, open_image
 from slimvlm.compress.slicing import apply_plan
 from slimvlm.demo import MODEL, SAMPLES
 from slimvlm.export import ExportOptions, export_checkpoint
-from slimvlm.export.generation import Prompting, generate
 from slimvlm.export.reference import generated_sample
 from slimvlm.export.runners import OnnxRunner
 from slimvlm.export.sample import read_sample

@@ -9,7 +9,7 @@ import onnx
 import pytest
 from tiny_models import FACTORIES
 
-from slimvlm.export.generation import Prompting, empty_cache
+from slimvlm.compress.generation import Prompting, empty_cache
 from slimvlm.export.runners import runner_of
 
 DUAL = ("clip", "siglip")

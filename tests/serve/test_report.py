@@ -12,8 +12,8 @@ import pytest
 from report_runs import Story, change_record, write_run
 
 from slimvlm.compress.errors import OutputError
+from slimvlm.compress.manifest import Artifact, Manifest
 from slimvlm.compress.quality import Row, compare, summarize
-from slimvlm.export.manifest import Artifact, Manifest
 from slimvlm.serve.report import write_report
 from slimvlm.serve.report.charts import Curve, training_curve
 from slimvlm.serve.report.quality import wilson

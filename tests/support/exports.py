@@ -12,10 +12,10 @@ from tiny_processors import tiny_image, tiny_processor
 
 from slimvlm.compress.collate import Collator
 from slimvlm.compress.families import find_family
+from slimvlm.compress.generation import Arrays, until_end
 from slimvlm.compress.records import Turn
 from slimvlm.compress.samples import Sample
 from slimvlm.compress.slicing import apply_plan
-from slimvlm.export.generation import Arrays, until_end
 from slimvlm.export.graphs import Graph
 from slimvlm.export.job import ExportResult, export_model
 from slimvlm.export.options import ExportOptions

@@ -7,7 +7,7 @@ import pytest
 import torch
 from exports import cut_model
 
-from slimvlm.export.generation import PortInfo, Prompting, embed_prompt, generate, prompt_positions, until_end
+from slimvlm.compress.generation import PortInfo, Prompting, embed_prompt, generate, prompt_positions, until_end
 
 WORDS, IMAGE = 8, 7
 COUNTING = Prompting("decoder", image_token=IMAGE, end=(5,), pad=0)
