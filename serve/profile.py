@@ -1,0 +1,344 @@
+"""The Profile: what two models cost to run, with every raw sample. Seconds, bytes, joules, tokens. JSON; no torch.
+
+A *cell* is one workload on one backend. A *run* is what one model did in it: a sample per phase and round, the rounds
+of the dense and the slim model paired. Everything else in a profile is derived from these samples and the shapes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass
+from typing import Any, TypeVar
+
+from slimvlm.compress.quality import check_keys
+
+SCHEMA = 1
+MODELS = ("dense", "slim")
+PHASES = {
+    "vision": "pixels to features of the language model",
+    "text": "a dual encoder's text to its embedding",
+    "prefill": "embeddings of the prompt to the first logits",
+    "ttft": "pixels and prompt to the first token",
+    "tpot": "one later token, mean",
+    "end_to_end": "pixels and prompt to the last token",
+}
+MEASURED, OUT_OF_MEMORY, FAILED = STATUSES = ("measured", "out of memory", "failed")
+FASTER, SLOWER, SAME, TOO_NOISY = RELATIONS = ("faster", "slower", "same", "too noisy")
+BOUNDS = ("memory", "compute", "overhead")
+
+Noun = TypeVar("Noun")
+
+
+def _one_of(what: str, value: str, accepted: typing.Iterable[str]) -> None:
+    if value not in accepted:
+        raise ValueError(f"{what} is {value!r}; accepted is one of {', '.join(accepted)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What was measured on, and how fast it was found to copy and to multiply.
+
+    Attributes:
+        kind: `cpu` or `cuda`.
+        threads: that the measurements used.
+        clock_mhz: what the system says of the clock: `current`, `max` and the like.
+        isa: instruction sets (CPU) or compute capability (CUDA) that decide which kernels run.
+        driver: of a GPU; None for a CPU.
+        copy_bytes_per_second: bytes of a buffer -> bytes read and written per second when it is copied; small buffers
+            stay in a cache, the largest does not.
+        matmul_flops_per_second: dtype -> floating-point operations per second of a large matrix product.
+        launch_seconds: time of an operation that has nothing to do.
+    """
+
+    kind: str
+    name: str
+    threads: int
+    physical_cores: int | None
+    logical_cores: int | None
+    memory_bytes: int
+    clock_mhz: Mapping[str, float]
+    cache_bytes: Mapping[str, int]
+    isa: tuple[str, ...]
+    driver: str | None
+    copy_bytes_per_second: Mapping[str, float]
+    matmul_flops_per_second: Mapping[str, float]
+    launch_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model that was measured.
+
+    Attributes:
+        source: folder as it was given.
+        layout: `dense`, `per-layer` or `stock`.
+        kv_bytes_per_token: keys and values that one more token leaves in the cache; 0 for a dual encoder.
+        digest: identity of the weights.
+    """
+
+    source: str
+    family: str
+    layout: str
+    parameters: int
+    weight_bytes: int
+    kv_bytes_per_token: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Of a process of its own. Host: resident bytes after loading and at the peak, less what the imports took; device:
+    the allocator's peak, what it reserved, and what the driver shows; None where it cannot be read.
+    """
+
+    host_loaded_bytes: int | None
+    host_peak_bytes: int | None
+    device_peak_bytes: int | None = None
+    device_reserved_bytes: int | None = None
+    device_driver_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one model did in one cell.
+
+    Attributes:
+        seconds: phase -> one sample per round.
+        load_seconds: from the folder to a model that can be run, one per start of a process.
+        medians: phase -> median of `seconds`.
+        tokens_per_second: phase -> prompt tokens (prefill) or new tokens (tpot, end_to_end) of the whole batch.
+        flops, bytes: phase -> floating-point operations and bytes that must be moved, counted from the shapes.
+        mfu, mbu: phase -> share of the device's measured matmul rate and copy bandwidth; None where it is not known.
+    """
+
+    seconds: Mapping[str, tuple[float, ...]]
+    load_seconds: tuple[float, ...]
+    memory: Memory
+    energy_joules_per_token: float | None = None
+    medians: Mapping[str, float] = field(default_factory=dict)
+    tokens_per_second: Mapping[str, float] = field(default_factory=dict)
+    flops: Mapping[str, float] = field(default_factory=dict)
+    bytes: Mapping[str, float] = field(default_factory=dict)
+    mfu: Mapping[str, float] | None = None
+    mbu: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """dense / slim of one phase: `value` > 1 is a speed-up; `low` to `high` is its 95 % interval."""
+
+    slim: float
+    dense: float
+    value: float
+    low: float
+    high: float
+    verdict: str
+
+    def __post_init__(self) -> None:
+        _one_of("ratio: verdict", self.verdict, RELATIONS)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One workload on one backend.
+
+    Attributes:
+        backend: `torch`, `onnx`, `torchscript`, with a variant behind a colon (`onnx:int8`).
+        image_size: height and width; None for the processor's own or a text-only workload.
+        reason: why it was not measured; empty if it was.
+        runs: `dense` and `slim`, or `slim` alone.
+        ratios: phase -> dense / slim; empty without a dense model.
+    """
+
+    backend: str
+    dtype: str
+    batch_size: int
+    image_size: tuple[int, int] | None
+    prompt_tokens: int
+    new_tokens: int
+    status: str
+    reason: str = ""
+    runs: Mapping[str, Run] = field(default_factory=dict)
+    ratios: Mapping[str, Ratio] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _one_of("cell: status", self.status, STATUSES)
+        for name in self.runs:
+            _one_of("cell: model", name, MODELS)
+        for phase in {*self.ratios, *(phase for run in self.runs.values() for phase in run.seconds)}:
+            _one_of("cell: phase", phase, PHASES)
+
+    @property
+    def workload(self) -> str:
+        """In words: `batch 1, image 224 x 224, prompt 32, new 16`."""
+        image = f", image {self.image_size[0]} x {self.image_size[1]}" if self.image_size else ""
+        return f"batch {self.batch_size}{image}, prompt {self.prompt_tokens}, new {self.new_tokens}"
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderRun:
+    """Repetitions of a decoder test: tokens per second of each, their mean and standard deviation (n - 1)."""
+
+    tokens_per_second: tuple[float, ...]
+    mean: float
+    std: float
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderTest:
+    """The language model alone, as llama-bench names it: `pp512` reads 512 tokens, `tg128` writes 128."""
+
+    backend: str
+    dtype: str
+    name: str
+    tokens: int
+    status: str
+    reason: str = ""
+    runs: Mapping[str, DecoderRun] = field(default_factory=dict)
+    ratio: Ratio | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("decoder test: status", self.status, STATUSES)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What holds the slim model back in one phase, and how much of what the cut could give it did give.
+
+    Attributes:
+        bound: `memory`, `compute` or `overhead`.
+        ideal: speed-up (dense / slim) if time followed the work that limits it.
+        measured: speed-up that was measured.
+        reached: share of the ideal gain, (measured - 1) / (ideal - 1); None where the cut left no work out.
+        because: sentences.
+    """
+
+    backend: str
+    phase: str
+    workload: str
+    bound: str
+    ideal: float
+    measured: float
+    reached: float | None
+    because: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        _one_of("verdict: bound", self.bound, BOUNDS)
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """A limit that was asked for (`max_ttft_ms`, `max_tpot_ms`, `max_memory`), and the worst cell of the slim model;
+    `worst` is None if nothing could be measured against it, which counts as crossed.
+    """
+
+    name: str
+    limit: float
+    worst: float | None
+    cell: str
+    crossed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """A measurement: `models` by the names of MODELS, `skipped` says which backends were left out and why."""
+
+    command: tuple[str, ...]
+    versions: Mapping[str, str]
+    seed: int
+    device: Device
+    settings: Mapping[str, Any]
+    models: Mapping[str, Subject]
+    cells: tuple[Cell, ...] = ()
+    decoder_tests: tuple[DecoderTest, ...] = ()
+    verdicts: tuple[Verdict, ...] = ()
+    limits: tuple[Limit, ...] = ()
+    skipped: tuple[str, ...] = ()
+    schema: int = SCHEMA
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types (tuples become lists in JSON)."""
+        return asdict(self)
+
+    def to_json(self) -> str:
+        """Indented JSON.
+
+        Raises:
+            ValueError: a figure is not finite.
+        """
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_dict(cls, document: Any) -> Profile:
+        """The profile of `to_dict`.
+
+        Raises:
+            ValueError: another schema; a key that is unknown, missing or of another type (named with its path).
+        """
+        if isinstance(document, Mapping) and document.get("schema", SCHEMA) != SCHEMA:
+            raise ValueError(f"profile: schema {document['schema']} is not the {SCHEMA} this version reads")
+        return _decode("profile", document, cls)
+
+    @classmethod
+    def from_json(cls, text: str) -> Profile:
+        """The profile of `to_json`.
+
+        Raises:
+            ValueError: not JSON, or as `from_dict`.
+        """
+        try:
+            document = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"profile: not JSON ({error})") from None
+        return cls.from_dict(document)
+
+
+def _decode(where: str, value: Any, wanted: Any) -> Any:
+    """`value` of a JSON document as the annotated type `wanted`: the dataclasses above, tuples, mappings, unions with
+    None, and plain types. An int is a float; nothing else is converted.
+    """
+    if wanted is Any:
+        return value
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin in (types.UnionType, typing.Union):
+        kind = next(one for one in arguments if one is not types.NoneType)
+        return None if value is None else _decode(where, value, kind)
+    if is_dataclass(wanted):
+        return _decode_noun(where, value, typing.cast(type, wanted))
+    if origin is tuple:
+        _must_be(where, value, (list, tuple), "a list")
+        if arguments[-1] is not ... and len(value) != len(arguments):
+            raise ValueError(f"{where}: {len(value)} entries; accepted is {len(arguments)}")
+        return tuple(_decode(f"{where}[{place}]", one, arguments[0]) for place, one in enumerate(value))
+    if origin is Mapping:
+        _must_be(where, value, Mapping, "an object")
+        return {name: _decode(f"{where}.{name}", one, arguments[1]) for name, one in value.items()}
+    if wanted is float:
+        _must_be(where, value, (int, float), "a finite number")
+        if isinstance(value, bool) or not math.isfinite(value):
+            raise ValueError(f"{where}: {value!r} is not a finite number")
+        return value
+    _must_be(where, value, wanted, f"of type {wanted.__name__}")
+    if wanted is int and isinstance(value, bool):
+        raise ValueError(f"{where}: {value!r} is not of type int")
+    return value
+
+
+def _decode_noun(where: str, value: Any, noun: type[Noun]) -> Noun:
+    _must_be(where, value, Mapping, "an object")
+    check_keys(where, value, noun)
+    hints = typing.get_type_hints(noun)
+    found = {name: _decode(f"{where}.{name}", one, hints[name]) for name, one in value.items()}
+    try:
+        return noun(**found)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _must_be(where: str, value: Any, kinds: Any, words: str) -> None:
+    if not isinstance(value, kinds):
+        raise ValueError(f"{where}: {value!r} is not {words}")
