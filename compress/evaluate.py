@@ -95,27 +95,33 @@ def shuffle_images(samples: Sequence[Sample], seed: int) -> list[Sample]:
     return [replace(sample, image=image, content=content) for sample, (image, content) in swapped]
 
 
+def greedy(model: Any, collator: Collator, max_new_tokens: int) -> GenerationConfig:
+    """What `generate` needs to give the most probable tokens and to end as the tokenizer and the model say."""
+    end = end_ids(model, collator)
+    return GenerationConfig(
+        **GREEDY, max_new_tokens=max_new_tokens, eos_token_id=list(end), pad_token_id=pad_id(model, collator)
+    )
+
+
+def end_ids(model: Any, collator: Collator) -> tuple[int, ...]:
+    """Tokens that end an answer: the tokenizer's own, then those of the model's generation settings."""
+    given = getattr(model.generation_config, "eos_token_id", None)
+    given = given if isinstance(given, list) else [given]
+    return tuple(dict.fromkeys(token for token in (collator.tokenizer.eos_token_id, *given) if token is not None))
+
+
+def pad_id(model: Any, collator: Collator) -> int:
+    """What generation fills a finished row with."""
+    pad = collator.tokenizer.pad_token_id
+    return end_ids(model, collator)[0] if pad is None else pad
+
+
 @dataclass(frozen=True, slots=True)
 class _Run:
     model: Any
     collator: Collator
     batch_size: int
     progress: Progress | None
-
-    @property
-    def end_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer: the tokenizer's own, then those of the model's generation settings."""
-        given = getattr(self.model.generation_config, "eos_token_id", None)
-        given = given if isinstance(given, list) else [given]
-        return tuple(
-            dict.fromkeys(token for token in (self.collator.tokenizer.eos_token_id, *given) if token is not None)
-        )
-
-    @property
-    def pad_id(self) -> int:
-        """What generation fills a finished row with."""
-        pad = self.collator.tokenizer.pad_token_id
-        return self.end_ids[0] if pad is None else pad
 
     def place(self, batch: Batch) -> Batch:
         """On the model's device, floating point in its dtype."""
@@ -220,7 +226,11 @@ def _teach(run: _Run, questions: Sequence[Sample]) -> list[_Taught]:
     losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none").sum(1)
     counts = (targets != IGNORED).sum(1)
     sure = (_first_by_far(logits, targets, run.model.dtype) & _asked_alike(run, questions, given)).tolist()
-    texts = run.collator.decode(targets.masked_fill(targets == IGNORED, run.end_ids[0])) if any(sure) else []
+    texts = (
+        run.collator.decode(targets.masked_fill(targets == IGNORED, end_ids(run.model, run.collator)[0]))
+        if any(sure)
+        else []
+    )
     return [
         _Taught(loss, count, texts[place] if sure[place] else None)
         for place, (loss, count) in enumerate(zip(losses.tolist(), counts.tolist(), strict=True))
@@ -251,8 +261,7 @@ def _asked_alike(run: _Run, questions: Sequence[Sample], given: Batch) -> torch.
 def _generate(run: _Run, questions: Sequence[Sample]) -> list[str]:
     inputs = run.place(run.collator.prompts(questions))
     longest = max(map(run.collator.answer_length, questions)) + MARGIN
-    config = GenerationConfig(**GREEDY, max_new_tokens=longest, eos_token_id=list(run.end_ids), pad_token_id=run.pad_id)
-    ids = run.model.generate(**inputs, generation_config=config)
+    ids = run.model.generate(**inputs, generation_config=greedy(run.model, run.collator, longest))
     prompt = inputs["input_ids"]
     if ids.shape[1] >= prompt.shape[1] and torch.equal(ids[:, : prompt.shape[1]], prompt):
         ids = ids[:, prompt.shape[1] :]

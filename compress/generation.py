@@ -6,8 +6,8 @@ whose shapes the decoder's inputs state, one step after the other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -66,17 +66,27 @@ class Prompting:
         return cls(**{**document, "end": tuple(document["end"])})
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Generated:
     """New tokens [B, T], padded after the end of a row, and the logits [B, V] of each row's first new token."""
 
     tokens: np.ndarray
     first_logits: np.ndarray
-    steps: list[Arrays] = field(default_factory=list)
 
 
 def generate(runner: Runner, prompting: Prompting, batch: Mapping[str, np.ndarray], max_new_tokens: int) -> Generated:
-    """The most probable tokens, one after the other, until every row ended.
+    """The most probable tokens, one after the other, until every row ended; see `steps`."""
+    tokens, first = [], None
+    for chosen, logits in steps(runner, prompting, batch, max_new_tokens):
+        tokens.append(chosen)
+        first = logits if first is None else first
+    return Generated(np.stack(tokens, axis=1).astype(np.int64), first)
+
+
+def steps(
+    runner: Runner, prompting: Prompting, batch: Mapping[str, np.ndarray], max_new_tokens: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The next most probable token of every row [B] and the logits [B, V] it was chosen by, until every row ended.
 
     Args:
         batch: left-padded `input_ids` [B, S] and `attention_mask`, and what the vision graph takes.
@@ -89,21 +99,19 @@ def generate(runner: Runner, prompting: Prompting, batch: Mapping[str, np.ndarra
     if prompting.kind == "encoder-decoder":
         feeds, mask = _encode(runner, prompting, feeds), np.zeros((len(ids), 0), np.int64)
     feeds |= empty_cache(runner, len(ids), feeds)
-    tokens, done, first = [], np.zeros(len(ids), bool), None
-    while True:
+    done = np.zeros(len(ids), bool)
+    for step in range(1, max_new_tokens + 1):
         outputs = runner.run("decoder_model_merged", feeds)
         logits = outputs["logits"][:, -1]
-        first = logits if first is None else first
         chosen = np.where(done, prompting.pad, logits.argmax(-1))
-        tokens.append(chosen)
+        yield chosen, logits
         done |= np.isin(chosen, prompting.end)
-        if done.all() or len(tokens) == max_new_tokens:
-            return Generated(np.stack(tokens, axis=1).astype(np.int64), first)
+        if done.all() or step == max_new_tokens:
+            return
         mask = np.concatenate([mask, np.ones((len(ids), 1), np.int64)], axis=1)
-        position = following + len(tokens) - 1
         cache = {name.replace(PRESENT, PAST): value for name, value in outputs.items() if name.startswith(PRESENT)}
-        step = {"inputs_embeds": _embed(runner, chosen[:, None]), "position_ids": position[..., None]}
-        feeds = {**feeds, **cache, **step, "attention_mask": mask}
+        place = {"position_ids": (following + step - 1)[..., None], "attention_mask": mask}
+        feeds = {**feeds, **cache, **place, "inputs_embeds": _embed(runner, chosen[:, None])}
 
 
 def embed_prompt(runner: Runner, prompting: Prompting, batch: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -8,8 +8,8 @@ from pathlib import Path
 import onnx
 import onnx_ir
 
+from slimvlm.compress.quiet import quiet
 from slimvlm.export.onnx_writer import save_onnx
-from slimvlm.export.tracing import quiet
 
 QUANTIZED_OPERATORS = ["MatMul", "Gemm", "Gather"]  # no convolutions: one per image, and slow in int8 on a CPU
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from slimvlm.compress.errors import UnsupportedModelError
+from slimvlm.compress.quiet import quiet
 from slimvlm.export.graphs import Graph
 from slimvlm.export.options import DYNAMO, TORCHSCRIPT, OnnxSettings
-from slimvlm.export.tracing import dynamic_shapes, first_line, quiet
+from slimvlm.export.tracing import dynamic_shapes, first_line
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,19 +11,19 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import GenerationConfig
 
 from slimvlm.compress.collate import Batch, Collator
 from slimvlm.compress.errors import UnsuitableOptionError
-from slimvlm.compress.evaluate import GREEDY
+from slimvlm.compress.evaluate import end_ids, greedy, pad_id
 from slimvlm.compress.generation import Arrays, PortInfo, Prompting, Runner, generate, until_end
 from slimvlm.compress.quality import exact_match
 from slimvlm.compress.records import Turn
+from slimvlm.compress.runners import TorchRunner
 from slimvlm.compress.samples import Sample, batches, load_samples, open_image
 from slimvlm.export.graphs import Graph
 from slimvlm.export.options import ExportOptions
 from slimvlm.export.parity import Case, TokenCheck, token_share
-from slimvlm.export.runners import Recorder, TorchRunner
+from slimvlm.export.runners import Recorder
 
 ROWS = 4  # samples generated for at once, left-padded
 QUESTIONS = ("What is in the image?", "What colour is it?", "How many are there?", "Describe the image.")
@@ -186,16 +186,12 @@ def make_reference(
 
 def prompting_of(model: Any, collator: Collator) -> Prompting:
     """What a client has to know of this model, from its config and tokenizer."""
-    given = getattr(model.generation_config, "eos_token_id", None)
-    given = given if isinstance(given, list) else [given]
-    end = tuple(dict.fromkeys(token for token in (collator.tokenizer.eos_token_id, *given) if token is not None))
-    pad = collator.tokenizer.pad_token_id
     row, text = collator.family.export, getattr(model.config, "text_config", model.config)
     return Prompting(
         kind=collator.family.kind,
         image_token=int(collator.image_token_id),
-        end=end,
-        pad=end[0] if pad is None else pad,
+        end=end_ids(model, collator),
+        pad=pad_id(model, collator),
         positions=row.positions,
         first_position=row.first_position,
         merge=getattr(model.config.vision_config, "spatial_merge_size", 1) if row.positions == "mrope" else 1,
@@ -205,12 +201,9 @@ def prompting_of(model: Any, collator: Collator) -> Prompting:
 
 def torch_tokens(model: Any, collator: Collator, prompt: Arrays, prompting: Prompting, most: int) -> np.ndarray:
     """Greedy answers [B, T] of `generate`, without the prompt."""
-    config = GenerationConfig(
-        **GREEDY, max_new_tokens=most, eos_token_id=list(prompting.end), pad_token_id=prompting.pad
-    )
     tensors = {name: torch.from_numpy(array) for name, array in prompt.items()}
     with torch.inference_mode():
-        ids = model.generate(**tensors, generation_config=config).numpy()
+        ids = model.generate(**tensors, generation_config=greedy(model, collator, most)).numpy()
     asked = prompt["input_ids"]
     if prompting.kind == "encoder-decoder":
         return ids[:, 1:]  # the start token

@@ -1,4 +1,4 @@
-"""TorchScript, torch.export and AOTInductor files of a graph, and how to run them."""
+"""TorchScript, torch.export and AOTInductor files of a graph; `compress.runners` loads them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from slimvlm.compress.errors import MissingDependencyError, UnsupportedModelError
+from slimvlm.compress.quiet import quiet
 from slimvlm.export.graphs import Graph
-from slimvlm.export.tracing import dynamic_shapes, first_line, quiet
+from slimvlm.export.tracing import dynamic_shapes, first_line
 
 
 def write_torchscript(graph: Graph, path: Path) -> None:
@@ -64,28 +64,3 @@ def _save(write: Callable[[], None], path: Path) -> None:
 def compiled_name(path: Path) -> Path:
     """Where the compiled form of a `.pt2` stands."""
     return path.with_suffix(".aoti.pt2")
-
-
-def load_torchscript(path: Path) -> Any:
-    """The traced module."""
-    with quiet():
-        return torch.jit.load(str(path), map_location="cpu")
-
-
-def load_pt2(path: Path) -> Callable[..., Any]:
-    """The program as a callable module."""
-    with quiet():
-        return torch.export.load(path).module()
-
-
-def load_aoti(path: Path) -> Callable[..., Any]:
-    """The compiled program."""
-    with quiet():
-        return torch._inductor.aoti_load_package(str(path))
-
-
-LOADERS: dict[str, Callable[[Path], Any]] = {
-    "torchscript": load_torchscript,
-    "pt2": load_pt2,
-    "aoti": load_aoti,
-}

@@ -1,13 +1,8 @@
-"""What every exporter of torch needs: quiet, the varying axes in its terms, and one line of what went wrong."""
+"""What every exporter of torch needs: the varying axes in its terms, and one line of what went wrong."""
 
 from __future__ import annotations
 
 import inspect
-import io
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 import torch
@@ -15,19 +10,6 @@ import torch
 from slimvlm.export.graphs import TOTAL, Graph
 
 DERIVED = (TOTAL, "num_patches")  # follow from other axes; torch.export finds the relation by itself
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Exporters warn, log and print much that is no news to a user: deprecations, missing torchvision, progress."""
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
 
 
 def first_line(error: BaseException, width: int = 200) -> str:
