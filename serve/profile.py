@@ -48,8 +48,8 @@ class Device:
         clock_mhz: what the system says of the clock: `current`, `max` and the like.
         isa: instruction sets (CPU) or compute capability (CUDA) that decide which kernels run.
         driver: of a GPU; None for a CPU.
-        copy_bytes_per_second: bytes of a buffer -> bytes read and written per second when it is copied; small buffers
-            stay in a cache, the largest does not.
+        copy_bytes_per_second: bytes touched (a buffer and its copy) -> bytes read and written per second; what is small
+            stays in a cache, the largest does not.
         matmul_flops_per_second: dtype -> floating-point operations per second of a large matrix product.
         launch_seconds: time of an operation that has nothing to do.
     """
