@@ -26,6 +26,7 @@ from slimvlm.console.options import (
     evaluation_options,
     export_options,
     folder_options,
+    formats_option,
     model_options,
     option,
     output_options,
@@ -95,13 +96,15 @@ def main() -> None:
 @recover_options
 @evaluation_options
 @quality_limit
+@formats_option
 @model_options
 @folder_options
 @output_options
 def compress(as_json: bool, quiet: bool, **values: Any) -> None:
     """Cut MODEL to a smaller dense checkpoint.
 
-    MODEL is a folder or a hub name. Calibrates, plans, cuts, recovers, saves OUT/model, and evaluates before and after:
+    MODEL is a folder or a hub name. Calibrates, plans, cuts, recovers, saves OUT/model, evaluates before
+    and after, and exports:
 
         slimvlm compress ./my-vlm out --data samples.jsonl --ratio 0.5
     """
@@ -117,6 +120,7 @@ def compress(as_json: bool, quiet: bool, **values: Any) -> None:
 @recover_option
 @steps_option
 @quality_limit
+@formats_option
 @folder_options
 @output_options
 def demo(as_json: bool, quiet: bool, **values: Any) -> None:
@@ -203,6 +207,7 @@ def apply(model: str, plan_file: Path, out: Path, trust_remote_code: bool, as_js
 @recover_options
 @option("--device", type=Device(), metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
 @quality_limit
+@formats_option
 @output_options
 def recover(run: Path, as_json: bool, quiet: bool, **values: Any) -> None:
     """Train the cut model of RUN again.

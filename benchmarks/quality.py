@@ -35,8 +35,8 @@ from slimvlm.compress.rounds import plan_in_rounds
 from slimvlm.compress.runs import installed_versions
 from slimvlm.compress.samples import Sample, batches, load_samples
 from slimvlm.compress.slicing import apply_plan
+from slimvlm.compress.stages.plan import planning_of
 from slimvlm.demo import MODEL, SAMPLES
-from slimvlm.pipeline import planning_of
 
 DEFAULT = CompressOptions(model=str(MODEL), out=Path("unused"), data=SAMPLES / "train.jsonl")
 ONE_SHOT = replace(DEFAULT, rounds=1, allocator="global", refit=False)

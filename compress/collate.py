@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from slimvlm.compress.errors import MissingDependencyError, SampleError, UnsupportedModelError
 from slimvlm.compress.families import Family
 from slimvlm.compress.records import Turn
-from slimvlm.compress.samples import Sample, open_image, split_caption
+from slimvlm.compress.samples import Sample, batches, open_image, split_caption
 
 IGNORED = -100
 CACHE_BYTES = 256 * 2**20
@@ -381,3 +382,8 @@ def _grow(tensor: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
     if not any(missing):
         return tensor
     return F.pad(tensor, [amount for extra in reversed(missing) for amount in (0, extra)])
+
+
+def collated(collator: Collator, samples: Sequence[Sample], batch_size: int) -> list[Callable[[], Batch]]:
+    """One function per batch: a batch is made when it is read, and not kept."""
+    return [partial(collator.training, batch) for batch in batches(samples, batch_size)]

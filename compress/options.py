@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-STAGES = ("plan", "slice", "recover", "evaluate")
-NOT_IDENTITY = ("out", "device", "resume", "overwrite", "stages", "max_quality_drop")  # not what is computed
+STAGES = ("plan", "slice", "recover", "evaluate", "export")
+NOT_IDENTITY = (  # not what the model is made of
+    "out", "device", "resume", "overwrite", "stages", "max_quality_drop", "export"
+)  # fmt: skip
 PAPER_RECOVERY = {  # UKMP's 50 % script
     "learning_rate": 2e-5, "schedule": "constant", "warmup": 50, "train_batch_size": 20, "reset_optimizer": True
 }  # fmt: skip
@@ -28,6 +30,7 @@ class RecoverOptions:
         rank, recall_rank, alpha, dropout, targets: of the low-rank layers; no targets: every linear that can be cut.
         recall: add the branch through the pruned weights ("weight recalling").
         staged: let the set of supervised blocks grow; False: all losses all the time.
+        feature_share: of the samples, for the stages in which it grows.
         temperature: of the kl and rkl losses.
         steps: optimiser steps; None: what `epochs` passes over the data are.
         train_batch_size: samples per optimiser step, over all processes.
@@ -53,6 +56,7 @@ class RecoverOptions:
     targets: tuple[str, ...] = ()
     recall: bool = True
     staged: bool = True
+    feature_share: float = 0.2
     temperature: float = 1.0
     epochs: float = 1.0
     steps: int | None = None
@@ -90,6 +94,8 @@ class CompressOptions(RecoverOptions):
         host_sums: keep gradient sums in host memory while the model is on a GPU.
         threshold, entropy, taylor: ablations; None: what the criterion says. A threshold of 1 selects all tokens.
         refit: fit the kept columns of output projections to the dense outputs, by least squares.
+        export: formats to export the slim model in; none where it is empty; None: TorchScript, and ONNX where its
+            packages are installed.
         stages: the stages to run.
         max_quality_drop: largest accepted loss in points of the mean metric; crossing it is a failed check.
     """
@@ -126,6 +132,7 @@ class CompressOptions(RecoverOptions):
     taylor: str | None = None
     resume: bool = False
     overwrite: bool = False
+    export: tuple[str, ...] | None = None
     stages: tuple[str, ...] = STAGES
 
     def resolved(self) -> CompressOptions:

@@ -12,7 +12,7 @@ import click
 from slimvlm.compress.options import CompressOptions
 from slimvlm.console.values import Device, ImageSize, Names, Share, Size, shares
 from slimvlm.export.options import DTYPES as EXPORTED_DTYPES
-from slimvlm.export.options import EXPORTERS, FORMATS, FUSIONS, QUANTIZED
+from slimvlm.export.options import EXPORTERS, FUSIONS, QUANTIZED
 
 # Names the library knows, repeated because importing them imports torch; a test compares.
 CRITERIA = ("ukmi", "taylor", "fisher", "gate", "magnitude", "random")
@@ -107,6 +107,7 @@ recover_options = together(
     option("--targets", multiple=True, metavar="NAME", help="Adapt linears of these names only; repeatable."),
     option("--recall/--no-recall", default=True, help="Recall the pruned weights."),
     option("--staged/--not-staged", default=True, help="lpd: supervise ever more blocks, or all of them at once."),
+    option("--feature-share", type=RATIO, help="lpd: part of the samples for the stages before the answers."),
     option("--temperature", type=POSITIVE, help="Of the losses kl and rkl."),
     option("--epochs", type=POSITIVE, help="Passes over the samples."),
     steps_option,
@@ -135,12 +136,15 @@ quality_limit = option(
     metavar="POINTS",
     help="Exit with 4 if quality falls by more.",
 )
+formats_option = option(
+    "--export", type=Names(), metavar="NAMES", help="Of onnx, torchscript, pt2, or none; else what is installed."
+)
 folder_options = together(
     option("--resume", is_flag=True, help="Continue an interrupted run after its last finished stage."),
     option("--overwrite", is_flag=True, help="Replace an earlier run."),
 )
 export_options = together(
-    click.option("--format", "formats", type=Names(*FORMATS), default="onnx", help="Of onnx, torchscript, pt2."),
+    click.option("--format", "formats", type=Names(), metavar="NAMES", default="onnx", help="onnx, torchscript, pt2."),
     click.option("--dtype", type=click.Choice(EXPORTED_DTYPES), default="fp32", help="Of weights and cache."),
     click.option("--quantize", type=click.Choice(QUANTIZED), help="A second set of ONNX graphs with int8 weights."),
     click.option("--opset", type=int, default=20, help="Of the ONNX graphs."),

@@ -69,6 +69,7 @@ def show_compression(result: Result, *, as_json: bool) -> None:
                 "quality": quality,
                 "quality_before_recovery": result.cut.score if result.cut else None,
                 "recovery": result.recovery,
+                "export": result.export,
                 "bad_samples": result.bad_samples,
                 "seconds": result.seconds,
             }
@@ -87,7 +88,19 @@ def show_compression(result: Result, *, as_json: bool) -> None:
         print_line(f"skipped  {result.bad_samples} unreadable samples, named in {result.out / 'run.json'}")
     print_line("seconds  " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result.seconds.items()))
     print_line(f"model    {result.out / 'model'}")
+    if result.export:
+        print_line(f"export   {_exported(result)}")
     print_line(f"report   {result.out / 'report.html'}, report.md; every figure in the .json files beside it")
+
+
+def _exported(result: Result) -> str:
+    if reason := result.export.get("refused"):
+        return f"none: {reason}"
+    equal = [
+        f"{check['format']} {check['variant']} {check['equal']} of {check['samples']}"
+        for check in result.export.get("checks", ())
+    ]
+    return f"{result.out / 'export'}; greedy answers equal to torch's: {', '.join(equal) or 'see manifest.json'}"
 
 
 def _recovery_line(recovery: Mapping[str, Any], cut: Quality) -> str:

@@ -103,7 +103,7 @@ def test_every_option_of_recover_is_one_of_the_recovery_with_the_same_default(tm
     command = main.commands["recover"]
     values = command.make_context("recover", [str(tmp_path)]).params
     values = {name: value for name, value in values.items() if name not in NOT_OPTIONS | {"run", "device"}}
-    assert values.pop("max_quality_drop") is None
+    assert (values.pop("max_quality_drop"), values.pop("export")) == (None, None)
     assert values == asdict(RecoverOptions())
 
 
@@ -114,10 +114,23 @@ def test_every_option_of_export_has_the_librarys_default(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("value", ["onnx,gguf", ""])
-def test_an_unknown_format_is_a_usage_error_that_lists_the_known(value: str, tmp_path: Path) -> None:
+def test_an_unknown_format_is_refused_and_the_known_are_listed(value: str, tmp_path: Path) -> None:
     code, _, error = run("export", tmp_path, tmp_path / "out", "--format", value)
-    assert code == 2
+    assert code == 3
     assert "torchscript" in error
+
+
+def test_an_unknown_opset_is_refused_and_the_known_are_listed(tmp_path: Path) -> None:
+    code, _, error = run("export", tmp_path, tmp_path / "out", "--opset", "7")
+    assert code == 3
+    assert "choose 18 to 23" in error
+
+
+@pytest.mark.parametrize(
+    ("given", "formats"), [((), None), (("--export", "none"), ()), (("--export", "pt2"), ("pt2",))]
+)
+def test_what_is_exported_is_left_to_the_machine_or_given(given, formats, data: Path) -> None:
+    assert parsed("model", "out", "--data", data, *given).export == formats
 
 
 def test_given_options_reach_the_library(data: Path) -> None:

@@ -12,7 +12,7 @@ from slimvlm.demo import MODEL, SAMPLES
 
 # No calibration and few questions: seconds.
 CHEAP = ("--data", SAMPLES / "train.jsonl", "--criterion", "magnitude", "--rounds", 1, "--samples", 8)
-NO_RECOVERY = ("--no-refit", "--recover", "none")
+ONLY_CUT = ("--no-refit", "--recover", "none", "--export", "none")
 
 
 def run(*words: object) -> Result:
@@ -24,7 +24,7 @@ def run(*words: object) -> Result:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     out = tmp_path_factory.mktemp("cli") / "out"
-    return out, run("compress", MODEL, out, *CHEAP, *NO_RECOVERY, "--ratio", 0.6, "--eval-samples", 12, "--json")
+    return out, run("compress", MODEL, out, *CHEAP, *ONLY_CUT, "--ratio", 0.6, "--eval-samples", 12, "--json")
 
 
 def test_json_of_compress_is_one_document_and_progress_goes_to_stderr(finished: tuple[Path, Result]) -> None:
@@ -40,7 +40,7 @@ def test_json_of_compress_is_one_document_and_progress_goes_to_stderr(finished: 
 
 def test_a_crossed_quality_limit_is_exit_code_4_and_keeps_the_files(tmp_path: Path) -> None:
     options = ("--ratio", 0.7, "--eval-samples", 12, "--max-quality-drop", 1, "--quiet")
-    result = run("compress", MODEL, tmp_path / "out", *CHEAP, *NO_RECOVERY, *options)
+    result = run("compress", MODEL, tmp_path / "out", *CHEAP, *ONLY_CUT, *options)
     assert result.exit_code == 4, result.output
     assert "--max-quality-drop 1" in result.stderr
     assert (tmp_path / "out" / "model" / "config.json").is_file()
@@ -63,7 +63,7 @@ def test_plan_writes_the_plan_that_compress_goes_on_from(finished: tuple[Path, R
     written = (tmp_path / "out" / "plan.json").read_text(encoding="utf-8")
     assert written == (finished[0] / "plan.json").read_text(encoding="utf-8")
     assert json.loads(planned.stdout)["parameters"]["after"] == Plan.from_json(written).parameters_after
-    resumed = run("compress", MODEL, tmp_path / "out", *options, *NO_RECOVERY[1:], "--resume")
+    resumed = run("compress", MODEL, tmp_path / "out", *options, *ONLY_CUT[1:], "--resume")
     assert resumed.exit_code == 0, resumed.stderr
     assert json.loads(resumed.stdout)["quality"] == json.loads(finished[1].stdout)["quality"]
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,8 +17,9 @@ from slimvlm.compress.families import find_family
 from slimvlm.compress.groups import find_groups
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
+from slimvlm.compress.stages.plan import planning_of
 from slimvlm.demo import MODEL, SAMPLES
-from slimvlm.pipeline import apply_saved_plan, compress, evaluate_checkpoint, make_plan, planning_of
+from slimvlm.pipeline import apply_saved_plan, compress, evaluate_checkpoint, make_plan
 
 
 def few(tmp_path: Path, **changes) -> CompressOptions:
@@ -33,6 +35,7 @@ def few(tmp_path: Path, **changes) -> CompressOptions:
         batch_size=8,
         refit=False,
         recover="none",
+        export=(),
     )
     return replace(options, **changes)
 
@@ -125,6 +128,38 @@ def test_evaluating_against_the_dense_model_pairs_the_questions(finished):
     quality, comparison = evaluate_checkpoint(job, against=str(MODEL))
     assert len(quality.rows) == 24
     assert comparison.difference == pytest.approx(result.comparison.difference)
+
+
+def test_the_export_stage_writes_a_checked_export_once_and_drops_it_where_none_is_asked_for(finished, tmp_path):
+    shutil.copytree(finished[0].out, tmp_path / "out")
+    asked = replace(finished[0], out=tmp_path / "out", resume=True, export=("torchscript",))
+    (check,) = compress(asked).export["checks"]
+    assert check["equal"] == check["samples"]
+    manifest = tmp_path / "out" / "export" / "manifest.json"
+    written = manifest.stat().st_mtime_ns
+    assert json.loads(manifest.read_text())["ok"]
+    compress(asked)
+    assert manifest.stat().st_mtime_ns == written
+    assert compress(replace(asked, export=())).export is None
+    assert not manifest.exists()
+
+
+@pytest.mark.parametrize(("formats", "says"), [(("tflite",), "tflite is unknown"), (("onnx", ""), "choose from")])
+def test_an_unknown_format_is_refused_before_anything_is_computed(formats, says, tmp_path):
+    with pytest.raises(UnsuitableOptionError, match=says):
+        compress(few(tmp_path, export=formats))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_check_of_the_export_fails_a_run_whose_files_are_all_there(finished):
+    options, result = finished
+    record = json.loads((options.out / "run.json").read_text())
+    facts = {"status": "finished", "formats": [], "seconds": 1.0, "failed": "the graph decoder differs from torch"}
+    record["stages"]["export"] = facts
+    (options.out / "run.json").write_text(json.dumps(record))
+    with pytest.raises(CheckFailedError, match="decoder differs") as failed:
+        compress(replace(options, resume=True))
+    assert failed.value.result.comparison == result.comparison
 
 
 JOB = """

@@ -42,6 +42,7 @@ def options_in(folder: Path, **changes: object) -> CompressOptions:
         rounds=1,
         samples=8,
         eval_samples=24,
+        export=(),
         device="cpu",
     )
     return replace(options, **{**SHORT, **changes})

@@ -18,6 +18,7 @@ LOSSES = ("sft", "kl", "rkl", "hidden")
 TAUGHT = ("kl", "rkl", "hidden")  # the losses that need the teacher
 PROGRESSIVE = "lpd"
 ACCEPTED = f"accepted are {PROGRESSIVE} and sums of {', '.join(LOSSES)}, with weights if wanted, such as 'sft+0.5*kl'"
+FEATURE_SHARE = 0.2  # of the samples; the paper gives 42 to 52 %, which on few steps is missing at the end
 TASK_SAMPLES = 275  # thousands, as all sample counts of the paper's schedule
 
 
@@ -29,6 +30,7 @@ class Recipe:
         losses: name (of LOSSES) -> weight, at the model's output.
         features: also supervise block outputs.
         staged: grow the set of supervised blocks, then drop it; otherwise everything is supervised all the time.
+        feature_share: part of the samples that the feature stages get; None: what the paper's schedule gives them.
         faithful: the paper's own normalisations and weights instead of those that do not depend on batch and width.
         temperature: of `kl` and `rkl`, which are multiplied by its square.
         hidden_states: which states `hidden` compares, counted as transformers does (-1: after the final norm).
@@ -37,6 +39,7 @@ class Recipe:
     losses: Mapping[str, float]
     features: bool = False
     staged: bool = False
+    feature_share: float | None = None
     faithful: bool = False
     temperature: float = 1.0
     hidden_states: tuple[int, ...] = (-1,)
@@ -49,6 +52,11 @@ class Recipe:
                 raise UnsuitableOptionError(f"the loss {name!r} is unknown; {ACCEPTED}")
             if not (math.isfinite(weight) and weight > 0):
                 raise UnsuitableOptionError(f"the weight {weight} of {name!r} is not a positive number; {ACCEPTED}")
+        if self.feature_share is not None and not 0 < self.feature_share < 1:
+            raise UnsuitableOptionError(
+                f"the share {self.feature_share} of the feature stages leaves nothing to them or to the answers; "
+                f"choose one between 0 and 1, such as {FEATURE_SHARE}"
+            )
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise UnsuitableOptionError(f"the temperature {self.temperature} is not positive; 1 changes nothing")
         if "hidden" in self.losses and not self.hidden_states:
@@ -106,23 +114,26 @@ def parse_recipe(
     text: str,
     *,
     stages: bool = True,
+    feature_share: float | None = FEATURE_SHARE,
     faithful: bool = False,
     temperature: float = 1.0,
     hidden_states: tuple[int, ...] = (-1,),
 ) -> Recipe:
     """The recipe `lpd`, or a sum of losses such as `sft`, `kl+hidden`, `sft+0.5*kl`.
 
-    Losses added to `lpd` (`lpd+hidden`, `lpd+0.5*kl`) join, or weigh anew, those of its last stage, answers and `kl`.
+    The last stage of `lpd` has the answers, `kl` and `hidden`; others (`lpd+rkl`, `lpd+0.5*kl`) join or weigh anew.
 
     Args:
         stages: whether `lpd` proceeds in stages.
+        feature_share: of `lpd`'s stages before the last.
+        faithful: the paper's: no `hidden`, its own shares.
 
     Raises:
         UnsuitableOptionError: an unknown or repeated loss, a weight or temperature that is not positive.
     """
     terms = [term.strip() for term in text.split("+")]
     progressive = PROGRESSIVE in terms
-    losses = {"sft": 1.0, "kl": 1.0} if progressive else {}
+    losses = dict.fromkeys(("sft", "kl") if faithful else ("sft", "kl", "hidden"), 1.0) if progressive else {}
     given: set[str] = set()
     for term in terms:
         factor, star, name = (part.strip() for part in term.rpartition("*"))
@@ -133,7 +144,8 @@ def parse_recipe(
         given.add(name)
         if term != PROGRESSIVE:
             losses[name] = _weight(text, factor) if star else 1.0
-    return Recipe(losses, progressive, progressive and stages, faithful, temperature, hidden_states)
+    share = None if faithful else feature_share
+    return Recipe(losses, progressive, progressive and stages, share, faithful, temperature, hidden_states)
 
 
 def _weight(text: str, factor: str) -> float:
@@ -165,7 +177,7 @@ def make_stages(family: Family, depths: Mapping[str, int], recipe: Recipe) -> tu
     full = {tower.name: supervised_layers(depths[tower.name]) for tower in family.towers}
     if not recipe.staged:
         return (Stage("all", _targets(family, full, recipe), dict(recipe.losses), 1.0),)
-    plan: list[tuple[str, tuple[BlockTarget, ...], Mapping[str, float], int]] = []
+    plan: list[tuple[str, tuple[BlockTarget, ...], Mapping[str, float], float]] = []
     reached: dict[str, tuple[int, ...]] = {}
     for tower in family.towers:
         pace = PACES[_kind(family, tower)]
@@ -176,7 +188,9 @@ def make_stages(family: Family, depths: Mapping[str, int], recipe: Recipe) -> tu
             reached[tower.name] = chosen
             plan.append((tower.name + suffix, _targets(family, reached, recipe), {}, samples))
     if recipe.losses:
-        plan.append(("task", (), dict(recipe.losses), TASK_SAMPLES))
+        features = sum(samples for *_, samples in plan)
+        task = TASK_SAMPLES if recipe.feature_share is None else features * (1 / recipe.feature_share - 1)
+        plan.append(("task", (), dict(recipe.losses), task))
     total = sum(samples for *_, samples in plan)
     return tuple(Stage(name, blocks, losses, samples / total) for name, blocks, losses, samples in plan)
 

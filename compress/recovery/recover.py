@@ -65,7 +65,11 @@ def recover(
         CheckFailedError: merging changed the outputs.
     """
     recipe = parse_recipe(
-        options.recover, stages=options.staged, faithful=options.faithful, temperature=options.temperature
+        options.recover,
+        stages=options.staged,
+        feature_share=options.feature_share,
+        faithful=options.faithful,
+        temperature=options.temperature,
     )
     loaded = _load_student(options, student, data)
     collator = Collator(loaded.processor, loaded.family, loaded.model.config)

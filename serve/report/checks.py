@@ -30,7 +30,9 @@ def parity_section(files: RunFiles) -> Section:
     notes = ["A run stops at the first of these checks that fails, so a finished stage has passed its own."]
     if files.manifest is None:
         notes.append("The model was not exported: there is no export/manifest.json.")
-        return Section("parity", "Parity", tuple(notes), parts=tuple(tables))
+        refused = files.stage("export").get("refused")
+        found = (Finding(shown(f"Not exported: {refused}"), "run.json: stages.export.refused", bad=True),)
+        return Section("parity", "Parity", tuple(notes), findings=found if refused else (), parts=tuple(tables))
     manifest = files.manifest
     tables.append(_graph_table(manifest))
     if manifest.get("checks"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -62,20 +63,36 @@ def test_the_stages_of_blip2_flan_t5_xl_are_those_of_the_paper():
 
 
 def test_the_paper_s_run_of_595_thousand_samples_changes_stage_where_the_paper_does():
-    stages = make_stages(ROWS["blip2_t5"], FLAN_T5_XL, parse_recipe("lpd"))
+    stages = make_stages(ROWS["blip2_t5"], FLAN_T5_XL, parse_recipe("lpd", feature_share=None))
     assert stage_bounds(stages, 29_750) == (1000, 2000, 6000, 8000, 12_000, 16_000, 29_750)  # batches of 20
 
 
 def test_a_decoder_only_model_has_the_decoder_s_samples_and_a_dual_encoder_the_encoder_s():
     for name, shares in (("llava", [20, 20, 80, 80, 275]), ("clip", [20, 20, 80, 40, 275])):
-        stages = make_stages(ROWS[name], {"vision": 24, "language": 32}, parse_recipe("lpd"))
+        stages = make_stages(ROWS[name], {"vision": 24, "language": 32}, parse_recipe("lpd", feature_share=None))
         assert [stage.share for stage in stages] == [share / sum(shares) for share in shares]
         assert layers(stages[-2], "language") == list(range(1, 32, 2))
 
 
+@given(st.data(), families, st.floats(0.01, 0.99))
+def test_the_feature_stages_get_the_asked_share_in_the_paper_s_proportions(data, family, share):
+    depth = data.draw(depths(family))
+    *asked, task = make_stages(family, depth, parse_recipe("lpd", feature_share=share))
+    *paper, _ = make_stages(family, depth, parse_recipe("lpd", feature_share=None))
+    assert 1 - task.share == pytest.approx(share)
+    ratios = [one.share / other.share for one, other in zip(asked, paper, strict=True)]
+    assert ratios == pytest.approx([ratios[0]] * len(ratios))
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.5, math.nan])
+def test_a_share_that_leaves_no_step_to_one_of_both_is_refused(share):
+    with pytest.raises(UnsuitableOptionError, match="between 0 and 1"):
+        parse_recipe("lpd", feature_share=share)
+
+
 def test_without_stages_everything_is_supervised_all_the_time():
     (stage,) = make_stages(ROWS["llava"], {"vision": 4, "language": 3}, parse_recipe("lpd", stages=False))
-    assert (stage.share, stage.losses) == (1.0, {"sft": 1.0, "kl": 1.0})
+    assert (stage.share, stage.losses) == (1.0, {"sft": 1.0, "kl": 1.0, "hidden": 1.0})
     blocks = (("vision", 1), ("vision", 3), ("language", 0), ("language", 2))
     assert stage.blocks == tuple(BlockTarget(tower, layer, 0.5) for tower, layer in blocks)
 
@@ -153,8 +170,10 @@ def test_a_loss_without_a_weight_weighs_one_and_only_sft_needs_no_teacher():
 
 
 def test_losses_added_to_lpd_join_those_of_its_last_stage_or_weigh_them_anew():
-    assert parse_recipe("lpd+hidden").losses == {"sft": 1.0, "kl": 1.0, "hidden": 1.0}
-    assert parse_recipe("lpd+0.5*kl").losses == {"sft": 1.0, "kl": 0.5}
+    assert parse_recipe("lpd").losses == {"sft": 1.0, "kl": 1.0, "hidden": 1.0}
+    assert parse_recipe("lpd", faithful=True).losses == {"sft": 1.0, "kl": 1.0}
+    assert parse_recipe("lpd+rkl", faithful=True).losses == {"sft": 1.0, "kl": 1.0, "rkl": 1.0}
+    assert parse_recipe("lpd+0.5*kl").losses == {"sft": 1.0, "kl": 0.5, "hidden": 1.0}
     assert parse_recipe("hidden+lpd").features
     assert parse_recipe("hidden+lpd").staged
 

@@ -55,7 +55,7 @@ def recover_stage(
             facts["reload_difference"] = _save_recovered(options, plan, recovered.loaded, data)
             (folder / "recovery.jsonl").replace(options.out / "recovery.jsonl")
             shutil.rmtree(folder)
-            run.forget("evaluate")
+            run.forget("evaluate", "export", "profile")
     processes.wait_for_all()
     return run.facts("recover")
 
@@ -75,7 +75,7 @@ def _kept_if_refused(run: RunFolder, earlier: dict[str, Any]) -> Iterator[None]:
 def _undo_recovery(run: RunFolder, out: Path) -> None:
     """Back to the cut model."""
     if run.writer and (out / CUT).is_dir():
-        run.forget("recover", "evaluate")
+        run.forget("recover", "evaluate", "export", "profile")
         shutil.rmtree(out / "model", ignore_errors=True)
         (out / CUT).rename(out / "model")
 

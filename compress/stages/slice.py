@@ -1,0 +1,66 @@
+"""The slice stage of a run: the cut checkpoint `model/`, checked against the masked dense model and after a reload."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slimvlm.compress.checkpoint import save_checkpoint
+from slimvlm.compress.collate import Collator, collated
+from slimvlm.compress.computing import CHECKED_SAMPLES, TOLERANCE, cast, load_to_compute, outputs, relative_difference
+from slimvlm.compress.errors import CheckFailedError
+from slimvlm.compress.groups import find_groups
+from slimvlm.compress.options import CompressOptions
+from slimvlm.compress.plan import Plan
+from slimvlm.compress.refit import refit
+from slimvlm.compress.runs import RunFolder
+from slimvlm.compress.slicing import apply_plan, mask_plan
+from slimvlm.compress.splits import Measured
+
+Progress = Callable[..., None]  # stage, done, total, note
+
+
+def slice_stage(run: RunFolder, options: CompressOptions, plan: Plan, data: Measured, progress: Progress) -> None:
+    """Cut, check the cut against the masked dense model, refit what is left to it, save, and check the checkpoint."""
+    if run.finished("slice"):
+        return
+    with run.stage("slice") as facts:
+        for name in ("model", "cut"):  # of a process that died before it could say finished
+            shutil.rmtree(options.out / name, ignore_errors=True)
+        loaded = load_to_compute(options, options.model)
+        model = loaded.model
+        stored, computed = model.config.dtype, model.dtype
+        collator = Collator(loaded.processor, loaded.family, model.config)
+        batch = collator.training(data.calibration[:CHECKED_SAMPLES])
+        fitted = None
+        if options.refit:
+            groups = find_groups(model, loaded.family, plan.attention_unit)
+            work = collated(collator, data.calibration, options.batch_size)
+            fitted = refit(model, loaded.family, groups, plan.keep, work, memory=options.grad_memory, progress=progress)
+            facts.update(output_lost_by_cut=fitted.lost_by_cut, output_lost=fitted.lost)
+        masked = outputs(mask_plan(model, plan), batch)
+        facts["masked_difference"] = relative_difference(masked, outputs(apply_plan(model, plan), batch))
+        if fitted is not None:
+            fitted.put_into(model)
+        save_checkpoint(options.out / "model", cast(model, stored), loaded.processor, plan, options.layout)
+        sliced = outputs(cast(model, computed), batch)
+        reloaded = load_to_compute(options, str(options.out / "model"))
+        facts["reload_difference"] = relative_difference(sliced, outputs(reloaded.model, batch))
+        _require_equal(facts, computed, options.out)
+
+
+def _require_equal(facts: dict[str, Any], dtype: torch.dtype, out: Path) -> None:
+    if facts["masked_difference"] > TOLERANCE[dtype]:
+        raise CheckFailedError(
+            f"{out / 'model'}: the cut model differs from the masked dense model by {facts['masked_difference']:.2e} "
+            f"(relative; accepted {TOLERANCE[dtype]:.0e}); please report this model"
+        )
+    if facts["reload_difference"] > 0:
+        raise CheckFailedError(
+            f"{out / 'model'}: the reloaded checkpoint differs from what was saved by "
+            f"{facts['reload_difference']:.2e}; please report this model"
+        )
