@@ -7,17 +7,14 @@ Nothing is waited for inside it; on a GPU the marks are events, read when everyt
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.generation import Arrays
-
-TORCH, ONNX, TORCHSCRIPT = BACKENDS = ("torch", "onnx", "torchscript")
 
 
 class Backend(Protocol):
@@ -114,19 +111,3 @@ def time_embedding(backend: Backend, clock: Any) -> Timed:
         marks.append(clock.mark())
     _, vision, text = clock.seconds(marks)
     return Timed({"vision": vision, "text": text - vision})
-
-
-def split_name(backend: str) -> tuple[str, str | None]:
-    """`onnx:int8` -> (`onnx`, `int8`); no variant: None.
-
-    Raises:
-        UnsuitableOptionError: an unknown backend.
-    """
-    name, _, variant = backend.partition(":")
-    if name not in BACKENDS or (variant and name == TORCH):
-        known = f"{', '.join(BACKENDS)}, or a variant of an export as onnx:int8"
-        raise UnsuitableOptionError(f"--backend {backend!r} is unknown; choose from {known}")
-    return name, variant or None
-
-
-Opener = Callable[..., Backend]

@@ -51,7 +51,7 @@ def test_the_timed_loop_generates_the_tokens_of_generate(name):
 
 @pytest.mark.parametrize("name", TALKING)
 def test_the_language_model_runs_without_images(name):
-    tiny, backend = backend_of(name)
+    _, backend = backend_of(name)
     ids = torch.arange(3, 10).expand(2, -1).contiguous()
     backend.place({"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()})
     timed = time_generation(backend, HostClock(), NEW, images=False)

@@ -1,0 +1,96 @@
+"""Everything `slimvlm profile` can be told, as data. No torch: the command line reads its defaults from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from slimvlm.compress.errors import UnsuitableOptionError
+
+BACKENDS = TORCH, ONNX, TORCHSCRIPT = ("torch", "onnx", "torchscript")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileOptions:
+    """Options of a profile; the names are the command line's.
+
+    Attributes:
+        slim: checkpoint folder, run folder, or export folder.
+        against: the dense model it is compared with; None: `slim` is measured alone.
+        backend: of BACKENDS, with the variant of an export behind a colon (`onnx:int8`).
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        provider: execution provider of ONNX Runtime; `auto` is the device's own.
+        threads: of one operation on the CPU; None: the physical cores this process may use.
+        dtype: of the torch model; an export has its own.
+        batch_sizes, image_sizes, prompt_tokens, new_tokens: the grid; no image size: the processor's own; no prompt
+            length: that of a short question with its image.
+        decoder_tests: also pp512 and tg128 of the language model alone.
+        rounds: at most so many of every cell, each with both models.
+        cell_seconds: after so many no further round of a cell is begun, if there were enough for a statement.
+        warmup: runs of each model before the first round.
+        data: images and questions to use; default: generated noise and a plain question.
+        max_ttft_ms, max_tpot_ms, max_memory: limits (bytes) of the slim model; crossing one is a failed check.
+        out: the profile, written anew after every cell.
+    """
+
+    slim: str
+    against: str | None = None
+    backend: tuple[str, ...] = (TORCH,)
+    device: str = "auto"
+    provider: str = "auto"
+    threads: int | None = None
+    dtype: str = "auto"
+    batch_sizes: tuple[int, ...] = (1, 4)
+    image_sizes: tuple[tuple[int, int], ...] = ()
+    prompt_tokens: tuple[int, ...] = ()
+    new_tokens: tuple[int, ...] = (32,)
+    decoder_tests: bool = True
+    rounds: int = 24
+    cell_seconds: float = 12.0
+    warmup: int = 2
+    data: Path | None = None
+    seed: int = 0
+    max_ttft_ms: float | None = None
+    max_tpot_ms: float | None = None
+    max_memory: int | None = None
+    out: Path = Path("profile.json")
+    trust_remote_code: bool = False
+
+    def checked(self) -> ProfileOptions:
+        """Itself.
+
+        Raises:
+            UnsuitableOptionError: an unknown value, or one that nothing can be measured with.
+        """
+        if not self.backend:
+            raise UnsuitableOptionError(f"--backend names none; choose from {', '.join(BACKENDS)}")
+        for backend in self.backend:
+            split_backend(backend)
+        for name, accepted in {"dtype": DTYPES, "provider": PROVIDERS}.items():
+            if (value := getattr(self, name)) not in accepted:
+                raise UnsuitableOptionError(f"--{name} {value} is unknown; choose one of {', '.join(accepted)}")
+        counts = {name: getattr(self, name) for name in ("batch_sizes", "prompt_tokens", "new_tokens")}
+        counts |= {"image_sizes": [side for size in self.image_sizes for side in size], "rounds": (self.rounds,)}
+        if self.threads is not None:
+            counts["threads"] = (self.threads,)
+        for name, values in counts.items():
+            if any(value < 1 for value in values):
+                raise UnsuitableOptionError(f"--{name.replace('_', '-')} {min(values)}: accepted is 1 or more")
+        if not self.batch_sizes or not self.new_tokens:
+            raise UnsuitableOptionError("--batch-sizes and --new-tokens must name at least one number each")
+        return self
+
+
+def split_backend(backend: str) -> tuple[str, str | None]:
+    """`onnx:int8` -> (`onnx`, `int8`); no variant: None.
+
+    Raises:
+        UnsuitableOptionError: an unknown backend.
+    """
+    name, _, variant = backend.partition(":")
+    if name not in BACKENDS or (variant and name == TORCH):
+        known = f"{', '.join(BACKENDS)}, or a variant of an export as onnx:int8"
+        raise UnsuitableOptionError(f"--backend {backend} is unknown; choose from {known}")
+    return name, variant or None

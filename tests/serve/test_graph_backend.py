@@ -1,0 +1,67 @@
+"""The timed loop over exported graphs says what torch said when they were exported."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from exports import export_tiny
+
+from slimvlm.compress.generation import until_end
+from slimvlm.export.sample import read_sample
+from slimvlm.serve.backends import HostClock, time_embedding, time_generation
+from slimvlm.serve.exported import Exported
+from slimvlm.serve.graph_backend import GraphBackend, OnnxGraphs, TorchGraphs
+
+FAMILIES = ("llava", "qwen3_vl", "smolvlm", "blip2_t5")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    done = {}
+
+    def get(name):
+        if name not in done:
+            out = tmp_path_factory.mktemp(name) / "export"
+            export_tiny(name, out, formats=("onnx", "torchscript"), samples=2)
+            done[name] = Exported.open(out)
+        return done[name]
+
+    return get
+
+
+def backends_of(export):
+    yield GraphBackend(OnnxGraphs(export.runner("onnx", threads=1)), export.prompting, CPU)
+    yield GraphBackend(TorchGraphs(export.runner("torchscript")), export.prompting, CPU)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_timed_loop_over_graphs_gives_the_tokens_of_torch(exported, name):
+    export = exported(name)
+    given, expected = read_sample(export.folder)
+    wanted = until_end(expected["tokens"][0], export.prompting.end)
+    for backend in backends_of(export):
+        backend.place(given)
+        timed = time_generation(backend, HostClock(), 6)
+        assert timed.tokens.shape == (1, 6)
+        assert timed.tokens[0, : len(wanted)].tolist() == wanted
+        assert torch.equal(time_generation(backend, HostClock(), 6).tokens, timed.tokens)
+
+
+def test_the_language_model_of_graphs_runs_without_images(exported):
+    for name in ("llava", "blip2_t5"):
+        for backend in backends_of(exported(name)):
+            ids = np.arange(3, 17).reshape(2, 7)
+            backend.place({"input_ids": ids, "attention_mask": np.ones_like(ids)})
+            assert time_generation(backend, HostClock(), 3, images=False).tokens.shape == (2, 3)
+
+
+def test_graphs_of_a_dual_encoder_embed_images_and_texts(exported):
+    export = exported("clip")
+    given, expected = read_sample(export.folder)
+    for backend in backends_of(export):
+        backend.place(given)
+        assert set(time_embedding(backend, HostClock()).seconds) == {"vision", "text"}
+        found = backend.vision()["image_embeds"].detach().numpy()
+        np.testing.assert_allclose(found, expected["vision_model.image_embeds"], atol=1e-4)
