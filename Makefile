@@ -1,5 +1,6 @@
 # make demo: the whole job on the packaged model, CPU only, no download of weights.
 # make test: linters, import rules and the tests.
+# make clients: programs of others on exported folders: transformers.js under Node, onnxruntime-genai, a Python without torch.
 # Both need only python3 (3.11 or newer) and make; everything else goes into .venv.
 
 PYTHON ?= python3
@@ -7,11 +8,12 @@ TORCH ?= torch==2.13.0
 JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
+CLIENTS := .clients
 OUT ?= demo-out
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint types clean
+.PHONY: demo test clients lint types clean
 
 demo: $(VENV)/.installed
 	$(BIN)/slimvlm demo $(OUT) --overwrite
@@ -19,6 +21,9 @@ demo: $(VENV)/.installed
 # One thread per worker: two workers that each start a thread per core slow each other down.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
+
+clients: $(VENV)/.installed-dev $(CLIENTS)/.installed
+	OMP_NUM_THREADS=1 SLIMVLM_CLIENTS=$(CURDIR)/$(CLIENTS) $(BIN)/pytest tests/export/test_clients.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -38,12 +43,19 @@ $(VENV)/.torch: constraints.txt
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
-	$(BIN)/pip install --quiet -c constraints.txt -e .
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[onnx]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/.installed
 
+$(CLIENTS)/.installed: constraints.txt
+	@command -v npm > /dev/null || { echo "make clients needs Node.js 20 or newer with npm"; exit 1; }
+	npm install --prefix $(CLIENTS) --ignore-scripts --no-audit --no-fund --silent @huggingface/transformers@4.3.1
+	$(PYTHON) -m venv $(CLIENTS)/venv
+	$(CLIENTS)/venv/bin/pip install --quiet -c constraints.txt numpy pillow onnxruntime tokenizers onnxruntime-genai
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(OUT) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(CLIENTS) $(OUT) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
