@@ -84,10 +84,10 @@ def load_model(
         CheckpointError, UnsupportedModelError: as `load`.
     """
     folder, digest = locate(name)
-    config, family = _read_config(folder, trust_remote_code)
+    config, family = read_config(folder, trust_remote_code)
     options = {"dtype": dtype or "auto", "device_map": {"": device}, "attn_implementation": attention}
     model = _build(folder, config, family, options)
-    return Loaded(model.eval(), _load_processor(folder, trust_remote_code), family, digest, folder)
+    return Loaded(model.eval(), load_processor(folder, trust_remote_code), family, digest, folder)
 
 
 def build_meta(name: str | os.PathLike[str], trust_remote_code: bool = False) -> tuple[nn.Module, Family]:
@@ -97,7 +97,7 @@ def build_meta(name: str | os.PathLike[str], trust_remote_code: bool = False) ->
         CheckpointError, UnsupportedModelError: as `load`.
     """
     folder = _local_folder(os.fspath(name), ("config.json",))
-    config, family = _read_config(folder, trust_remote_code)
+    config, family = read_config(folder, trust_remote_code)
     try:
         with torch.device("meta"):
             return _model_class(config, family)(config), family
@@ -231,7 +231,13 @@ def _local_folder(name: str, patterns: Sequence[str]) -> Path:
         ) from error
 
 
-def _read_config(folder: Path, trust_remote_code: bool) -> tuple[transformers.PreTrainedConfig, Family]:
+def read_config(folder: Path, trust_remote_code: bool = False) -> tuple[transformers.PreTrainedConfig, Family]:
+    """The config of a folder and the row of its family.
+
+    Raises:
+        CheckpointError: config.json cannot be read.
+        UnsupportedModelError: its model type has no row in the family table.
+    """
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -274,7 +280,12 @@ def _check_loading(folder: Path, info: dict[str, Any]) -> None:
             raise CheckpointError(f"{folder}: {len(found)} {kind} weights ({names}): they do not fit the config")
 
 
-def _load_processor(folder: Path, trust_remote_code: bool) -> Any | None:
+def load_processor(folder: Path, trust_remote_code: bool = False) -> Any | None:
+    """The processor saved in a folder, or None if there is none.
+
+    Raises:
+        CheckpointError, MissingDependencyError: it cannot be loaded.
+    """
     if not any((folder / name).is_file() for name in PROCESSOR):
         return None
     try:

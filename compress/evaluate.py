@@ -116,20 +116,20 @@ def pad_id(model: Any, collator: Collator) -> int:
     return end_ids(model, collator)[0] if pad is None else pad
 
 
+def placed(model: Any, batch: Batch) -> Batch:
+    """A batch on the model's device, floating point in its dtype."""
+    return {
+        name: tensor.to(device=model.device, dtype=model.dtype if tensor.is_floating_point() else None)
+        for name, tensor in batch.items()
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class _Run:
     model: Any
     collator: Collator
     batch_size: int
     progress: Progress | None
-
-    def place(self, batch: Batch) -> Batch:
-        """On the model's device, floating point in its dtype."""
-        device, dtype = self.model.device, self.model.dtype
-        return {
-            name: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
-            for name, tensor in batch.items()
-        }
 
     def report(self, done: int, total: int) -> None:
         if self.progress is not None:
@@ -211,7 +211,7 @@ def _row(question: Sample, prediction: str, taught: _Taught) -> Row:
 def _teach(run: _Run, questions: Sequence[Sample]) -> list[_Taught]:
     """One forward with the right answers given; logits only where they are needed."""
     given = run.collator.training(questions, last_turn=True)
-    batch = run.place(given)
+    batch = placed(run.model, given)
     if run.collator.family.kind == "encoder-decoder":
         logits, targets = run.model(**batch).logits, batch["labels"]
     else:
@@ -259,7 +259,7 @@ def _asked_alike(run: _Run, questions: Sequence[Sample], given: Batch) -> torch.
 
 
 def _generate(run: _Run, questions: Sequence[Sample]) -> list[str]:
-    inputs = run.place(run.collator.prompts(questions))
+    inputs = placed(run.model, run.collator.prompts(questions))
     longest = max(map(run.collator.answer_length, questions)) + MARGIN
     ids = run.model.generate(**inputs, generation_config=greedy(run.model, run.collator, longest))
     prompt = inputs["input_ids"]
@@ -272,7 +272,7 @@ def _retrieve(run: _Run, samples: Sequence[Sample]) -> list[Row]:
     """Ranks over all different images and texts of the samples."""
     images, texts, done = [], [], 0
     for batch in batches(samples, run.batch_size):
-        inputs = run.place(run.collator.training(batch))
+        inputs = placed(run.model, run.collator.training(batch))
         inputs.pop("return_loss")
         output = run.model(**inputs)
         images.append(output.image_embeds.float())

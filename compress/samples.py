@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,17 @@ def open_image(sample: Sample) -> Image.Image:
         return decode_image(sample.content if sample.content is not None else read_content(sample.image))
     except BadImageError as error:
         raise SampleError(f"{sample.identity}: {sample.image.name} {error}. Was the file changed?") from error
+
+
+def resized(sample: Sample, size: tuple[int, int]) -> Sample:
+    """The sample with its image brought to height and width `size`.
+
+    Raises:
+        SampleError: as `open_image`.
+    """
+    buffer = BytesIO()
+    open_image(sample).resize((size[1], size[0]), Image.Resampling.BICUBIC).save(buffer, "PNG")
+    return replace(sample, content=buffer.getvalue())
 
 
 def load_samples(

@@ -317,6 +317,8 @@ def _write_beside(folder: Path, source: _Source, options: ExportOptions, manifes
     write_client_files(folder, source.model, processor, source.reference.prompting, Path(name or "."), flat)
     name_external_data(folder, manifest.run.get("external_data", {}))
     write_sample(folder, source.reference.first, source.reference.expected)
+    if (size := image_size(source.collator, source.model.config, options)) is not None:
+        manifest.run["image_size"] = list(size)
     prompting = source.reference.prompting
     if prompting is None or "onnx" not in options.formats:
         return

@@ -19,7 +19,7 @@ from slimvlm.compress.generation import Arrays, PortInfo, Prompting, Runner, gen
 from slimvlm.compress.quality import exact_match
 from slimvlm.compress.records import Turn
 from slimvlm.compress.runners import TorchRunner
-from slimvlm.compress.samples import Sample, batches, load_samples, open_image
+from slimvlm.compress.samples import Sample, batches, load_samples, resized
 from slimvlm.export.graphs import Graph
 from slimvlm.export.options import ExportOptions
 from slimvlm.export.parity import Case, TokenCheck, token_share
@@ -60,7 +60,7 @@ def export_samples(collator: Collator, model: Any, options: ExportOptions) -> li
     else:
         samples = [generated_sample(index, options.seed) for index in range(options.samples)]
     size = image_size(collator, model.config, options)
-    return samples if size is None else [_resized(sample, size) for sample in samples]
+    return samples if size is None else [resized(sample, size) for sample in samples]
 
 
 def image_size(collator: Collator, config: Any, options: ExportOptions) -> tuple[int, int] | None:
@@ -103,12 +103,6 @@ def _rounded(side: int, unit: int) -> int:
 
 def _shown(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
-
-
-def _resized(sample: Sample, size: tuple[int, int]) -> Sample:
-    buffer = io.BytesIO()
-    open_image(sample).resize((size[1], size[0]), Image.Resampling.BICUBIC).save(buffer, "PNG")
-    return replace(sample, content=buffer.getvalue())
 
 
 def generated_sample(index: int, seed: int) -> Sample:
