@@ -49,6 +49,7 @@ from slimvlm.demo.sources import fetch, load_sprites
 
 BASE = CompressOptions(model=str(MODEL), out=Path("unused"), data=SAMPLES / "train.jsonl", device="cpu")
 PLAIN = {"recall": False}
+PAPER = {"recover": "lpd+0*hidden", "feature_share": 200 / 475}
 # Each recipe with the learning rate that was best of two or three on the validation split, 70 % removed, seed 0.
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "none": ("no recovery", {}),
@@ -58,13 +59,17 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "lpd-no-recall": ("LPD without recall", {"learning_rate": 0.004, **PLAIN}),
     "lpd-no-stages": ("LPD without stages", {"staged": False, "learning_rate": 0.0026}),
     "lpd": ("LPD", {"learning_rate": 0.004}),
-    "lpd+hidden": ("LPD, hidden states in its last stage too", {"recover": "lpd+hidden", "learning_rate": 0.004}),
+    "lpd-paper": ("LPD, the paper's shares and losses", {"learning_rate": 0.004, **PAPER}),
+    "lpd-paper+hidden": ("LPD, the paper's, and hidden states", {"learning_rate": 0.004, **PAPER, "recover": "lpd"}),
+    "lpd-paper-no-recall": ("LPD, the paper's, without recall", {"learning_rate": 0.004, **PAPER, **PLAIN}),
+    "lpd-paper-no-stages": ("LPD, the paper's, without stages", {"staged": False, "learning_rate": 0.0026, **PAPER}),
     "full": ("full fine-tuning, task loss", {"recover": "sft", "train": "full", "learning_rate": 0.0005, **PLAIN}),
     "full-lpd": ("full fine-tuning, LPD's stages and losses", {"train": "full", "learning_rate": 0.0007, **PLAIN}),
 }
-MAIN = ("none", "sft", "sft+kl", "sft+hidden", "lpd-no-recall", "lpd-no-stages", "lpd", "lpd+hidden", "full")
+MAIN = ("none", "sft", "sft+kl", "sft+hidden", "lpd-no-recall", "lpd-no-stages", "lpd", "full")
 BATCH = 32
 RATIOS = (0.35, 0.5, 0.7)
+DATA = ("5%", "all", "fresh")
 CUTS = ("random", "magnitude", "taylor", "default")
 
 
@@ -91,7 +96,7 @@ PARTS: dict[str, tuple[tuple[str, float, str, str], ...]] = {
         for data in ("5%", "fresh")
         for ratio in (0.7, 0.5)
         for recipe in ("sft", "sft+hidden", "lpd", "full")
-        if ratio == 0.7 or recipe in ("sft", "lpd")
+        if data == "5%" or recipe in ("sft+hidden", "lpd")
     ),
 }
 
@@ -200,6 +205,7 @@ def measure(arguments: argparse.Namespace) -> None:
     index, count = map(int, arguments.shard.split("/"))
     wanted = [cell for cell in cells(arguments.parts, arguments.seeds) if cell.recipe in (arguments.recipes or RECIPES)]
     wanted = [cell for cell in wanted if cell.ratio in (arguments.ratios or RATIOS)]
+    wanted = [cell for cell in wanted if cell.data in (arguments.data or DATA)]
     header = {"split": arguments.split, "steps": arguments.steps, "questions": len(test), "set": arguments.set}
     for cell in wanted[index::count]:
         key = {**vars(cell), **header}
@@ -265,7 +271,7 @@ def table(arguments: argparse.Namespace) -> None:
 
     _markdown("recovery", [f"{100 * ratio:.0f} % removed" for ratio in RATIOS], MAIN,
               lambda recipe, index: cell(("default", RATIOS[index], recipe, "all")))  # fmt: skip
-    columns = [(ratio, data) for ratio in (0.5, 0.7) for data in ("5%", "all", "fresh")]
+    columns = [(ratio, data) for ratio in (0.5, 0.7) for data in DATA]
     _markdown("recovery", [f"{100 * ratio:.0f} %, {data}" for ratio, data in columns], RECIPES,
               lambda recipe, index: cell(("default", columns[index][0], recipe, columns[index][1])))  # fmt: skip
     _markdown("50 % cut", list(CUTS), ("none", "sft", "lpd"),
@@ -303,6 +309,7 @@ def main() -> None:
             one_command.add_argument("--limit", type=int, help="questions to evaluate on (default: the whole split)")
             one_command.add_argument("--recipes", nargs="+", choices=list(RECIPES))
             one_command.add_argument("--ratios", nargs="+", type=float)
+            one_command.add_argument("--data", nargs="+", choices=DATA)
             one_command.add_argument("--steps", type=int, default=300)
             one_command.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th cell from the I-th on")
             one_command.add_argument("--cache", type=Path, help="folder of picture packages, for fresh scenes")

@@ -121,7 +121,8 @@ def parse_recipe(
 ) -> Recipe:
     """The recipe `lpd`, or a sum of losses such as `sft`, `kl+hidden`, `sft+0.5*kl`.
 
-    The last stage of `lpd` has the answers, `kl` and `hidden`; others (`lpd+rkl`, `lpd+0.5*kl`) join or weigh anew.
+    The last stage of `lpd` has the answers, `kl` and `hidden`; others join or weigh anew: `lpd+rkl`,
+    `lpd+0.5*kl`, `lpd+0*hidden` for none.
 
     Args:
         stages: whether `lpd` proceeds in stages.
@@ -144,6 +145,8 @@ def parse_recipe(
         given.add(name)
         if term != PROGRESSIVE:
             losses[name] = _weight(text, factor) if star else 1.0
+    if progressive:
+        losses = {name: weight for name, weight in losses.items() if weight != 0}
     share = None if faithful else feature_share
     return Recipe(losses, progressive, progressive and stages, share, faithful, temperature, hidden_states)
 

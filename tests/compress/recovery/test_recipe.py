@@ -174,6 +174,7 @@ def test_losses_added_to_lpd_join_those_of_its_last_stage_or_weigh_them_anew():
     assert parse_recipe("lpd", faithful=True).losses == {"sft": 1.0, "kl": 1.0}
     assert parse_recipe("lpd+rkl", faithful=True).losses == {"sft": 1.0, "kl": 1.0, "rkl": 1.0}
     assert parse_recipe("lpd+0.5*kl").losses == {"sft": 1.0, "kl": 0.5, "hidden": 1.0}
+    assert parse_recipe("lpd+0*hidden").losses == {"sft": 1.0, "kl": 1.0}
     assert parse_recipe("hidden+lpd").features
     assert parse_recipe("hidden+lpd").staged
 
