@@ -163,9 +163,14 @@ def answer(chats: Sequence[Chat], image: Sample, question: str, most: int, tell:
         SampleError: as `Chat.ask`.
     """
     for chat in chats:
-        if len(chats) > 1:
+        labelled = len(chats) > 1
+        if labelled:
             tell(f"{chat.name}: ")
-        done = chat.ask(image, question, most, tell)
+        try:
+            done = chat.ask(image, question, most, tell)
+        except SampleError:
+            tell("\n" if labelled else "")
+            raise
         tell("\n")
         later = done.seconds - done.first_seconds
         rate = f", then {(done.tokens - 1) / later:.1f} tokens/s" if later > 0 else ""
