@@ -89,6 +89,20 @@ class Export:
 
 
 @dataclass(frozen=True, slots=True)
+class Resampler:
+    """A module whose learned queries read an image into a fixed number of features (Q-Former).
+
+    Attributes:
+        module: its path; `queries`: the parameter [1, queries, width].
+        cross: what the attention over the patches is called inside it.
+    """
+
+    module: str
+    queries: str
+    cross: str
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """One row of the table.
 
@@ -103,6 +117,7 @@ class Family:
     towers: tuple[Tower, ...]
     text_model_type: str | None = None
     projector: tuple[str, ...] = ()
+    resampler: Resampler | None = None
     export: Export = Export()
 
 
@@ -204,6 +219,7 @@ PROJECTOR = ("model.multi_modal_projector",)
 MERGER = ("model.visual.merger",)
 CONNECTOR = ("model.connector",)
 PROJECTION = ("language_projection",)
+QFORMER = Resampler("qformer", "query_tokens", "crossattention")
 
 FAMILIES: tuple[Family, ...] = (
     Family(
@@ -290,6 +306,7 @@ FAMILIES: tuple[Family, ...] = (
         text_model_type="opt",
         export=Export(text="language_model.model", head="language_model.lm_head"),
         projector=PROJECTION,
+        resampler=QFORMER,
     ),
     Family(
         "blip2_t5",
@@ -299,6 +316,7 @@ FAMILIES: tuple[Family, ...] = (
         text_model_type="t5",
         export=Export(text="language_model"),
         projector=PROJECTION,
+        resampler=QFORMER,
     ),
     Family(
         "clip",
