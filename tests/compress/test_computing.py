@@ -1,0 +1,48 @@
+"""How models are compared: by the outputs somebody reads."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import FACTORIES, tiny_model
+from tiny_processors import tiny_image, tiny_processor
+
+from slimvlm.compress.collate import Collator
+from slimvlm.compress.computing import outputs, relative_difference
+from slimvlm.compress.families import find_family
+from slimvlm.compress.records import Turn
+from slimvlm.compress.samples import Sample
+
+
+def batch_of(name: str, folder: Path) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """A tiny model, and two samples of different lengths."""
+    model = tiny_model(name).model
+    samples = []
+    turns = (("what ?", "a cat"), ("what is on the left ?", "a small red house and a tree"))
+    for index, turn in enumerate(turns):
+        path = folder / f"{index}.png"
+        tiny_image(seed=index).save(path)
+        samples.append(Sample(path, (Turn(turn[0], (turn[1],)),), str(index)))
+    return model, Collator(tiny_processor(name), find_family(model.config), model.config).training(samples)
+
+
+@pytest.mark.parametrize("name", [name for name in FACTORIES if name not in ("clip", "siglip")])
+def test_what_stands_in_the_padding_changes_no_comparison(name: str, tmp_path: Path) -> None:
+    model, batch = batch_of(name, tmp_path)
+    padding = ~batch["attention_mask"].bool()
+    other = {**batch, "input_ids": batch["input_ids"].clone()}
+    other["input_ids"][padding] = (batch["input_ids"][padding] == 1).long() + 1
+    assert padding.any()
+    assert relative_difference(outputs(model, batch), outputs(model, other)) <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["llava", "blip2_t5"])
+def test_every_token_that_is_read_is_compared(name: str, tmp_path: Path) -> None:
+    model, batch = batch_of(name, tmp_path)
+    read = (batch["labels"] != -100) if name == "blip2_t5" else batch["attention_mask"].bool()
+    assert outputs(model, batch).shape == (read.sum(), model.config.get_text_config().vocab_size)
+
+
+def test_a_difference_is_relative_to_the_largest_logit_but_to_one_at_least() -> None:
+    assert relative_difference(torch.tensor([100.0, 0.0]), torch.tensor([100.0, 1.0])) == pytest.approx(0.01)
+    assert relative_difference(torch.tensor([0.1, 0.0]), torch.tensor([0.1, 0.5])) == pytest.approx(0.5)
