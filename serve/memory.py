@@ -47,26 +47,20 @@ class Gpu:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
         self._nvml: Any = None
-        self._handle: Any = None
-        if device.type != "cuda":
-            return
-        try:
-            import pynvml
-        except ImportError:
-            return
-        with suppress(pynvml.NVMLError):
-            pynvml.nvmlInit()
-            uuid = torch.cuda.get_device_properties(device).uuid
-            self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode())
-            self._nvml = pynvml
+        if device.type == "cuda":
+            with suppress(ImportError):
+                import pynvml
+
+                self._nvml = pynvml
 
     def used_bytes(self) -> int | None:
-        """Of the whole device, by all processes."""
+        """Of the whole device, by all processes. Can be asked before this process uses the device itself."""
         if self._nvml is None:
             return None
-        with suppress(self._nvml.NVMLError):
-            return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
+        with suppress(self._nvml.NVMLError, RuntimeError):
+            return torch.cuda.device_memory_used(self.device)
         return None
 
     def joules(self) -> float | None:
@@ -74,5 +68,8 @@ class Gpu:
         if self._nvml is None:
             return None
         with suppress(self._nvml.NVMLError):
-            return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1000
+            self._nvml.nvmlInit()
+            uuid = torch.cuda.get_device_properties(self.device).uuid
+            handle = self._nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode())
+            return self._nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
         return None

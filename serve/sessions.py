@@ -7,14 +7,14 @@ from typing import Any
 
 from slimvlm.compress.errors import CheckpointError, DeviceError, MissingDependencyError
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 
 
 def open_session(path: Path, device: str = "cpu", threads: int = 0) -> Any:
     """An `onnxruntime.InferenceSession`.
 
     Args:
-        device: `cpu`, `cuda` or `cuda:N`.
+        device: `cpu`, `cuda`, `cuda:N`, or `tensorrt:N`.
         threads: of one operator; 0 is the runtime's choice. They wait for work without spinning.
 
     Raises:

@@ -1,0 +1,133 @@
+"""A process of its own for one model in one cell: what it allocates is its own, and if it dies the others go on.
+
+Processes are forked from a server that has imported torch and transformers once and done nothing else, so a start costs
+milliseconds and CUDA is first touched in the process that uses it. Only one process computes at a time: it answers one
+call, then waits. As with all of `multiprocessing`, a script that measures needs `if __name__ == "__main__"`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from contextlib import suppress
+from functools import cache
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from slimvlm.compress.errors import SlimvlmError
+from slimvlm.serve.bench import Bench, Source
+from slimvlm.serve.profile import FAILED, OUT_OF_MEMORY
+
+# What runtimes say when an allocation fails, besides raising MemoryError and torch.OutOfMemoryError.
+EXHAUSTED = ("allocate memory", "not enough memory", "failed to allocate", "out of memory", "bad_alloc", "bad alloc")
+# What takes seconds to import and every worker needs.
+PRELOADED = ("slimvlm.serve.worker", "transformers.modeling_utils", "transformers.generation")
+PATIENCE = 10.0  # seconds a process is given to end when asked to
+
+
+class WorkerLostError(Exception):
+    """A worker cannot go on; `status` is OUT_OF_MEMORY or FAILED, the message says why."""
+
+    def __init__(self, status: str, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+class Worker:
+    """The calling side. Use as a context: the process is gone afterwards."""
+
+    def __init__(self, source: Source) -> None:
+        context = _context()
+        self._connection, other = context.Pipe()
+        self._process = context.Process(target=_serve, args=(other, source), daemon=True)
+        self._process.start()
+        other.close()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()  # ends the loop of the process
+        self._process.join(PATIENCE if self._process.exitcode is None else 0)
+        if self._process.exitcode is None:
+            self._process.kill()
+            self._process.join()
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid or 0
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """What the method `name` of `Bench` gives in the process.
+
+        Raises:
+            WorkerLostError: it ran out of memory, failed, or was killed.
+            SlimvlmError: it refused, with its own message.
+        """
+        try:
+            self._connection.send((name, arguments))
+            kind, value = self._connection.recv()
+        except (EOFError, OSError):
+            raise WorkerLostError(*self._ended()) from None
+        if kind == "refused":
+            raise value
+        if kind != "done":
+            raise WorkerLostError(kind, value)
+        return value
+
+    def _ended(self) -> tuple[str, str]:
+        self._process.join(PATIENCE)
+        code = self._process.exitcode
+        if code == -signal.SIGKILL:
+            return OUT_OF_MEMORY, "the process was killed by the system, as it does where memory ends"
+        what = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+        return FAILED, f"the process ended by itself ({what})"
+
+
+@cache
+def _context() -> Any:
+    """Starts the server, which must not look for modules in the current folder."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.pop("PYTHONSAFEPATH")
+        if before is not None:
+            os.environ["PYTHONSAFEPATH"] = before
+    return context
+
+
+# ------------------------------------------------------------------ in the process
+
+
+def _serve(connection: Connection, source: Source) -> None:
+    """Answers calls until the other side hangs up."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    bench = Bench(source)
+    with suppress(EOFError, OSError):
+        while True:
+            name, arguments = connection.recv()
+            connection.send(_answer(bench, name, arguments))
+
+
+def _answer(bench: Bench, name: str, arguments: tuple[Any, ...]) -> tuple[str, Any]:
+    try:
+        return "done", getattr(bench, name)(*arguments)
+    except SlimvlmError as error:
+        return "refused", error
+    except Exception as error:  # whatever a runtime raises: the cell is lost, the others are not
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+        return (OUT_OF_MEMORY if _is_exhausted(error) else FAILED), f"{type(error).__name__}: {reason}"
+
+
+def _is_exhausted(error: BaseException) -> bool:
+    said = str(error).lower()
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in said for words in EXHAUSTED)
