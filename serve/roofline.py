@@ -4,6 +4,9 @@ Work is the least that must be done: two operations per multiply-accumulate of e
 (over the whole square of queries and keys, as profilers count it; element-wise work is left out), and every weight,
 every kept key and value and every looked-up row moved once per pass. Intermediate results are not counted: they may
 stay in a cache. Williams et al., "Roofline", CACM 2009.
+
+Every matrix of a model is one `Product` that is applied to tokens of one kind; every attention compares tokens of two
+kinds. How many tokens of each kind there are is a matter of the workload. No torch: shapes.py reads models.
 """
 
 from __future__ import annotations
@@ -13,12 +16,82 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from slimvlm.serve.profile import Device, Run
-from slimvlm.serve.shapes import ATTENTION, CACHE, Shapes
+
+# Parts of a model, as they are spoken of. The cut narrows the towers, their attention, and maybe the cache.
+VISION, PROJECTOR, LANGUAGE, ATTENTION, CACHE, EMBEDDINGS, HEAD = PARTS = (
+    *("vision tower", "projector", "language model", "attention over the context", "key-value cache"),
+    *("embeddings", "output head"),
+)
+# Kinds of tokens: `pixel` patches as they come in, `patch` with the class token, `feature` what the projector gives,
+# `query` of a resampler, `image` one per image; `encoder`, `decoder`, `text` of language models, `head` those that get
+# logits, `pooled` one per text, `memory` encoder states where a decoder makes keys of them. Kinds that are attended to
+# only: `context` a decoder's past and present, `source` all encoder states.
 
 # Bytes of a weight and of a value in the cache; an int8 export keeps its cache in fp32.
 ELEMENT_BYTES = {"fp32": (4, 4), "fp16": (2, 2), "bf16": (2, 2), "int8": (1, 4)}
 
+ONE_PASS = ("vision", "text", "prefill", "tpot")  # phases that are one pass over the weights; the others add them up
+
 Tokens = dict[str, tuple[int, float]]  # kind -> sequences, tokens in each
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """Weights and what sees them.
+
+    Attributes:
+        seen: kind of the tokens.
+        macs: multiply-accumulates per token; 0 for norms and the like.
+        parameters: read once, however many tokens there are.
+        looked_up: of an embedding: values read per token.
+    """
+
+    part: str
+    seen: str
+    macs: int = 0
+    parameters: int = 0
+    looked_up: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Attended:
+    """One attention: tokens of kind `queries` (`width` = H D values each) compared with tokens of kind `keys`.
+
+    Attributes:
+        kept: values per token that stay in the cache (keys and values, 2 K D); 0 where nothing is kept.
+        window: patches that attend to each other, if not all of an image.
+    """
+
+    queries: str
+    keys: str
+    width: int
+    kept: int = 0
+    window: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """A model as a list of products and attentions.
+
+    Attributes:
+        kind: of the family: `decoder`, `encoder-decoder` or `dual-encoder`.
+        patch: height and width of a patch in pixels.
+        class_tokens: tokens of an image besides its patches.
+        merged: patches that become one feature.
+        queries: features per image where a resampler makes them; 0: none does.
+        widths: inner widths of the prunable parts (channels; heads times D), in the order of the groups.
+    """
+
+    family: str
+    kind: str
+    parameters: int
+    products: tuple[Product, ...]
+    attended: tuple[Attended, ...]
+    patch: tuple[int, int]
+    class_tokens: int
+    merged: int
+    queries: int
+    widths: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +114,13 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Floating-point operations and bytes of one phase, by part of the model (shapes.PARTS)."""
+    """Floating-point operations and bytes of one phase, by part of the model (PARTS); `matmuls`: how many matrix
+    products that is, two for an attention.
+    """
 
     flops: Mapping[str, float]
     bytes: Mapping[str, float]
+    matmuls: float
 
     @property
     def total_flops(self) -> float:
@@ -58,7 +134,8 @@ class Cost:
 
     def plus(self, other: Cost, times: float = 1) -> Cost:
         """This one, and the other so many times."""
-        return Cost(_sum(self.flops, other.flops, times), _sum(self.bytes, other.bytes, times))
+        flops, moved = _sum(self.flops, other.flops, times), _sum(self.bytes, other.bytes, times)
+        return Cost(flops, moved, self.matmuls + times * other.matmuls)
 
 
 def _sum(first: Mapping[str, float], second: Mapping[str, float], times: float) -> dict[str, float]:
@@ -140,39 +217,43 @@ def _cost(shapes: Shapes, tokens: Tokens, dtype: str) -> Cost:
     weight_bytes, value_bytes = ELEMENT_BYTES[dtype]
     flops: dict[str, float] = {}
     moved: dict[str, float] = {}
+    matmuls = 0
     for product in shapes.products:
         count = math.prod(tokens.get(product.seen, (0, 0)))
         if count:
             read = weight_bytes * product.parameters + value_bytes * product.looked_up * count
             flops = _sum(flops, {product.part: 2.0 * product.macs * count}, 1)
             moved = _sum(moved, {product.part: float(read)}, 1)
+            matmuls += product.macs > 0
     for one in shapes.attended:
         if one.queries in tokens and one.keys in tokens:
             sequences, span = tokens[one.keys]
             seen = min(span, one.window or span)
             queries = math.prod(tokens[one.queries])
             flops = _sum(flops, {ATTENTION: 4.0 * one.width * queries * seen}, 1)
+            matmuls += 2
             if one.kept:
                 moved = _sum(moved, {CACHE: float(value_bytes * one.kept * sequences * span)}, 1)
-    return Cost(flops, moved)
+    return Cost(flops, moved, matmuls)
 
 
 # ------------------------------------------------------------------ against the device
 
 
 def rate_run(run: Run, costs: Mapping[str, Cost], device: Device, dtype: str) -> Run:
-    """The run with `flops`, `bytes`, `mfu` and `mbu` of its measured phases; `medians` must be there.
-
-    A share above 1 is possible: reading alone can be faster than the copying it is compared with.
+    """The run with `flops` and `bytes` of its measured phases, and `mfu` and `mbu` of those that are one pass over the
+    weights; `medians` must be there. A share above 1 is possible: reading can be faster than the copying it is
+    compared with.
     """
     phases = [phase for phase in run.medians if phase in costs]
+    single = [phase for phase in phases if phase in ONE_PASS]
     matmul = device.matmul_flops_per_second.get(dtype)
     return replace(
         run,
         flops={phase: costs[phase].total_flops for phase in phases},
         bytes={phase: costs[phase].total_bytes for phase in phases},
-        mfu=None if matmul is None else {p: costs[p].total_flops / (run.medians[p] * matmul) for p in phases},
-        mbu={p: memory_seconds(costs[p], device) / run.medians[p] for p in phases},
+        mfu=None if matmul is None else {p: costs[p].total_flops / (run.medians[p] * matmul) for p in single},
+        mbu={p: memory_seconds(costs[p], device) / run.medians[p] for p in single},
     )
 
 

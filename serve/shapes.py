@@ -1,14 +1,9 @@
-"""What a model multiplies and keeps, read from the shapes of its checkpoint: no weights are loaded and none are run.
-
-Every matrix of the model is one `Product` that is applied to tokens of one kind; every attention compares tokens of two
-kinds. How many tokens of each kind there are is a matter of the workload (roofline.py).
-"""
+"""What a model multiplies and keeps, read from the shapes of its checkpoint: no weights are loaded and none are run."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -16,76 +11,9 @@ from torch import nn
 from slimvlm.compress.checkpoint import build_meta
 from slimvlm.compress.families import Family, Tower
 from slimvlm.compress.groups import Group, count_parameters, find_groups
+from slimvlm.serve.roofline import EMBEDDINGS, HEAD, LANGUAGE, PROJECTOR, VISION, Attended, Product, Shapes
 
-# Parts of a model, as they are spoken of. The cut narrows the towers, their attention, and maybe the cache.
-VISION, PROJECTOR, LANGUAGE, ATTENTION, CACHE, EMBEDDINGS, HEAD = PARTS = (
-    *("vision tower", "projector", "language model", "attention over the context", "key-value cache"),
-    *("embeddings", "output head"),
-)
-# Kinds of tokens: `pixel` patches as they come in, `patch` with the class token, `feature` what the projector gives,
-# `query` of a resampler, `image` one per image; `encoder`, `decoder`, `text` of language models, `head` those that get
-# logits, `pooled` one per text, `memory` encoder states where a decoder makes keys of them. Kinds that are attended to
-# only: `context` a decoder's past and present, `source` all encoder states.
 CLASS_TOKENS = ("class_embedding", "cls_token")
-
-
-@dataclass(frozen=True, slots=True)
-class Product:
-    """Weights and what sees them.
-
-    Attributes:
-        seen: kind of the tokens.
-        macs: multiply-accumulates per token; 0 for norms and the like.
-        parameters: read once, however many tokens there are.
-        looked_up: of an embedding: values read per token.
-    """
-
-    part: str
-    seen: str
-    macs: int = 0
-    parameters: int = 0
-    looked_up: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Attended:
-    """One attention: tokens of kind `queries` (`width` = H D values each) compared with tokens of kind `keys`.
-
-    Attributes:
-        kept: values per token that stay in the cache (keys and values, 2 K D); 0 where nothing is kept.
-        window: patches that attend to each other, if not all of an image.
-    """
-
-    queries: str
-    keys: str
-    width: int
-    kept: int = 0
-    window: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Shapes:
-    """A model as a list of products and attentions.
-
-    Attributes:
-        kind: of the family: `decoder`, `encoder-decoder` or `dual-encoder`.
-        patch: height and width of a patch in pixels.
-        class_tokens: tokens of an image besides its patches.
-        merged: patches that become one feature.
-        queries: features per image where a resampler makes them; 0: none does.
-        widths: inner widths of the prunable parts (channels; heads times D), in the order of the groups.
-    """
-
-    family: str
-    kind: str
-    parameters: int
-    products: tuple[Product, ...]
-    attended: tuple[Attended, ...]
-    patch: tuple[int, int]
-    class_tokens: int
-    merged: int
-    queries: int
-    widths: tuple[int, ...]
 
 
 def checkpoint_shapes(folder: str | os.PathLike[str], trust_remote_code: bool = False) -> Shapes:

@@ -14,6 +14,11 @@ from slimvlm.compress.families import find_family
 from slimvlm.compress.groups import count_parameters
 from slimvlm.compress.slicing import apply_plan
 from slimvlm.serve.roofline import (
+    CACHE,
+    EMBEDDINGS,
+    HEAD,
+    LANGUAGE,
+    VISION,
     Sizes,
     compute_seconds,
     count_costs,
@@ -22,7 +27,7 @@ from slimvlm.serve.roofline import (
     memory_seconds,
     rate_run,
 )
-from slimvlm.serve.shapes import CACHE, EMBEDDINGS, HEAD, LANGUAGE, VISION, checkpoint_shapes, model_shapes
+from slimvlm.serve.shapes import checkpoint_shapes, model_shapes
 
 BATCH = 2
 
@@ -123,6 +128,7 @@ def test_a_step_moves_every_weight_of_the_language_model_once_and_the_cache() ->
     assert per_token == 2 * 2 * 2 * 8 * 4  # layers, keys and values, KV heads, D, bytes
     assert costs["tpot"].bytes[CACHE] == BATCH * per_token * (sizes.prompt_tokens + 1)
     assert VISION not in costs["tpot"].bytes
+    assert costs["tpot"].matmuls == 2 * (7 + 2) + 1  # layers times linears and attention, and the head
     vision = sum(parameter.numel() for parameter in model.model.vision_tower.parameters())
     projector = sum(parameter.numel() for parameter in model.model.multi_modal_projector.parameters())
     assert costs["vision"].total_bytes == 4 * (vision + projector)
@@ -171,14 +177,17 @@ def test_unknown_dtypes_and_shapes_are_refused() -> None:
 
 def test_shares_are_of_the_measured_rates_for_that_many_bytes() -> None:
     model, inputs = model_of("llava", False)
-    cost = costs_of(model, sizes_of(inputs))["tpot"]
+    costs = costs_of(model, sizes_of(inputs))
+    cost = costs["tpot"]
     assert cost.total_bytes < 2**20  # so small that the faster of the device's copies counts
-    run = replace(example_run({"tpot": 1e-3}, 1), flops={}, bytes={}, mfu=None, mbu=None)
-    rated = rate_run(run, {"tpot": cost}, DEVICE, "fp32")
+    run = replace(example_run({"tpot": 1e-3, "ttft": 1e-2}, 1), flops={}, bytes={}, mfu=None, mbu=None)
+    rated = rate_run(run, costs, DEVICE, "fp32")
+    assert set(rated.flops) == {"tpot", "ttft"}
+    assert set(rated.mfu) == set(rated.mbu) == {"tpot"}  # a sum of passes has no one working set
     assert rated.bytes["tpot"] == cost.total_bytes
     assert rated.mbu["tpot"] == pytest.approx(cost.total_bytes / 5e10 / 1e-3)
     assert rated.mfu["tpot"] == pytest.approx(cost.total_flops / 1e11 / 1e-3)
-    assert rate_run(run, {"tpot": cost}, DEVICE, "int8").mfu is None
+    assert rate_run(run, costs, DEVICE, "int8").mfu is None
     large = replace(cost, bytes={LANGUAGE: 2.0**30})
     assert memory_seconds(large, DEVICE) == pytest.approx(2**30 / 1e10)
     assert ideal_seconds(large, DEVICE, "fp32") == memory_seconds(large, DEVICE)
