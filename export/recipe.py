@@ -38,7 +38,12 @@ def make_recipe(collator: Collator, sample: Sample, batch: Arrays, size: tuple[i
     Raises:
         NoRecipeError: the processor does something else.
     """
-    return {"prompt": _prompt(collator, sample, batch), "image": _image(collator, batch, size)}
+    prompt, image = _prompt(collator, sample, batch), _image(collator, batch, size)
+    if "grids" in image:  # image_ids are those of one tile
+        ids, token = prompt["image_ids"], prompt["image_token"]
+        at, count = ids.index(token), ids.count(token)
+        prompt["image_ids"] = ids[:at] + [token] * (count // len(batch["pixel_values"])) + ids[at + count :]
+    return {"prompt": prompt, "image": image}
 
 
 def check_recipe(collator: Collator, recipe: dict[str, Any], samples: list[Sample], batches: list[Arrays]) -> None:
@@ -51,10 +56,11 @@ def check_recipe(collator: Collator, recipe: dict[str, Any], samples: list[Sampl
     tokenizer.no_padding()
     tokenizer.no_truncation()
     for sample, batch in zip(samples, batches, strict=True):
-        ids = prompt_ids(tokenizer, sample.turns[-1].prompt, recipe["prompt"])
+        found, wanted = pixels(open_image(sample), recipe["image"]), batch["pixel_values"]
+        tiles = len(found) if "grids" in recipe["image"] else 1
+        ids = prompt_ids(tokenizer, sample.turns[-1].prompt, recipe["prompt"], tiles)
         if not np.array_equal(ids, batch["input_ids"]):
             raise NoRecipeError(f"the prompt of {sample.identity} is put together differently by its processor")
-        found, wanted = pixels(open_image(sample), recipe["image"]), batch["pixel_values"]
         if found.shape != wanted.shape or np.abs(found - wanted).mean() > PIXEL_ERROR:
             raise NoRecipeError(f"the image of {sample.identity} is prepared differently by its processor")
 
@@ -110,8 +116,8 @@ def _image(collator: Collator, batch: Arrays, size: tuple[int, int] | None) -> d
         "mean": list(images.image_mean) if images.do_normalize else [0.0] * 3,
         "std": list(images.image_std) if images.do_normalize else [1.0] * 3,
         "repeat": 1,
-        "split": None,
-        "order": None,
+        "split": shape,
+        "order": list(range(len(shape))),
         "shape": shape,
     }
     return {**recipe, **LAYOUTS[collator.family.export.vision](collator, batch, size)}
@@ -122,11 +128,22 @@ def _plain(collator: Collator, batch: Arrays, size: tuple[int, int] | None) -> d
     images = collator.processor.image_processor
     side = dict(images.size)
     *tiles, _, height, width = batch["pixel_values"].shape
+    if getattr(images, "max_patches", 1) > 1:
+        return _grids(images, [-1, 3, height, width])
     if (count := math.prod(tiles)) != 1:
         raise NoRecipeError(f"its processor cuts an image into as many as {count} tiles, by the shape of the image")
     if "shortest_edge" in side and getattr(images, "do_center_crop", False):
         return {"views": [{"shortest_edge": side["shortest_edge"], "box": [height, width]}]}
     return {"views": [{"size": [height, width]}]}
+
+
+def _grids(images: Any, shape: list[int]) -> dict[str, Any]:
+    """As many tiles as the shape of the image asks for, by columns within equal numbers, then the whole (InternVL)."""
+    counts = range(1, images.max_patches + 1)
+    grids = [[rows, columns] for columns in counts for rows in counts]
+    grids = [grid for grid in grids if images.min_patches <= math.prod(grid) <= images.max_patches]
+    order = list(range(len(shape)))
+    return {"grids": sorted(grids, key=math.prod), "tile": shape[-2:], "split": shape, "order": order, "shape": shape}
 
 
 def _tiles(collator: Collator, batch: Arrays, size: tuple[int, int] | None) -> dict[str, Any]:
@@ -136,7 +153,8 @@ def _tiles(collator: Collator, batch: Arrays, size: tuple[int, int] | None) -> d
     rows, columns = get_anyres_image_grid_shape((height, width), collator.config.image_grid_pinpoints, side)
     if (height, width) != (rows * side, columns * side):
         raise NoRecipeError(f"images of {height}x{width} are padded before they are tiled; use --image-size of tiles")
-    tiles = [{"box": [row * side, column * side, side, side]} for row in range(rows) for column in range(columns)]
+    corners = [[row * side, column * side] for row in range(rows) for column in range(columns)]
+    tiles = [{"size": [height, width], "box": [*corner, side, side]} for corner in corners]
     return {"views": [{"size": [side, side]}, *tiles]}
 
 

@@ -13,47 +13,50 @@ from tokenizers import Tokenizer
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64, "tensor(bool)": bool}
 
 
+def tiled(image, spec):
+    """Views of the tiles of the grid that is most like the image in shape, then of the whole image (InternVL)."""
+    (h, w), shape = spec["tile"], image.width / image.height
+    room = 2 * image.width * image.height / (h * w)  # among grids alike, the largest that is half filled
+    misfit = {(r, c): (abs(shape - c / r), -r * c if r * c < room else r * c) for r, c in spec["grids"]}
+    rows, columns = min(misfit, key=misfit.get)
+    views = [{"size": [rows * h, columns * w], "box": [r * h, c * w, h, w]} for r, c in np.ndindex(rows, columns)]
+    return views + [{"size": [h, w]}] * (len(views) > 1)
+
+
 def pixels(image, spec):
     """The image as the vision graph takes it; `spec` is manifest.json's run.image."""
-    image, views = image.convert("RGB"), []
+    image, arrays = image.convert("RGB"), []
     if spec["resize_first"]:
         image = image.resize(spec["resize_first"][::-1], Image.Resampling.BICUBIC)
-    for view in spec["views"]:
-        part = image
-        if "shortest_edge" in view:
-            scale = view["shortest_edge"] / min(image.size)
-            part = image.resize([int(side * scale) for side in image.size], spec["resample"])
-        elif "size" in view and image.size != tuple(view["size"][::-1]):
-            part = image.resize(view["size"][::-1], spec["resample"])
+    for view in spec["views"] if "views" in spec else tiled(image, spec):
+        size = view.get("size") or [int(side * view["shortest_edge"] / min(image.size)) for side in image.size[::-1]]
+        part = image.resize(size[::-1], spec["resample"])
         if "box" in view:  # of two sizes only: in the middle
             height, width = view["box"][-2:]
             top, left = view["box"][:-2] or ((part.height - height) // 2, (part.width - width) // 2)
             part = part.crop((left, top, left + width, top + height))
         array = np.asarray(part, np.float32) * spec["scale"]
-        views.append(((array - spec["mean"]) / spec["std"]).transpose(2, 0, 1))
-    array = np.stack(views * spec["repeat"])
-    if spec["split"]:  # into patches
-        array = array.reshape(spec["split"]).transpose(spec["order"])
-    return array.reshape(spec["shape"])
+        arrays.append(((array - spec["mean"]) / spec["std"]).transpose(2, 0, 1))
+    array = np.stack(arrays * spec["repeat"]).reshape(spec["split"])  # into patches, where there are any
+    return array.transpose(spec["order"]).reshape(spec["shape"])
 
 
-def prompt_ids(tokenizer, question, spec):
+def prompt_ids(tokenizer, question, spec, tiles=1):
     """Token ids [1, S] of the prompt, with the image's tokens in it; `spec` is manifest.json's run.prompt."""
-    text = spec["text"].replace("{question}", question)
-    ids = tokenizer.encode(text, add_special_tokens=spec["special"]).ids
+    ids = tokenizer.encode(spec["text"].replace("{question}", question), add_special_tokens=spec["special"]).ids
     at = 0 if spec["image_first"] else ids.index(spec["image_token"])
-    return np.array([ids[:at] + spec["image_ids"] + ids[at + (not spec["image_first"]) :]])
+    inside = [token for token in spec["image_ids"] for _ in range(tiles if token == spec["image_token"] else 1)]
+    return np.array([ids[:at] + inside + ids[at + (not spec["image_first"]) :]])
 
 
 def positions(ids, generation, grid):
     """[1, S], or [3, 1, S] for M-RoPE: an image counts its rows and columns apart."""
     if generation["positions"] == "count":
         return np.arange(ids.shape[1])[None] + generation["first_position"]
-    frames, rows, columns = grid // np.array([1, generation["merge"], generation["merge"]])
     at = int((ids[0] == generation["image_token"]).argmax())
     before = np.broadcast_to(np.arange(at), (3, at))
-    inside = np.indices((frames, rows, columns)).reshape(3, -1) + at
-    after = np.arange(ids.shape[1] - at - inside.shape[1]) + at + max(rows, columns)
+    inside = np.indices(grid // np.array([1, generation["merge"], generation["merge"]])).reshape(3, -1) + at
+    after = np.arange(ids.shape[1] - at - inside.shape[1]) + inside.max() + 1
     return np.concatenate([before, inside, np.broadcast_to(after, (3, len(after)))], axis=1)[:, None]
 
 
@@ -61,7 +64,7 @@ class Model:
     """The graphs of one folder in one variant."""
 
     def __init__(self, folder, variant="fp32"):
-        self.folder, self.variant, self.sessions = Path(folder), variant, {}
+        self.folder, self.sessions, self.suffix = Path(folder), {}, "" if variant == "fp32" else f"_{variant}"
         self.manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
         self.tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
         self.tokenizer.no_padding()
@@ -69,14 +72,11 @@ class Model:
     def run(self, name, feeds):
         """Outputs by name; an input nobody gave is an empty cache, or a mask of ones."""
         if name not in self.sessions:
-            suffix = "" if self.variant == "fp32" else f"_{self.variant}"
-            path = self.folder / "onnx" / f"{name}{suffix}.onnx"
+            path = self.folder / "onnx" / f"{name}{self.suffix}.onnx"
             self.sessions[name] = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         session, given = self.sessions[name], {}
         for port in session.get_inputs():
-            sizes = [
-                size if isinstance(size, int) else int(size in ("batch_size", "num_images")) for size in port.shape
-            ]
+            sizes = [size if isinstance(size, int) else int("sequence" not in size) for size in port.shape]
             value = feeds[port.name] if port.name in feeds else np.full(sizes, not port.name.startswith("past"))
             given[port.name] = value.astype(DTYPES[port.type])
         return dict(zip([port.name for port in session.get_outputs()], session.run(None, given), strict=True))
@@ -84,8 +84,9 @@ class Model:
     def answer(self, image, question, max_new_tokens=32):
         """The most probable answer."""
         run, generation = self.manifest["run"], self.manifest["generation"]
-        ids = prompt_ids(self.tokenizer, question, run["prompt"])
         features = self.run("vision_encoder", {"pixel_values": pixels(image, run["image"])})["image_features"]
+        tiles = features[..., 0].size // run["prompt"]["image_ids"].count(generation["image_token"])
+        ids = prompt_ids(self.tokenizer, question, run["prompt"], tiles)
         is_image = ids == generation["image_token"]
         embeds = self.run("embed_tokens", {"input_ids": np.where(is_image, 0, ids)})["inputs_embeds"].copy()
         embeds[is_image] = features.reshape(-1, features.shape[-1])
@@ -95,13 +96,11 @@ class Model:
             cache = self.run("encoder_model", {"inputs_embeds": embeds, "attention_mask": np.ones((1, total))})
             cache["encoder_attention_mask"], total = np.ones((1, total)), 0
             embeds = self.run("embed_tokens", {"input_ids": np.array([[generation["start"]]])})["inputs_embeds"]
-        while len(tokens) < max_new_tokens:
+        while len(tokens) < max_new_tokens and not set(tokens) & set(generation["end"]):
             cache = {name.replace("present", "past_key_values"): value for name, value in cache.items()}
             step = {"inputs_embeds": embeds, "attention_mask": np.ones((1, total)), "position_ids": place}
             outputs = self.run("decoder_model_merged", {**cache, **step})
             tokens.append(int(outputs.pop("logits")[0, -1].argmax()))
-            if tokens[-1] in generation["end"]:
-                break
             cache, total = {**cache, **outputs}, total + 1
             embeds = self.run("embed_tokens", {"input_ids": np.array([tokens[-1:]])})["inputs_embeds"]
             place = np.full((*place.shape[:-1], 1), following + len(tokens) - 1)

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
-from exports import answer_of, cut_model
+from exports import answer_of, cut_model, tiny_samples
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
 from tiny_models import FACTORIES
+from tiny_processors import tiny_processor
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
+from slimvlm.compress.collate import Collator
+from slimvlm.compress.families import find_family
 from slimvlm.compress.samples import open_image
 from slimvlm.export import ExportOptions, run_onnx
 from slimvlm.export.job import export_model
+from slimvlm.export.recipe import check_recipe, single_batches
 from slimvlm.export.reference import generated_sample
 
-FAMILIES = tuple(name for name in FACTORIES if name not in ("clip", "siglip", "internvl"))
+FAMILIES = tuple(name for name in FACTORIES if name not in ("clip", "siglip"))
 
 
 def test_the_example_is_short_and_needs_four_packages() -> None:
@@ -45,9 +54,33 @@ def test_positions_of_an_image_count_rows_and_columns_apart():
     ]
 
 
-def test_where_the_example_would_not_do_what_the_processor_does_it_says_so(exported):
-    result = exported("internvl")
-    assert "tiles" in result.manifest.run["why_not"]
+@given(st.integers(8, 400), st.integers(8, 400), st.integers(1, 12))
+def test_the_grid_of_tiles_is_the_processors(height, width, most):
+    counts = range(1, most + 1)
+    grids = sorted(([rows, columns] for columns in counts for rows in counts if rows * columns <= most), key=math.prod)
+    columns, rows = get_optimal_tiled_canvas((height, width), (16, 16), 1, most)
+    views = run_onnx.tiled(Image.new("RGB", (width, height)), {"tile": [16, 16], "grids": grids})
+    assert views[0]["size"] == [rows * 16, columns * 16]
+    assert len(views) == rows * columns + (rows * columns > 1)
+
+
+@pytest.mark.parametrize("size", ((16, 16), (40, 100), (90, 30)))
+def test_an_image_of_any_shape_is_cut_into_the_tiles_of_its_processor(exported, size):
+    """InternVL: another number of tiles, and of tokens for them, for every shape."""
+    recipe = exported("internvl").manifest.run
+    collator = cut_model("internvl")[1]
+    sample = tiny_samples(1, size)[0]
+    check_recipe(collator, recipe, [sample], single_batches(collator, [sample]))
+
+
+def test_where_the_example_would_not_do_what_the_processor_does_it_says_so(tmp_path):
+    model, _ = cut_model("llava")
+    processor = tiny_processor("llava")
+    processor.chat_template = processor.chat_template.replace("part['text']", "part['text'] | upper")
+    collator = Collator(processor, find_family(model.config), model.config)
+    options = ExportOptions(exporter="torchscript", samples=2, max_new_tokens=4)
+    result = export_model(model, collator, tmp_path / "export", options, lambda *_: None, {"family": "llava"})
+    assert "does not hold the question as it is" in result.manifest.run["why_not"]
     assert not (result.out / "run_onnx.py").exists()
 
 
