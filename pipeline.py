@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from slimvlm.compress.evaluate import Comparison, Quality, compare
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.recovery.recipe import parse_recipe
-from slimvlm.compress.runs import RunFolder, read_identity
+from slimvlm.compress.runs import RunFolder, read_record
 from slimvlm.compress.slicing import apply_plan
-from slimvlm.compress.splits import read_evaluation, read_measured
+from slimvlm.compress.splits import read_evaluation, read_measured, read_trained
 from slimvlm.compress.stages.evaluate import evaluate_model, evaluate_stage
 from slimvlm.compress.stages.plan import plan_stage
 from slimvlm.compress.stages.recover import recover_stage
@@ -41,7 +42,7 @@ class Result:
     slim: Quality | None = None
     cut: Quality | None = None  # before the recovery, where there was one
     recovery: dict[str, Any] | None = None  # what the recover stage recorded
-    export: dict[str, Any] | None = None  # what the export stage recorded
+    export: Mapping[str, Any] = field(default_factory=dict)  # what the export stage recorded
 
 
 def compress(options: CompressOptions, progress: Progress | None = None) -> Result:
@@ -91,13 +92,18 @@ def apply_saved_plan(model: str, plan_file: Path, out: Path, trust_remote_code: 
 
 
 def recover_run(out: Path, changes: Mapping[str, Any], progress: Progress | None = None) -> Result:
-    """Recover the model of the finished run in `out` (again), with the recovery options in `changes`.
+    """Recover the model of the finished run in `out` (again), with the recovery options in `changes`, and export it in
+    the formats it was exported in, unless `changes` name others.
 
     Raises:
         OutputError: `out` holds no run.
         SlimvlmError, CheckFailedError: as `compress`.
     """
-    return compress(CompressOptions.of_run(out, read_identity(out), **changes), progress)
+    record = read_record(out)
+    changes = dict(changes)
+    if changes.get("export") is None and "export" in record["stages"]:
+        changes["export"] = tuple(record["stages"]["export"]["formats"])
+    return compress(CompressOptions.of_run(out, record["options"], **changes), progress)
 
 
 def evaluate_checkpoint(
@@ -114,13 +120,16 @@ def evaluate_checkpoint(
 def _compress(options: CompressOptions, progress: Progress) -> Result:
     run = _open_run(options)
     data = read_measured(options)
+    training = cache(partial(read_trained, options, data))
+    if options.recover != "none" and "recover" in options.stages and not run.finished("plan"):
+        training()  # what is refused of it is refused before the minutes until it is needed
     plan = plan_stage(run, options, data, progress)
     if options.stages == ("plan",):
         return Result(options.out, plan, None, {}, len(data.bad))
     if run.writer:
         slice_stage(run, options, plan, data, progress)
     processes.wait_for_all()
-    recovery = recover_stage(run, options, plan, data, progress)
+    recovery = recover_stage(run, options, plan, data, training, progress)
     if not run.writer:
         return Result(options.out, plan, None, {}, len(data.bad))
     dense, cut, slim = evaluate_stage(run, options, data, progress)
@@ -145,39 +154,42 @@ def _open_run(options: CompressOptions) -> RunFolder:
     return run
 
 
-def _export_stage(run: RunFolder, options: CompressOptions, progress: Progress) -> dict[str, Any] | None:
+def _export_stage(run: RunFolder, options: CompressOptions, progress: Progress) -> dict[str, Any]:
     """Write `export/`. A check that fails is recorded, and fails the run at its end; so is a model that cannot be
     exported, unless formats were asked for: then it is refused.
     """
     formats = installed_formats() if options.export is None else options.export
     if run.finished("export") and run.facts("export")["formats"] == list(formats):
         return run.facts("export")
-    run.forget("export", "profile")
-    folder = options.out / "export"
-    shutil.rmtree(folder, ignore_errors=True)
-    if not formats:
-        return None
+    run.forget("profile")
+    shutil.rmtree(options.out / "export", ignore_errors=True)
+    with run.stage("export", formats=list(formats)) as facts:
+        if formats:
+            facts.update(_export(options, formats, progress))
+    return run.facts("export")
+
+
+def _export(options: CompressOptions, formats: tuple[str, ...], progress: Progress) -> dict[str, Any]:
     chosen = ExportOptions(
         formats=formats,
         data=options.eval_data or options.data,
         seed=options.seed,
         trust_remote_code=options.trust_remote_code,
     )
-    with run.stage("export", formats=list(formats)) as facts:
-        try:
-            facts["checks"] = export_checkpoint(options.out / "model", folder, chosen, progress).manifest.checks
-        except CheckFailedError as failed:
-            facts["failed"] = str(failed)
-        except SlimvlmError as refused:
-            if options.export is not None:
-                raise
-            facts["refused"] = str(refused)
-    return run.facts("export")
+    try:
+        exported = export_checkpoint(options.out / "model", options.out / "export", chosen, progress)
+    except CheckFailedError as failed:
+        return {"failed": str(failed)}
+    except SlimvlmError as refused:
+        if options.export is not None:
+            raise
+        return {"refused": str(refused)}
+    return {"checks": exported.manifest.checks}
 
 
 def _check(options: CompressOptions, result: Result) -> None:
     """Fail for what is wrong with a result whose files are all there."""
-    if result.export and "failed" in result.export:
+    if "failed" in result.export:
         raise CheckFailedError(result.export["failed"], result)
     limit, drop = options.max_quality_drop, 100 * result.comparison.drop
     if limit is not None and drop > limit:

@@ -114,7 +114,7 @@ class RunFolder:
             raise OutputError(
                 f"{self.path} holds an earlier run; continue it with --resume, or replace it with --overwrite"
             )
-        return _read_record(record)
+        return _parse(record)
 
     def save(self) -> None:
         """Write the record, if this process is the one that writes."""
@@ -150,18 +150,18 @@ class RunFolder:
         self.save()
 
 
-def read_identity(path: Path) -> dict[str, Any]:
-    """The options that identify the run in the folder `path`.
+def read_record(path: Path) -> dict[str, Any]:
+    """The record of the run in the folder `path`.
 
     Raises:
         OutputError: there is no run.
     """
     if not (path / RECORD).is_file():
         raise OutputError(f"{path} holds no run of slimvlm; give the folder that `slimvlm compress` wrote")
-    return _read_record(path / RECORD)["options"]
+    return _parse(path / RECORD)
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def _parse(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text())
     except ValueError:

@@ -88,7 +88,7 @@ def show_compression(result: Result, *, as_json: bool) -> None:
         print_line(f"skipped  {result.bad_samples} unreadable samples, named in {result.out / 'run.json'}")
     print_line("seconds  " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result.seconds.items()))
     print_line(f"model    {result.out / 'model'}")
-    if result.export:
+    if result.export.get("formats"):
         print_line(f"export   {_exported(result)}")
     print_line(f"report   {result.out / 'report.html'}, report.md; every figure in the .json files beside it")
 

@@ -67,7 +67,7 @@ class ExportOptions:
                 raise UnsuitableOptionError(f"--{name} {value} is unknown; choose one of {choices}")
         if not self.formats or set(self.formats) - set(FORMATS):
             unknown = ", ".join(sorted(set(self.formats) - set(FORMATS))) or "nothing"
-            raise UnsuitableOptionError(f"--format {unknown} is unknown; choose from {', '.join(FORMATS)}")
+            raise UnsuitableOptionError(f"the format {unknown} is unknown; choose from {', '.join(FORMATS)}")
         if self.opset not in OPSETS:
             raise UnsuitableOptionError(f"--opset {self.opset} is not supported; choose {OPSETS[0]} to {OPSETS[-1]}")
         if "onnx" not in self.formats and (self.quantize or self.fuse):

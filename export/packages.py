@@ -20,7 +20,7 @@ def require_packages(options: ExportOptions) -> None:
     for form in options.formats:
         if missing := _missing(form):
             raise MissingDependencyError(
-                f"--format {form} needs {', '.join(missing)}: pip install 'slimvlm[onnx]' ('slimvlm[gpu]' for CUDA)"
+                f"the format {form} needs {', '.join(missing)}: pip install 'slimvlm[onnx]' ('slimvlm[gpu]' for CUDA)"
             )
 
 

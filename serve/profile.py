@@ -83,9 +83,9 @@ class Subject:
     source: str
     family: str
     layout: str
-    parameters: int
+    parameters: int | None
     weight_bytes: int
-    kv_bytes_per_token: int
+    kv_bytes_per_token: int | None
     digest: str
 
 

@@ -15,8 +15,8 @@ MIN_ROUNDS = 6
 RESOLUTION = 0.01  # what the profiler's own work may change in a median
 EQUAL = 0.05  # an interval within 5 % of 1, either way, is no difference
 RULE = (
-    f"faster or slower: the whole {LEVEL:.0%} interval of the ratio is more than {RESOLUTION:.0%} beyond 1; same: it "
-    f"lies within {EQUAL:.0%} of 1; too noisy: neither, or fewer than {MIN_ROUNDS} rounds"
+    f"faster or slower: the whole interval ({100 * LEVEL:g} %) of the ratio is more than {100 * RESOLUTION:g} % beyond "
+    f"1; same: it lies within {100 * EQUAL:g} % of 1; too noisy: neither, or fewer than {MIN_ROUNDS} rounds"
 )
 
 

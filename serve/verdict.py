@@ -22,8 +22,14 @@ LEAST_IDEAL = 1.02  # below it the cut left nothing out that could be gained
 WORSE_USED = 0.9
 # A matrix unit takes so many values of a row at once; widths in between cost as much as the next multiple.
 MULTIPLES = {("cuda", "fp16"): 8, ("cuda", "bf16"): 8, ("cuda", "fp32"): 4, ("cpu", "bf16"): 16}
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
 RULE = (
-    f"overhead-bound: neither moving the bytes nor computing takes {OVERHEAD:.0%} of the time; else bound by what "
+    f"overhead-bound: neither moving the bytes nor computing takes {_percent(OVERHEAD)} of the time; else bound by what "
     "takes longer at the measured rates"
 )
 
@@ -89,8 +95,8 @@ def _bound(cost: Cost, seconds: float, device: Device, dtype: str) -> str:
 def _uses(cost: Cost, seconds: float, device: Device, dtype: str) -> str:
     moved = memory_seconds(cost, device) / seconds
     computed = compute_seconds(cost, device, dtype)
-    rate = "is not known for this dtype" if computed is None else f"{computed / seconds:.0%}"
-    return f"The slim model uses {moved:.0%} of the measured copy bandwidth; of the measured matmul rate: {rate}."
+    rate = "is not known for this dtype" if computed is None else _percent(computed / seconds)
+    return f"The slim model uses {_percent(moved)} of the measured copy bandwidth; of the measured matmul rate: {rate}."
 
 
 def _too_noisy(ratio: Ratio) -> Iterator[str]:
@@ -121,7 +127,7 @@ def _left_alone(bound: str, slim: Cost, dense: Cost) -> Iterator[str]:
     }
     if found:
         ordered = sorted(found.items(), key=lambda item: -item[1])
-        names = ", ".join(f"{part} ({share:.0%})" for part, share in ordered)
+        names = ", ".join(f"{part} ({_percent(share)})" for part, share in ordered)
         yield f"Not cut, of the slim model's {what} in this phase: {names}."
 
 
@@ -141,7 +147,7 @@ def _worse_used(roofs: list[float], ratio: Ratio) -> Iterator[str]:
     used = [roof / seconds for roof, seconds in zip(roofs, (ratio.dense, ratio.slim), strict=True)]
     if used[1] < WORSE_USED * used[0]:
         yield (
-            f"The slim model comes to {used[1]:.0%} of its roof, the dense one to {used[0]:.0%} of its own: what does "
+            f"The slim model comes to {_percent(used[1])} of its roof, the dense one to {_percent(used[0])} of its own: what does "
             "not shrink with the widths weighs more."
         )
 

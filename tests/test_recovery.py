@@ -19,6 +19,7 @@ from tiny_processors import tiny_image, tiny_processor
 import slimvlm
 from slimvlm.cli import main
 from slimvlm.compress.checkpoint import load_model, save_checkpoint
+from slimvlm.compress.errors import SampleError
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.records import Turn
 from slimvlm.compress.recovery.recover import recover
@@ -143,6 +144,7 @@ def words_of(options: CompressOptions) -> list[str]:
         value = getattr(options, name)
         if name not in ("model", "out") and value != getattr(default, name):
             flag = f"--{name.replace('_', '-')}"
+            value = "none" if value == () else value  # of no formats
             words += [flag, str(value)] if not isinstance(value, bool) else [flag if value else f"--no-{flag[2:]}"]
     return words
 
@@ -244,6 +246,14 @@ options = json.loads(sys.argv[1])
 paths = {name: Path(options[name]) for name in ("out", "data", "eval_data")}
 compress(CompressOptions(**{**options, **paths}))
 """
+
+
+def test_recovery_data_without_answers_is_refused_before_the_plan(tmp_path: Path) -> None:
+    bare = tmp_path / "bare.jsonl"
+    bare.write_text('{"image": "a.png", "question": "what?"}\n')
+    with pytest.raises(SampleError, match="answer"):
+        compress(options_in(tmp_path, recover_data=bare))
+    assert not (tmp_path / "out" / "plan.json").exists()
 
 
 def test_two_processes_recover_the_model_that_one_recovers(recovered, tmp_path: Path) -> None:

@@ -16,14 +16,19 @@ from slimvlm.compress.errors import CheckFailedError, SlimvlmError
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.runs import RunFolder
-from slimvlm.compress.splits import Measured, read_trained
+from slimvlm.compress.splits import Measured, Trained
 
 CUT, RECOVERED = "cut", ".recovered"  # the checkpoint before the recovery; the one after it, until it is in place
 Progress = Callable[..., None]  # stage, done, total, note
 
 
 def recover_stage(
-    run: RunFolder, options: CompressOptions, plan: Plan, data: Measured, progress: Progress
+    run: RunFolder,
+    options: CompressOptions,
+    plan: Plan,
+    data: Measured,
+    training: Callable[[], Trained],
+    progress: Progress,
 ) -> dict[str, Any] | None:
     """Train the cut model and put it in the place of `model/`; what it was trained from is kept as `cut/`.
 
@@ -45,7 +50,7 @@ def recover_stage(
         return None
     from slimvlm.compress.recovery.recover import recover  # peft and accelerate take seconds to import
 
-    trained = read_trained(options, data)
+    trained = training()
     start = options.out / (CUT if (options.out / CUT).is_dir() else "model")
     with _kept_if_refused(run, earlier), run.stage("recover", options=asked) as facts:
         recovered = recover(options, plan, start, trained, folder, lambda fact: _tell(progress, fact))

@@ -6,13 +6,14 @@ from pathlib import Path
 
 from slimvlm.compress.runs import write_text
 from slimvlm.serve.report.answers import answers_section
-from slimvlm.serve.report.checks import parity_section, repeat_section, running_section
+from slimvlm.serve.report.checks import parity_section, repeat_section
 from slimvlm.serve.report.document import Report
 from slimvlm.serve.report.files import read_run
 from slimvlm.serve.report.markdown import markdown
 from slimvlm.serve.report.page import page
 from slimvlm.serve.report.quality import quality_section
 from slimvlm.serve.report.removed import removed_section, scores_section
+from slimvlm.serve.report.running import running_section
 from slimvlm.serve.report.training import recovery_section
 
 SECTIONS = (

@@ -20,7 +20,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 from matplotlib.transforms import Transform
 
 from slimvlm.serve.report.document import Chart, shown
@@ -30,8 +30,19 @@ SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 # Placeholders for the style sheet's variables: matplotlib takes colours only.
 VARIABLES = ("ink", "quiet", "grid", "dense", "cut", "slim", "whole")
 INK, QUIET, GRID, DENSE, CUT, SLIM, WHOLE = (f"#00000{number}" for number in range(1, len(VARIABLES) + 1))
-COLOURS = {"dense": DENSE, "cut": CUT, "slim": SLIM, "vision": SLIM, "language": CUT}
-MARKERS = {"dense": "o", "cut": "^", "slim": "s"}
+MODEL_COLOURS = {"dense": DENSE, "cut": CUT, "slim": SLIM}
+PHASE_COLOURS = {"vision": SLIM, "text": CUT, "ttft": SLIM, "tpot": CUT, "end_to_end": DENSE}
+COLOURS = {**MODEL_COLOURS, **PHASE_COLOURS, "language": CUT}
+MARKERS = {
+    "dense": "o",
+    "cut": "^",
+    "slim": "s",
+    "vision": "s",
+    "text": "^",
+    "ttft": "s",
+    "tpot": "^",
+    "end_to_end": "o",
+}
 DASHES = {"vision": "-", "language": "--"}
 STYLE = {
     "svg.fonttype": "none",
@@ -109,11 +120,28 @@ def size_bars(name: str, title: str, parts: Sequence[str], before: Sequence[int]
         places = np.arange(len(parts))
         axes.barh(places, np.array(before) / 1e6, color=WHOLE, height=0.7, label="before")
         axes.barh(places, np.array(after) / 1e6, color=SLIM, height=0.7, label="after")
-        axes.set_yticks(places, [_short(part) for part in parts])
-        axes.invert_yaxis()
+        _name_rows(axes, parts)
         axes.set_xlabel("million parameters")
         _finish(axes, "x")
         _legend(axes, 2)
+    return charts[0]
+
+
+def memory_bars(name: str, title: str, rows: Mapping[str, Mapping[str, tuple[float, float]]]) -> Chart:
+    """A pair of lying bars per row and one per model: bytes after loading, and at the peak (the paler end)."""
+    with _drawn(name, title, 0.75 + 0.42 * len(rows)) as (figure, charts):
+        axes = figure.subplots()
+        models = list(dict.fromkeys(model for found in rows.values() for model in found))
+        for place, model in enumerate(models):
+            chosen = [(row, found[model]) for row, found in enumerate(rows.values()) if model in found]
+            at = np.array([row for row, _ in chosen]) + 0.36 * (place - (len(models) - 1) / 2)
+            loaded, peaks = (np.array([sizes[side] for _, sizes in chosen]) / 2**20 for side in (0, 1))
+            axes.barh(at, peaks, color=WHOLE, height=0.32, label="peak" if not place else None)
+            axes.barh(at, loaded, color=COLOURS[model], height=0.32, label=f"{model}, loaded")
+        _name_rows(axes, list(rows))
+        axes.set_xlabel("MiB")
+        _finish(axes, "x")
+        _legend(axes, 3)
     return charts[0]
 
 
@@ -171,22 +199,63 @@ def training_curve(name: str, title: str, curve: Curve) -> Chart:
 
 
 def task_dots(name: str, title: str, tasks: Mapping[str, Mapping[str, Estimate]], unit: str) -> Chart:
-    """A row per task: the value of every model with its interval."""
+    """A row per task: the value of every model with its interval, 0 to 1."""
     with _drawn(name, title, 0.75 + 0.32 * len(tasks)) as (figure, charts):
         axes = figure.subplots()
-        labels = list(next(iter(tasks.values())))
-        for place, label in enumerate(labels):
-            found = [estimates[label] for estimates in tasks.values()]
-            values = [100 * estimate.value for estimate in found]
-            arms = np.array([[100 * (e.value - e.low), 100 * (e.high - e.value)] for e in found]).T.clip(0)
-            rows = np.arange(len(tasks)) + 0.22 * (place - (len(labels) - 1) / 2)
-            style: dict[str, Any] = {"marker": MARKERS[label], "color": COLOURS[label], "label": label}
-            axes.errorbar(values, rows, xerr=arms, linestyle="none", markersize=3.5, elinewidth=0.9, **style)
-        axes.set_yticks(range(len(tasks)), [_short(task) for task in tasks])
-        axes.set(ylim=(len(tasks) - 0.5, -0.5), xlim=(-2, 102), xlabel=unit)
-        _finish(axes, "x")
-        _legend(axes, len(labels))
+        _draw_dots(axes, tasks, 100)
+        axes.set(xlim=(-2, 102), xlabel=unit)
     return charts[0]
+
+
+def time_dots(name: str, title: str, phases: Mapping[str, Mapping[str, Estimate]]) -> Chart:
+    """A row per phase: the median of every model, in seconds, with the range of its samples; logarithmic."""
+    with _drawn(name, title, 0.75 + 0.32 * len(phases)) as (figure, charts):
+        axes = figure.subplots()
+        axes.set_xscale("log")
+        _draw_dots(axes, phases, 1000)
+        axes.set_xlabel("milliseconds (logarithmic)")
+        _plain_logarithms(axes)
+    return charts[0]
+
+
+def speedup_dots(name: str, title: str, workloads: Mapping[str, Mapping[str, Estimate]]) -> Chart:
+    """A row per workload: dense / slim of the phases with their intervals; left of the line slim is slower."""
+    with _drawn(name, title, 0.75 + 0.32 * len(workloads)) as (figure, charts):
+        axes = figure.subplots()
+        axes.axvline(1, color=QUIET, linewidth=0.9)
+        _draw_dots(axes, workloads, 1)
+        axes.set(xlabel="times as fast as dense", ylabel="workload")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+    return charts[0]
+
+
+def _draw_dots(axes: Axes, rows: Mapping[str, Mapping[str, Estimate]], times: float) -> None:
+    """Estimates of every row by label, multiplied by `times`; a row need not have every label."""
+    labels = list(dict.fromkeys(label for found in rows.values() for label in found))
+    for place, label in enumerate(labels):
+        chosen = [(row, found[label]) for row, found in enumerate(rows.values()) if label in found]
+        values = [times * one.value for _, one in chosen]
+        arms = np.array([[times * (one.value - one.low), times * (one.high - one.value)] for _, one in chosen])
+        at = np.array([row for row, _ in chosen]) + 0.22 * (place - (len(labels) - 1) / 2)
+        style: dict[str, Any] = {"marker": MARKERS[label], "color": COLOURS[label], "label": label.replace("_", " ")}
+        axes.errorbar(values, at, xerr=arms.T.clip(0), linestyle="none", markersize=3.5, elinewidth=0.9, **style)
+    _name_rows(axes, list(rows))
+    _finish(axes, "x")
+    _legend(axes, len(labels))
+
+
+def _name_rows(axes: Axes, names: Sequence[str]) -> None:
+    axes.set_yticks(range(len(names)), [_short(name) for name in names])
+    axes.set_ylim(len(names) - 0.5, -0.5)
+
+
+def _plain_logarithms(axes: Axes) -> None:
+    """Numbers at 1, 2 and 5 of every decade, or at more of them where the axis is shorter."""
+    low, high = axes.get_xlim()
+    subs = (1.0, 2.0, 5.0) if high > 8 * low else tuple(range(1, 10))
+    axes.xaxis.set_major_locator(LogLocator(subs=subs))
+    axes.xaxis.set_major_formatter(_plain)
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_losses(axes: Axes, steps: Sequence[int], losses: Sequence[float]) -> None:

@@ -1,4 +1,4 @@
-"""Whether the files are what they claim to be, what they cost to run, and how to make them again."""
+"""Whether the files are what they claim to be, and how to make them again."""
 
 from __future__ import annotations
 
@@ -78,15 +78,6 @@ def _token_table(manifest: Mapping[str, Any]) -> Table:
     ]
     columns = ("format", "variant", "passed", "samples", "equal", "equal tokens", "right", "right in torch")
     return Table("Greedy answers against torch", columns, rows, f"{MANIFEST}: checks", texts=3)
-
-
-def running_section(files: RunFiles) -> Section:
-    """The place of latency and memory."""
-    if files.profile is None:
-        text = "Latency and memory were not measured: whether the slim model is faster is not known."
-        return Section("running", "Latency and memory", (text,), findings=(Finding(text, "no profile.json", bad=True),))
-    text = "profile.json is in the folder; this version of the report does not read it yet."
-    return Section("running", "Latency and memory", (text,))
 
 
 # ------------------------------------------------------------------ repeat

@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from slimvlm.compress.errors import OutputError
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.quality import Comparison, Quality
-from slimvlm.compress.runs import RECORD, read_identity
+from slimvlm.compress.runs import read_record
+from slimvlm.serve.profile import Profile
 
 PLAN, SCORES, JOURNAL, QUALITY = "plan.json", "scores.safetensors", "recovery.jsonl", "quality.json"
 MANIFEST, PROFILE = "export/manifest.json", "profile.json"
@@ -47,7 +48,7 @@ class RunFiles:
     Attributes:
         record: run.json.
         journal: lines of recovery.jsonl.
-        manifest, profile: as they are in the files.
+        manifest: as it is in the file.
         digests: sha256 and bytes of the files read, besides run.json.
     """
 
@@ -58,7 +59,7 @@ class RunFiles:
     journal: list[dict[str, Any]] | None
     quality: Measured | None
     manifest: dict[str, Any] | None
-    profile: dict[str, Any] | None
+    profile: Profile | None
     digests: Mapping[str, tuple[str, int]]
 
     def stage(self, name: str) -> dict[str, Any]:
@@ -72,8 +73,7 @@ def read_run(folder: Path) -> RunFiles:
     Raises:
         OutputError: it holds no run, or a file of a finished stage is missing or damaged.
     """
-    read_identity(folder)  # refuses what is no run
-    record = json.loads((folder / RECORD).read_text())
+    record = read_record(folder)
     finished = {name for name, stage in record["stages"].items() if stage.get("status") == "finished"}
     journal = _journal_file(record["stages"].get("recover", {}))
     wanted: dict[str, tuple[bool, Callable[[Path], Any]]] = {
@@ -81,7 +81,7 @@ def read_run(folder: Path) -> RunFiles:
         SCORES: ("plan" in finished, _read_scores),
         QUALITY: ("evaluate" in finished, _read_quality),
         MANIFEST: ((folder / MANIFEST).is_file(), _read_object),
-        PROFILE: ((folder / PROFILE).is_file(), _read_object),
+        PROFILE: ((folder / PROFILE).is_file(), lambda path: Profile.from_json(path.read_text())),
     }
     if journal is not None:
         wanted[journal] = ("recover" in finished or (folder / journal).is_file(), _read_journal)

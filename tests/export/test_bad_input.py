@@ -34,8 +34,8 @@ from slimvlm.export.reference import image_size
 @pytest.mark.parametrize(
     "options, words",
     (
-        ({"formats": ("tflite",)}, "--format tflite is unknown; choose from onnx, torchscript, pt2"),
-        ({"formats": ()}, "--format nothing"),
+        ({"formats": ("tflite",)}, "the format tflite is unknown; choose from onnx, torchscript, pt2"),
+        ({"formats": ()}, "the format nothing"),
         ({"opset": 12}, "--opset 12 is not supported; choose 18 to 23"),
         ({"dtype": "int4"}, "--dtype int4 is unknown"),
         ({"quantize": "int8", "dtype": "fp16"}, "starts from fp32"),
@@ -121,7 +121,7 @@ def test_a_missing_package_is_named_with_its_command(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == (
-        "--format onnx needs onnxscript: pip install 'slimvlm[onnx]' ('slimvlm[gpu]' for CUDA)"
+        "the format onnx needs onnxscript: pip install 'slimvlm[onnx]' ('slimvlm[gpu]' for CUDA)"
     )
 
 

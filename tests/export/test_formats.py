@@ -12,7 +12,7 @@ from exports import cut_model, export_tiny, random_feeds, tiny_samples
 from torch import nn
 
 from slimvlm.compress.errors import CheckFailedError, UnsupportedModelError
-from slimvlm.compress.runners import TorchRunner, load_aoti, load_pt2
+from slimvlm.compress.runners import TorchRunner, load_pt2
 from slimvlm.export import verify, vision
 from slimvlm.export.graphs import BATCH, Graph, Port, build_graphs
 from slimvlm.export.onnx_rewriting import fuse, quantize_int8
@@ -21,7 +21,7 @@ from slimvlm.export.options import EXTERNAL_BYTES, OnnxSettings
 from slimvlm.export.parity import Case, measure
 from slimvlm.export.reference import first_batch, graph_ports, torch_runner
 from slimvlm.export.runners import OnnxRunner
-from slimvlm.export.torch_writer import compiled_name, write_pt2
+from slimvlm.export.torch_writer import write_pt2
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,29 @@ def test_fp16_graphs_have_fp16_caches_and_fp32_outputs(tmp_path):
     assert min(difference["cosine"] for difference in decoder.parity) > 0.999
     [check] = result.manifest.checks
     assert check["token_share"] >= 0.9
+
+
+COMPILER = shutil.which("g++") is not None
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    """A cut LLaVA by torch.export, and compiled ahead of time where that is possible."""
+    return export_tiny("llava", tmp_path_factory.mktemp("pt2") / "export", formats=("pt2",), aoti=COMPILER)
+
+
+@pytest.mark.parametrize(
+    "form",
+    ("pt2", pytest.param("aoti", marks=pytest.mark.skipif(not COMPILER, reason="AOTInductor needs a C++ compiler"))),
+)
+def test_whole_answers_of_torch_export_programs_are_those_of_torch(programs, form):
+    artifacts = [artifact for artifact in programs.manifest.artifacts if artifact.format == form]
+    assert len(artifacts) == 3
+    assert all(difference["max_relative"] < 1e-5 for artifact in artifacts for difference in artifact.parity)
+    [check] = [check for check in programs.manifest.checks if check["format"] == form]
+    assert check["equal"] == check["samples"] == 5
+    [again] = [check for check in verify(programs.out).checks if check["format"] == form]
+    assert again["token_share"] == 1.0
 
 
 SIZES = ((1, 7, 0), (3, 1, 5), (2, 3, 4))  # batch, new tokens, tokens before
@@ -193,13 +216,3 @@ def graphs_of(model, collator):
 def graph_of(module):
     """One input [B, 3], one output [B, ...]."""
     return Graph("vision_encoder", module.eval(), (Port("x", torch.ones(2, 3), {0: BATCH}),), {"y": {0: BATCH}})
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
-def test_a_program_compiled_ahead_of_time_gives_the_same_at_another_size(tmp_path):
-    graph = graph_of(nn.Sequential(nn.Linear(3, 4), nn.ReLU()))
-    write_pt2(graph, tmp_path / "linear.pt2", aoti=True)
-    rows = torch.randn(5, 3)
-    for load, path in ((load_pt2, tmp_path / "linear.pt2"), (load_aoti, compiled_name(tmp_path / "linear.pt2"))):
-        with torch.no_grad():
-            assert torch.allclose(load(path)(rows), graph.module(rows), atol=1e-6)

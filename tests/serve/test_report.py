@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from report_runs import Story, change_record, write_run
+from report_texts import bad_news, good_news, table, text_of
 
 from slimvlm.compress.errors import OutputError
 from slimvlm.compress.manifest import Artifact, Manifest
@@ -30,28 +31,8 @@ def run(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "run"))
 
 
-def text_of(run: Path) -> str:
-    write_report(run)
-    return (run / "report.md").read_text()
-
-
 def story_text(tmp_path: Path, **changes: object) -> str:
     return text_of(write_run(tmp_path / "other", replace(Story(), **changes)))
-
-
-def table(text: str, title: str) -> list[list[str]]:
-    """The rows of a table of report.md, without its head."""
-    lines = text.split(f"### {title}\n", 1)[1].split("\n\nFrom ", 1)[0].strip().splitlines()
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:]]
-
-
-def bad_news(text: str) -> str:
-    head = text.split("\n## ", 1)[0]
-    return head.split("**What was done**", 1)[0]
-
-
-def good_news(text: str) -> str:
-    return text.split("\n## ", 1)[0].split("**What was done**", 1)[1]
 
 
 # ------------------------------------------------------------------ what it says

@@ -37,7 +37,7 @@ def test_a_phase_that_takes_as_long_as_moving_its_bytes_is_memory_bound() -> Non
     assert (verdict.bound, verdict.phase) == ("memory", "tpot")
     assert (verdict.ideal, verdict.measured) == pytest.approx((2, 2))
     assert verdict.reached == pytest.approx(1)
-    assert "uses 89% of the measured copy bandwidth" in verdict.because[0]
+    assert "uses 89 % of the measured copy bandwidth" in verdict.because[0]
 
 
 def test_a_phase_that_takes_as_long_as_its_operations_is_compute_bound() -> None:
@@ -66,7 +66,7 @@ def test_without_work_left_out_no_share_is_made_up() -> None:
 def test_what_was_not_cut_is_named_with_its_share() -> None:
     verdict = only(cell_of(0.2, 0.15), judged((1e6, LARGE), head=(1e6, LARGE)))
     assert verdict.ideal == pytest.approx(1.5)
-    assert "Not cut, of the slim model's bytes in this phase: output head (50%)." in verdict.because
+    assert "Not cut, of the slim model's bytes in this phase: output head (50 %)." in verdict.because
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_odd_widths_are_named_where_they_matter(kind: str, dtype: str, expected:
 
 def test_a_slim_model_that_uses_the_device_worse_is_told_so() -> None:
     words = " ".join(only(cell_of(0.24, 0.2), judged((1e6, LARGE))).because)
-    assert "comes to 54% of its roof, the dense one to 89% of its own" in words
+    assert "comes to 54 % of its roof, the dense one to 89 % of its own" in words
     assert "roof" not in " ".join(only(cell_of(0.24, 0.12), judged((1e6, LARGE))).because)
 
 

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from slimvlm.serve.profile import Cell, DecoderRun, DecoderTest, Device, Memory, Profile, Ratio, Run, Subject
+from slimvlm.serve.profile import (
+    Cell,
+    DecoderRun,
+    DecoderTest,
+    Device,
+    Limit,
+    Memory,
+    Profile,
+    Ratio,
+    Run,
+    Subject,
+    Verdict,
+)
 
 DEVICE = Device(
     kind="cpu",
@@ -63,7 +75,7 @@ def _verdict(ratio: float) -> str:
 
 
 def example_profile() -> Profile:
-    """One measured cell, one that ran out of memory, one decoder test."""
+    """One measured cell, one that ran out of memory, one decoder test, one verdict, a limit that holds."""
     cell = example_cell()
     full = Cell("torch", "fp32", 64, (32, 32), 16, 16, "out of memory", "the process was killed")
     test = DecoderTest(
@@ -83,4 +95,9 @@ def example_profile() -> Profile:
         },
         cells=(cell, full),
         decoder_tests=(test,),
+        verdicts=(
+            Verdict("torch", "tpot", cell.workload, "memory", 2.5, 2.0, 0.667, ("Not cut: output head (31 %).",)),
+        ),
+        limits=(Limit("max_ttft_ms", 50.0, 22.0, cell.workload, False),),
+        skipped=("onnx: onnxruntime is not installed",),
     )

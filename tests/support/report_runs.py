@@ -16,6 +16,7 @@ from slimvlm.compress.plan import Plan, TowerCount
 from slimvlm.compress.quality import Row, compare, exact_match, summarize
 from slimvlm.compress.recovery.history import Facts, Journal
 from slimvlm.compress.runs import RunFolder, write_text
+from slimvlm.serve.profile import Profile
 
 PARTS = (("attn", 4), ("mlp", 16))
 VALIDATIONS = {0: (0.25, -2.0), 4: (0.5, -1.0), 8: (0.75, -0.5)}
@@ -29,6 +30,7 @@ class Story:
         tasks: task -> how many of its eight questions dense, cut and slim answer right.
         wrong: what is answered where the answer is not right.
         validations: step -> (score, -loss) of the recovery.
+        profile: what profile.json says; None: there is none.
     """
 
     model: str = "models/small"
@@ -43,6 +45,7 @@ class Story:
     validations: dict[int, tuple[float, float]] = field(default_factory=lambda: dict(VALIDATIONS))
     held_out: bool = True
     version: str = "1.0"
+    profile: Profile | None = None
 
 
 def write_run(folder: Path, story: Story) -> Path:
@@ -65,6 +68,8 @@ def write_run(folder: Path, story: Story) -> Path:
     with run.stage("evaluate") as facts:
         facts.update(samples=8 * len(story.tasks), held_out=story.held_out)
         _write_quality(out, story)
+    if story.profile is not None:
+        write_text(out / "profile.json", story.profile.to_json())
     return out
 
 
