@@ -1,0 +1,204 @@
+"""`slimvlm profile`: two models over the grid on every backend, judged, gated, and kept on disk cell by cell."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from slimvlm.compress import manifest, runs
+from slimvlm.compress.errors import CheckFailedError, DeviceError, UnsuitableOptionError
+from slimvlm.compress.processes import pick_device
+from slimvlm.serve.bench import Source
+from slimvlm.serve.device import available_cores, measure_device
+from slimvlm.serve.exported import Exported
+from slimvlm.serve.limits import check_limits, limit_words
+from slimvlm.serve.measure import Effort, measure_cell, measure_decoder
+from slimvlm.serve.options import TORCH, ProfileOptions, split_backend
+from slimvlm.serve.profile import MEASURED, Cell, Device, Profile, Verdict
+from slimvlm.serve.roofline import Sizes, count_costs, rate_run
+from slimvlm.serve.statistics import RULE
+from slimvlm.serve.targets import Exporter, Target, check_installed, find_target, with_graphs
+from slimvlm.serve.verdict import Judged, judge_cell
+from slimvlm.serve.workload import InputMaker, Inputs, grid
+
+Progress = Callable[..., None]  # stage, done, total, note
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What is decided before anything is measured."""
+
+    options: ProfileOptions
+    device: torch.device
+    threads: int
+    targets: Mapping[str, Target]
+    inputs: tuple[Inputs, ...]
+    tests: Mapping[str, tuple[Inputs, str, int]]
+
+    def sources(self, backend: str) -> dict[str, Source]:
+        """What the workers of a backend load."""
+        name = split_backend(backend)[0]
+        return {
+            model: Source(
+                str(target.folder(name)),
+                backend,
+                str(self.device),
+                _provider(self.options.provider, self.device),
+                self.threads,
+                self.options.dtype if name == TORCH else "auto",
+                self.options.trust_remote_code,
+            )
+            for model, target in self.targets.items()
+        }
+
+
+def profile_models(
+    options: ProfileOptions, progress: Progress | None = None, exporter: Exporter | None = None
+) -> Profile:
+    """Measures the slim model, next to the dense one if there is one. `options.out` holds what is done so far, always.
+
+    Args:
+        exporter: makes graphs of a checkpoint where a backend needs them: (checkpoint, folder, backends) -> folder.
+
+    Raises:
+        SlimvlmError: refused, with the reason; cells that were measured stay in `options.out`.
+        CheckFailedError: a limit was crossed; `result` is the profile.
+    """
+    options, progress = options.checked(), progress or _silent
+    check_installed(options.backend)
+    device = pick_device(options.device)
+    _provider(options.provider, device)
+    with TemporaryDirectory(prefix="slimvlm-profile-") as scratch:
+        job = _prepare(options, device, Path(scratch), progress, exporter)
+        profile = _measure(job, progress)
+    limits = check_limits(options, profile.cells)
+    profile = replace(profile, limits=limits)
+    runs.write_text(options.out, profile.to_json())
+    if crossed := [limit for limit in limits if limit.crossed]:
+        said = "; ".join(limit_words(limit) for limit in crossed)
+        raise CheckFailedError(f"{said}; every figure is in {options.out}", profile)
+    return profile
+
+
+def _prepare(
+    options: ProfileOptions, device: torch.device, scratch: Path, progress: Progress, exporter: Exporter | None
+) -> _Job:
+    """Finds or makes everything that is to be run, and refuses what cannot be, before time is spent on measuring."""
+    names = {"dense": options.against, "slim": options.slim}
+    targets = {}
+    for model, name in names.items():
+        if name is not None:
+            target = find_target(name, options.trust_remote_code)
+            progress("export", len(targets), len(names), model)
+            targets[model] = with_graphs(target, options.backend, exporter, scratch / model)
+    progress("export", len(names), len(names))
+    if len({target.family for target in targets.values()}) > 1:
+        found = " and ".join(f"{target.given} is {target.family}" for target in targets.values())
+        raise UnsuitableOptionError(f"{found}: two models of one family can be compared")
+    for backend in options.backend:
+        for target in targets.values():
+            target.folder(split_backend(backend)[0])
+    slim = targets["slim"]
+    fixed = next((Exported.open(target.export).image_size for target in targets.values() if target.export), None)
+    maker = InputMaker(slim.collator(options.trust_remote_code), options, fixed)
+    tests: dict[str, tuple[Inputs, str, int]] = {}
+    if options.decoder_tests and maker.kind != "dual-encoder":
+        read, write = maker.read_test(), maker.write_test()
+        tests[f"pp{read.prompt_tokens}"] = read, "prefill", read.prompt_tokens
+        tests[f"tg{write.new_tokens - 1}"] = write, "tpot", write.new_tokens - 1
+    threads = options.threads or available_cores()
+    return _Job(options, device, threads, targets, tuple(maker.make(workload) for workload in grid(options)), tests)
+
+
+def _measure(job: _Job, progress: Progress) -> Profile:
+    """All cells, then the decoder tests; the profile is written after each."""
+    options = job.options
+    total = 1 + len(options.backend) * (len(job.inputs) + bool(job.tests))
+    progress("profile", 0, total, "the device")
+    dtypes = {"fp32", "bf16", SHORT.get(options.dtype, "fp32")} | ({"fp16"} if job.device.type == "cuda" else set())
+    device = measure_device(job.device, job.threads, sorted(dtypes))
+    profile = _started(job, device)
+    runs.write_text(options.out, profile.to_json())
+    effort = Effort(options.warmup, options.rounds, options.cell_seconds, options.seed)
+    done = 1
+    for backend in options.backend:
+        sources = job.sources(backend)
+        for inputs in job.inputs:
+            progress("profile", done, total, f"{backend}, batch {inputs.rows}")
+            cell, verdicts = _judged(measure_cell(sources, inputs, effort), inputs, job, device)
+            done += 1
+            profile = replace(profile, cells=(*profile.cells, cell), verdicts=(*profile.verdicts, *verdicts))
+            runs.write_text(options.out, profile.to_json())
+        if job.tests:
+            progress("profile", done, total, f"{backend}, {', '.join(job.tests)}")
+            tests = measure_decoder(sources, job.tests, effort)
+            done += 1
+            profile = replace(profile, decoder_tests=(*profile.decoder_tests, *tests))
+            runs.write_text(options.out, profile.to_json())
+    progress("profile", total, total)
+    return profile
+
+
+def _started(job: _Job, device: Device) -> Profile:
+    """A profile of no cells."""
+    options = job.options
+    dtype = SHORT.get(options.dtype, "fp32")
+    return Profile(
+        command=(Path(sys.argv[0]).name, *sys.argv[1:]),
+        versions={**runs.installed_versions(), **manifest.installed_versions()},
+        seed=options.seed,
+        device=device,
+        settings={
+            "backends": list(options.backend),
+            "provider": _provider(options.provider, job.device),
+            "threads": job.threads,
+            "dtype": options.dtype,
+            "warmup": options.warmup,
+            "rounds": options.rounds,
+            "cell_seconds": options.cell_seconds,
+            "data": None if options.data is None else str(options.data),
+            "rule": RULE,
+        },
+        models={model: target.subject(dtype) for model, target in job.targets.items()},
+    )
+
+
+def _judged(cell: Cell, inputs: Inputs, job: _Job, device: Device) -> tuple[Cell, tuple[Verdict, ...]]:
+    """The cell with its work per phase, and what it means; as it was where the shapes of a model are not known."""
+    if cell.status != MEASURED:
+        return cell, ()
+    every = inputs.prompt_tokens if split_backend(cell.backend)[0] != TORCH else 1  # an exported graph gives all logits
+    sizes = Sizes(inputs.rows, inputs.pixels, inputs.prompt_tokens, inputs.new_tokens, every)
+    judged = {
+        model: Judged(count_costs(target.shapes, sizes, cell.dtype), target.shapes)
+        for model, target in job.targets.items()
+        if target.shapes is not None
+    }
+    rated = {
+        model: rate_run(run, judged[model].costs, device, cell.dtype) if model in judged else run
+        for model, run in cell.runs.items()
+    }
+    cell = replace(cell, runs=rated)
+    return cell, judge_cell(cell, judged, device)
+
+
+def _provider(asked: str, device: torch.device) -> str:
+    """The device of ONNX Runtime, as `open_session` takes it.
+
+    Raises:
+        DeviceError: a provider of another device than the one that is measured.
+    """
+    kind = device.type if asked == "auto" else asked
+    if (kind == "cpu") != (device.type == "cpu"):
+        raise DeviceError(f"--provider {asked} does not run on the device {device}; choose both alike, or leave it out")
+    return kind if kind == "cpu" else f"{kind}:{device.index or 0}"
+
+
+def _silent(stage: str, done: int, total: int, note: str = "") -> None:
+    return None

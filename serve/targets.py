@@ -1,0 +1,154 @@
+"""What a name given to `slimvlm profile` stands for: a checkpoint, the run it belongs to, or an export."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slimvlm.compress.checkpoint import PLAN, load_processor, locate, read_config, weight_files
+from slimvlm.compress.collate import Collator
+from slimvlm.compress.errors import CheckpointError, MissingDependencyError, UnsuitableOptionError
+from slimvlm.compress.manifest import Manifest, inside
+from slimvlm.compress.plan import Plan
+from slimvlm.serve.exported import Exported, is_export
+from slimvlm.serve.options import ONNX, TORCH, split_backend
+from slimvlm.serve.profile import Subject
+from slimvlm.serve.roofline import kv_bytes_per_token
+from slimvlm.serve.shapes import Shapes, checkpoint_shapes
+
+Exporter = Callable[[str, Path, tuple[str, ...]], Path]  # checkpoint, folder to be, backends -> the export folder
+PACKAGES = {
+    ONNX: ("onnxruntime", "ONNX graphs need ONNX Runtime: pip install 'slimvlm[onnx]' ('slimvlm[gpu]' for CUDA)")
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One model to measure.
+
+    Attributes:
+        given: as the user named it.
+        checkpoint: its folder; None where only graphs are there.
+        export: folder of its graphs; None until some are found or made.
+        digest: of the weights.
+        family: name of its row.
+        shapes: None where they cannot be read without the checkpoint.
+    """
+
+    given: str
+    checkpoint: Path | None
+    export: Path | None
+    digest: str
+    family: str
+    shapes: Shapes | None
+
+    def folder(self, backend: str) -> Path:
+        """What the backend opens.
+
+        Raises:
+            UnsuitableOptionError: there is no checkpoint for torch.
+        """
+        found = self.checkpoint if backend == TORCH else self.export
+        if found is None:
+            raise UnsuitableOptionError(
+                f"{self.given} is an export, which holds no torch checkpoint; leave torch out of --backend or give the "
+                "checkpoint"
+            )
+        return found
+
+    def collator(self, trust_remote_code: bool) -> Collator:
+        """Makes its inputs."""
+        if self.checkpoint is None:
+            return Exported.open(self.folder(ONNX)).collator()
+        config, family = read_config(self.checkpoint, trust_remote_code)
+        return Collator(load_processor(self.checkpoint, trust_remote_code), family, config)
+
+    def subject(self, dtype: str) -> Subject:
+        """As it stands in the profile; `dtype` is that of its cache."""
+        plan = (self.checkpoint or Path()) / PLAN
+        layout = Plan.from_json(plan.read_text()).layout if self.checkpoint and plan.is_file() else "dense"
+        return Subject(
+            source=self.given,
+            family=self.family,
+            layout=layout,
+            parameters=self.shapes.parameters if self.shapes else None,
+            weight_bytes=sum(path.stat().st_size for path in self._weight_files()),
+            kv_bytes_per_token=kv_bytes_per_token(self.shapes, dtype) if self.shapes else None,
+            digest=self.digest,
+        )
+
+    def _weight_files(self) -> list[Path]:
+        """Of the checkpoint, or of the first variant in the export."""
+        if self.checkpoint is not None:
+            return weight_files(self.checkpoint)
+        export = Exported.open(self.folder(ONNX))
+        names = [artifact.file for artifact in next(iter(export.graphs.values()))]
+        beside = [f"{name}_data" for name in names if f"{name}_data" in export.manifest.files]
+        return [inside(export.folder, name) for name in (*names, *beside)]
+
+
+def find_target(name: str, trust_remote_code: bool = False) -> Target:
+    """What `name` is: a run folder, a checkpoint (folder or hub name), or an export.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: none of them, or it cannot be read.
+    """
+    folder = Path(name).expanduser()
+    if is_export(folder):
+        return _export_target(name, folder, trust_remote_code)
+    run = folder if (folder / "run.json").is_file() else None
+    checkpoint, digest = locate(folder / "model" if run else name)
+    beside = (run or checkpoint.parent) / "export"
+    _, family = read_config(checkpoint, trust_remote_code)
+    export = beside if is_export(beside) and Manifest.read(beside).model.get("digest") == digest else None
+    return Target(name, checkpoint, export, digest, family.name, checkpoint_shapes(checkpoint, trust_remote_code))
+
+
+def _export_target(name: str, folder: Path, trust_remote_code: bool) -> Target:
+    """Its shapes are those of the checkpoint it was made of, if that is still where it was."""
+    model: dict[str, Any] = Manifest.read(folder).model
+    source, shapes, checkpoint = Path(str(model.get("source", ""))), None, None
+    if source.is_absolute() and source.is_dir():
+        found, digest = locate(source)
+        if digest == model.get("digest"):
+            checkpoint, shapes = found, checkpoint_shapes(found, trust_remote_code)
+    return Target(name, checkpoint, folder, str(model.get("digest", "")), str(model["family"]), shapes)
+
+
+def check_installed(backends: Sequence[str]) -> None:
+    """Raises MissingDependencyError if a backend's runtime is not here."""
+    for backend in backends:
+        package, message = PACKAGES.get(split_backend(backend)[0], (None, ""))
+        if package is not None and importlib.util.find_spec(package) is None:
+            raise MissingDependencyError(message)
+
+
+def has_graphs(target: Target, backend: str) -> bool:
+    """Whether the target's export holds what the backend runs."""
+    if target.export is None:
+        return False
+    name, variant = split_backend(backend)
+    artifacts = Manifest.read(target.export).artifacts
+    return any(artifact.format == name and variant in (None, artifact.variant) for artifact in artifacts)
+
+
+def with_graphs(target: Target, backends: Sequence[str], exporter: Exporter | None, scratch: Path) -> Target:
+    """The target with graphs for all `backends`, made in `scratch` where they are missing.
+
+    Raises:
+        CheckpointError: there are none, and they cannot be made.
+    """
+    missing = [backend for backend in backends if backend != TORCH and not has_graphs(target, backend)]
+    if not missing:
+        return target
+    if exporter is None or target.checkpoint is None:
+        raise CheckpointError(
+            f"{target.given} has no {missing[0]} graphs; make them with slimvlm export, and give that folder or put it "
+            "beside the checkpoint as `export`"
+        )
+    wanted = tuple(backend for backend in backends if backend != TORCH)
+    made = exporter(str(target.checkpoint), scratch, wanted)
+    return Target(target.given, target.checkpoint, made, target.digest, target.family, target.shapes)
