@@ -13,9 +13,10 @@ from typing import Any
 
 import click
 
-from slimvlm.compress.errors import CheckFailedError, SlimvlmError
+from slimvlm.compress.errors import CheckFailedError
 from slimvlm.compress.options import CompressOptions
 from slimvlm.console import show
+from slimvlm.console.commands import Commands, Interrupted
 from slimvlm.console.options import (
     ATTENTION_UNITS,
     COUNT,
@@ -41,37 +42,6 @@ from slimvlm.console.options import (
 from slimvlm.console.progress import progress
 from slimvlm.console.values import Device
 from slimvlm.serve.runtimes import installed_runtimes, runtime_conflict
-
-
-class Refused(click.ClickException):
-    """An expected failure of the library, with the library's exit code."""
-
-    def __init__(self, error: SlimvlmError) -> None:
-        super().__init__(str(error))
-        self.exit_code = error.exit_code
-
-
-class Interrupted(click.ClickException):
-    """Ctrl-C; what was finished stays."""
-
-    exit_code = 130
-
-
-class Commands(click.Group):
-    """Commands in the order of this file; what the library refuses becomes a message and an exit code in each."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names, the most wanted first."""
-        return list(self.commands)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command."""
-        try:
-            return super().invoke(ctx)
-        except SlimvlmError as error:
-            raise Refused(error) from error
-        except KeyboardInterrupt:
-            raise Interrupted("interrupted; --resume continues after the last finished stage") from None
 
 
 @click.group(
@@ -290,6 +260,44 @@ def export(model: str, out: Path | None, verify: bool, as_json: bool, quiet: boo
                 show.show_export(failed.result, as_json=as_json)
             raise
     show.show_export(result, as_json=as_json)
+
+
+@main.command()
+@click.argument("folder")
+@click.argument("image", type=PATH)
+@click.argument("question", required=False)
+@click.option("--against", metavar="MODEL", help="Show the answers of this checkpoint or export too.")
+@click.option("--backend", metavar="NAME", help="Of an export FOLDER: onnx, onnx:int8, torchscript; else its first.")
+@click.option("--max-new-tokens", type=COUNT, default=64, help="Longest answer.")
+@click.option("--device", type=Device(), default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
+@remote_code
+@click.option("--quiet", "-q", is_flag=True, help="No speed on stderr.")
+def chat(
+    folder: str, image: Path, question: str | None, against: str | None, max_new_tokens: int, quiet: bool, **values: Any
+) -> None:
+    """Ask FOLDER about an IMAGE.
+
+    FOLDER is a checkpoint or an export. The answer is shown as it comes; without QUESTION a line of stdin is one, until
+    one is empty, each asked on its own, and `/image PATH` changes the image:
+
+        slimvlm chat out/model photo.jpg "What is in the image?"
+    """
+    from slimvlm.serve.chat import answer, converse, open_chat, open_image
+
+    picture = open_image(image)
+    backend = values.pop("backend")
+    chats = [open_chat(folder, backend=backend, **values)]
+    if against is not None:
+        chats.append(open_chat(against, **values))
+    tell = partial(click.echo, nl=False)
+    note = (lambda line: None) if quiet else partial(click.echo, err=True)
+    try:
+        if question is None:
+            converse(chats, picture, show.typed_lines(), max_new_tokens, tell, note)
+        else:
+            answer(chats, picture, question, max_new_tokens, tell, note)
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted") from None
 
 
 @main.command()

@@ -1,0 +1,40 @@
+"""The group of the commands: their order, and what becomes of errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from slimvlm.compress.errors import SlimvlmError
+
+
+class Refused(click.ClickException):
+    """An expected failure of the library, with the library's exit code."""
+
+    def __init__(self, error: SlimvlmError) -> None:
+        super().__init__(str(error))
+        self.exit_code = error.exit_code
+
+
+class Interrupted(click.ClickException):
+    """Ctrl-C; what was finished stays."""
+
+    exit_code = 130
+
+
+class Commands(click.Group):
+    """Commands in the order of this file; what the library refuses becomes a message and an exit code in each."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names, the most wanted first."""
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except SlimvlmError as error:
+            raise Refused(error) from error
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted; --resume continues after the last finished stage") from None
