@@ -22,15 +22,9 @@ LEAST_IDEAL = 1.02  # below it the cut left nothing out that could be gained
 WORSE_USED = 0.9
 # A matrix unit takes so many values of a row at once; widths in between cost as much as the next multiple.
 MULTIPLES = {("cuda", "fp16"): 8, ("cuda", "bf16"): 8, ("cuda", "fp32"): 4, ("cpu", "bf16"): 16}
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
-
-
 RULE = (
-    f"overhead-bound: neither moving the bytes nor computing takes {_percent(OVERHEAD)} of the time; else bound by what "
-    "takes longer at the measured rates"
+    f"overhead-bound: neither moving the bytes nor computing takes {100 * OVERHEAD:.0f} % of the time; else bound by "
+    "what takes longer at the measured rates"
 )
 
 
@@ -147,9 +141,13 @@ def _worse_used(roofs: list[float], ratio: Ratio) -> Iterator[str]:
     used = [roof / seconds for roof, seconds in zip(roofs, (ratio.dense, ratio.slim), strict=True)]
     if used[1] < WORSE_USED * used[0]:
         yield (
-            f"The slim model comes to {_percent(used[1])} of its roof, the dense one to {_percent(used[0])} of its own: what does "
-            "not shrink with the widths weighs more."
+            f"The slim model comes to {_percent(used[1])} of its roof, the dense one to {_percent(used[0])} of its "
+            "own: what does not shrink with the widths weighs more."
         )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def nothing_faster(profile: Profile) -> str | None:

@@ -140,6 +140,7 @@ def memory_bars(name: str, title: str, rows: Mapping[str, Mapping[str, tuple[flo
             axes.barh(at, loaded, color=COLOURS[model], height=0.32, label=f"{model}, loaded")
         _name_rows(axes, list(rows))
         axes.set_xlabel("MiB")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
         _finish(axes, "x")
         _legend(axes, 3)
     return charts[0]
@@ -253,7 +254,7 @@ def _plain_logarithms(axes: Axes) -> None:
     """Numbers at 1, 2 and 5 of every decade, or at more of them where the axis is shorter."""
     low, high = axes.get_xlim()
     subs = (1.0, 2.0, 5.0) if high > 8 * low else tuple(range(1, 10))
-    axes.xaxis.set_major_locator(LogLocator(subs=subs))
+    axes.xaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
     axes.xaxis.set_major_formatter(_plain)
     axes.xaxis.set_minor_formatter(NullFormatter())
 

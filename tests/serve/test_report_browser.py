@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from profiles import hostile_profile
 from report_runs import Story, write_run
 
 from slimvlm.serve.report import write_report
@@ -54,7 +55,10 @@ def browser() -> Iterator[Any]:
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = "\"><script>window.hit = 1; console.error('hit')</script><img src=http://localhost:9/x.png onerror=hit=1>"
     return write_report(
-        write_run(tmp_path_factory.mktemp("page"), Story(model=text, wrong=text, stages=(text, "task")))
+        write_run(
+            tmp_path_factory.mktemp("page"),
+            Story(model=text, wrong=text, profile=hostile_profile(text), stages=(text, "task")),
+        )
     )
 
 
@@ -80,7 +84,7 @@ def test_the_page_is_silent_alone_and_legible(browser: Any, page_file: Path, vie
     seen, wrong = visit(browser, page_file, **VIEWS[view])
     assert wrong == []
     assert seen["dialogs"]
-    assert len(seen["charts"]) == 8
+    assert len(seen["charts"]) == 8 + 3  # times, speed-ups and memory
     assert all(width >= 200 and height >= 80 for width, height in seen["charts"])
     assert all(width > 100 for width in seen["drawn"])
     assert min(seen["contrasts"]) >= 4.5

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from profiles import hostile_profile
 from report_runs import Story, write_run
 
 from slimvlm.serve.report import write_report
@@ -63,6 +64,7 @@ def hostile_story(text: str) -> Story:
         stages=(f"a{text}", f"b{text}"),
         bad_samples=(text,),
         version=text,
+        profile=hostile_profile(name),
     )
 
 

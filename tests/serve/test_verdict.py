@@ -102,7 +102,7 @@ def test_when_nothing_got_faster_the_reason_is_given() -> None:
     profile = example_profile()
     assert nothing_faster(profile) is None  # most phases did
     cell = cell_of(1.0, 1.0, "same")
-    slow = replace(profile, cells=(cell, cell_of(1.0, 2.0, "slower")))
+    slow = replace(profile, cells=(cell, cell_of(1.0, 2.0, "slower")), verdicts=())
     assert nothing_faster(slow).startswith("Nothing got faster: of 2 measured phases 1 slower, 1 same. The shapes")
     busy = replace(slow, verdicts=judge_cell(cell, judged((1e10, 1e6)), DEVICE))
     assert "ideally 2.00 times as fast), but 1 of 1 judged phases are overhead-bound" in nothing_faster(busy)

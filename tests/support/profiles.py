@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from slimvlm.serve.profile import (
     Cell,
     DecoderRun,
@@ -100,4 +102,22 @@ def example_profile() -> Profile:
         ),
         limits=(Limit("max_ttft_ms", 50.0, 22.0, cell.workload, False),),
         skipped=("onnx: onnxruntime is not installed",),
+    )
+
+
+def hostile_profile(text: str) -> Profile:
+    """The same, in which every text that a user or a machine decides is or holds `text`."""
+    profile = example_profile()
+    return replace(
+        profile,
+        command=("slimvlm", text),
+        versions={text: text},
+        device=replace(profile.device, name=text, isa=(text,), driver=text, clock_mhz={text: 1.0}),
+        settings={text: text},
+        models={name: replace(one, source=text, digest=text) for name, one in profile.models.items()},
+        cells=tuple(replace(cell, backend=text, reason=cell.reason and text) for cell in profile.cells),
+        decoder_tests=tuple(replace(test, backend=text, name=text) for test in profile.decoder_tests),
+        verdicts=tuple(replace(one, backend=text, workload=text, because=(text,)) for one in profile.verdicts),
+        limits=tuple(replace(limit, name=text, cell=text) for limit in profile.limits),
+        skipped=(text,),
     )

@@ -1,0 +1,273 @@
+"""The figures of a profile in tables: a row a workload or a phase, every column a field of profile.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+
+from slimvlm.serve.profile import Cell, DecoderTest, Device, Memory, Profile, Ratio, Run, Subject
+from slimvlm.serve.report.document import Table, change, figure, percent, shown, whole
+from slimvlm.serve.report.files import PROFILE
+
+MIB = 2**20
+PHASE_NAMES = {
+    "vision": "vision",
+    "text": "text",
+    "prefill": "prefill",
+    "ttft": "first token",
+    "tpot": "per token",
+    "end_to_end": "end to end",
+}
+MEMORY_NAMES = {
+    "host_loaded_bytes": "host, loaded",
+    "host_peak_bytes": "host, peak",
+    "device_peak_bytes": "device, peak",
+    "device_reserved_bytes": "device, reserved",
+    "device_driver_bytes": "device, by the driver",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Numbered:
+    """A cell and its number in the tables and charts; it is profile.json's cells[number - 1]."""
+
+    number: int
+    cell: Cell
+
+
+def tables(profile: Profile, cells: Sequence[Numbered]) -> Iterator[Table]:
+    """All of them, what users look for first."""
+    device = shown(profile.device.name)
+    yield _models(profile.models)
+    yield from _workloads(cells)
+    yield from _latency(cells, device)
+    yield from _decoder_tests(profile, device)
+    yield from _verdicts(profile, device)
+    yield from _device_use(cells, device)
+    yield from _memory(cells, device)
+    yield from _limits(profile)
+    yield _device(profile.device)
+    yield _settings(profile)
+
+
+def device_words(device: Device) -> str:
+    """Name, threads and driver."""
+    driver = f", driver {shown(device.driver)}" if device.driver else ""
+    threads = "1 thread" if device.threads == 1 else f"{device.threads} threads"
+    return f"{shown(device.name)} ({shown(device.kind)}), {threads}{driver}"
+
+
+def interval(ratio: Ratio) -> str:
+    """`1.90 to 2.10`."""
+    return f"{ratio.low:.2f} to {ratio.high:.2f}"
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return figure(None if seconds is None else 1000 * seconds)
+
+
+def _models(models: Mapping[str, Subject]) -> Table:
+    names = [name for name in ("dense", "slim") if name in models]
+    rows = [
+        _compared("parameters", [models[name].parameters for name in names]),
+        _compared("weights, bytes", [models[name].weight_bytes for name in names]),
+        _compared("keys and values per token, bytes", [models[name].kv_bytes_per_token for name in names]),
+        *(
+            (field, *(shown(getattr(models[name], field)) for name in names), *([""] if len(names) > 1 else []))
+            for field in ("family", "layout", "source", "digest")
+        ),
+    ]
+    columns = ("", *names, *(["change"] if len(names) > 1 else []))
+    return Table("The measured models", columns, rows, f"{PROFILE}: models")
+
+
+def _compared(name: str, values: Sequence[int | None]) -> tuple[str, ...]:
+    known = [value for value in values if value is not None]
+    moved = [change(*known) if len(known) == 2 else "none"] if len(values) == 2 else []
+    return name, *(_count(value) for value in values), *moved
+
+
+def _workloads(cells: Sequence[Numbered]) -> Iterator[Table]:
+    rows = [
+        (
+            *(str(one.number), shown(one.cell.backend), shown(one.cell.dtype), _status(one.cell)),
+            *(whole(one.cell.batch_size), _image(one.cell), whole(one.cell.prompt_tokens), whole(one.cell.new_tokens)),
+        )
+        for one in cells
+    ]
+    columns = ("workload", "backend", "dtype", "status", "batch", "image", "prompt tokens", "new tokens")
+    if rows:
+        yield Table("Workloads", columns, rows, f"{PROFILE}: cells", texts=4)
+
+
+def _status(cell: Cell) -> str:
+    return shown(f"{cell.status}: {cell.reason}" if cell.reason else cell.status)
+
+
+def _image(cell: Cell) -> str:
+    return f"{cell.image_size[0]} x {cell.image_size[1]}" if cell.image_size else "none"
+
+
+def _latency(cells: Sequence[Numbered], device: str) -> Iterator[Table]:
+    rows = []
+    for one in cells:
+        runs = one.cell.runs
+        for phase in (name for name in PHASE_NAMES if any(name in run.medians for run in runs.values())):
+            ratio = one.cell.ratios.get(phase)
+            rows.append(
+                (
+                    *(str(one.number), shown(one.cell.backend), PHASE_NAMES[phase]),
+                    *(_milliseconds(_of(runs, model, "medians", phase)) for model in ("dense", "slim")),
+                    *(("", "", "") if ratio is None else (f"{ratio.value:.2f}", interval(ratio), ratio.verdict)),
+                    *(figure(_of(runs, model, "tokens_per_second", phase)) for model in ("dense", "slim")),
+                )
+            )
+    columns = (
+        *("workload", "backend", "phase", "dense, ms", "slim, ms", "speed-up", "interval", "verdict"),
+        *("dense, tokens/s", "slim, tokens/s"),
+    )
+    source = f"{PROFILE}: cells[].runs.*.medians, .tokens_per_second; cells[].ratios (samples: runs.*.seconds)"
+    if rows:
+        yield Table(f"Times on {device}", columns, rows, source, texts=3)
+
+
+def _of(runs: Mapping[str, Run], model: str, field: str, phase: str) -> float | None:
+    return (getattr(runs[model], field) or {}).get(phase) if model in runs else None
+
+
+def _decoder_tests(profile: Profile, device: str) -> Iterator[Table]:
+    rows = [row for test in profile.decoder_tests for row in _decoder_rows(test, profile)]
+    columns = ("model", "backend", "test", "size, MiB", "parameters", "threads", "tokens/s", "speed-up")
+    title = f"The language model alone, as llama-bench names its tests, on {device}"
+    if rows:
+        yield Table(title, columns, rows, f"{PROFILE}: decoder_tests, models, device.threads", texts=3)
+
+
+def _decoder_rows(test: DecoderTest, profile: Profile) -> Iterator[tuple[str, ...]]:
+    backend = shown(f"{test.backend} {test.dtype}")
+    for model, run in test.runs.items():
+        subject, ratio = profile.models.get(model), test.ratio if model == "slim" else None
+        yield (
+            *(model, backend, shown(test.name)),
+            *(_mib(subject and subject.weight_bytes), _count(subject and subject.parameters)),
+            *(str(profile.device.threads), f"{run.mean:.2f} ± {run.std:.2f}"),
+            f"{ratio.value:.2f} ({interval(ratio)}, {ratio.verdict})" if ratio else "",
+        )
+    if not test.runs:
+        status = shown(f"{test.status}: {test.reason}" if test.reason else test.status)
+        yield "none", backend, shown(test.name), "", "", "", status, ""
+
+
+def _verdicts(profile: Profile, device: str) -> Iterator[Table]:
+    rows = [
+        (
+            *(shown(one.backend), PHASE_NAMES.get(one.phase, shown(one.phase)), shown(one.workload)),
+            *(f"{one.bound}-bound", shown(" ".join(one.because))),
+            *(f"{one.ideal:.2f}", f"{one.measured:.2f}", "none" if one.reached is None else percent(one.reached)),
+        )
+        for one in profile.verdicts
+    ]
+    columns = ("backend", "phase", "workload", "bound", "because", "ideal", "measured", "gain reached")
+    if rows:
+        yield Table(f"What holds the slim model back on {device}", columns, rows, f"{PROFILE}: verdicts", texts=5)
+
+
+def _device_use(cells: Sequence[Numbered], device: str) -> Iterator[Table]:
+    rows = [
+        (
+            *(str(one.number), shown(one.cell.backend), PHASE_NAMES[phase], model),
+            *(figure(run.flops[phase] / 1e9), figure(run.bytes.get(phase, 0.0) / MIB)),
+            *(_share(run.mfu, phase), _share(run.mbu, phase)),
+        )
+        for one in cells
+        for model, run in one.cell.runs.items()
+        for phase in PHASE_NAMES
+        if phase in run.flops
+    ]
+    columns = ("workload", "backend", "phase", "model", "GFLOP", "MiB moved", "MFU", "MBU")
+    title = f"Work, and shares of the matmul rate (MFU) and copy bandwidth (MBU) of {device}"
+    if rows:
+        yield Table(title, columns, rows, f"{PROFILE}: cells[].runs.*.flops, .bytes, .mfu, .mbu", texts=4)
+
+
+def _share(shares: Mapping[str, float] | None, phase: str) -> str:
+    return "none" if shares is None or phase not in shares else percent(shares[phase])
+
+
+def _memory(cells: Sequence[Numbered], device: str) -> Iterator[Table]:
+    used = [
+        field.name
+        for field in fields(Memory)
+        if any(getattr(run.memory, field.name) is not None for one in cells for run in one.cell.runs.values())
+    ]
+    rows = [
+        (
+            *(str(one.number), shown(one.cell.backend), model),
+            *(_mib(getattr(run.memory, name)) for name in used),
+            figure(sorted(run.load_seconds)[len(run.load_seconds) // 2] if run.load_seconds else None),
+            figure(run.energy_joules_per_token),
+        )
+        for one in cells
+        for model, run in one.cell.runs.items()
+    ]
+    names = (f"{MEMORY_NAMES[name]}, MiB" for name in used)
+    columns = ("workload", "backend", "model", *names, "load time, s", "energy, J/token")
+    source = f"{PROFILE}: cells[].runs.*.memory, .load_seconds (median), .energy_joules_per_token"
+    if rows:
+        yield Table(f"Memory, load time and energy on {device}", columns, rows, source, texts=3)
+
+
+def _count(number: int | None) -> str:
+    return "none" if number is None else whole(number)
+
+
+def _mib(count: int | None) -> str:
+    return figure(None if count is None else count / MIB)
+
+
+def _limits(profile: Profile) -> Iterator[Table]:
+    rows = [
+        (
+            *(shown(one.name), "crossed" if one.crossed else "holds", shown(one.cell)),
+            *(figure(one.limit), figure(one.worst)),
+        )
+        for one in profile.limits
+    ]
+    if rows:
+        columns = ("limit", "", "worst workload", "accepted", "worst")
+        yield Table("Limits", columns, rows, f"{PROFILE}: limits", texts=3)
+
+
+def _device(device: Device) -> Table:
+    rows = [
+        ("name", shown(device.name)),
+        ("kind", shown(device.kind)),
+        ("threads used", str(device.threads)),
+        ("cores, physical / logical", f"{device.physical_cores or '?'} / {device.logical_cores or '?'}"),
+        ("memory, MiB", whole(device.memory_bytes / MIB)),
+        *((f"clock, {shown(name)}, MHz", whole(value)) for name, value in device.clock_mhz.items()),
+        *((f"cache {shown(name)}, KiB", whole(value / 1024)) for name, value in device.cache_bytes.items()),
+        ("instruction sets", shown(" ".join(device.isa))),
+        ("driver", shown(device.driver) if device.driver else "none"),
+        *(
+            (f"measured copy of {figure(int(size) / MIB)} MiB, GB/s", figure(rate / 1e9))
+            for size, rate in device.copy_bytes_per_second.items()
+        ),
+        *(
+            (f"measured matmul, {shown(name)}, GFLOP/s", figure(rate / 1e9))
+            for name, rate in device.matmul_flops_per_second.items()
+        ),
+        ("smallest operation, microseconds", figure(1e6 * device.launch_seconds)),
+    ]
+    return Table("The device", ("", "value"), rows, f"{PROFILE}: device", texts=2)
+
+
+def _settings(profile: Profile) -> Table:
+    values = {**{f"version of {name}": value for name, value in profile.versions.items()}, "seed": profile.seed}
+    values |= profile.settings
+    rows = [
+        (shown(name), shown(value if isinstance(value, str) else json.dumps(value))) for name, value in values.items()
+    ]
+    source = f"{PROFILE}: versions, seed, settings"
+    return Table("How it was measured", ("", "value"), rows, source, texts=2)
