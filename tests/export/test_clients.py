@@ -121,7 +121,7 @@ def test_onnxruntime_genai_generates_the_tokens_of_torch(exported, tmp_path, nam
     assert ended(json.loads(done.stdout)[0], end) == ended(expected["tokens"][0].tolist(), end)
 
 
-@pytest.mark.parametrize("name", ("llava", "qwen2_vl", "paligemma", "blip2_t5"))
+@pytest.mark.parametrize("name", ("llava", "qwen2_vl", "paligemma", "internvl", "blip2_t5"))
 def test_the_example_answers_where_there_is_no_torch(exported, tmp_path, name):
     result = exported(name)
     image = tmp_path / "image.png"
