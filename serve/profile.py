@@ -213,7 +213,8 @@ class Verdict:
         bound: `memory`, `compute` or `overhead`.
         ideal: speed-up (dense / slim) if time followed the work that limits it.
         measured: speed-up that was measured.
-        reached: share of the ideal gain, (measured - 1) / (ideal - 1); None where the cut left no work out.
+        reached: share of the ideal gain, (measured - 1) / (ideal - 1); None where the cut left no work out
+            or the ratio is too noisy.
         because: sentences.
     """
 

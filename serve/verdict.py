@@ -64,7 +64,7 @@ def _judge(cell: Cell, phase: str, models: Mapping[str, Judged], device: Device)
         bound=bound,
         ideal=ideal,
         measured=ratio.value,
-        reached=(ratio.value - 1) / (ideal - 1) if ideal >= LEAST_IDEAL else None,
+        reached=None if ideal < LEAST_IDEAL or ratio.verdict == TOO_NOISY else (ratio.value - 1) / (ideal - 1),
         because=(
             _uses(slim, ratio.slim, device, cell.dtype),
             *_too_noisy(ratio),
@@ -103,7 +103,7 @@ def _overhead(bound: str, slim: Cost, dense: Cost, device: Device) -> Iterator[s
         return
     least = slim.matmuls * device.launch_seconds
     yield (
-        f"Most of the time goes into neither: starting operations and what lies between them. The phase has "
+        "Most of the time goes into neither: into starting operations, waiting, and what is not counted. The phase has "
         f"{slim.matmuls:.0f} matrix products (dense: {dense.matmuls:.0f}), which take {1000 * least:.3g} ms to start "
         "alone; a narrower model starts as many."
     )
@@ -139,7 +139,7 @@ def _odd_widths(bound: str, shapes: Shapes, device: Device, dtype: str) -> Itera
 
 def _worse_used(roofs: list[float], ratio: Ratio) -> Iterator[str]:
     used = [roof / seconds for roof, seconds in zip(roofs, (ratio.dense, ratio.slim), strict=True)]
-    if used[1] < WORSE_USED * used[0]:
+    if ratio.verdict != TOO_NOISY and used[1] < WORSE_USED * used[0]:
         yield (
             f"The slim model comes to {_percent(used[1])} of its roof, the dense one to {_percent(used[0])} of its "
             "own: what does not shrink with the widths weighs more."
@@ -147,7 +147,7 @@ def _worse_used(roofs: list[float], ratio: Ratio) -> Iterator[str]:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
+    return f"{100 * share:.{0 if share >= 0.1 else 1}f} %"
 
 
 def nothing_faster(profile: Profile) -> str | None:
@@ -158,7 +158,8 @@ def nothing_faster(profile: Profile) -> str | None:
     if not relations or relations[FASTER]:
         return None
     counts = ", ".join(f"{relations[name]} {name}" for name in (SLOWER, SAME, TOO_NOISY) if relations[name])
-    return f"Nothing got faster: of {relations.total()} measured phases {counts}. {_reason(profile)}"
+    reason = "Measure on a quiet machine." if 2 * relations[TOO_NOISY] > relations.total() else _reason(profile)
+    return f"Nothing got measurably faster: of {relations.total()} phases {counts}. {reason}"
 
 
 def _reason(profile: Profile) -> str:

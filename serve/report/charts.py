@@ -136,10 +136,10 @@ def memory_bars(name: str, title: str, rows: Mapping[str, Mapping[str, tuple[flo
             chosen = [(row, found[model]) for row, found in enumerate(rows.values()) if model in found]
             at = np.array([row for row, _ in chosen]) + 0.36 * (place - (len(models) - 1) / 2)
             loaded, peaks = (np.array([sizes[side] for _, sizes in chosen]) / 2**20 for side in (0, 1))
-            axes.barh(at, peaks, color=WHOLE, height=0.32, label="peak" if not place else None)
-            axes.barh(at, loaded, color=COLOURS[model], height=0.32, label=f"{model}, loaded")
+            axes.barh(at, peaks, color=WHOLE, height=0.32, label="peak" if place + 1 == len(models) else None)
+            axes.barh(at, loaded, color=COLOURS[model], height=0.32, label=model)
         _name_rows(axes, list(rows))
-        axes.set_xlabel("MiB")
+        axes.set_xlabel("MiB after loading, and at the peak")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
         _finish(axes, "x")
         _legend(axes, 3)

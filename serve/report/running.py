@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 
 from slimvlm.serve.profile import FAILED, FASTER, MEASURED, OUT_OF_MEMORY, SLOWER, TOO_NOISY, Cell, Profile, Ratio
 from slimvlm.serve.report.charts import Estimate, memory_bars, speedup_dots, time_dots
-from slimvlm.serve.report.document import Chart, Finding, Section, change, figure, share, shown
+from slimvlm.serve.report.document import Chart, Finding, Section, change, share, shown
 from slimvlm.serve.report.files import PROFILE, RunFiles
-from slimvlm.serve.report.running_tables import MIB, PHASE_NAMES, Numbered, device_words, interval, tables
+from slimvlm.serve.report.running_tables import MIB, PHASE_NAMES, Numbered, device_words, interval, number, tables
 from slimvlm.serve.statistics import LEVEL
 from slimvlm.serve.statistics import RULE as RATIO_RULE
 from slimvlm.serve.verdict import RULE as BOUND_RULE
@@ -81,10 +81,10 @@ def _slower(cells: Sequence[Numbered]) -> Iterator[Finding]:
 
 def _limits(profile: Profile) -> Iterator[Finding]:
     for limit in profile.limits:
-        reached = "nothing could be measured" if limit.worst is None else f"the worst is {figure(limit.worst)}"
+        reached = "nothing could be measured" if limit.worst is None else f"the worst is {number(limit.worst)}"
         where = f" ({shown(limit.cell)})" if limit.cell else ""
         relation = "is crossed" if limit.crossed else "holds"
-        text = f"The limit {shown(limit.name)} of {figure(limit.limit)} {relation}: {reached}{where}."
+        text = f"The limit {shown(limit.name)} of {number(limit.limit)} {relation}: {reached}{where}."
         yield Finding(text, f"{PROFILE}: limits", bad=limit.crossed)
 
 
@@ -142,7 +142,7 @@ def _memory(cells: Sequence[Numbered]) -> Iterator[Finding]:
             if dense and slim is not None:
                 grew = slim > (1 + GROWN) * dense
                 text = (
-                    f"{words} {'rose' if grew else 'went'} from {figure(dense / MIB)} to {figure(slim / MIB)} MiB "
+                    f"{words} {'rose' if grew else 'went'} from {number(dense / MIB)} to {number(slim / MIB)} MiB "
                     f"({change(dense, slim)}): {_where(one.cell)}."
                 )
                 yield Finding(text, f"{PROFILE}: cells[{one.number - 1}].runs.*.memory.{field}", bad=grew)
@@ -182,7 +182,7 @@ def _times(ratio: Ratio) -> str:
 def _charts(cells: Sequence[Numbered], profile: Profile) -> Iterator[Chart]:
     device = shown(profile.device.name)
     firsts = _first_of_backends(cells)
-    for number, one in enumerate(firsts):
+    for place, one in enumerate(firsts):
         backend, phases = _backend(one.cell), _shared_phases(one.cell)
         if phases:
             models = one.cell.runs.items()
@@ -190,12 +190,12 @@ def _charts(cells: Sequence[Numbered], profile: Profile) -> Iterator[Chart]:
                 PHASE_NAMES[phase]: {name: _samples(run.seconds[phase]) for name, run in models} for phase in phases
             }
             title = f"{backend}: median times with the range of the rounds, {one.cell.workload}, on {device}"
-            yield time_dots(f"times{number}", title, rows)
+            yield time_dots(f"times{place}", title, rows)
         alike = {str(other.number): _speedups(other.cell) for other in cells if _backend(other.cell) == backend}
         speedups = {name: found for name, found in alike.items() if found}
         if speedups:
             title = f"{backend}: speed-up of every workload (numbers of the table), with intervals, on {device}"
-            yield speedup_dots(f"speedups{number}", title, speedups)
+            yield speedup_dots(f"speedups{place}", title, speedups)
     memory = {_backend(one.cell): peaks for one in firsts if (peaks := _peaks(one.cell))}
     if memory:
         yield memory_bars("memory", f"Memory of a process, first workload of every backend, on {device}", memory)

@@ -47,6 +47,7 @@ def tables(profile: Profile, cells: Sequence[Numbered]) -> Iterator[Table]:
     yield from _device_use(cells, device)
     yield from _memory(cells, device)
     yield from _limits(profile)
+    yield _origins(profile.models)
     yield _device(profile.device)
     yield _settings(profile)
 
@@ -63,23 +64,33 @@ def interval(ratio: Ratio) -> str:
     return f"{ratio.low:.2f} to {ratio.high:.2f}"
 
 
+def number(value: float | None) -> str:
+    """To three digits, large ones to the whole."""
+    return whole(value) if value is not None and abs(value) >= 1000 else figure(value)
+
+
 def _milliseconds(seconds: float | None) -> str:
-    return figure(None if seconds is None else 1000 * seconds)
+    return number(None if seconds is None else 1000 * seconds)
 
 
 def _models(models: Mapping[str, Subject]) -> Table:
     names = [name for name in ("dense", "slim") if name in models]
     rows = [
         _compared("parameters", [models[name].parameters for name in names]),
-        _compared("weights, bytes", [models[name].weight_bytes for name in names]),
+        _compared("weights as stored, bytes", [models[name].weight_bytes for name in names]),
         _compared("keys and values per token, bytes", [models[name].kv_bytes_per_token for name in names]),
-        *(
-            (field, *(shown(getattr(models[name], field)) for name in names), *([""] if len(names) > 1 else []))
-            for field in ("family", "layout", "source", "digest")
-        ),
     ]
     columns = ("", *names, *(["change"] if len(names) > 1 else []))
-    return Table("The measured models", columns, rows, f"{PROFILE}: models")
+    return Table("Sizes of the measured models", columns, rows, f"{PROFILE}: models")
+
+
+def _origins(models: Mapping[str, Subject]) -> Table:
+    rows = [
+        (name, shown(one.source), shown(one.family), shown(one.layout), shown(one.digest))
+        for name, one in models.items()
+    ]
+    columns = ("model", "folder", "family", "layout", "digest of the weights")
+    return Table("The measured models", columns, rows, f"{PROFILE}: models", texts=5)
 
 
 def _compared(name: str, values: Sequence[int | None]) -> tuple[str, ...]:
@@ -106,7 +117,9 @@ def _status(cell: Cell) -> str:
 
 
 def _image(cell: Cell) -> str:
-    return f"{cell.image_size[0]} x {cell.image_size[1]}" if cell.image_size else "none"
+    if cell.image_size is None:
+        return "processor's own" if any("vision" in run.seconds for run in cell.runs.values()) else "none"
+    return f"{cell.image_size[0]} x {cell.image_size[1]}"
 
 
 def _latency(cells: Sequence[Numbered], device: str) -> Iterator[Table]:
@@ -120,7 +133,7 @@ def _latency(cells: Sequence[Numbered], device: str) -> Iterator[Table]:
                     *(str(one.number), shown(one.cell.backend), PHASE_NAMES[phase]),
                     *(_milliseconds(_of(runs, model, "medians", phase)) for model in ("dense", "slim")),
                     *(("", "", "") if ratio is None else (f"{ratio.value:.2f}", interval(ratio), ratio.verdict)),
-                    *(figure(_of(runs, model, "tokens_per_second", phase)) for model in ("dense", "slim")),
+                    *(number(_of(runs, model, "tokens_per_second", phase)) for model in ("dense", "slim")),
                 )
             )
     columns = (
@@ -163,7 +176,7 @@ def _verdicts(profile: Profile, device: str) -> Iterator[Table]:
     rows = [
         (
             *(shown(one.backend), PHASE_NAMES.get(one.phase, shown(one.phase)), shown(one.workload)),
-            *(f"{one.bound}-bound", shown(" ".join(one.because))),
+            *(f"{one.bound}-bound", " ".join(map(shown, one.because))),
             *(f"{one.ideal:.2f}", f"{one.measured:.2f}", "none" if one.reached is None else percent(one.reached)),
         )
         for one in profile.verdicts
@@ -177,7 +190,7 @@ def _device_use(cells: Sequence[Numbered], device: str) -> Iterator[Table]:
     rows = [
         (
             *(str(one.number), shown(one.cell.backend), PHASE_NAMES[phase], model),
-            *(figure(run.flops[phase] / 1e9), figure(run.bytes.get(phase, 0.0) / MIB)),
+            *(number(run.flops[phase] / 1e9), number(run.bytes.get(phase, 0.0) / MIB)),
             *(_share(run.mfu, phase), _share(run.mbu, phase)),
         )
         for one in cells
@@ -192,7 +205,7 @@ def _device_use(cells: Sequence[Numbered], device: str) -> Iterator[Table]:
 
 
 def _share(shares: Mapping[str, float] | None, phase: str) -> str:
-    return "none" if shares is None or phase not in shares else percent(shares[phase])
+    return "none" if shares is None or phase not in shares else f"{figure(100 * shares[phase])} %"
 
 
 def _memory(cells: Sequence[Numbered], device: str) -> Iterator[Table]:
@@ -223,14 +236,14 @@ def _count(number: int | None) -> str:
 
 
 def _mib(count: int | None) -> str:
-    return figure(None if count is None else count / MIB)
+    return number(None if count is None else count / MIB)
 
 
 def _limits(profile: Profile) -> Iterator[Table]:
     rows = [
         (
             *(shown(one.name), "crossed" if one.crossed else "holds", shown(one.cell)),
-            *(figure(one.limit), figure(one.worst)),
+            *(number(one.limit), number(one.worst)),
         )
         for one in profile.limits
     ]

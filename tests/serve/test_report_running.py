@@ -38,7 +38,7 @@ def test_times_and_speedups_are_the_profiles(tmp_path: Path) -> None:
         "0.5",
         "none",
     ]
-    assert table(text, "The measured models")[0] == ["parameters", "2,000,000", "1,000,000", "-50.0 %"]
+    assert table(text, "Sizes of the measured models")[0] == ["parameters", "2,000,000", "1,000,000", "-50.0 %"]
     tests = table(text, "The language model alone, as llama-bench names its tests, on a processor")
     assert tests[1][:3] == ["slim", "torch fp32", "tg128"]
     assert tests[1][6:] == ["500.00 ± 0.00", "2.00 (1.90 to 2.10, faster)"]
@@ -64,7 +64,7 @@ def test_what_got_slower_or_could_not_be_measured_is_bad_news(tmp_path: Path) ->
 def test_when_nothing_got_faster_it_is_said_first_of_all_speeds(tmp_path: Path) -> None:
     cell = with_verdicts(example_cell(), "same")
     bad = bad_news(said(tmp_path, replace(example_profile(), cells=(cell,))))
-    assert "Nothing got faster: of 5 measured phases 5 same." in bad
+    assert "Nothing got measurably faster: of 5 phases 5 same." in bad
     assert "1 of 1 judged phases are memory-bound" in bad
 
 
@@ -78,7 +78,7 @@ def test_noise_a_missing_dense_model_crossed_limits_and_grown_memory_are_bad_new
     bad = bad_news(said(tmp_path, changed))
     assert "5 of 5 speed-ups are too noisy to decide" in bad
     assert "Peak host memory rose from 128 to 256 MiB (+100.0 %)" in bad
-    assert "The limit max\\_memory of 6.71e+07 is crossed: nothing could be measured" in bad
+    assert "The limit max\\_memory of 67,108,864 is crossed: nothing could be measured" in bad
     assert "The dense model was not measured beside the slim one" in bad
 
 
@@ -88,8 +88,8 @@ def test_a_model_alone_has_times_and_no_speedups(tmp_path: Path) -> None:
     lonely = replace(profile, models={"slim": profile.models["slim"]}, cells=(alone,), decoder_tests=(), verdicts=())
     text = said(tmp_path, lonely)
     assert table(text, "Times on a processor")[0][3:8] == ["none", "12", "", "", ""]
-    assert table(text, "The measured models")[0] == ["parameters", "1,000,000"]
-    assert "Nothing got faster" not in text
+    assert table(text, "Sizes of the measured models")[0] == ["parameters", "1,000,000"]
+    assert "Nothing got" not in text
 
 
 def test_figures_that_are_not_known_are_none(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_figures_that_are_not_known_are_none(tmp_path: Path) -> None:
     cell = example_cell()
     runs = {name: replace(run, flops={}, bytes={}, mfu=None, mbu=None) for name, run in cell.runs.items()}
     text = said(tmp_path, replace(profile, models=models, cells=(replace(cell, runs=runs),)))
-    assert table(text, "The measured models")[0] == ["parameters", "none", "none", "none"]
+    assert table(text, "Sizes of the measured models")[0] == ["parameters", "none", "none", "none"]
     assert "### Work, and shares" not in text
 
 

@@ -92,7 +92,9 @@ def test_a_dtype_without_a_matmul_rate_is_judged_by_its_bytes() -> None:
 
 
 def test_noise_is_said_and_sums_of_phases_are_not_judged() -> None:
-    assert "too noisy to decide" in " ".join(only(cell_of(0.2, 0.19, "too noisy"), judged((1e6, LARGE))).because)
+    noisy = only(cell_of(0.2, 0.19, "too noisy"), judged((1e6, LARGE)))
+    assert "too noisy to decide" in " ".join(noisy.because)
+    assert noisy.reached is None
     models = judged((1e6, LARGE))
     assert judge_cell(cell_of(0.2, 0.1, phase="end_to_end"), models, DEVICE) == ()
     assert judge_cell(cell_of(0.2, 0.1), {"slim": models["slim"]}, DEVICE) == ()
@@ -103,10 +105,12 @@ def test_when_nothing_got_faster_the_reason_is_given() -> None:
     assert nothing_faster(profile) is None  # most phases did
     cell = cell_of(1.0, 1.0, "same")
     slow = replace(profile, cells=(cell, cell_of(1.0, 2.0, "slower")), verdicts=())
-    assert nothing_faster(slow).startswith("Nothing got faster: of 2 measured phases 1 slower, 1 same. The shapes")
+    assert nothing_faster(slow).startswith("Nothing got measurably faster: of 2 phases 1 slower, 1 same. The shapes")
     busy = replace(slow, verdicts=judge_cell(cell, judged((1e10, 1e6)), DEVICE))
     assert "ideally 2.00 times as fast), but 1 of 1 judged phases are overhead-bound" in nothing_faster(busy)
     models = judged((1e6, LARGE))
     same = judge_cell(cell, {"dense": models["slim"], "slim": models["slim"]}, DEVICE)
     assert "left almost all work of these phases in place" in nothing_faster(replace(slow, verdicts=same))
     assert nothing_faster(replace(profile, cells=(replace(cell, ratios={}),))) is None
+    loud = replace(profile, cells=(cell_of(1.0, 0.5, "too noisy"),))
+    assert nothing_faster(loud).endswith("of 1 phases 1 too noisy. Measure on a quiet machine.")
