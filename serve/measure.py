@@ -12,7 +12,6 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
 
 from slimvlm.serve.bench import Source
 from slimvlm.serve.profile import MEASURED, TOO_NOISY, Cell, DecoderTest, Ratio, Run
@@ -56,19 +55,30 @@ def measure_cell(sources: Mapping[str, Source], inputs: Inputs, effort: Effort) 
         first.backend, first.dtype, inputs.rows, inputs.image_size, inputs.prompt_tokens, inputs.new_tokens, MEASURED
     )
     try:
-        with ExitStack() as stack:
-            workers = _start(stack, sources)
-            loads = {name: _call(name, worker, "load") for name, worker in workers.items()}
-            samples = _take_turns(workers, inputs, effort)
-            runs = {}
-            for name, worker in workers.items():
-                energy = worker.call("joules_per_token", inputs.new_tokens, inputs.rows, ENERGY_SECONDS)
-                memory = worker.call("memory")
-                seconds = {phase: tuple(found) for phase, found in samples[name].items()}
-                runs[name] = Run(seconds, (loads[name]["seconds"],), memory, energy)
-            return summarize_cell(replace(cell, dtype=loads["slim"]["dtype"], runs=runs), effort.seed)
+        dtype, runs = _measure_runs(sources, inputs, effort)
+        return summarize_cell(replace(cell, dtype=dtype, runs=runs), effort.seed)
     except WorkerLostError as lost:
-        return replace(cell, status=lost.status, reason=str(lost))
+        cell = replace(cell, status=lost.status, reason=str(lost))
+        if lost.model != "dense":
+            return cell
+        # What the dense model cannot do at all the slim one may do: that is worth knowing.
+        alone = measure_cell({"slim": sources["slim"]}, inputs, effort)
+        return replace(cell, dtype=alone.dtype, runs=alone.runs)
+
+
+def _measure_runs(sources: Mapping[str, Source], inputs: Inputs, effort: Effort) -> tuple[str, dict[str, Run]]:
+    """The slim model's dtype, and what each model did."""
+    with ExitStack() as stack:
+        workers = _start(stack, sources)
+        loads = {name: worker.call("load") for name, worker in workers.items()}
+        samples = _take_turns(workers, inputs, effort)
+        runs = {}
+        for name, worker in workers.items():
+            energy = worker.call("joules_per_token", inputs.new_tokens, inputs.rows, ENERGY_SECONDS)
+            memory = worker.call("memory")
+            seconds = {phase: tuple(found) for phase, found in samples[name].items()}
+            runs[name] = Run(seconds, (loads[name]["seconds"],), memory, energy)
+        return loads["slim"]["dtype"], runs
 
 
 def measure_decoder(
@@ -83,7 +93,7 @@ def measure_decoder(
     try:
         with ExitStack() as stack:
             workers = _start(stack, sources)
-            dtype = {name: _call(name, worker, "load")["dtype"] for name, worker in workers.items()}["slim"]
+            dtype = {name: worker.call("load")["dtype"] for name, worker in workers.items()}["slim"]
             for name, (inputs, phase, tokens) in tests.items():
                 samples = _take_turns(workers, inputs, effort)
                 count = tokens if phase == "prefill" else 1
@@ -97,30 +107,22 @@ def measure_decoder(
 
 
 def _start(stack: ExitStack, sources: Mapping[str, Source]) -> dict[str, Worker]:
-    return {name: stack.enter_context(Worker(source)) for name, source in sources.items()}
-
-
-def _call(name: str, worker: Worker, method: str, *arguments: Any) -> Any:
-    """A call whose failure names the model."""
-    try:
-        return worker.call(method, *arguments)
-    except WorkerLostError as lost:
-        raise WorkerLostError(lost.status, f"{name}: {lost}") from None
+    return {name: stack.enter_context(Worker(name, source)) for name, source in sources.items()}
 
 
 def _take_turns(workers: Mapping[str, Worker], inputs: Inputs, effort: Effort) -> dict[str, dict[str, list[float]]]:
     """Model -> phase -> one sample per round."""
     slowest = 0.0
-    for name, worker in workers.items():
-        _call(name, worker, "place", inputs.arrays)
-        runs = _call(name, worker, "turn", inputs.new_tokens, max(1, effort.warmup))
+    for worker in workers.values():
+        worker.call("place", inputs.arrays)
+        runs = worker.call("turn", inputs.new_tokens, max(1, effort.warmup))
         slowest = max(slowest, *runs[-1].values())
     repeats = min(MOST_REPEATS, math.ceil(TURN_SECONDS / slowest))
     samples: dict[str, dict[str, list[float]]] = {name: {} for name in workers}
     started, order = time.perf_counter(), list(workers)
     for done in range(1, effort.rounds + 1):
         for name in order:
-            runs = _call(name, workers[name], "turn", inputs.new_tokens, repeats)
+            runs = workers[name].call("turn", inputs.new_tokens, repeats)
             for phase in runs[0]:
                 samples[name].setdefault(phase, []).append(statistics.median(run[phase] for run in runs))
         order.reverse()

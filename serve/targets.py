@@ -100,6 +100,11 @@ def find_target(name: str, trust_remote_code: bool = False) -> Target:
     if is_export(folder):
         return _export_target(name, folder, trust_remote_code)
     run = folder if (folder / "run.json").is_file() else None
+    if folder.is_dir() and not run and not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{name} is neither a checkpoint (config.json), nor what slimvlm compress or slimvlm export wrote "
+            "(run.json, manifest.json)"
+        )
     checkpoint, digest = locate(folder / "model" if run else name)
     beside = (run or checkpoint.parent) / "export"
     _, family = read_config(checkpoint, trust_remote_code)

@@ -30,18 +30,22 @@ PATIENCE = 10.0  # seconds a process is given to end when asked to
 
 
 class WorkerLostError(Exception):
-    """A worker cannot go on; `status` is OUT_OF_MEMORY or FAILED, the message says why."""
+    """The worker of `model` cannot go on; `status` is OUT_OF_MEMORY or FAILED, the message says why."""
 
-    def __init__(self, status: str, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
+    def __init__(self, model: str, status: str, reason: str) -> None:
+        super().__init__(f"{model}: {reason}")
+        self.model, self.status = model, status
 
 
 class Worker:
-    """The calling side. Use as a context: the process is gone afterwards."""
+    """The calling side. Use as a context: the process is gone afterwards.
 
-    def __init__(self, source: Source) -> None:
-        context = _context()
+    Args:
+        model: what it is called in messages.
+    """
+
+    def __init__(self, model: str, source: Source) -> None:
+        self.model, context = model, _context()
         self._connection, other = context.Pipe()
         self._process = context.Process(target=_serve, args=(other, source), daemon=True)
         self._process.start()
@@ -73,11 +77,11 @@ class Worker:
             self._connection.send((name, arguments))
             kind, value = self._connection.recv()
         except (EOFError, OSError):
-            raise WorkerLostError(*self._ended()) from None
+            raise WorkerLostError(self.model, *self._ended()) from None
         if kind == "refused":
             raise value
         if kind != "done":
-            raise WorkerLostError(kind, value)
+            raise WorkerLostError(self.model, kind, value)
         return value
 
     def _ended(self) -> tuple[str, str]:
