@@ -31,4 +31,4 @@ def torch_source(folder: str) -> Source:
 def quick(out: Path, slim: str, **changes: object) -> ProfileOptions:
     """Few short rounds of one cell."""
     chosen = {"batch_sizes": (1,), "new_tokens": (3,), "rounds": 6, "warmup": 1, "decoder_tests": False, "threads": 1}
-    return ProfileOptions(slim=slim, out=out / "profile.json", device="cpu", **{**chosen, **changes})
+    return ProfileOptions(slim=slim, out=out / "profile.json", **{**chosen, "device": "cpu", **changes})
