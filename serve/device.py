@@ -42,7 +42,9 @@ def measure_device(device: torch.device, threads: int, dtypes: Sequence[str] = (
     """
     described = _describe_cuda(device) if device.type == "cuda" else _describe_cpu()
     counts = sorted({1, threads}) if device.type == "cpu" else [threads]
-    copies, rates, launches = {}, {}, []
+    copies: dict[str, float] = {}
+    rates: dict[str, float] = {}
+    launches = []
     for count in counts:
         with _threads(count), torch.inference_mode():
             for size in COPIED[device.type]:

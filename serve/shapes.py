@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from slimvlm.compress.checkpoint import build_meta
-from slimvlm.compress.families import Family, Tower
+from slimvlm.compress.families import Attention, Family, Tower
 from slimvlm.compress.groups import Group, count_parameters, find_groups
 from slimvlm.serve.roofline import EMBEDDINGS, HEAD, LANGUAGE, PROJECTOR, VISION, Attended, Product, Shapes
 
@@ -107,11 +107,10 @@ def _products(path: str, module: nn.Module, places: tuple[Place, ...], family: F
     if not own or place is None:
         return
     _, part, kind = place
-    weight = getattr(module, "weight", None)
     if isinstance(module, nn.Linear):
-        yield Product(part, _seen(path, kind, family), weight.numel(), own)
+        yield Product(part, _seen(path, kind, family), module.weight.numel(), own)
     elif isinstance(module, (nn.Conv2d, nn.Conv3d)):
-        yield Product(EMBEDDINGS, "pixel", weight.numel(), own)
+        yield Product(EMBEDDINGS, "pixel", module.weight.numel(), own)
     elif isinstance(module, nn.MultiheadAttention):  # a probe pools the patches: one query, their keys and values
         third = module.in_proj_weight.numel() // 3
         yield Product(part, "image", third, own // 3)
@@ -129,7 +128,7 @@ def _seen(path: str, kind: str, family: Family) -> str:
         return "patch" if is_cross and path.endswith((".key", ".value")) else kind
     for tower in family.towers:
         for part in tower.parts:
-            if part.key == "cross_attn" and _inside(path, tower.blocks):
+            if isinstance(part, Attention) and part.key == "cross_attn" and _inside(path, tower.blocks):
                 names = (f".{part.module}.{row}" for row in part.rows[1:])
                 if path.endswith(tuple(names)):
                     return "memory"

@@ -30,19 +30,10 @@ SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 # Placeholders for the style sheet's variables: matplotlib takes colours only.
 VARIABLES = ("ink", "quiet", "grid", "dense", "cut", "slim", "whole")
 INK, QUIET, GRID, DENSE, CUT, SLIM, WHOLE = (f"#00000{number}" for number in range(1, len(VARIABLES) + 1))
-MODEL_COLOURS = {"dense": DENSE, "cut": CUT, "slim": SLIM}
-PHASE_COLOURS = {"vision": SLIM, "text": CUT, "ttft": SLIM, "tpot": CUT, "end_to_end": DENSE}
-COLOURS = {**MODEL_COLOURS, **PHASE_COLOURS, "language": CUT}
-MARKERS = {
-    "dense": "o",
-    "cut": "^",
-    "slim": "s",
-    "vision": "s",
-    "text": "^",
-    "ttft": "s",
-    "tpot": "^",
-    "end_to_end": "o",
-}
+COLOURS = {"dense": DENSE, "cut": CUT, "slim": SLIM, "vision": SLIM, "language": CUT}
+COLOURS |= {"text": CUT, "first token": INK, "per token": CUT, "end to end": DENSE}
+MARKERS = {"dense": "o", "cut": "^", "slim": "s"}
+MARKERS |= {"vision": "s", "text": "^", "first token": "D", "per token": "^", "end to end": "o"}
 DASHES = {"vision": "-", "language": "--"}
 STYLE = {
     "svg.fonttype": "none",
@@ -67,6 +58,7 @@ STYLE = {
     "legend.frameon": False,
     "lines.linewidth": 1.1,
 }
+WIDE_RATIOS = 8  # of speed-ups, from which on their axis is logarithmic
 POINTS = 400  # of a line; more are averaged
 TICK_LETTERS = 18
 
@@ -132,12 +124,15 @@ def memory_bars(name: str, title: str, rows: Mapping[str, Mapping[str, tuple[flo
     with _drawn(name, title, 0.75 + 0.42 * len(rows)) as (figure, charts):
         axes = figure.subplots()
         models = list(dict.fromkeys(model for found in rows.values() for model in found))
-        for place, model in enumerate(models):
-            chosen = [(row, found[model]) for row, found in enumerate(rows.values()) if model in found]
-            at = np.array([row for row, _ in chosen]) + 0.36 * (place - (len(models) - 1) / 2)
-            loaded, peaks = (np.array([sizes[side] for _, sizes in chosen]) / 2**20 for side in (0, 1))
-            axes.barh(at, peaks, color=WHOLE, height=0.32, label="peak" if place + 1 == len(models) else None)
-            axes.barh(at, loaded, color=COLOURS[model], height=0.32, label=model)
+        for side, behind in ((0, 2), (1, 1)):
+            for place, model in enumerate(models):
+                chosen = [
+                    (row, found[model][side] / 2**20) for row, found in enumerate(rows.values()) if model in found
+                ]
+                at = np.array([row for row, _ in chosen]) + 0.36 * (place - (len(models) - 1) / 2)
+                label = (model, None if place else "peak")[side]
+                style: dict[str, Any] = {"color": (COLOURS[model], WHOLE)[side], "label": label, "zorder": behind}
+                axes.barh(at, [size for _, size in chosen], height=0.32, **style)
         _name_rows(axes, list(rows))
         axes.set_xlabel("MiB after loading, and at the peak")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
@@ -221,12 +216,16 @@ def time_dots(name: str, title: str, phases: Mapping[str, Mapping[str, Estimate]
 
 def speedup_dots(name: str, title: str, workloads: Mapping[str, Mapping[str, Estimate]]) -> Chart:
     """A row per workload: dense / slim of the phases with their intervals; left of the line slim is slower."""
-    with _drawn(name, title, 0.75 + 0.32 * len(workloads)) as (figure, charts):
+    with _drawn(name, title, 0.95 + 0.4 * len(workloads)) as (figure, charts):
         axes = figure.subplots()
         axes.axvline(1, color=QUIET, linewidth=0.9)
         _draw_dots(axes, workloads, 1)
         axes.set(xlabel="times as fast as dense", ylabel="workload")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+        ends = [end for found in workloads.values() for one in found.values() for end in (one.low, one.high)]
+        if max(ends) > WIDE_RATIOS * min(ends):
+            axes.set_xscale("log")
+            _plain_logarithms(axes)
     return charts[0]
 
 
@@ -238,11 +237,11 @@ def _draw_dots(axes: Axes, rows: Mapping[str, Mapping[str, Estimate]], times: fl
         values = [times * one.value for _, one in chosen]
         arms = np.array([[times * (one.value - one.low), times * (one.high - one.value)] for _, one in chosen])
         at = np.array([row for row, _ in chosen]) + 0.22 * (place - (len(labels) - 1) / 2)
-        style: dict[str, Any] = {"marker": MARKERS[label], "color": COLOURS[label], "label": label.replace("_", " ")}
+        style: dict[str, Any] = {"marker": MARKERS[label], "color": COLOURS[label], "label": label}
         axes.errorbar(values, at, xerr=arms.T.clip(0), linestyle="none", markersize=3.5, elinewidth=0.9, **style)
     _name_rows(axes, list(rows))
     _finish(axes, "x")
-    _legend(axes, len(labels))
+    _legend(axes, len(labels) if len(labels) <= 3 else 2)
 
 
 def _name_rows(axes: Axes, names: Sequence[str]) -> None:
@@ -251,9 +250,9 @@ def _name_rows(axes: Axes, names: Sequence[str]) -> None:
 
 
 def _plain_logarithms(axes: Axes) -> None:
-    """Numbers at 1, 2 and 5 of every decade, or at more of them where the axis is shorter."""
+    """Numbers at 1 and 3 of every decade, at 1, 2 and 5 or at all digits where the axis is shorter."""
     low, high = axes.get_xlim()
-    subs = (1.0, 2.0, 5.0) if high > 8 * low else tuple(range(1, 10))
+    subs = (1.0, 3.0) if high > 100 * low else (1.0, 2.0, 5.0) if high > 8 * low else tuple(range(1, 10))
     axes.xaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
     axes.xaxis.set_major_formatter(_plain)
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -295,7 +294,7 @@ def _across(axes: Axes) -> Transform:
 
 
 def _plain(value: float, _: object) -> str:
-    return f"{value:.3g}"
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
 def _short(name: str) -> str:

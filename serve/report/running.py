@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Iterator, Sequence
 
@@ -60,8 +59,8 @@ def _findings(profile: Profile, cells: Sequence[Numbered]) -> Iterator[Finding]:
     if "dense" not in profile.models:
         text = "The dense model was not measured beside the slim one: whether it got faster is not known."
         yield Finding(text, f"{PROFILE}: models", bad=True)
-    if text := nothing_faster(profile):
-        yield Finding(text, f"{PROFILE}: cells[].ratios, verdicts", bad=True)
+    if sentence := nothing_faster(profile):
+        yield Finding(sentence, f"{PROFILE}: cells[].ratios, verdicts", bad=True)
     yield from _slower(cells)
     yield from _limits(profile)
     yield from _unmeasured(profile, cells)
@@ -218,9 +217,9 @@ def _samples(seconds: Sequence[float]) -> Estimate:
 
 def _speedups(cell: Cell) -> dict[str, Estimate]:
     return {
-        phase: Estimate(ratio.value, ratio.low, ratio.high)
-        for phase, ratio in cell.ratios.items()
-        if phase in CHARTED and math.isfinite(ratio.high)
+        PHASE_NAMES[phase]: Estimate(ratio.value, ratio.low, ratio.high)
+        for phase in CHARTED
+        if (ratio := cell.ratios.get(phase))
     }
 
 

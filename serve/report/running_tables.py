@@ -163,7 +163,7 @@ def _decoder_rows(test: DecoderTest, profile: Profile) -> Iterator[tuple[str, ..
         subject, ratio = profile.models.get(model), test.ratio if model == "slim" else None
         yield (
             *(model, backend, shown(test.name)),
-            *(_mib(subject and subject.weight_bytes), _count(subject and subject.parameters)),
+            *((_mib(subject.weight_bytes), _count(subject.parameters)) if subject else ("none", "none")),
             *(str(profile.device.threads), f"{run.mean:.2f} ± {run.std:.2f}"),
             f"{ratio.value:.2f} ({interval(ratio)}, {ratio.verdict})" if ratio else "",
         )
