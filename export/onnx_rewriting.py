@@ -38,5 +38,7 @@ def fuse(path: Path, provider: str, external_bytes: int) -> None:
     model = onnx_ir.load(path)
     with quiet():
         fuse_for_onnxruntime(model, provider)
+    for value in model.graph.initializers.values():  # a fusion may state a wrong one, which int8 stumbles over
+        value.shape = None if value.const_value is None else onnx_ir.Shape(value.const_value.shape)
     onnx_ir.external_data.load_to_model(model)
     save_onnx(model, path, external_bytes)

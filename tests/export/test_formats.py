@@ -124,12 +124,14 @@ def test_the_dynamo_graph_equals_torch_at_other_sizes(decoder):
     assert difference_at_other_sizes(graph, OnnxRunner({graph.name: path}))[0] < 1e-5
 
 
-def test_fused_operators_give_the_same_numbers(decoder, tmp_path):
+def test_fused_operators_give_the_same_numbers_and_can_be_quantized(decoder, tmp_path):
     graph, path = decoder
     fused = Path(shutil.copy(path, tmp_path))
     fuse(fused, "cpu", EXTERNAL_BYTES)
     assert any(node.domain == "com.microsoft" for node in onnx.load(fused).graph.node)
     assert difference_at_other_sizes(graph, OnnxRunner({graph.name: fused}))[0] < 1e-5
+    quantize_int8(fused, tmp_path / "int8.onnx", EXTERNAL_BYTES)
+    assert difference_at_other_sizes(graph, OnnxRunner({graph.name: tmp_path / "int8.onnx"}))[1] > 0.98
 
 
 def test_int8_finds_the_matrices_of_a_dynamo_graph(decoder, tmp_path):
