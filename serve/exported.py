@@ -37,7 +37,8 @@ class Exported:
         Raises:
             CheckpointError: the folder is no export.
         """
-        manifest, graphs = Manifest.read(folder), {}
+        manifest = Manifest.read(folder)
+        graphs: dict[str, list[Artifact]] = {}
         for artifact in manifest.artifacts:
             name = artifact.format if artifact.variant == FULL else f"{artifact.format}:{artifact.variant}"
             graphs.setdefault(name, []).append(artifact)

@@ -134,6 +134,7 @@ class GraphBackend:
         self._image = self._mask = torch.zeros(0)
         self._positions = self._following = torch.zeros(0)
         self._steps = 0
+        self._start = None if prompting is None else prompting.start
 
     def place(self, arrays: Arrays) -> None:
         """See `Backend`."""
@@ -173,13 +174,13 @@ class GraphBackend:
         if features is not None:
             embeds = embeds.masked_scatter(self._image, features.to(embeds.dtype))
         self._steps = 0
-        if self.prompting.start is None:
+        if self._start is None:
             self._mask = ids.new_ones(len(ids), ids.shape[1] + new_tokens)
             feeds = {"inputs_embeds": embeds, "attention_mask": self._mask[:, : ids.shape[1]]}
             self._feeds = {**self._empty, **feeds, "position_ids": self._positions}
             return self._decode()
         encoded = self.graphs.run(ENCODER, {"inputs_embeds": embeds, "attention_mask": torch.ones_like(ids)})
-        start = self._embed(ids.new_full((len(ids), 1), self.prompting.start))
+        start = self._embed(ids.new_full((len(ids), 1), self._start))
         feeds = {"inputs_embeds": start, "encoder_attention_mask": torch.ones_like(ids)}
         self._feeds = {**self._empty, **_as_past(encoded), **feeds}
         return self._decode()
@@ -187,7 +188,7 @@ class GraphBackend:
     def step(self, token: Tensor) -> Tensor:
         """See `Backend`."""
         self._feeds["inputs_embeds"] = self._embed(token)
-        if self.prompting.start is None:
+        if self._start is None:
             seen = self._positions.shape[-1] + self._steps
             self._feeds["attention_mask"] = self._mask[:, :seen]
             self._feeds["position_ids"] = self._following + (self._steps - 1)

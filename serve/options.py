@@ -9,6 +9,7 @@ from slimvlm.compress.errors import UnsuitableOptionError
 
 BACKENDS = TORCH, ONNX, TORCHSCRIPT = ("torch", "onnx", "torchscript")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+NAME = "profile.json"
 PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")
 
 
@@ -32,7 +33,7 @@ class ProfileOptions:
         warmup: runs of each model before the first round.
         data: images and questions to use; default: generated noise and a plain question.
         max_ttft_ms, max_tpot_ms, max_memory: limits (bytes) of the slim model; crossing one is a failed check.
-        out: the profile, written anew after every cell.
+        out: the profile, written anew after every cell; default: `profile.json` in the run folder `slim`, else here.
     """
 
     slim: str
@@ -55,8 +56,16 @@ class ProfileOptions:
     max_ttft_ms: float | None = None
     max_tpot_ms: float | None = None
     max_memory: int | None = None
-    out: Path = Path("profile.json")
+    out: Path | None = None
     trust_remote_code: bool = False
+
+    @property
+    def written(self) -> Path:
+        """Where the profile goes."""
+        if self.out is not None:
+            return self.out
+        run = Path(self.slim)
+        return run / NAME if (run / "run.json").is_file() else Path(NAME)
 
     def checked(self) -> ProfileOptions:
         """Itself.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,8 +17,8 @@ from slimvlm.serve.bench import Source
 from slimvlm.serve.device import available_cores, measure_device
 from slimvlm.serve.exported import Exported
 from slimvlm.serve.limits import check_limits, limit_words
-from slimvlm.serve.measure import Effort, measure_cell, measure_decoder
-from slimvlm.serve.options import TORCH, ProfileOptions, split_backend
+from slimvlm.serve.measure import TURN_SECONDS, Effort, measure_cell, measure_decoder
+from slimvlm.serve.options import TORCH, TORCHSCRIPT, ProfileOptions, split_backend
 from slimvlm.serve.profile import MEASURED, Cell, Device, Profile, Verdict
 from slimvlm.serve.roofline import Sizes, count_costs, rate_run
 from slimvlm.serve.statistics import RULE
@@ -38,6 +38,8 @@ class _Job:
     device: torch.device
     threads: int
     targets: Mapping[str, Target]
+    backends: tuple[str, ...]
+    skipped: tuple[str, ...]
     inputs: tuple[Inputs, ...]
     tests: Mapping[str, tuple[Inputs, str, int]]
 
@@ -61,13 +63,13 @@ class _Job:
 def profile_models(
     options: ProfileOptions, progress: Progress | None = None, exporter: Exporter | None = None
 ) -> Profile:
-    """Measures the slim model, next to the dense one if there is one. `options.out` holds what is done so far, always.
+    """Measures the slim model, next to the dense one if there is one; `options.written` always holds what is done.
 
     Args:
         exporter: makes graphs of a checkpoint where a backend needs them: (checkpoint, folder, backends) -> folder.
 
     Raises:
-        SlimvlmError: refused, with the reason; cells that were measured stay in `options.out`.
+        SlimvlmError: refused, with the reason; cells that were measured stay in `options.written`.
         CheckFailedError: a limit was crossed; `result` is the profile.
     """
     options, progress = options.checked(), progress or _silent
@@ -79,10 +81,10 @@ def profile_models(
         profile = _measure(job, progress)
     limits = check_limits(options, profile.cells)
     profile = replace(profile, limits=limits)
-    runs.write_text(options.out, profile.to_json())
+    runs.write_text(options.written, profile.to_json())
     if crossed := [limit for limit in limits if limit.crossed]:
         said = "; ".join(limit_words(limit) for limit in crossed)
-        raise CheckFailedError(f"{said}; every figure is in {options.out}", profile)
+        raise CheckFailedError(f"{said}; every figure is in {options.written}", profile)
     return profile
 
 
@@ -91,17 +93,18 @@ def _prepare(
 ) -> _Job:
     """Finds or makes everything that is to be run, and refuses what cannot be, before time is spent on measuring."""
     names = {"dense": options.against, "slim": options.slim}
-    targets = {}
+    backends, skipped = _measurable(options.backend, device)
+    targets: dict[str, Target] = {}
     for model, name in names.items():
         if name is not None:
             target = find_target(name, options.trust_remote_code)
             progress("export", len(targets), len(names), model)
-            targets[model] = with_graphs(target, options.backend, exporter, scratch / model)
+            targets[model] = with_graphs(target, backends, exporter, scratch / model)
     progress("export", len(names), len(names))
     if len({target.family for target in targets.values()}) > 1:
         found = " and ".join(f"{target.given} is {target.family}" for target in targets.values())
         raise UnsuitableOptionError(f"{found}: two models of one family can be compared")
-    for backend in options.backend:
+    for backend in backends:
         for target in targets.values():
             target.folder(split_backend(backend)[0])
     slim = targets["slim"]
@@ -113,34 +116,49 @@ def _prepare(
         tests[f"pp{read.prompt_tokens}"] = read, "prefill", read.prompt_tokens
         tests[f"tg{write.new_tokens - 1}"] = write, "tpot", write.new_tokens - 1
     threads = options.threads or available_cores()
-    return _Job(options, device, threads, targets, tuple(maker.make(workload) for workload in grid(options)), tests)
+    inputs = tuple(maker.make(workload) for workload in grid(options))
+    return _Job(options, device, threads, targets, backends, skipped, inputs, tests)
+
+
+def _measurable(backends: Sequence[str], device: torch.device) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The backends that run on the device, and why the others do not.
+
+    Raises:
+        DeviceError: none does.
+    """
+    tied = [name for name in backends if device.type != "cpu" and split_backend(name)[0] == TORCHSCRIPT]
+    skipped = tuple(f"{name}: its graphs were traced on the CPU and run there only" for name in tied)
+    kept = tuple(name for name in backends if name not in tied)
+    if not kept:
+        raise DeviceError(f"{skipped[0]}; use --device cpu, or add torch or onnx to --backend")
+    return kept, skipped
 
 
 def _measure(job: _Job, progress: Progress) -> Profile:
     """All cells, then the decoder tests; the profile is written after each."""
     options = job.options
-    total = 1 + len(options.backend) * (len(job.inputs) + bool(job.tests))
+    total = 1 + len(job.backends) * (len(job.inputs) + bool(job.tests))
     progress("profile", 0, total, "the device")
     dtypes = {"fp32", "bf16", SHORT.get(options.dtype, "fp32")} | ({"fp16"} if job.device.type == "cuda" else set())
     device = measure_device(job.device, job.threads, sorted(dtypes))
     profile = _started(job, device)
-    runs.write_text(options.out, profile.to_json())
+    runs.write_text(options.written, profile.to_json())
     effort = Effort(options.warmup, options.rounds, options.cell_seconds, options.seed)
     done = 1
-    for backend in options.backend:
+    for backend in job.backends:
         sources = job.sources(backend)
         for inputs in job.inputs:
             progress("profile", done, total, f"{backend}, batch {inputs.rows}")
             cell, verdicts = _judged(measure_cell(sources, inputs, effort), inputs, job, device)
             done += 1
             profile = replace(profile, cells=(*profile.cells, cell), verdicts=(*profile.verdicts, *verdicts))
-            runs.write_text(options.out, profile.to_json())
+            runs.write_text(options.written, profile.to_json())
         if job.tests:
             progress("profile", done, total, f"{backend}, {', '.join(job.tests)}")
             tests = measure_decoder(sources, job.tests, effort)
             done += 1
             profile = replace(profile, decoder_tests=(*profile.decoder_tests, *tests))
-            runs.write_text(options.out, profile.to_json())
+            runs.write_text(options.written, profile.to_json())
     progress("profile", total, total)
     return profile
 
@@ -155,17 +173,19 @@ def _started(job: _Job, device: Device) -> Profile:
         seed=options.seed,
         device=device,
         settings={
-            "backends": list(options.backend),
+            "backends": list(job.backends),
             "provider": _provider(options.provider, job.device),
             "threads": job.threads,
             "dtype": options.dtype,
             "warmup": options.warmup,
             "rounds": options.rounds,
             "cell_seconds": options.cell_seconds,
+            "turn_seconds": TURN_SECONDS,
             "data": None if options.data is None else str(options.data),
             "rule": RULE,
         },
         models={model: target.subject(dtype) for model, target in job.targets.items()},
+        skipped=job.skipped,
     )
 
 

@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from slimvlm.compress.families import Family
@@ -22,16 +22,17 @@ class TorchBackend:
     does it. All rows of a batch have the same length, so no mask hides anything and positions just count up.
 
     Args:
-        model: on its device, in its dtype.
+        model: of transformers, on its device, in its dtype.
         family: its row of the family table.
     """
 
-    def __init__(self, model: nn.Module, family: Family) -> None:
-        self.model: Any = model
+    def __init__(self, model: Any, family: Family) -> None:
+        self.model = model
         self.family = family
-        forward = inspect.signature(model.forward).parameters
+        self.speaker = model
         # BLIP-2 cannot go on without pixels: what it generates comes from the language model inside.
-        self.speaker: Any = model if forward["pixel_values"].default is None else model.language_model
+        if inspect.signature(model.forward).parameters["pixel_values"].default is not None:
+            self.speaker = model.language_model
         self._dual = family.kind == "dual-encoder"
         self._encoder = family.kind == "encoder-decoder"
         keeps = "logits_to_keep" in inspect.signature(self.speaker.forward).parameters
@@ -60,6 +61,7 @@ class TorchBackend:
     def prefill(self, features: Any, new_tokens: int) -> Tensor:
         """See `Backend`."""
         ids = self._batch["input_ids"]
+        inputs: dict[str, Any]
         if features is None:
             model, inputs = self.speaker, {name: self._batch[name] for name in TEXT_ONLY}
         else:

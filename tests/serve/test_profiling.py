@@ -56,7 +56,7 @@ def test_a_profile_holds_paired_raw_samples_and_what_follows_from_them(pair, tmp
     dense, slim = pair
     options = quick(tmp_path, slim, against=dense, batch_sizes=(1, 2), decoder_tests=True, prompt_tokens=(60,))
     profile = profile_models(options)
-    assert Profile.from_json(options.out.read_text()) == profile
+    assert Profile.from_json(options.written.read_text()) == profile
     assert [(cell.batch_size, cell.prompt_tokens, cell.new_tokens) for cell in profile.cells] == [
         (1, 60, 3),
         (2, 60, 3),
@@ -98,7 +98,7 @@ def test_a_killed_dense_model_leaves_the_slim_one_and_the_other_cells(pair, tmp_
     assert first.status == OUT_OF_MEMORY
     assert "killed" in first.reason
     assert second.status == MEASURED
-    assert Profile.from_json(options.out.read_text()).cells[0].status == OUT_OF_MEMORY
+    assert Profile.from_json(options.written.read_text()).cells[0].status == OUT_OF_MEMORY
 
 
 def test_an_interrupt_keeps_what_was_measured_and_leaves_no_process(pair, tmp_path):
@@ -111,7 +111,7 @@ def test_an_interrupt_keeps_what_was_measured_and_leaves_no_process(pair, tmp_pa
 
     with pytest.raises(KeyboardInterrupt):
         profile_models(options, interrupt)
-    [cell] = Profile.from_json(options.out.read_text()).cells
+    [cell] = Profile.from_json(options.written.read_text()).cells
     assert cell.status == MEASURED
     assert not workers()
 
@@ -120,7 +120,7 @@ def test_a_crossed_limit_fails_with_the_whole_profile(pair, tmp_path):
     options = quick(tmp_path, pair[1], max_ttft_ms=1e-6, max_tpot_ms=1e6, max_memory=2**40)
     with pytest.raises(CheckFailedError, match=r"--max-ttft-ms 1e-06: the slim model takes .* ms \(torch, batch 1"):
         profile_models(options)
-    profile = Profile.from_json(options.out.read_text())
+    profile = Profile.from_json(options.written.read_text())
     assert [(limit.name, limit.crossed) for limit in profile.limits] == [
         ("max_ttft_ms", True),
         ("max_tpot_ms", False),
@@ -162,7 +162,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(pair, tmp_path, c
     options = quick(tmp_path, **{"slim": pair[1], **changes})
     with pytest.raises(error, match=words):
         profile_models(options)
-    assert not options.out.exists()
+    assert not options.written.exists()
 
 
 def test_a_folder_that_is_nothing_of_ours_is_refused(tmp_path):
