@@ -34,6 +34,7 @@ class Source:
         backend: as `options.BACKENDS`, with a variant.
         device: torch's name of it; `provider`: that of ONNX Runtime's device (`cpu`, `cuda:0`, `tensorrt:0`).
         dtype: of the torch model, as `options.DTYPES`.
+        gpu: NVML's name of the device, if it is one.
     """
 
     folder: str
@@ -43,6 +44,7 @@ class Source:
     threads: int
     dtype: str
     trust_remote_code: bool = False
+    gpu: str | None = None
 
 
 class Bench:
@@ -51,7 +53,7 @@ class Bench:
     def __init__(self, source: Source) -> None:
         self.source = source
         self.device = torch.device(source.device)
-        self.gpu = Gpu(self.device)
+        self.gpu = Gpu(source.gpu)
         self.backend: Any = None
         self.dual = False
         self.images = True

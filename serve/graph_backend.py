@@ -72,51 +72,33 @@ class OnnxGraphs:
 
 
 class BoundOnnxGraphs(OnnxGraphs):
-    """Sessions of ONNX Runtime on a GPU: inputs and outputs are bound where they lie, nothing is copied to the host."""
+    """Sessions of ONNX Runtime whose inputs and outputs are bound where they lie: on a GPU nothing goes to the host.
+
+    Args:
+        device: of the tensors, and of the sessions.
+    """
 
     def __init__(self, runner: SessionRunner, device: torch.device) -> None:
         super().__init__(runner)
-        self.device = device
+        self.place = device.type, device.index or 0
+        self._nowhere = torch.zeros(1, device=device)
 
     def run(self, graph: str, feeds: Mapping[str, Tensor]) -> Tensors:
         """See `Graphs`."""
-        session, index = self.runner.session(graph), self.device.index or 0
+        session = self.runner.session(graph)
         binding = session.io_binding()
         given = _fitting(self.inputs(graph), feeds)
-        for name, tensor in given.items():
-            kind = np.dtype(str(tensor.dtype).removeprefix("torch."))
-            pointer = tensor.data_ptr() or self._nowhere().data_ptr()  # a null pointer is refused, also for no elements
-            binding.bind_input(name, "cuda", index, kind, tuple(tensor.shape), pointer)
+        for port in self.inputs(graph):
+            tensor = given[port.name]
+            pointer = tensor.data_ptr() or self._nowhere.data_ptr()  # a null pointer is refused, also for no elements
+            binding.bind_input(port.name, *self.place, np.dtype(port.dtype), tuple(tensor.shape), pointer)
         names = [output.name for output in session.get_outputs()]
         for name in names:
-            binding.bind_output(name, "cuda", index)
-        torch.cuda.current_stream(self.device).synchronize()  # the session has a stream of its own
+            binding.bind_output(name, *self.place)
+        if self._nowhere.is_cuda:  # the session has a stream of its own, and leaves it when all is done
+            torch.cuda.current_stream(self._nowhere.device).synchronize()
         session.run_with_iobinding(binding)
-        return {name: _view(value, self.device) for name, value in zip(names, binding.get_outputs(), strict=True)}
-
-    def _nowhere(self) -> Tensor:
-        if not hasattr(self, "_one"):
-            self._one = torch.zeros(1, device=self.device)
-        return self._one
-
-
-class _OnDevice:
-    """Memory of an OrtValue in the terms of `__cuda_array_interface__`; whoever views it keeps the value alive."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-        kind = value.data_type().removeprefix("tensor(").removesuffix(")")
-        dtype = np.dtype({"float": "float32"}.get(kind, kind))
-        self.__cuda_array_interface__ = {
-            "shape": tuple(value.shape()),
-            "typestr": dtype.str,
-            "data": (value.data_ptr(), False),
-            "version": 3,
-        }
-
-
-def _view(value: Any, device: torch.device) -> Tensor:
-    return torch.as_tensor(_OnDevice(value), device=device)
+        return {name: torch.from_dlpack(value) for name, value in zip(names, binding.get_outputs(), strict=True)}
 
 
 class GraphBackend:

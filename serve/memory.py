@@ -38,29 +38,33 @@ def reset_peak() -> bool:
 
 
 class Gpu:
-    """What the driver says of one CUDA device, through NVML.
-
-    Without its Python package, or where it refuses, every answer is None.
+    """What the driver says of one GPU, through NVML, which does not touch the GPU itself.
 
     Args:
-        device: a CUDA device; anything else: every answer is None.
+        uuid: of the GPU, as NVML names it. Without it, without NVML's Python package, or where NVML refuses, every
+            answer is None.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, uuid: str | None) -> None:
         self._nvml: Any = None
-        if device.type == "cuda":
-            with suppress(ImportError):
-                import pynvml
-
-                self._nvml = pynvml
+        self._handle: Any = None
+        if uuid is None:
+            return
+        try:
+            import pynvml
+        except ImportError:
+            return
+        with suppress(pynvml.NVMLError):
+            pynvml.nvmlInit()
+            self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid.encode())
+            self._nvml = pynvml
 
     def used_bytes(self) -> int | None:
-        """Of the whole device, by all processes. Can be asked before this process uses the device itself."""
+        """Of the whole GPU, by all processes."""
         if self._nvml is None:
             return None
-        with suppress(self._nvml.NVMLError, RuntimeError):
-            return torch.cuda.device_memory_used(self.device)
+        with suppress(self._nvml.NVMLError):
+            return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
         return None
 
     def joules(self) -> float | None:
@@ -68,8 +72,10 @@ class Gpu:
         if self._nvml is None:
             return None
         with suppress(self._nvml.NVMLError):
-            self._nvml.nvmlInit()
-            uuid = torch.cuda.get_device_properties(self.device).uuid
-            handle = self._nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode())
-            return self._nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
+            return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1000
         return None
+
+
+def gpu_name(device: torch.device) -> str | None:
+    """NVML's name of a CUDA device; None of any other."""
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None

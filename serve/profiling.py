@@ -18,6 +18,7 @@ from slimvlm.serve.device import available_cores, measure_device
 from slimvlm.serve.exported import Exported
 from slimvlm.serve.limits import check_limits, limit_words
 from slimvlm.serve.measure import TURN_SECONDS, Effort, measure_cell, measure_decoder
+from slimvlm.serve.memory import gpu_name
 from slimvlm.serve.options import TORCH, TORCHSCRIPT, ProfileOptions, split_backend
 from slimvlm.serve.profile import MEASURED, Cell, Device, Profile, Verdict
 from slimvlm.serve.roofline import Sizes, count_costs, rate_run
@@ -55,6 +56,7 @@ class _Job:
                 self.threads,
                 self.options.dtype if name == TORCH else "auto",
                 self.options.trust_remote_code,
+                gpu_name(self.device),
             )
             for model, target in self.targets.items()
         }

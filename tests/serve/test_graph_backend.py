@@ -11,7 +11,7 @@ from slimvlm.compress.generation import until_end
 from slimvlm.export.sample import read_sample
 from slimvlm.serve.backends import HostClock, time_embedding, time_generation
 from slimvlm.serve.exported import Exported
-from slimvlm.serve.graph_backend import GraphBackend, OnnxGraphs, TorchGraphs
+from slimvlm.serve.graph_backend import BoundOnnxGraphs, GraphBackend, OnnxGraphs, TorchGraphs
 
 FAMILIES = ("llava", "qwen3_vl", "smolvlm", "blip2_t5")
 CPU = torch.device("cpu")
@@ -33,6 +33,7 @@ def exported(tmp_path_factory):
 
 def backends_of(export):
     yield GraphBackend(OnnxGraphs(export.runner("onnx", threads=1)), export.prompting, CPU)
+    yield GraphBackend(BoundOnnxGraphs(export.runner("onnx", threads=1), CPU), export.prompting, CPU)
     yield GraphBackend(TorchGraphs(export.runner("torchscript")), export.prompting, CPU)
 
 
