@@ -91,7 +91,24 @@ def _by_dynamo(graph: Graph, opset: int) -> onnx_ir.Model:
     )
     if program is None:
         raise ValueError("the exporter gave nothing")
+    _divide(program.model)
     return program.model
+
+
+def _divide(model: onnx_ir.Model) -> None:
+    """Writes x * (1 / r) as x / r: by this division ONNX Runtime knows the norms of language models, and fuses them."""
+    for node in model.graph:
+        if node.op_type != "Reciprocal":
+            continue
+        (inverse,), (root,) = node.outputs, node.inputs
+        for product, place in tuple(inverse.uses()):
+            if product.op_type == "Mul":
+                factor = product.inputs[1 - place]
+                product.op_type = "Div"
+                product.replace_input_with(0, factor)
+                product.replace_input_with(1, root)
+        if not inverse.uses() and not inverse.is_graph_output():
+            model.graph.remove(node, safe=True)
 
 
 def _by_torchscript(graph: Graph, opset: int) -> onnx_ir.Model:

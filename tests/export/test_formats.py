@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import onnx
+import onnxruntime
 import pytest
 import torch
 from exports import cut_model, export_tiny, random_feeds, tiny_samples
@@ -122,6 +123,17 @@ def difference_at_other_sizes(graph, runner):
 def test_the_dynamo_graph_equals_torch_at_other_sizes(decoder):
     graph, path = decoder
     assert difference_at_other_sizes(graph, OnnxRunner({graph.name: path}))[0] < 1e-5
+
+
+def test_the_runtime_fuses_the_norms_of_a_dynamo_graph(decoder, tmp_path):
+    _, path = decoder
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 4
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert kinds.count("SimplifiedLayerNormalization") + kinds.count("SkipSimplifiedLayerNormalization") == 5
+    assert "Pow" not in kinds
 
 
 def test_fused_operators_give_the_same_numbers_and_can_be_quantized(decoder, tmp_path):
