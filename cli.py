@@ -15,7 +15,7 @@ import click
 
 from slimvlm.compress.errors import CheckFailedError
 from slimvlm.compress.options import CompressOptions
-from slimvlm.console import show
+from slimvlm.console import show, show_profile
 from slimvlm.console.commands import Commands, Interrupted
 from slimvlm.console.options import (
     ATTENTION_UNITS,
@@ -32,6 +32,8 @@ from slimvlm.console.options import (
     option,
     output_options,
     plan_options,
+    profile_options,
+    profile_stage_option,
     quality_limit,
     recover_option,
     recover_options,
@@ -41,6 +43,7 @@ from slimvlm.console.options import (
 )
 from slimvlm.console.progress import progress
 from slimvlm.console.values import Device
+from slimvlm.serve.options import ProfileOptions
 from slimvlm.serve.runtimes import installed_runtimes, runtime_conflict
 
 
@@ -67,6 +70,7 @@ def main() -> None:
 @evaluation_options
 @quality_limit
 @formats_option
+@profile_stage_option
 @model_options
 @folder_options
 @output_options
@@ -91,6 +95,7 @@ def compress(as_json: bool, quiet: bool, **values: Any) -> None:
 @steps_option
 @quality_limit
 @formats_option
+@profile_stage_option
 @folder_options
 @output_options
 def demo(as_json: bool, quiet: bool, **values: Any) -> None:
@@ -260,6 +265,30 @@ def export(model: str, out: Path | None, verify: bool, as_json: bool, quiet: boo
                 show.show_export(failed.result, as_json=as_json)
             raise
     show.show_export(result, as_json=as_json)
+
+
+@main.command()
+@click.argument("slim")
+@profile_options
+@output_options
+def profile(as_json: bool, quiet: bool, **values: Any) -> None:
+    """Measure what SLIM costs to run, next to a dense model.
+
+    SLIM is a checkpoint, what `slimvlm compress` wrote, or an export. Both models take turns in processes of their own:
+
+        slimvlm profile out --against ./my-vlm --backend torch,onnx
+    """
+    from slimvlm.pipeline import export_for_profile
+    from slimvlm.serve.profiling import profile_models
+
+    options = ProfileOptions(**values)
+    with progress(quiet) as report:
+        try:
+            result = profile_models(options, report, export_for_profile)
+        except CheckFailedError as failed:
+            show_profile.show_profile(failed.result, options.out, as_json=as_json)
+            raise
+    show_profile.show_profile(result, options.out, as_json=as_json)
 
 
 @main.command()

@@ -1,4 +1,4 @@
-"""The one job: plan, slice, recover, evaluate, export, report, in order; resumable, and nothing here is clever."""
+"""The one job: plan, slice, recover, evaluate, export, profile, report, in order; resumable, nothing clever."""
 
 from __future__ import annotations
 
@@ -25,8 +25,12 @@ from slimvlm.compress.stages.recover import recover_stage
 from slimvlm.compress.stages.slice import slice_stage
 from slimvlm.export import ExportOptions, export_checkpoint
 from slimvlm.export.packages import installed_formats, require_packages
+from slimvlm.serve.options import BACKENDS, TORCH, ProfileOptions
+from slimvlm.serve.profiling import profile_models
+from slimvlm.serve.report.files import PROFILE
 
 Progress = Callable[..., None]  # stage, done, total, note: what else is worth saying
+PROFILE_CELL_SECONDS = 6.0  # half of what `slimvlm profile` takes: nobody asked for this one
 
 
 @dataclass(frozen=True)
@@ -92,8 +96,8 @@ def apply_saved_plan(model: str, plan_file: Path, out: Path, trust_remote_code: 
 
 
 def recover_run(out: Path, changes: Mapping[str, Any], progress: Progress | None = None) -> Result:
-    """Recover the model of the finished run in `out` (again), with the recovery options in `changes`, and export it in
-    the formats it was exported in, unless `changes` name others.
+    """Recover the model of the finished run in `out` (again), with the recovery options in `changes`, and export and
+    profile it as the run did, unless `changes` name other formats.
 
     Raises:
         OutputError: `out` holds no run.
@@ -103,6 +107,7 @@ def recover_run(out: Path, changes: Mapping[str, Any], progress: Progress | None
     changes = dict(changes)
     if changes.get("export") is None and "export" in record["stages"]:
         changes["export"] = tuple(record["stages"]["export"]["formats"])
+    changes["profile"] = bool(record["stages"].get("profile", {}).get("backends"))
     return compress(CompressOptions.of_run(out, record["options"], **changes), progress)
 
 
@@ -134,6 +139,7 @@ def _compress(options: CompressOptions, progress: Progress) -> Result:
         return Result(options.out, plan, None, {}, len(data.bad))
     dense, cut, slim = evaluate_stage(run, options, data, progress)
     exported = _export_stage(run, options, progress)
+    _profile_stage(run, options, progress)
     comparison = compare(dense, slim, options.seed)
     seconds = {name: stage["seconds"] for name, stage in run.record["stages"].items()}
     result = Result(options.out, plan, comparison, seconds, len(data.bad), dense, slim, cut, recovery, exported)
@@ -185,6 +191,55 @@ def _export(options: CompressOptions, formats: tuple[str, ...], progress: Progre
             raise
         return {"refused": str(refused)}
     return {"checks": exported.manifest.checks}
+
+
+def _profile_stage(run: RunFolder, options: CompressOptions, progress: Progress) -> dict[str, Any]:
+    """Write `profile.json`: the slim model next to the dense one, on torch and in what was exported."""
+    exported = run.facts("export")
+    usable = [] if "failed" in exported or "refused" in exported else exported["formats"]
+    backends = [name for name in BACKENDS if name == TORCH or name in usable] if options.profile else []
+    if run.finished("profile") and run.facts("profile")["backends"] == backends:
+        return run.facts("profile")
+    (options.out / PROFILE).unlink(missing_ok=True)
+    with run.stage("profile", backends=backends) as facts:
+        if backends:
+            facts.update(_profile(options, tuple(backends), progress))
+    return run.facts("profile")
+
+
+def _profile(options: CompressOptions, backends: tuple[str, ...], progress: Progress) -> dict[str, Any]:
+    chosen = ProfileOptions(
+        slim=str(options.out),
+        against=options.model,
+        backend=backends,
+        device=options.device,
+        seed=options.seed,
+        cell_seconds=PROFILE_CELL_SECONDS,
+        out=options.out / PROFILE,
+        trust_remote_code=options.trust_remote_code,
+    )
+    try:
+        profile_models(chosen, progress, export_for_profile)
+    except SlimvlmError as refused:
+        return {"refused": str(refused)}
+    return {}
+
+
+def export_for_profile(checkpoint: str, out: Path, backends: tuple[str, ...]) -> Path:
+    """Graphs of `checkpoint` for the backends of a profile, held against torch on a few generated samples."""
+    variants = {backend.partition(":")[2] for backend in backends}
+    export_checkpoint(
+        checkpoint,
+        out,
+        ExportOptions(
+            formats=tuple(dict.fromkeys(backend.partition(":")[0] for backend in backends)),
+            dtype="fp16" if "fp16" in variants else "fp32",
+            quantize="int8" if "int8" in variants else None,
+            samples=4,
+            max_new_tokens=8,
+        ),
+    )
+    return out
 
 
 def _check(options: CompressOptions, result: Result) -> None:

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-STAGES = ("plan", "slice", "recover", "evaluate", "export")
+STAGES = ("plan", "slice", "recover", "evaluate", "export", "profile")
 NOT_IDENTITY = (  # not what the model is made of
-    "out", "device", "resume", "overwrite", "stages", "max_quality_drop", "export"
+    "out", "device", "resume", "overwrite", "stages", "max_quality_drop", "export", "profile"
 )  # fmt: skip
 PAPER_RECOVERY = {  # UKMP's 50 % script
     "learning_rate": 2e-5, "schedule": "constant", "warmup": 50, "train_batch_size": 20, "reset_optimizer": True
@@ -96,6 +96,7 @@ class CompressOptions(RecoverOptions):
         refit: fit the kept columns of output projections to the dense outputs, by least squares.
         export: formats to export the slim model in; none where it is empty; None: TorchScript, and ONNX where its
             packages are installed.
+        profile: measure latency and memory of the dense and the slim model.
         stages: the stages to run.
         max_quality_drop: largest accepted loss in points of the mean metric; crossing it is a failed check.
     """
@@ -133,6 +134,7 @@ class CompressOptions(RecoverOptions):
     resume: bool = False
     overwrite: bool = False
     export: tuple[str, ...] | None = None
+    profile: bool = True
     stages: tuple[str, ...] = STAGES
 
     def resolved(self) -> CompressOptions:

@@ -37,4 +37,4 @@ class Commands(click.Group):
         except SlimvlmError as error:
             raise Refused(error) from error
         except KeyboardInterrupt:
-            raise Interrupted("interrupted; --resume continues after the last finished stage") from None
+            raise Interrupted("interrupted; what was finished is kept") from None

@@ -10,9 +10,11 @@ from typing import Any
 import click
 
 from slimvlm.compress.options import CompressOptions
-from slimvlm.console.values import Device, ImageSize, Names, Share, Size, shares
+from slimvlm.console.values import Device, ImageSize, Listed, Names, Share, Size, shares
 from slimvlm.export.options import DTYPES as EXPORTED_DTYPES
 from slimvlm.export.options import EXPORTERS, FUSIONS, QUANTIZED
+from slimvlm.serve.options import DTYPES as MEASURED_DTYPES
+from slimvlm.serve.options import PROVIDERS, ProfileOptions
 
 # Names the library knows, repeated because importing them imports torch; a test compares.
 CRITERIA = ("ukmi", "taylor", "fisher", "gate", "magnitude", "random")
@@ -27,6 +29,7 @@ SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 
 DEFAULTS = {field.name: field.default for field in fields(CompressOptions)}
+PROFILE = {field.name: field.default for field in fields(ProfileOptions)}
 
 
 def option(flag: str, **settings: Any) -> Callable[[Any], Any]:
@@ -35,6 +38,11 @@ def option(flag: str, **settings: Any) -> Callable[[Any], Any]:
     if not settings.get("multiple") and isinstance(default, str | int | float):
         settings.setdefault("default", default)
     return click.option(flag, **settings)
+
+
+def profile_option(flag: str, **settings: Any) -> Callable[[Any], Any]:
+    """An option whose default is the profile's."""
+    return click.option(flag, default=PROFILE[flag.split("/")[0].removeprefix("--").replace("-", "_")], **settings)
 
 
 def together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -139,6 +147,7 @@ quality_limit = option(
 formats_option = option(
     "--export", type=Names(), metavar="NAMES", help="Of onnx, torchscript, pt2, or none; else what is installed."
 )
+profile_stage_option = option("--profile/--no-profile", default=True, help="Measure latency and memory at the end.")
 folder_options = together(
     option("--resume", is_flag=True, help="Continue an interrupted run after its last finished stage."),
     option("--overwrite", is_flag=True, help="Replace an earlier run."),
@@ -158,6 +167,34 @@ export_options = together(
     click.option("--bundle", is_flag=True, help="Add a README, and the folder as OUT.tar."),
     click.option("--seed", type=int, default=0, help="Of the choice of samples."),
     click.option("--overwrite", is_flag=True, help="Replace an earlier export."),
+    remote_code,
+)
+profile_options = together(
+    profile_option("--against", metavar="MODEL", help="The dense model; else SLIM is measured alone."),
+    profile_option(
+        "--backend", type=Names(), metavar="NAMES", help="torch, onnx, torchscript; a variant as onnx:int8."
+    ),
+    profile_option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N."),
+    profile_option("--provider", type=click.Choice(PROVIDERS), help="Of ONNX Runtime; auto is the device's own."),
+    profile_option("--threads", type=COUNT, help="On the CPU; else as many as physical cores."),
+    profile_option(
+        "--dtype", type=click.Choice(MEASURED_DTYPES), help="Of the torch models; auto is the checkpoint's own."
+    ),
+    profile_option("--batch-sizes", type=Listed(COUNT), metavar="N,N", help="Images and prompts at once."),
+    profile_option("--image-sizes", type=Listed(ImageSize()), metavar="HxW,HxW", help="Else the processor's own."),
+    profile_option(
+        "--prompt-tokens", type=Listed(COUNT), metavar="N,N", help="With the image; else a short question's."
+    ),
+    profile_option("--new-tokens", type=Listed(COUNT), metavar="N,N", help="Tokens of an answer, whatever it says."),
+    profile_option("--decoder-tests/--no-decoder-tests", help="Also pp512 and tg128, as llama-bench names them."),
+    profile_option("--rounds", type=COUNT, help="At most so many turns of each model per cell."),
+    profile_option("--cell-seconds", type=POSITIVE, help="No new round of a cell after so long."),
+    profile_option("--data", type=FILE_OR_FOLDER, help="Images and questions to use; else noise."),
+    profile_option("--seed", type=int, help="Of generated inputs."),
+    profile_option("--max-ttft-ms", type=POSITIVE, help="Exit with 4 if the slim model's first token takes longer."),
+    profile_option("--max-tpot-ms", type=POSITIVE, help="Exit with 4 if a later token takes longer."),
+    profile_option("--max-memory", type=Size(), metavar="SIZE", help="Exit with 4 if the slim model takes more."),
+    profile_option("--out", type=PATH, help="Written anew after every cell."),
     remote_code,
 )
 output_options = together(

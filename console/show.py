@@ -80,7 +80,7 @@ def show_compression(result: Result, *, as_json: bool) -> None:
         rows.append(_quality_row(comparison))
     if result.dense and result.slim:
         rows.extend(_task_rows(result.dense, result.slim, comparison.metric))
-    _print_table(("", "before", "after", "change"), rows)
+    print_table(("", "before", "after", "change"), rows)
     _print_removed(plan)
     if result.recovery and result.cut:
         print_line(_recovery_line(result.recovery, result.cut))
@@ -115,7 +115,7 @@ def show_plan(plan: Plan, written: Path, *, as_json: bool) -> None:
     if as_json:
         print_json({**_plan_document(plan), "out": str(written)})
         return
-    _print_table(("", "before", "after", "change"), _size_rows(plan))
+    print_table(("", "before", "after", "change"), _size_rows(plan))
     _print_removed(plan)
     print_line(f"written  {written}")
 
@@ -128,10 +128,10 @@ def show_quality(quality: Quality, comparison: Comparison | None, *, as_json: bo
     names = list(quality.scores)
     rows = [(task, str(scores["questions"]), *_cells(names, scores)) for task, scores in quality.tasks.items()]
     rows.append(("mean of tasks", str(len(quality.rows)), *_cells(names, quality.scores)))
-    _print_table(("task", "questions", *(name.replace("_", " ") for name in names)), rows)
+    print_table(("task", "questions", *(name.replace("_", " ") for name in names)), rows)
     if comparison:
         print_line()
-        _print_table(("", "against", "this", "change"), [_quality_row(comparison)])
+        print_table(("", "against", "this", "change"), [_quality_row(comparison)])
 
 
 def show_inspection(inspection: Inspection, *, as_json: bool) -> None:
@@ -151,7 +151,7 @@ def show_inspection(inspection: Inspection, *, as_json: bool) -> None:
         )
         for part in inspection.parts
     ]
-    _print_table(columns, rows)
+    print_table(columns, rows)
 
 
 def show_export(result: ExportResult, *, as_json: bool) -> None:
@@ -164,7 +164,7 @@ def show_export(result: ExportResult, *, as_json: bool) -> None:
     for one in manifest.artifacts:
         worst = max((case["max_relative"] for case in one.parity), default=float("nan"))
         rows.append((one.file, one.exporter, f"{worst:.1e}", "yes" if one.ok else "NO"))
-    _print_table(("file", "exporter", "relative difference", "accepted"), rows)
+    print_table(("file", "exporter", "relative difference", "accepted"), rows)
     print_line()
     for check in manifest.checks:
         equal = (
@@ -264,7 +264,7 @@ def _removed_of_prunable(plan: Plan) -> float:
     return 1 - sum(tower.macs_after for tower in plan.towers.values()) / before if before else 0.0
 
 
-def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """On stdout, the same text with and without a terminal; columns of figures are right-aligned."""
     if not is_first_process():
         return

@@ -100,6 +100,19 @@ class ImageSize(click.ParamType):
         return int(found.group(1)), int(found.group(2))
 
 
+class Listed(click.ParamType):
+    """Comma-separated values of another type: `1,4` or `224x224,448x448`."""
+
+    def __init__(self, inner: click.ParamType) -> None:
+        self.inner, self.name = inner, f"{inner.name}s"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[Any, ...]:
+        """The values, in the order given."""
+        if isinstance(value, tuple):
+            return value
+        return tuple(dict.fromkeys(self.inner.convert(one.strip(), param, ctx) for one in value.split(",")))
+
+
 def shares(_ctx: click.Context, param: click.Parameter, pairs: Sequence[tuple[str, float]]) -> dict[str, float]:
     """Click callback of a repeatable `Share` option: name -> ratio."""
     by_name = dict(pairs)

@@ -25,6 +25,7 @@ from slimvlm.console import show
 from slimvlm.console.progress import progress
 from slimvlm.console.values import Size
 from slimvlm.export.options import ExportOptions
+from slimvlm.serve.options import ProfileOptions
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 COMMANDS = sorted(main.commands)
@@ -113,6 +114,33 @@ def test_every_option_of_export_has_the_librarys_default(tmp_path: Path) -> None
     assert ExportOptions(**values) == ExportOptions()
 
 
+def test_every_option_of_profile_has_the_librarys_default() -> None:
+    values = main.commands["profile"].make_context("profile", ["slim"]).params
+    values = {name: value for name, value in values.items() if name not in NOT_OPTIONS}
+    assert ProfileOptions(**values) == ProfileOptions(slim="slim")
+
+
+def test_values_of_a_grid_are_lists() -> None:
+    given = "slim --backend torch,onnx:int8 --batch-sizes 1,8 --image-sizes 224x224,448x336 --new-tokens 16"
+    values = main.commands["profile"].make_context("profile", given.split()).params
+    assert (values["backend"], values["batch_sizes"]) == (("torch", "onnx:int8"), (1, 8))
+    assert (values["image_sizes"], values["new_tokens"]) == (((224, 224), (448, 336)), (16,))
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (("--backend", "tensorflow"), 3, "choose from torch, onnx, torchscript"),
+        (("--batch-sizes", "one"), 2, "'one' is not a valid integer"),
+        (("--image-sizes", "big"), 2, "HEIGHTxWIDTH"),
+        ((), 3, "is not a folder"),
+    ],
+)
+def test_what_cannot_be_profiled_is_refused(words: tuple[str, ...], code: int, says: str, tmp_path: Path) -> None:
+    found, _, error = run("profile", tmp_path / "none", "--out", tmp_path / "profile.json", *words)
+    assert (found, says in error) == (code, True), error
+
+
 @pytest.mark.parametrize("value", ["onnx,gguf", ""])
 def test_an_unknown_format_is_refused_and_the_known_are_listed(value: str, tmp_path: Path) -> None:
     code, _, error = run("export", tmp_path, tmp_path / "out", "--format", value)
@@ -182,7 +210,7 @@ def test_sizes_are_bytes(text: str, size: int) -> None:
     [
         (SampleError("no sample could be read"), 3, "Error: no sample could be read\n"),
         (CheckFailedError("quality fell by 9.0 points"), 4, "Error: quality fell by 9.0 points\n"),
-        (KeyboardInterrupt(), 130, "Error: interrupted; --resume continues after the last finished stage\n"),
+        (KeyboardInterrupt(), 130, "Error: interrupted; what was finished is kept\n"),
     ],
 )
 def test_every_expected_end_has_a_sentence_and_an_exit_code(error: BaseException, code: int, says: str) -> None:

@@ -16,7 +16,7 @@ from slimvlm.demo import MODEL, SAMPLES
 def compress(model: Path, out: Path, *more: str, data: Path = SAMPLES / "train.jsonl") -> Result:
     """The cheapest whole job: no calibration, twelve questions."""
     words = ["compress", model, out, "--data", data, "--criterion", "magnitude", "--rounds", "1", "--samples", "8"]
-    words += ["--recover", "none", "--export", "none"]
+    words += ["--recover", "none", "--export", "none", "--no-profile"]
     words += ["--eval-samples", "12", "--quiet", *more]
     return CliRunner().invoke(main, [str(word) for word in words])
 

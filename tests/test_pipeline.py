@@ -20,6 +20,7 @@ from slimvlm.compress.plan import Plan
 from slimvlm.compress.stages.plan import planning_of
 from slimvlm.demo import MODEL, SAMPLES
 from slimvlm.pipeline import apply_saved_plan, compress, evaluate_checkpoint, make_plan
+from slimvlm.serve.profile import Profile
 
 
 def few(tmp_path: Path, **changes) -> CompressOptions:
@@ -36,6 +37,7 @@ def few(tmp_path: Path, **changes) -> CompressOptions:
         refit=False,
         recover="none",
         export=(),
+        profile=False,
     )
     return replace(options, **changes)
 
@@ -142,6 +144,22 @@ def test_the_export_stage_writes_a_checked_export_once_and_drops_it_where_none_i
     assert manifest.stat().st_mtime_ns == written
     assert compress(replace(asked, export=())).export["formats"] == []
     assert not manifest.exists()
+
+
+def test_the_profile_stage_measures_both_models_once_and_a_run_without_export_on_torch_alone(finished, tmp_path):
+    shutil.copytree(finished[0].out, tmp_path / "out")
+    asked = replace(finished[0], out=tmp_path / "out", resume=True, profile=True)
+    compress(asked)
+    path = tmp_path / "out" / "profile.json"
+    profile = Profile.from_json(path.read_text())
+    assert {cell.backend for cell in profile.cells} == {"torch"}
+    assert all(set(cell.runs) == {"dense", "slim"} for cell in profile.cells)
+    written = path.stat().st_mtime_ns
+    compress(asked)
+    assert path.stat().st_mtime_ns == written
+    assert "were not measured" not in (tmp_path / "out" / "report.md").read_text()
+    compress(replace(asked, profile=False))
+    assert not path.exists()
 
 
 @pytest.mark.parametrize(("formats", "says"), [(("tflite",), "tflite is unknown"), (("onnx", ""), "choose from")])

@@ -44,6 +44,7 @@ def options_in(folder: Path, **changes: object) -> CompressOptions:
         samples=8,
         eval_samples=24,
         export=(),
+        profile=False,
         device="cpu",
     )
     return replace(options, **{**SHORT, **changes})

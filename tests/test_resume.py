@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from slimvlm.demo import MODEL, SAMPLES
 
 FILES = ("--data", str(SAMPLES / "train.jsonl"), "--eval-data", str(SAMPLES / "val.jsonl"))
-SIZES = ("--samples", "24", "--eval-samples", "12", "--rounds", "3", "--batch-size", "8", "--export", "none")
+NO_EXTRAS = ("--export", "none", "--no-profile")
+SIZES = ("--samples", "24", "--eval-samples", "12", "--rounds", "3", "--batch-size", "8", *NO_EXTRAS)
 TRAINING = ("--steps", "8", "--train-batch-size", "8", "--validation-samples", "16", "--checkpoint-every", "2")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
