@@ -2,7 +2,7 @@
 
 Processes are forked from a server that has imported torch and transformers once and done nothing else, so a start costs
 milliseconds and CUDA is first touched in the process that uses it. Only one process computes at a time: it answers one
-call, then waits. As with all of `multiprocessing`, a script that measures needs `if __name__ == "__main__"`.
+call, then waits.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from contextlib import suppress
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -48,7 +51,8 @@ class Worker:
         self.model, context = model, _context()
         self._connection, other = context.Pipe()
         self._process = context.Process(target=_serve, args=(other, source), daemon=True)
-        self._process.start()
+        with _nameless_main():
+            self._process.start()
         other.close()
 
     def __enter__(self) -> Worker:
@@ -91,6 +95,17 @@ class Worker:
             return OUT_OF_MEMORY, "the process was killed by the system, as it does where memory ends"
         what = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
         return FAILED, f"the process ended by itself ({what})"
+
+
+@contextmanager
+def _nameless_main() -> Iterator[None]:
+    """Without it every worker would run the caller's script again (as `__mp_main__`), which then needs a guard."""
+    before = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = before
 
 
 @cache

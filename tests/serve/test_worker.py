@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import psutil
@@ -96,3 +98,19 @@ def test_no_process_is_left_behind(dense):
     with Worker("dense", torch_source(dense)) as worker:
         process = psutil.Process(worker.pid)
     assert not process.is_running()
+
+
+def test_a_script_without_a_guard_is_not_run_again_by_its_workers(dense, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from slimvlm.serve.bench import Source\n"
+        "from slimvlm.serve.worker import Worker\n"
+        "print('run')\n"
+        f"with Worker('dense', Source({dense!r}, 'torch', 'cpu', 'cpu', 1, 'auto')) as worker:\n"
+        "    print(worker.call('load')['dtype'])\n"
+    )
+    (tmp_path / "torch.py").write_text("raise SystemExit('a file of the current folder was imported')\n")
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    words = [sys.executable, script]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["run", "fp32"], done.stderr
