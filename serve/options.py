@@ -23,7 +23,7 @@ class ProfileOptions:
         backend: of BACKENDS, with the variant of an export behind a colon (`onnx:int8`).
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         provider: execution provider of ONNX Runtime; `auto` is the device's own.
-        threads: of one operation on the CPU; None: the physical cores this process may use.
+        threads: of one operation on the CPU; None: the physical cores this process may use, or OMP_NUM_THREADS.
         dtype: of the torch model; an export has its own.
         batch_sizes, image_sizes, prompt_tokens, new_tokens: the grid; no image size: the processor's own; no prompt
             length: that of a short question with its image.

@@ -117,7 +117,7 @@ def _prepare(
         read, write = maker.read_test(), maker.write_test()
         tests[f"pp{read.prompt_tokens}"] = read, "prefill", read.prompt_tokens
         tests[f"tg{write.new_tokens - 1}"] = write, "tpot", write.new_tokens - 1
-    threads = options.threads or available_cores()
+    threads = options.threads or min(available_cores(), torch.get_num_threads())  # which OMP_NUM_THREADS may lower
     inputs = tuple(maker.make(workload) for workload in grid(options))
     return _Job(options, device, threads, targets, backends, skipped, inputs, tests)
 
