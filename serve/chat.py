@@ -27,6 +27,7 @@ from slimvlm.compress.samples import Sample, resized
 from slimvlm.serve.exported import Exported, is_export
 
 TORCH = "torch"  # the backend of a checkpoint
+ANSWERING = {"vision_encoder", "embed_tokens", "encoder_model", "decoder_model_merged"}  # graphs of an answer
 CHANGE = "/image "  # a line that begins so changes the image
 Tell = Callable[[str], None]
 # Tells every new token of the answer to a batch of one prompt; the last argument is the most of them.
@@ -200,6 +201,9 @@ def _open_export(name: str, exported: Exported, backend: str | None, device: str
     if prompting is None:
         _refuse_dual(name, "dual-encoder")
     runner = exported.runner(backend, device)
+    present = {artifact.graph for artifact in exported.manifest.artifacts}
+    for graph in ANSWERING & present:
+        runner.inputs(graph)  # opens it now, and not while the first question waits
 
     def tell_tokens(batch: Batch, hear: Callable[[int], None], most: int) -> None:
         arrays = {name: tensor.numpy() for name, tensor in batch.items()}

@@ -72,7 +72,7 @@ class Exported:
             CheckpointError: a file is missing, was changed, or lies outside the folder.
             DeviceError: graphs of torch are run on the CPU only, on which they were traced.
         """
-        backend = backend or next(iter(self.graphs))
+        backend = backend or next(iter(self.graphs), "")
         if backend not in self.graphs:
             raise UnsuitableOptionError(f"{self.folder} has no {backend} graphs; it holds {', '.join(self.graphs)}")
         artifacts = self.graphs[backend]
