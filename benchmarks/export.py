@@ -182,7 +182,8 @@ def families(exporter: str) -> dict[str, object]:
             manifest = export_tiny(name, Path(scratch) / "export", exporter=exporter).manifest
             seconds = round(time.process_time() - started, 1)
         exporters = sorted({artifact.exporter for artifact in manifest.artifacts})
-        report[name] = {"cpu_seconds": seconds, "exporters": exporters, "checks": manifest.checks}
+        equal = {"equal_answers": [f"{check['equal']} of {check['samples']}" for check in manifest.checks]}
+        report[name] = {"cpu_seconds": seconds, "exporters": exporters, **equal}
         print(name, seconds, exporters, file=sys.stderr)
     return report
 

@@ -76,10 +76,9 @@ class Generated:
 
 def generate(runner: Runner, prompting: Prompting, batch: Mapping[str, np.ndarray], max_new_tokens: int) -> Generated:
     """The most probable tokens, one after the other, until every row ended; see `steps`."""
-    tokens, first = [], None
-    for chosen, logits in steps(runner, prompting, batch, max_new_tokens):
-        tokens.append(chosen)
-        first = logits if first is None else first
+    told = steps(runner, prompting, batch, max_new_tokens)
+    chosen, first = next(told)
+    tokens = [chosen, *(later for later, _ in told)]
     return Generated(np.stack(tokens, axis=1).astype(np.int64), first)
 
 

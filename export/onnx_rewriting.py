@@ -39,6 +39,6 @@ def fuse(path: Path, provider: str, external_bytes: int) -> None:
     with quiet():
         fuse_for_onnxruntime(model, provider)
     for value in model.graph.initializers.values():  # a fusion may state a wrong one, which int8 stumbles over
-        value.shape = None if value.const_value is None else onnx_ir.Shape(value.const_value.shape)
+        value.shape = None if value.const_value is None else onnx_ir.Shape(value.const_value.shape.numpy())
     onnx_ir.external_data.load_to_model(model)
     save_onnx(model, path, external_bytes)

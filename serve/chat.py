@@ -131,7 +131,8 @@ def open_chat(name: str, *, backend: str | None = None, device: str = "auto", tr
     if backend not in (None, TORCH):
         raise UnsuitableOptionError(f"{name} is a checkpoint, which runs on {TORCH} only; export it for {backend}")
     loaded = load_model(name, device=pick_device(device), trust_remote_code=trust_remote_code)
-    _refuse_dual(name, loaded.family.kind)
+    if loaded.family.kind == "dual-encoder":
+        raise _answers_nothing(name)
     collator = Collator(loaded.processor, loaded.family, loaded.model.config)
     return Chat(name, collator, _of_torch(loaded, collator))
 
@@ -199,7 +200,7 @@ def converse(chats: Sequence[Chat], image: Sample, lines: Iterable[str], most: i
 def _open_export(name: str, exported: Exported, backend: str | None, device: str) -> Chat:
     prompting = exported.prompting
     if prompting is None:
-        _refuse_dual(name, "dual-encoder")
+        raise _answers_nothing(name)
     runner = exported.runner(backend, device)
     present = {artifact.graph for artifact in exported.manifest.artifacts}
     for graph in ANSWERING & present:
@@ -224,9 +225,8 @@ def _of_torch(loaded: Loaded, collator: Collator) -> Generator:
     return tell_tokens
 
 
-def _refuse_dual(name: str, kind: str) -> None:
-    if kind == "dual-encoder":
-        raise UnsupportedModelError(
-            f"{name} is a dual encoder (CLIP, SigLIP): it tells how well a text fits an image and answers nothing; "
-            "give a generative model, or compare with slimvlm evaluate"
-        )
+def _answers_nothing(name: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{name} is a dual encoder (CLIP, SigLIP): it tells how well a text fits an image and answers nothing; "
+        "give a generative model, or compare with slimvlm evaluate"
+    )
