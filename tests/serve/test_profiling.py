@@ -148,6 +148,7 @@ def test_missing_graphs_are_made_by_the_caller(pair, exported, tmp_path):
         ({"slim": "nowhere"}, CheckpointError, "nowhere is not a folder"),
         ({"device": "cuda"}, DeviceError, "not available"),
         ({"provider": "cuda"}, DeviceError, "--provider cuda does not run on the device cpu"),
+        ({"provider": "tensorrt"}, DeviceError, "--provider tensorrt does not run on the device cpu"),
         ({"backend": ("tensorflow",)}, UnsuitableOptionError, "choose from torch, onnx, torchscript"),
         ({"backend": ()}, UnsuitableOptionError, "names none"),
         ({"backend": ("torch:int8",)}, UnsuitableOptionError, "torch:int8 is unknown"),

@@ -1,0 +1,75 @@
+"""What a name stands for: a run with its export beside the model, a checkpoint, or graphs alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from profiling import save_pair
+
+from slimvlm.compress.errors import CheckpointError, UnsuitableOptionError
+from slimvlm.compress.manifest import NAME
+from slimvlm.export import ExportOptions, export_checkpoint
+from slimvlm.serve.options import ProfileOptions
+from slimvlm.serve.targets import find_target, has_graphs, with_graphs
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """What `slimvlm compress` leaves, as far as it matters here."""
+    folder = tmp_path_factory.mktemp("run")
+    _, slim = save_pair(folder)
+    Path(slim).rename(folder / "model")
+    (folder / "run.json").write_text("{}")
+    export_checkpoint(
+        folder / "model", folder / "export", ExportOptions(formats=("torchscript",), samples=1, max_new_tokens=1)
+    )
+    return folder
+
+
+@pytest.fixture
+def copied(run, tmp_path):
+    return Path(shutil.copytree(run, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("name", ("", "model", "export"))
+def test_run_model_and_export_are_the_same_model_with_its_graphs(copied, name):
+    target = find_target(str(copied / name))
+    assert (target.family, target.export) == ("llava", copied / "export")
+    assert target.folder("torchscript") == copied / "export"
+    if name != "export":
+        assert target.folder("torch") == copied / "model"
+        assert target.subject("fp32").layout == "per-layer"
+        assert target.subject("fp32").kv_bytes_per_token == 2 * target.subject("fp16").kv_bytes_per_token > 0
+    assert has_graphs(target, "torchscript")
+    assert not has_graphs(target, "onnx")
+
+
+def test_an_export_of_other_weights_is_not_taken_for_the_models(copied):
+    manifest = json.loads((copied / "export" / NAME).read_text())
+    manifest["model"]["digest"] = "another"
+    (copied / "export" / NAME).write_text(json.dumps(manifest))
+    assert find_target(str(copied)).export is None
+
+
+def test_graphs_whose_checkpoint_is_gone_are_measured_without_shapes(copied):
+    manifest = json.loads((copied / "export" / NAME).read_text())
+    manifest["model"]["source"] = str(copied / "moved")
+    (copied / "export" / NAME).write_text(json.dumps(manifest))
+    target = find_target(str(copied / "export"))
+    assert (target.checkpoint, target.shapes) == (None, None)
+    subject = target.subject("fp32")
+    assert (subject.parameters, subject.kv_bytes_per_token) == (None, None)
+    assert subject.weight_bytes == sum(path.stat().st_size for path in (copied / "export" / "torchscript").iterdir())
+    with pytest.raises(UnsuitableOptionError, match="leave torch out of --backend"):
+        target.folder("torch")
+    with pytest.raises(CheckpointError, match="no onnx graphs"):
+        with_graphs(target, ("onnx",), lambda *_: copied, copied)
+
+
+def test_a_run_folder_keeps_its_profile(copied):
+    assert ProfileOptions(slim=str(copied)).written == copied / "profile.json"
+    assert ProfileOptions(slim=str(copied / "model")).written == Path("profile.json")
+    assert ProfileOptions(slim=str(copied), out=Path("other.json")).written == Path("other.json")
