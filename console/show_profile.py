@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from slimvlm.console.show import print_json, print_line, print_table
-from slimvlm.serve.verdict import nothing_faster
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,6 +32,8 @@ def show_profile(profile: Profile, written: Path, *, as_json: bool) -> None:
     print_line()
     for backend in dict.fromkeys(one.backend for one in profile.verdicts):
         print_line(f"{backend}: {_bounds([one for one in profile.verdicts if one.backend == backend])}")
+    from slimvlm.serve.verdict import nothing_faster  # numpy takes a moment to import
+
     if nothing := nothing_faster(profile):
         print_line(nothing)
     for limit in profile.limits:

@@ -101,6 +101,15 @@ def test_a_killed_dense_model_leaves_the_slim_one_and_the_other_cells(pair, tmp_
     assert Profile.from_json(options.written.read_text()).cells[0].status == OUT_OF_MEMORY
 
 
+@pytest.fixture
+def interruptible():
+    """The handler of a program that is run by hand: pytest's workers ignore the signal."""
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, earlier)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_keeps_what_was_measured_and_leaves_no_process(pair, tmp_path):
     dense, slim = pair
     options = quick(tmp_path, slim, against=dense, batch_sizes=(1, 2))
