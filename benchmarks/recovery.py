@@ -71,6 +71,7 @@ BATCH = 32
 RATIOS = (0.35, 0.5, 0.7)
 DATA = ("5%", "all", "fresh")
 CUTS = ("random", "magnitude", "taylor", "default")
+STUDIED_ON_FEW = ("sft", "sft+hidden", "lpd", "full")
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ PARTS: dict[str, tuple[tuple[str, float, str, str], ...]] = {
         ("default", ratio, recipe, data)
         for data in ("5%", "fresh")
         for ratio in (0.7, 0.5)
-        for recipe in ("sft", "sft+hidden", "lpd", "full")
+        for recipe in STUDIED_ON_FEW
         if data == "5%" or recipe in ("sft+hidden", "lpd")
     ),
 }
@@ -230,7 +231,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def cost(arguments: argparse.Namespace) -> None:
     """Every recipe in a process of its own, one after the other: so its peak memory and its time can be told."""
-    for recipe in [name for name in RECIPES if name != "none"]:
+    for recipe in MAIN[1:]:
         words = [sys.executable, __file__, "one", arguments.out, recipe, "--steps", arguments.steps, "--threads", 2]
         subprocess.run([str(word) for word in words], check=True)
 
@@ -259,31 +260,34 @@ def table(arguments: argparse.Namespace) -> None:
     found: dict[tuple[Any, ...], list[float]] = defaultdict(list)
     for row in rows:
         if "score" in row:
-            steps = arguments.steps if row["recipe"] == "none" else row["steps"]
+            steps = 0 if row["recipe"] == "none" else row["steps"]
             found[row["cut"], row["ratio"], row["recipe"], row["data"], steps].append(row["score"])
 
-    def cell(key: tuple[Any, ...], steps: int = arguments.steps) -> str:
-        scores = found.get((*key, steps))
+    def cell(cut: str, ratio: float, recipe: str, data: str, steps: int = arguments.steps) -> str:
+        scores = found.get((cut, ratio, recipe, data, 0 if recipe == "none" else steps))
         if not scores:
             return "-"
-        kept = 100 * (mean(scores) - base["blind"]) / (base["dense"] - base["blind"])
-        return f"{mean(scores):.1f} ({min(scores):.1f}-{max(scores):.1f}), {kept:.0f} %"
+        kept = f"{100 * (mean(scores) - base['blind']) / (base['dense'] - base['blind']):.0f} %"
+        if len(scores) == 1:
+            return f"{scores[0]:.1f}, {kept}, one seed"
+        few = "" if len(scores) == arguments.seeds else f", {len(scores)} seeds"
+        return f"{mean(scores):.1f} ({min(scores):.1f}-{max(scores):.1f}), {kept}{few}"
 
-    _markdown("recovery", [f"{100 * ratio:.0f} % removed" for ratio in RATIOS], MAIN,
-              lambda recipe, index: cell(("default", RATIOS[index], recipe, "all")))  # fmt: skip
-    columns = [(ratio, data) for ratio in (0.5, 0.7) for data in DATA]
-    _markdown("recovery", [f"{100 * ratio:.0f} %, {data}" for ratio, data in columns], RECIPES,
-              lambda recipe, index: cell(("default", columns[index][0], recipe, columns[index][1])))  # fmt: skip
+    _markdown("recovery", [f"{100 * ratio:.0f} % removed" for ratio in RATIOS], list(RECIPES),
+              lambda recipe, index: cell("default", RATIOS[index], recipe, "all"))  # fmt: skip
+    few = [(ratio, data) for ratio in (0.5, 0.7) for data in ("5%", "all")]
+    _markdown("recovery", [f"{100 * ratio:.0f} %, {data}" for ratio, data in few], list(STUDIED_ON_FEW),
+              lambda recipe, index: cell("default", few[index][0], recipe, few[index][1]))  # fmt: skip
     _markdown("50 % cut", list(CUTS), ("none", "sft", "lpd"),
-              lambda recipe, index: cell((CUTS[index], 0.5, recipe, "all")))  # fmt: skip
-    longer = [(ratio, steps) for ratio in RATIOS for steps in sorted({key[4] for key in found})]
-    _markdown("recovery", [f"{100 * ratio:.0f} %, {steps} steps" for ratio, steps in longer], RECIPES,
-              lambda recipe, index: cell(("default", longer[index][0], recipe, "all"), longer[index][1]))  # fmt: skip
-    costs = {row["cost"]: row for row in rows if "cost" in row}
+              lambda recipe, index: cell(CUTS[index], 0.5, recipe, "all"))  # fmt: skip
+    longer = sorted({key[1:2] + key[3:] for key in found if key[3] == "fresh"})
+    _markdown("fresh scenes", [f"{100 * ratio:.0f} %, {steps} steps" for ratio, _, steps in longer], list(RECIPES),
+              lambda recipe, index: cell("default", longer[index][0], recipe, *longer[index][1:]))  # fmt: skip
     print("| recovery | seconds | tokens/s | peak memory |\n|---|---|---|---|")
-    for recipe, row in costs.items():
-        figures = f"{row['seconds']:.0f} | {row['tokens_per_second']:.0f} | {row['peak_mb']:.0f} MB"
-        print(f"| {RECIPES[recipe][0]} | {figures} |")
+    for row in rows:
+        if "cost" in row:
+            figures = f"{row['seconds']:.0f} | {row['tokens_per_second']:.0f} | {row['peak_mb']:.0f} MB"
+            print(f"| {RECIPES[row['cost']][0]} | {figures} |")
 
 
 def _markdown(corner: str, columns: Sequence[str], recipes: Sequence[str], cell: Callable[[str, int], str]) -> None:

@@ -2,27 +2,49 @@
 
 import importlib.util
 import sys
+from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 
 
+RESULTS = ROOT / "benchmarks" / "results"
+
+
 @pytest.fixture(scope="module")
-def table() -> str:
-    spec = importlib.util.spec_from_file_location("quality_benchmark", ROOT / "benchmarks" / "quality.py")
-    benchmark = importlib.util.module_from_spec(spec)
-    monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setitem(sys.modules, spec.name, benchmark)  # its dataclasses look themselves up there
-    spec.loader.exec_module(benchmark)
-    monkeypatch.undo()
-    return benchmark.table(benchmark.read(ROOT / "benchmarks" / "results" / "quality.jsonl"))
+def benchmarks() -> Iterator[dict[str, ModuleType]]:
+    """The scripts as modules; the second imports the first, and their dataclasses look themselves up."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("quality", "recovery"):
+            spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+            found[name] = importlib.util.module_from_spec(spec)
+            patch.setitem(sys.modules, name, found[name])
+            spec.loader.exec_module(found[name])
+        yield found
+
+
+@pytest.fixture(scope="module")
+def table(benchmarks) -> str:
+    return benchmarks["quality"].table(benchmarks["quality"].read(RESULTS / "quality.jsonl"))
 
 
 @pytest.mark.parametrize("page", ["README.md", "demo/README.md"])
 def test_the_printed_table_is_the_measured_one(table, page):
     assert table in (ROOT / page).read_text()
+
+
+def test_the_printed_recovery_tables_are_the_measured_ones(benchmarks, capsys):
+    files = {"out": RESULTS / "recovery.jsonl", "dense": RESULTS / "quality.jsonl"}
+    benchmarks["recovery"].table(Namespace(**files, steps=300, seeds=3))
+    page = (ROOT / "docs" / "recovery.md").read_text()
+    tables = capsys.readouterr().out.strip().split("\n\n")
+    assert [table for table in tables if table not in page] == []
+    assert len(tables) == 5
 
 
 def test_the_readme_is_at_most_150_lines():
