@@ -26,6 +26,7 @@ from slimvlm.compress.stages.slice import slice_stage
 from slimvlm.export import ExportOptions, export_checkpoint
 from slimvlm.export.packages import installed_formats, require_packages
 from slimvlm.serve.options import BACKENDS, TORCH, ProfileOptions
+from slimvlm.serve.profile import Profile
 from slimvlm.serve.profiling import profile_models
 from slimvlm.serve.report.files import PROFILE
 
@@ -47,6 +48,7 @@ class Result:
     cut: Quality | None = None  # before the recovery, where there was one
     recovery: dict[str, Any] | None = None  # what the recover stage recorded
     export: Mapping[str, Any] = field(default_factory=dict)  # what the export stage recorded
+    profile: Profile | None = None
 
 
 def compress(options: CompressOptions, progress: Progress | None = None) -> Result:
@@ -139,10 +141,12 @@ def _compress(options: CompressOptions, progress: Progress) -> Result:
         return Result(options.out, plan, None, {}, len(data.bad))
     dense, cut, slim = evaluate_stage(run, options, data, progress)
     exported = _export_stage(run, options, progress)
-    _profile_stage(run, options, progress)
+    profile = _profile_stage(run, options, progress)
     comparison = compare(dense, slim, options.seed)
     seconds = {name: stage["seconds"] for name, stage in run.record["stages"].items()}
-    result = Result(options.out, plan, comparison, seconds, len(data.bad), dense, slim, cut, recovery, exported)
+    result = Result(
+        options.out, plan, comparison, seconds, len(data.bad), dense, slim, cut, recovery, exported, profile
+    )
     from slimvlm.serve.report import write_report  # matplotlib takes a second to import
 
     write_report(options.out)
@@ -193,18 +197,18 @@ def _export(options: CompressOptions, formats: tuple[str, ...], progress: Progre
     return {"checks": exported.manifest.checks}
 
 
-def _profile_stage(run: RunFolder, options: CompressOptions, progress: Progress) -> dict[str, Any]:
+def _profile_stage(run: RunFolder, options: CompressOptions, progress: Progress) -> Profile | None:
     """Write `profile.json`: the slim model next to the dense one, on torch and in what was exported."""
     exported = run.facts("export")
     usable = [] if "failed" in exported or "refused" in exported else exported["formats"]
     backends = [name for name in BACKENDS if name == TORCH or name in usable] if options.profile else []
-    if run.finished("profile") and run.facts("profile")["backends"] == backends:
-        return run.facts("profile")
-    (options.out / PROFILE).unlink(missing_ok=True)
-    with run.stage("profile", backends=backends) as facts:
-        if backends:
-            facts.update(_profile(options, tuple(backends), progress))
-    return run.facts("profile")
+    path = options.out / PROFILE
+    if not run.finished("profile") or run.facts("profile")["backends"] != backends:
+        path.unlink(missing_ok=True)
+        with run.stage("profile", backends=backends) as facts:
+            if backends:
+                facts.update(_profile(options, tuple(backends), progress))
+    return Profile.from_json(path.read_text()) if path.is_file() else None
 
 
 def _profile(options: CompressOptions, backends: tuple[str, ...], progress: Progress) -> dict[str, Any]:

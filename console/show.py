@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from slimvlm.export.verification import Verification
     from slimvlm.kernels.bench import Report as KernelReport
     from slimvlm.pipeline import Result
+    from slimvlm.serve.profile import Cell
 
 WIDTH_OF_A_FILE = 120  # columns when stdout is no terminal
+SHOWN_PHASES = ("vision", "text", "ttft", "tpot")
 NO_FRACTIONS = ("token_loss", "perplexity")  # metrics that are not a share of the questions
 
 
@@ -70,6 +72,14 @@ def show_compression(result: Result, *, as_json: bool) -> None:
                 "quality_before_recovery": result.cut.score if result.cut else None,
                 "recovery": result.recovery,
                 "export": result.export,
+                "speed": [
+                    {
+                        "backend": cell.backend,
+                        "workload": cell.workload,
+                        **{k: asdict(v) for k, v in cell.ratios.items()},
+                    }
+                    for cell in (result.profile.cells if result.profile else ())
+                ],
                 "bad_samples": result.bad_samples,
                 "seconds": result.seconds,
             }
@@ -90,6 +100,8 @@ def show_compression(result: Result, *, as_json: bool) -> None:
     print_line(f"model    {result.out / 'model'}")
     if result.export.get("formats"):
         print_line(f"export   {_exported(result)}")
+    for cell in _compared(result):
+        print_line(f"speed    {cell.backend}, {cell.workload}: {_speed(cell)}")
     print_line(f"report   {result.out / 'report.html'}, report.md; every figure in the .json files beside it")
 
 
@@ -101,6 +113,15 @@ def _exported(result: Result) -> str:
         for check in result.export.get("checks", ())
     ]
     return f"{result.out / 'export'}; greedy answers equal to torch's: {', '.join(equal) or 'see manifest.json'}"
+
+
+def _compared(result: Result) -> list[Cell]:
+    return [cell for cell in result.profile.cells if cell.ratios] if result.profile else []
+
+
+def _speed(cell: Cell) -> str:
+    shown = [(phase, cell.ratios[phase]) for phase in SHOWN_PHASES if phase in cell.ratios]
+    return ", ".join(f"{phase} {ratio.value:.2f} x ({ratio.verdict})" for phase, ratio in shown)
 
 
 def _recovery_line(recovery: Mapping[str, Any], cut: Quality) -> str:

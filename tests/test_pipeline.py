@@ -149,16 +149,17 @@ def test_the_export_stage_writes_a_checked_export_once_and_drops_it_where_none_i
 def test_the_profile_stage_measures_both_models_once_and_a_run_without_export_on_torch_alone(finished, tmp_path):
     shutil.copytree(finished[0].out, tmp_path / "out")
     asked = replace(finished[0], out=tmp_path / "out", resume=True, profile=True)
-    compress(asked)
+    measured = compress(asked).profile
     path = tmp_path / "out" / "profile.json"
     profile = Profile.from_json(path.read_text())
+    assert profile == measured
     assert {cell.backend for cell in profile.cells} == {"torch"}
     assert all(set(cell.runs) == {"dense", "slim"} for cell in profile.cells)
     written = path.stat().st_mtime_ns
     compress(asked)
     assert path.stat().st_mtime_ns == written
     assert "were not measured" not in (tmp_path / "out" / "report.md").read_text()
-    compress(replace(asked, profile=False))
+    assert compress(replace(asked, profile=False)).profile is None
     assert not path.exists()
 
 
