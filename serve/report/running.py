@@ -26,7 +26,10 @@ def running_section(files: RunFiles) -> Section:
     profile = files.profile
     if profile is None:
         text = "Latency and memory were not measured: whether the slim model is faster is not known."
-        return Section("running", TITLE, (text,), findings=(Finding(text, "no profile.json", bad=True),))
+        source = "no profile.json"
+        if reason := files.stage("profile").get("refused"):
+            text, source = f"{text} {shown(reason)}", "run.json: stages.profile.refused"
+        return Section("running", TITLE, (text,), findings=(Finding(text, source, bad=True),))
     cells = [Numbered(number, cell) for number, cell in enumerate(profile.cells, start=1)]
     return Section(
         "running",

@@ -77,6 +77,18 @@ def test_what_got_worse_comes_first(run: Path) -> None:
     assert "The recovery took the cut model from 12.5 % to 50.0 %" in good_news(text)
 
 
+def test_a_profile_that_was_refused_is_missing_with_its_reason(run: Path) -> None:
+    record = json.loads((run / "run.json").read_text())
+    record["stages"]["profile"] = {
+        "status": "finished",
+        "backends": ["torch"],
+        "seconds": 1.0,
+        "refused": "no such device",
+    }
+    (run / "run.json").write_text(json.dumps(record))
+    assert "faster is not known. no such device (run.json: stages.profile.refused)" in bad_news(text_of(run))
+
+
 def test_a_loss_that_is_not_certain_is_not_called_one(tmp_path: Path) -> None:
     text = story_text(tmp_path, tasks={"colour": (8, 7, 8), "count": (8, 8, 8)})
     assert "Quality did not change measurably: 100.0 % before, 100.0 % after" in good_news(text)
