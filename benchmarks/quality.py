@@ -54,6 +54,12 @@ METHODS: dict[str, tuple[str, CompressOptions]] = {
     ),
     "magnitude": ("Magnitude, per layer", replace(ONE_SHOT, criterion="magnitude", allocator="local")),
     "random": ("Random", replace(ONE_SHOT, criterion="random")),
+    "taylor-refit": ("Taylor, global, refitted", replace(ONE_SHOT, criterion="taylor", refit=True)),
+    "magnitude-refit": (
+        "Magnitude, per layer, refitted",
+        replace(ONE_SHOT, criterion="magnitude", allocator="local", refit=True),
+    ),
+    "random-refit": ("Random, refitted", replace(ONE_SHOT, criterion="random", refit=True)),
 }
 RATIOS = (0.2, 0.35, 0.5, 0.6)
 
