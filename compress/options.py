@@ -32,6 +32,7 @@ class RecoverOptions:
         staged: let the set of supervised blocks grow; False: all losses all the time.
         feature_share: of the samples, for the stages in which it grows.
         temperature: of the kl and rkl losses.
+        hidden_states: which states of the language model the hidden loss compares, -1 the last, 0 the embeddings.
         steps: optimiser steps; None: what `epochs` passes over the data are.
         train_batch_size: samples per optimiser step, over all processes.
         accumulate: parts a batch is computed in.
@@ -58,6 +59,7 @@ class RecoverOptions:
     staged: bool = True
     feature_share: float = 0.2
     temperature: float = 1.0
+    hidden_states: tuple[int, ...] = (-1,)
     epochs: float = 1.0
     steps: int | None = None
     train_batch_size: int = 16

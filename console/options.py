@@ -35,7 +35,7 @@ PROFILE = {field.name: field.default for field in fields(ProfileOptions)}
 def option(flag: str, **settings: Any) -> Callable[[Any], Any]:
     """An option whose default is the library's."""
     default = DEFAULTS.get(flag.split("/")[0].removeprefix("--").replace("-", "_"))
-    if not settings.get("multiple") and isinstance(default, str | int | float):
+    if isinstance(default, str | int | float) or (default and isinstance(default, tuple)):
         settings.setdefault("default", default)
     return click.option(flag, **settings)
 
@@ -117,6 +117,13 @@ recover_options = together(
     option("--staged/--not-staged", default=True, help="lpd: supervise ever more blocks, or all of them at once."),
     option("--feature-share", type=RATIO, help="lpd: part of the samples for the stages before the answers."),
     option("--temperature", type=POSITIVE, help="Of the losses kl and rkl."),
+    option(
+        "--hidden-states",
+        type=int,
+        multiple=True,
+        metavar="INDEX",
+        help="Compared by the loss hidden: -1 is the last, 0 the embeddings; repeatable.",
+    ),
     option("--epochs", type=POSITIVE, help="Passes over the samples."),
     steps_option,
     option("--train-batch-size", type=COUNT, help="Samples per step, over all processes."),

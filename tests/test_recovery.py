@@ -97,6 +97,17 @@ def test_another_recovery_starts_from_the_same_cut_and_replaces_the_model(run: P
     assert json.loads((run / "quality.json").read_text())["slim"]["scores"]["exact"] == result.slim.score
 
 
+def test_the_hidden_states_asked_for_are_the_ones_compared(run: Path) -> None:
+    losses = []
+    for states in ((), ("--hidden-states", 1), ("--hidden-states", 1, "--hidden-states", -1)):
+        words = ["recover", run, "--quiet", "--recover", "hidden", "--steps", 1, *states]
+        assert CliRunner().invoke(main, [str(word) for word in words]).exit_code == 0
+        lines = map(json.loads, (run / "recovery.jsonl").read_text().splitlines())
+        losses += [line["loss"] for line in lines if "loss" in line]
+    assert losses[2] == pytest.approx((losses[0] + losses[1]) / 2)
+    assert losses[0] != pytest.approx(losses[1])
+
+
 def test_the_same_recovery_again_does_nothing(run: Path) -> None:
     before = (run / "model" / "model.safetensors").stat().st_mtime_ns
     recover_run(run, SHORT)
@@ -171,6 +182,10 @@ def test_a_fraction_that_leaves_no_batch_is_refused(run: Path) -> None:
 
 def test_a_rank_larger_than_a_matrix_is_refused(run: Path) -> None:
     assert "rank" in refused(run, "--rank", 5000).stderr
+
+
+def test_a_hidden_state_that_does_not_exist_is_refused_with_those_that_do(run: Path) -> None:
+    assert "hidden state 99 does not exist; choose from -" in refused(run, "--hidden-states", 99).stderr
 
 
 def test_a_recipe_that_is_none_is_refused_with_the_known_ones(run: Path) -> None:

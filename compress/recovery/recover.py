@@ -70,6 +70,7 @@ def recover(
         feature_share=options.feature_share,
         faithful=options.faithful,
         temperature=options.temperature,
+        hidden_states=options.hidden_states,
     )
     loaded = _load_student(options, student, data)
     collator = Collator(loaded.processor, loaded.family, loaded.model.config)
