@@ -1,5 +1,5 @@
 # make demo: the whole job on the packaged model, CPU only, no download of weights.
-# make test: linters, import rules and the tests.
+# make test: linters, import rules, types and the tests.
 # make clients: programs of others on exported folders: transformers.js under Node, onnxruntime-genai, a Python without torch.
 # Both need only python3 (3.11 or newer) and make; everything else goes into .venv.
 
@@ -19,7 +19,7 @@ demo: $(VENV)/.installed
 	$(BIN)/slimvlm demo $(OUT) --overwrite
 
 # One thread per worker: two workers that each start a thread per core slow each other down.
-test: lint
+test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
 
 clients: $(VENV)/.installed-dev $(CLIENTS)/.installed

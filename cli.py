@@ -261,7 +261,9 @@ def export(model: str, out: Path | None, verify: bool, as_json: bool, quiet: boo
         try:
             result = export_checkpoint(model, out, ExportOptions(**values), report)
         except CheckFailedError as failed:
-            if failed.result is not None:
+            from slimvlm.export.job import ExportResult
+
+            if isinstance(failed.result, ExportResult):
                 show.show_export(failed.result, as_json=as_json)
             raise
     show.show_export(result, as_json=as_json)
@@ -279,6 +281,7 @@ def profile(as_json: bool, quiet: bool, **values: Any) -> None:
         slimvlm profile out --against ./my-vlm --backend torch,onnx
     """
     from slimvlm.pipeline import export_for_profile
+    from slimvlm.serve.profile import Profile
     from slimvlm.serve.profiling import profile_models
 
     options = ProfileOptions(**values)
@@ -286,9 +289,10 @@ def profile(as_json: bool, quiet: bool, **values: Any) -> None:
         try:
             result = profile_models(options, report, export_for_profile)
         except CheckFailedError as failed:
-            show_profile.show_profile(failed.result, options.out, as_json=as_json)
+            if isinstance(failed.result, Profile):
+                show_profile.show_profile(failed.result, options.written, as_json=as_json)
             raise
-    show_profile.show_profile(result, options.out, as_json=as_json)
+    show_profile.show_profile(result, options.written, as_json=as_json)
 
 
 @main.command()

@@ -250,8 +250,8 @@ def _check(options: CompressOptions, result: Result) -> None:
     """Fail for what is wrong with a result whose files are all there."""
     if "failed" in result.export:
         raise CheckFailedError(result.export["failed"], result)
-    limit, drop = options.max_quality_drop, 100 * result.comparison.drop
-    if limit is not None and drop > limit:
+    limit, compared = options.max_quality_drop, result.comparison
+    if compared and limit is not None and (drop := 100 * compared.drop) > limit:
         raise CheckFailedError(
             f"quality fell by {drop:.1f} points, more than --max-quality-drop {limit:g}; "
             f"the files are kept in {options.out}; remove less",

@@ -18,12 +18,13 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
 from slimvlm.compress.calibrate import CalibrationOptions, collect
 from slimvlm.compress.criteria import CRITERIA
@@ -56,7 +57,7 @@ def make_model(hidden: int, layers: int, device: str) -> LlavaForConditionalGene
         patch_size=PATCH,
     )
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN)
-    model = LlavaForConditionalGeneration(config).to(device).eval()
+    model = LlavaForConditionalGeneration(config).to(device).eval()  # type: ignore[arg-type]  # its wrapper lacks self
     model.set_attn_implementation("eager")
     return model
 
@@ -91,7 +92,7 @@ def answer_loss(model: nn.Module, inputs: Batch) -> Tensor:
 
 
 def plain_pass(
-    model: nn.Module, weights: Sequence[nn.Parameter], batches: Sequence[Batch], loss: Callable[..., Tensor]
+    model: PreTrainedModel, weights: Sequence[nn.Parameter], batches: Sequence[Batch], loss: Callable[..., Tensor]
 ) -> None:
     """Forward and backward, gradients added up in `weights` only."""
     for parameter in model.parameters():
@@ -105,9 +106,11 @@ def plain_pass(
         weight.grad = None
 
 
-def candidates(model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]) -> dict[str, Callable[[], object]]:
+def candidates(
+    model: PreTrainedModel, groups: Sequence[Group], batches: Sequence[Batch]
+) -> dict[str, Callable[[], object]]:
     family = find_family(model.config)
-    prunable = [model.get_submodule(member.path).weight for group in groups for member in group.members]
+    prunable = [model.get_parameter(f"{member.path}.weight") for group in groups for member in group.members]
     runs: dict[str, Callable[[], object]] = {
         PLAIN: lambda: plain_pass(model, prunable, batches, own_loss),
         f"{PLAIN}, all weights": lambda: plain_pass(model, list(model.parameters()), batches, own_loss),
@@ -115,7 +118,7 @@ def candidates(model: nn.Module, groups: Sequence[Group], batches: Sequence[Batc
     }
     for name in ("ukmi", "taylor", "fisher"):
         options = CalibrationOptions(criterion=CRITERIA[name])
-        runs[name] = lambda options=options: collect(model, family, groups, batches, options)
+        runs[name] = partial(collect, model, family, groups, batches, options)
     return runs
 
 

@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -52,8 +53,9 @@ def medium(heads: int, channels: int) -> nn.Module:
         num_key_value_heads=heads,
         head_dim=64,
     )
-    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    tower = transformers.CLIPVisionConfig(**vision, image_size=16, patch_size=8)
+    tower = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
     config = transformers.LlavaConfig(vision_config=tower, text_config=text, image_token_index=IMAGE_TOKEN)
     return transformers.LlavaForConditionalGeneration(config).eval()
 
@@ -102,7 +104,7 @@ def speed(repeats: int, exporter: str) -> dict[str, object]:
     return {"times": shown, "half_is_faster_by": faster, "half_is_smaller_by": smaller, "file_bytes": sizes}
 
 
-def _runs(path: Path) -> tuple[Callable[[], object], Callable[[], object]]:
+def _runs(path: Path) -> tuple[Callable[[], object], ...]:
     """Prefill and one step of one graph, warmed up."""
     runner = OnnxRunner({"decoder_model_merged": path}, threads=1)
     generator = np.random.default_rng(0)
@@ -118,7 +120,7 @@ def _runs(path: Path) -> tuple[Callable[[], object], Callable[[], object]]:
         }
 
     calls = [feeds(PROMPT, 0), feeds(1, PROMPT)]
-    steps = tuple(lambda given=given: runner.run("decoder_model_merged", given) for given in calls)
+    steps = tuple(partial(runner.run, "decoder_model_merged", given) for given in calls)
     for step in steps:
         step()
     return steps
@@ -175,7 +177,7 @@ def families(exporter: str) -> dict[str, object]:
     from exports import export_tiny
     from tiny_models import FACTORIES
 
-    report = {}
+    report: dict[str, object] = {}
     for name in FACTORIES:
         with tempfile.TemporaryDirectory() as scratch:
             started = time.process_time()

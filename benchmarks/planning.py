@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import resource
 import time
+from typing import Any
 
 import torch
 from transformers import (
@@ -24,6 +25,7 @@ from slimvlm.compress.budget import Budget, facts_of, make_plan
 from slimvlm.compress.criteria import CRITERIA, score_groups
 from slimvlm.compress.families import find_family
 from slimvlm.compress.groups import find_groups
+from slimvlm.compress.plan import Plan
 from slimvlm.compress.runs import installed_versions
 from slimvlm.compress.slicing import apply_plan
 
@@ -40,19 +42,19 @@ def blip2_flan_t5_xl() -> Blip2ForConditionalGeneration:
         "patch_size": 14,
         "image_size": 224,
     }
-    text = T5Config(
-        vocab_size=32128,
-        d_model=2048,
-        d_kv=64,
-        d_ff=5120,
-        num_layers=24,
-        num_decoder_layers=24,
-        num_heads=32,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
-    )
+    text: dict[str, Any] = {
+        "vocab_size": 32128,
+        "d_model": 2048,
+        "d_kv": 64,
+        "d_ff": 5120,
+        "num_layers": 24,
+        "num_decoder_layers": 24,
+        "num_heads": 32,
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+    }
     with torch.device("meta"):
-        return Blip2ForConditionalGeneration(Blip2Config(vision_config=vision, text_config=text))
+        return Blip2ForConditionalGeneration(Blip2Config(vision_config=vision, text_config=T5Config(**text)))
 
 
 def medium_llava() -> LlavaForConditionalGeneration:
@@ -79,7 +81,7 @@ def medium_llava() -> LlavaForConditionalGeneration:
     ).eval()
 
 
-def _plan(model: torch.nn.Module, seed: int) -> tuple[object, float]:
+def _plan(model: torch.nn.Module, seed: int) -> tuple[Plan, float]:
     groups = find_groups(model, find_family(model.config))
     scores = score_groups(groups, CRITERIA["random"], None, model, seed)
     started = time.perf_counter()
@@ -108,7 +110,7 @@ def main() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     plan, seconds = _plan(blip2_flan_t5_xl(), 0)
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    report = {
+    report: dict[str, Any] = {
         "planning": {
             "units": sum(plan.sizes.values()),  # no grouped queries here: every index is a unit
             "seconds": round(seconds, 3),

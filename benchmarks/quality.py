@@ -12,7 +12,7 @@ import argparse
 import json
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -83,7 +83,7 @@ def calibration_sets(count: int, size: int) -> tuple[Sequence[Sample], ...]:
 
 def dense() -> Loaded:
     loaded = load_model(str(MODEL))
-    loaded.model.to(torch.float32)
+    loaded.model.float()
     return loaded
 
 
@@ -106,7 +106,7 @@ def one_shot_plans(
         calibration = collect(loaded.model, loaded.family, groups, work, planning.calibration)
     scores = score_groups(groups, planning.calibration.criterion, calibration, loaded.model, seed)
     seconds = time.perf_counter() - started
-    plans = {}
+    plans: dict[float, tuple[Plan | None, float]] = {}
     for ratio in ratios:
         try:
             budget = replace(planning.budget, ratio=ratio)
@@ -167,6 +167,7 @@ def measure(arguments: argparse.Namespace) -> None:
         options = replace(METHODS[method][1], batch_size=arguments.batch_size)
         for index, samples in enumerate(study.sets):
             ratios = [ratio for ratio in arguments.ratios if (method, ratio, index) not in done]
+            plans: Iterator[tuple[float, Plan | None, float]]
             if options.rounds > 1:
                 plans = ((ratio, *plan_of_rounds(replace(options, ratio=ratio), samples)) for ratio in ratios)
             else:

@@ -27,7 +27,7 @@ from pathlib import Path
 import peft
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
 from slimvlm.compress.budget import Budget, facts_of, make_plan
 from slimvlm.compress.checkpoint import save_checkpoint
@@ -80,7 +80,7 @@ def make_batch(size: int, text_tokens: int, device: str) -> dict[str, Tensor]:
     return {name: value.to(device) for name, value in batch.items()}
 
 
-def cut_model(model: nn.Module, ratio: float) -> Plan:
+def cut_model(model: PreTrainedModel, ratio: float) -> Plan:
     """Cuts random units, the same share of every group, in place."""
     groups = find_groups(model, find_family(model.config))
     scores = score_groups(groups, CRITERIA["random"])
@@ -95,7 +95,7 @@ def variants(ratio: float, hidden: int, layers: int, device: str) -> dict[str, n
     with tempfile.TemporaryDirectory() as folder:
         dense = save_checkpoint(Path(folder) / "dense", model, None, None)
         plan = cut_model(model, ratio)
-        model.to(device)
+        model.to(device)  # type: ignore[arg-type]  # transformers' wrapper of it lacks self
         slices = Slices(dense, model, plan)
         models = {
             name: attach(copy.deepcopy(model), plan, slices, LowRank(literal=literal))
@@ -104,7 +104,7 @@ def variants(ratio: float, hidden: int, layers: int, device: str) -> dict[str, n
     defaults = LowRank()
     config = peft.LoraConfig(
         r=defaults.rank,
-        lora_alpha=defaults.alpha,
+        lora_alpha=defaults.alpha,  # type: ignore[arg-type]  # peft multiplies by it, nothing asks for an int
         lora_dropout=defaults.dropout,
         target_modules=find_targets(model, plan),
     )

@@ -193,7 +193,7 @@ def run(cell: Cell, arguments: argparse.Namespace) -> tuple[Loaded, dict[str, An
     if cell.recipe == "none":
         return loaded, {"removed": round(found.removed_fraction, 5)}
     options = options_of(cell, arguments)
-    data = samples_of(cell.data, cell.seed, options.steps * options.train_batch_size, arguments.cache)
+    data = samples_of(cell.data, cell.seed, arguments.steps * options.train_batch_size, arguments.cache)
     with tempfile.TemporaryDirectory() as folder:
         save_checkpoint(Path(folder, "cut"), loaded.model, loaded.processor, found)
         result = recover(options, found, Path(folder, "cut"), data, Path(folder, "training"), lambda fact: None)

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -73,11 +74,11 @@ def histogram() -> Runs:
 
 
 def histc_loop(
-    outputs: Tensor, lengths: Tensor, widths: Tensor, bias: Tensor | None, counts: Tensor, **options: object
+    outputs: Tensor, lengths: Tensor, widths: Tensor, bias: Tensor | None, counts: Tensor, **options: Any
 ) -> None:
     """The paper's way: cosines of one channel, then its histogram."""
-    if options.get("mask") is not None:
-        outputs, lengths = outputs[options["mask"]], lengths[options["mask"]]
+    if (mask := options.get("mask")) is not None:
+        outputs, lengths = outputs[mask], lengths[mask]
     for row in range(counts.shape[0]):
         product = outputs[:, row] if bias is None else outputs[:, row] - bias[row]
         counts[row] += torch.histc((product / (lengths * widths[row])).clamp_(-1, 1), counts.shape[1], -1, 1).long()
@@ -128,7 +129,9 @@ def cut() -> Runs:
             take(weight, *asked[name])
 
     def plain(weight: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
-        return weight.index_select(0, rows) if cols is None else weight.index_select(1, cols)
+        for dim, kept in enumerate((rows, cols)):
+            weight = weight if kept is None else weight.index_select(dim, kept)
+        return weight
 
     return {"kernels": lambda: run(slicing._take), "plain torch": lambda: run(plain)}
 

@@ -11,6 +11,7 @@ import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, SmolVLMConfig, SmolVLMForConditionalGeneration
@@ -50,14 +51,8 @@ def smolvlm_256m() -> SmolVLMForConditionalGeneration:
         pad_token_id=2,
     )
     torch.manual_seed(0)
-    config = SmolVLMConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=IMAGE_TOKEN,
-        scale_factor=4,
-        pad_token_id=2,
-        tie_word_embeddings=False,
-    )
+    rest: dict[str, Any] = {"image_token_id": IMAGE_TOKEN, "scale_factor": 4, "pad_token_id": 2}
+    config = SmolVLMConfig(vision_config=vision, text_config=text, tie_word_embeddings=False, **rest)
     return SmolVLMForConditionalGeneration(config).eval()
 
 

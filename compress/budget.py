@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,9 @@ KINDS = ("attention", "mlp")
 LAYOUTS = ("per-layer", "stock")
 FINE_RATIO = 0.2  # up to this ratio the paper's loop takes its small step from the start
 FINE_STEPS = (100, 100)
+UNIDENTIFIED: Mapping[str, Any] = {
+    "model_digest": "", "calibration_digest": "", "attention_unit": "auto", "seed": 0, "rounds": 1
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,9 +64,9 @@ class Budget:
             if not 0 <= value < 1:
                 raise InfeasibleBudgetError(f"{name} {value:g} is no fraction to remove; accepted are 0 <= value < 1")
         choices = [("allocator", self.allocator, ALLOCATORS), ("layout", self.layout, LAYOUTS)]
-        for what, value, known in choices + [("kind", kind, KINDS) for kind in self.kind_ratio]:
-            if value not in known:
-                raise InfeasibleBudgetError(f"{what} {value!r} is unknown; choose one of {', '.join(known)}")
+        for what, name, known in choices + [("kind", kind, KINDS) for kind in self.kind_ratio]:
+            if name not in known:
+                raise InfeasibleBudgetError(f"{what} {name!r} is unknown; choose one of {', '.join(known)}")
         if self.round_channels < 1:
             raise InfeasibleBudgetError(f"round_channels {self.round_channels} is no width; accepted is 1 or more")
         if self.faithful and (self.tower_ratio or self.kind_ratio or self.round_channels > 1 or self.layout == "stock"):
@@ -117,7 +121,7 @@ def facts_of(model: nn.Module, groups: Sequence[Group], dense: Facts | None = No
     kinds = dict.fromkeys(KINDS, 0)
     for group in groups:
         linears = {member.path for member in group.members if not member.norm}
-        macs[group.tower] += sum(model.get_submodule(path).weight.numel() for path in linears)
+        macs[group.tower] += sum(model.get_parameter(f"{path}.weight").numel() for path in linears)
         kinds[group.kind] += group.num_units * group.parameters_per_unit
     return Facts(
         family=family,
@@ -151,7 +155,6 @@ def make_plan(groups: Sequence[Group], scores: Scores, budget: Budget, facts: Fa
         for group, order in zip(line.groups, line.ranks, strict=True):
             removed[group.key] = order[goes]
     lost = {group.key: len(removed[group.key]) * group.parameters_per_unit for group in groups}
-    identity = {"model_digest": "", "calibration_digest": "", "attention_unit": "auto", "seed": 0, "rounds": 1}
     return Plan(
         family=facts.family.name,
         criterion=scores.criterion.name,
@@ -164,7 +167,7 @@ def make_plan(groups: Sequence[Group], scores: Scores, budget: Budget, facts: Fa
         sizes={group.key: group.size for group in groups},
         keep={group.key: _kept(group, scores, removed[group.key]) for group in groups},
         options=_options(scores, budget, rescued),
-        **(identity | dict(facts.identity)),
+        **{**UNIDENTIFIED, **facts.identity},
     )
 
 
@@ -244,10 +247,18 @@ def _allocate(lines: Sequence[Line], budget: Budget, facts: Facts) -> list[Flags
     return [done[index] for index in range(len(lines))]
 
 
+def _of_kind(kind: str, line: Line) -> bool:
+    return line.kind == kind
+
+
+def _of_tower(tower: str, line: Line) -> bool:
+    return tower in line.towers
+
+
 def _shares(lines: Sequence[Line], budget: Budget, facts: Facts) -> list[_Share]:
     dense = facts.dense or facts
     shares = [
-        _Share(f"{kind} ratio", ratio, dense.kinds[kind], facts.kinds[kind], lambda line, kind=kind: line.kind == kind)
+        _Share(f"{kind} ratio", ratio, dense.kinds[kind], facts.kinds[kind], partial(_of_kind, kind))
         for kind, ratio in sorted(budget.kind_ratio.items())
     ]
     for tower, ratio in sorted(budget.tower_ratio.items()):
@@ -260,7 +271,7 @@ def _shares(lines: Sequence[Line], budget: Budget, facts: Facts) -> list[_Share]
                 "its own; leave it out or use --layout per-layer"
             )
         base, present = dense.towers[tower], facts.towers[tower]
-        shares.append(_Share(f"{tower} ratio", ratio, base, present, lambda line, tower=tower: tower in line.towers))
+        shares.append(_Share(f"{tower} ratio", ratio, base, present, partial(_of_tower, tower)))
     return [*shares, _Share("ratio", budget.ratio, dense.parameters, facts.parameters, lambda line: True)]
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from transformers import PreTrainedModel
 
 from slimvlm.compress.errors import CheckpointError, MissingDependencyError, OutputError
 from slimvlm.compress.families import Family, find_family
@@ -46,14 +46,14 @@ PROCESSOR = ("processor_config.json", "preprocessor_config.json", "tokenizer_con
 class Loaded:
     """A model in eval mode and what came with it; `digest` identifies its weight files, `folder` is where they are."""
 
-    model: nn.Module
+    model: PreTrainedModel
     processor: Any | None
     family: Family
     digest: str
     folder: Path
 
 
-def load(folder: str | os.PathLike[str]) -> tuple[nn.Module, Any | None]:
+def load(folder: str | os.PathLike[str]) -> tuple[PreTrainedModel, Any | None]:
     """The model (eval mode, its saved dtype, CPU) and the processor (None if there is none) of a checkpoint folder.
 
     Raises:
@@ -90,7 +90,7 @@ def load_model(
     return Loaded(model.eval(), load_processor(folder, trust_remote_code), family, digest, folder)
 
 
-def build_meta(name: str | os.PathLike[str], trust_remote_code: bool = False) -> tuple[nn.Module, Family]:
+def build_meta(name: str | os.PathLike[str], trust_remote_code: bool = False) -> tuple[PreTrainedModel, Family]:
     """The model of a checkpoint on the meta device and its family, from the config alone: no weights are read.
 
     Raises:
@@ -107,7 +107,7 @@ def build_meta(name: str | os.PathLike[str], trust_remote_code: bool = False) ->
 
 def save_checkpoint(
     folder: str | os.PathLike[str],
-    model: nn.Module,
+    model: PreTrainedModel,
     processor: Any | None,
     plan: Plan | None,
     layout: str = "per-layer",
@@ -245,7 +245,9 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> tuple[transfor
     return config, find_family(config)
 
 
-def _build(folder: Path, config: transformers.PreTrainedConfig, family: Family, options: dict[str, Any]) -> nn.Module:
+def _build(
+    folder: Path, config: transformers.PreTrainedConfig, family: Family, options: dict[str, Any]
+) -> PreTrainedModel:
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # what it only warns of is an error here
     try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from slimvlm.compress import processes
 from slimvlm.compress.checkpoint import Loaded, load_model
@@ -30,14 +31,14 @@ def load_to_compute(options: CompressOptions, name: str, attention: str | None =
     return loaded
 
 
-def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Cast the weights in place, but no buffer: rotary frequencies must stay in the fp32 transformers made them in."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
 
 
-def outputs(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+def outputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
     """The model's outputs on `batch`: logits [tokens, V], or the similarities of a dual encoder.
 
     Logits of padding are left out: nobody reads them, and rounding errors were seen to be 26 times larger there.
@@ -58,7 +59,7 @@ def relative_difference(expected: Tensor, found: Tensor) -> float:
     return ((expected - found).abs().max() / expected.abs().max().clamp(min=1)).item()
 
 
-def _compute_dtype(asked: str, model: nn.Module) -> torch.dtype:
+def _compute_dtype(asked: str, model: PreTrainedModel) -> torch.dtype:
     """`auto` computes in the stored dtype, but in fp32 where fp16 is slow and its gradients overflow: on a CPU."""
     if asked != "auto":
         return DTYPES[asked]

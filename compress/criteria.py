@@ -167,7 +167,7 @@ def score_groups(
     if criterion.saliency == "magnitude":
         if model is None:
             raise ValueError("the criterion 'magnitude' needs the model")
-        saliency = _magnitudes(groups, model)
+        saliency: Mapping[str, Tensor] = _magnitudes(groups, model)
     elif calibration is None:
         raise ValueError(f"the criterion {criterion.name!r} needs calibration statistics")
     else:
@@ -176,7 +176,7 @@ def score_groups(
     for group in groups:
         sums, units = _unit_sums(group, saliency)
         score = sums / group.weights_per_unit
-        if criterion.entropy and group.modality == "language":
+        if criterion.entropy and calibration is not None and group.modality == "language":
             score = score * _unit_entropy(group, calibration.entropy, units)
         if not torch.isfinite(score).all():
             raise CalibrationError(f"the scores of {group.key} are not finite; load the model in float32 or bfloat16")
@@ -187,7 +187,7 @@ def score_groups(
 def _magnitudes(groups: Sequence[Group], model: nn.Module) -> dict[str, Tensor]:
     sums = {}
     for member in (member for group in groups for member in group.members if not member.norm):
-        weight = model.get_submodule(member.path).weight.detach()
+        weight = model.get_parameter(f"{member.path}.weight").detach()
         sums[f"{member.path}:{member.dim}"] = weight.abs().sum(1 - member.dim, dtype=torch.float32).cpu()
     return sums
 
@@ -204,7 +204,8 @@ def _random(groups: Sequence[Group], criterion: Criterion, seed: int) -> Scores:
 def _unit_sums(group: Group, saliency: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """(saliency [num_units] summed over all the weights of a unit, the units' indices [num_units, m])."""
     scored = [member for member in group.members if not member.norm]
-    query = sum(_per_index(group, member, saliency[f"{member.path}:{member.dim}"]) for member in scored if _own(member))
+    own = (_per_index(group, member, saliency[f"{member.path}:{member.dim}"]) for member in scored if _own(member))
+    query = sum(own, torch.zeros(()))
     units = _units(group, query)
     sums = query[units].sum(1)
     if group.unit != "query-slot":

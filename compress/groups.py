@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +111,7 @@ def find_groups(model: nn.Module, family: Family, attention_unit: str = "auto") 
     return tuple(groups)
 
 
-def resolve(model: nn.Module, path: str, family: Family) -> nn.Module:
+def resolve(model: nn.Module, path: str, family: Family) -> Any:
     """The submodule at `path`.
 
     Raises:
@@ -210,7 +211,7 @@ def _owned(model: nn.Module, members: list[Member], num_units: int) -> tuple[int
     """(weights, weights and biases and norm entries) that one of `num_units` equal units owns."""
     weights = extras = 0
     for member in members:
-        module = model.get_submodule(member.path)
+        module: Any = model.get_submodule(member.path)
         if member.norm:
             extras += module.weight.numel()
             continue

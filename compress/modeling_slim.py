@@ -42,7 +42,7 @@ def shrink(model: nn.Module, record: dict[str, Any]) -> None:
         raise ValueError(f"slim record: schema {record.get('schema')} is not the {SCHEMA} this file reads")
     for path, shape in record["shapes"].items():
         module = _submodule(model, path)
-        resize(module, module.weight.detach()[tuple(slice(n) for n in shape)], shape)
+        resize(module, module.get_parameter("weight").detach()[tuple(slice(n) for n in shape)], shape)
     for path, attributes in record["attributes"].items():
         for name, value in attributes.items():
             setattr(_submodule(model, path), name, value)
@@ -53,7 +53,7 @@ def shrink(model: nn.Module, record: dict[str, Any]) -> None:
 def resize(module: nn.Module, weight: Tensor, shape: list[int], bias: Tensor | None = None) -> None:
     """Gives a linear or norm a new weight (and bias; default: leading slice of the old one); keeps requires_grad."""
     old_bias = getattr(module, "bias", None)
-    module.weight = nn.Parameter(weight.contiguous(), requires_grad=module.weight.requires_grad)
+    module.weight = nn.Parameter(weight.contiguous(), requires_grad=module.get_parameter("weight").requires_grad)
     if old_bias is not None and old_bias.shape[0] != shape[0]:
         bias = old_bias.detach()[: shape[0]] if bias is None else bias
         module.bias = nn.Parameter(bias.contiguous(), requires_grad=old_bias.requires_grad)
@@ -68,7 +68,7 @@ def _submodule(model: nn.Module, path: str) -> nn.Module:
         raise ValueError(f"slim record: {type(model).__name__} has no module {path!r}") from None
 
 
-def replace_forward(attention: nn.Module, name: str, heads: list[int]) -> None:
+def replace_forward(attention: Any, name: str, heads: list[int]) -> None:
     """Turns an attention into its cut form: a subclass with the forward `name` that knows its kept `heads`."""
     attention.kept_heads = list(heads)
     if not hasattr(attention, "stock_class"):

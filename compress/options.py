@@ -11,7 +11,7 @@ STAGES = ("plan", "slice", "recover", "evaluate", "export", "profile")
 NOT_IDENTITY = (  # not what the model is made of
     "out", "device", "resume", "overwrite", "stages", "max_quality_drop", "export", "profile"
 )  # fmt: skip
-PAPER_RECOVERY = {  # UKMP's 50 % script
+PAPER_RECOVERY: Mapping[str, Any] = {  # UKMP's 50 % script
     "learning_rate": 2e-5, "schedule": "constant", "warmup": 50, "train_batch_size": 20, "reset_optimizer": True
 }  # fmt: skip
 
@@ -143,7 +143,7 @@ class CompressOptions(RecoverOptions):
         """The same options with `faithful` spelled out."""
         if not self.faithful:
             return self
-        plan = {"criterion": "ukmi", "allocator": "balanced", "rounds": 1, "attention_unit": "kv-group"}
+        plan: dict[str, Any] = {"criterion": "ukmi", "allocator": "balanced", "rounds": 1, "attention_unit": "kv-group"}
         return replace(self, **plan, round_channels=1, refit=False, **PAPER_RECOVERY)
 
     def identity(self) -> dict[str, Any]:

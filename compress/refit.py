@@ -49,7 +49,7 @@ class Refit:
         """Replace the weights of the cut `model`, in place."""
         with torch.no_grad():
             for path, (weight, bias) in self.weights.items():
-                module = model.get_submodule(path)
+                module: Any = model.get_submodule(path)
                 module.weight.copy_(weight)
                 if bias is not None:
                     module.bias.copy_(bias)
@@ -135,7 +135,7 @@ class _Projection:
         del self.products, self.sums
         if not (self.tokens and products.isfinite().all()):
             raise CalibrationError(f"the inputs of {self.cut.path} are not finite, or there are none; check the data")
-        kept = self.cut.columns.to(weight.device)
+        kept = torch.as_tensor(self.cut.columns, device=weight.device)
         dropped = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
         dropped[kept] = False
         energy = _energy(weight, products).clamp(min=1e-30)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from slimvlm.compress.budget import Budget, facts_of, make_plan
 from slimvlm.compress.calibrate import GRADIENT_SALIENCIES, Batch, Calibration, CalibrationOptions, collect
@@ -60,7 +60,7 @@ def round_share(index: int, rounds: int) -> float:
 
 
 def plan_in_rounds(
-    model: nn.Module,
+    model: PreTrainedModel,
     batches: Callable[[int], Batches],
     planning: Planning,
     *,

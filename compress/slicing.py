@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from slimvlm import kernels
 from slimvlm.compress.errors import CheckpointError
@@ -32,7 +33,7 @@ class Cut:
     scale: float = 1.0
 
 
-def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
+def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """Cuts `model` to `plan`, in place, and writes what was cut into `model.config.slimvlm`.
 
     The model's class becomes the slim form of its class (a subclass), so that its own `save_pretrained` writes a
@@ -57,20 +58,22 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     }  # fmt: skip
     for cut in cuts:
         _cut(model.get_submodule(cut.path), cut)
-        record["shapes"][cut.path] = list(model.get_submodule(cut.path).weight.shape)
-    parts = {(tower.name, part.key): part for tower in family.towers for part in tower.parts}
+        record["shapes"][cut.path] = list(model.get_parameter(f"{cut.path}.weight").shape)
+    attentions = {
+        (tower.name, part.key): part for tower in family.towers for part in tower.parts if isinstance(part, Attention)
+    }
     for group in groups:
         _record_sizes(record, group, kept[group.key])
         if group.kind == "attention" and len(kept[group.key]) < group.size:
-            part = parts[group.tower, group.key.split(".", 2)[2]]
+            part = attentions[group.tower, group.key.split(".", 2)[2]]
             _patch_attention(model.get_submodule(group.path), group, part, kept[group.key], record)
     setattr(model.config, RECORD, record)
-    model.__class__ = slim_class(type(model))
+    model.__class__ = slim_class(type(model))  # type: ignore[arg-type]  # a class is hashable
     assert count_parameters(model) == plan.parameters_after
     return model
 
 
-def mask_plan(model: nn.Module, plan: Plan) -> nn.Module:
+def mask_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """Zeroes, in place, the rows, biases and columns that `apply_plan` would remove. The sizes stay.
 
     Raises:
@@ -79,13 +82,13 @@ def mask_plan(model: nn.Module, plan: Plan) -> nn.Module:
     with torch.no_grad():
         for group in matching_groups(model, find_family(model.config), plan):
             for cut in find_cuts(group, torch.tensor(plan.keep[group.key], dtype=torch.int64)):
-                module = model.get_submodule(cut.path)
+                module: Any = model.get_submodule(cut.path)
                 if cut.rows is not None:
                     gone = complement(cut.rows, module.weight.shape[0])
                     module.weight[gone] = 0
                     if getattr(module, "bias", None) is not None:
                         module.bias[gone] = 0
-                else:
+                if cut.columns is not None:
                     module.weight[:, complement(cut.columns, module.weight.shape[1])] = 0
     return model
 
@@ -131,7 +134,7 @@ def matching_groups(model: nn.Module, family: Family, plan: Plan) -> tuple[Group
 
 def _removed(model: nn.Module, cut: Cut) -> int:
     """Parameters that leave with `cut`."""
-    module = model.get_submodule(cut.path)
+    module: Any = model.get_submodule(cut.path)
     weight, bias = module.weight, getattr(module, "bias", None)
     if cut.columns is not None:
         return (weight.shape[1] - len(cut.columns)) * weight.shape[0]
@@ -141,7 +144,7 @@ def _removed(model: nn.Module, cut: Cut) -> int:
 
 
 def _cut(module: nn.Module, cut: Cut) -> None:
-    weight = _take(module.weight.detach(), cut.rows, cut.columns)
+    weight = _take(module.get_parameter("weight").detach(), cut.rows, cut.columns)
     if cut.scale != 1.0:
         weight = weight * cut.scale
     bias = getattr(module, "bias", None)

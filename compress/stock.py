@@ -7,6 +7,7 @@ import copy
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from transformers import PreTrainedModel
 
 from slimvlm.compress.errors import CheckpointError
 from slimvlm.compress.families import Attention, Family, Mlp, find_family
@@ -16,7 +17,7 @@ from slimvlm.compress.modeling_slim import RECORD
 ADVICE = "make the plan with --layout stock, or save with --layout per-layer"
 
 
-def stock_model(model: nn.Module) -> nn.Module:
+def stock_model(model: PreTrainedModel) -> PreTrainedModel:
     """A view of `model` (same weights) of the unmodified class, with the config that builds these sizes.
 
     Raises:
@@ -41,7 +42,7 @@ def stock_model(model: nn.Module) -> nn.Module:
     return stock
 
 
-def _check_build(model: nn.Module) -> None:
+def _check_build(model: PreTrainedModel) -> None:
     """The class must build exactly these sizes: a config field may size more than what was cut (SigLIP's pooling head),
     or be refused (Llama wants a number of heads that divides the hidden size)."""
     try:

@@ -6,15 +6,19 @@ from typing import Any
 
 import click
 
-from slimvlm.compress.errors import SlimvlmError
+from slimvlm.compress.errors import CheckFailedError, SlimvlmError
 
 
 class Refused(click.ClickException):
-    """An expected failure of the library, with the library's exit code."""
+    """An expected failure of the library."""
 
-    def __init__(self, error: SlimvlmError) -> None:
-        super().__init__(str(error))
-        self.exit_code = error.exit_code
+    exit_code = SlimvlmError.exit_code
+
+
+class CheckFailed(Refused):
+    """A result that was made, and is not what it should be."""
+
+    exit_code = CheckFailedError.exit_code
 
 
 class Interrupted(click.ClickException):
@@ -34,7 +38,9 @@ class Commands(click.Group):
         """Run the command."""
         try:
             return super().invoke(ctx)
+        except CheckFailedError as error:
+            raise CheckFailed(str(error)) from error
         except SlimvlmError as error:
-            raise Refused(error) from error
+            raise Refused(str(error)) from error
         except KeyboardInterrupt:
             raise Interrupted("interrupted; what was finished is kept") from None

@@ -88,7 +88,7 @@ def show_compression(result: Result, *, as_json: bool) -> None:
     rows = _size_rows(plan)
     if comparison:
         rows.append(_quality_row(comparison))
-    if result.dense and result.slim:
+    if comparison and result.dense and result.slim:
         rows.extend(_task_rows(result.dense, result.slim, comparison.metric))
     print_table(("", "before", "after", "change"), rows)
     _print_removed(plan)
@@ -259,7 +259,7 @@ def _quality_row(comparison: Comparison) -> tuple[str, ...]:
 
 def _task_rows(dense: Quality, slim: Quality, metric: str) -> list[tuple[str, ...]]:
     """The compared metric per task, where samples name one, then the other figures, both models side by side."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     tasks = sorted(dense.tasks) if len(dense.tasks) > 1 else []
     for name, before, after in [(f"  {task}", dense.tasks[task][metric], slim.tasks[task][metric]) for task in tasks]:
         rows.append((name, percent(before), percent(after), f"{100 * (after - before):+.1f} points"))

@@ -9,6 +9,7 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -84,16 +85,17 @@ def exact(
         inputs = processor(
             images=images, text=[prompt(processor, s["question"]) for s in part], padding=True, return_tensors="pt"
         )
-        tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-        answers = processor.batch_decode(tokens, skip_special_tokens=True)
+        # transformers types `self` as a protocol that none of its own models fulfils
+        tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)  # type: ignore[misc]
+        answers = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         right += [answer.strip() == sample["answer"] for answer, sample in zip(answers, part, strict=True)]
     return right
 
 
 def prompt(processor: LlavaProcessor, question: str) -> str:
     """The question about one image as the model was taught to read it."""
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    message: dict[str, Any] = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+    return processor.apply_chat_template([message], add_generation_prompt=True)
 
 
 def by_task(samples: Sequence[Sample], right: Sequence[bool]) -> dict[str, float]:

@@ -1,5 +1,7 @@
 """The demo architecture: a small LLaVA (CLIP tower, MLP projector, Llama with grouped queries) and its processor."""
 
+from typing import Any
+
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
     CLIPVisionConfig,
@@ -75,7 +77,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
         intermediate_size=256,
         hidden_act="gelu",
     )
-    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    ids: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     text = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=256,
@@ -90,7 +92,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=tokenizer.get_vocab()["<image>"],
         image_seq_length=IMAGE_TOKENS,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",

@@ -5,8 +5,9 @@ a question see the shared prefix and itself, and its positions continue from the
 exactly what the questions asked one by one would: seven times the supervision for little more than the price of one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,11 +60,12 @@ def pack(
 
 
 def _row(questions: Sequence[Question], tokenizer: PreTrainedTokenizerFast, early: int) -> list[tuple]:
-    prefix = tokenizer.convert_tokens_to_ids(["<s>", "<user>", *["<image>"] * IMAGE_TOKENS])
+    ids: Callable[[list[str]], Any] = tokenizer.convert_tokens_to_ids  # of a list a list, of a word a number
+    prefix: list[int] = ids(["<s>", "<user>", *["<image>"] * IMAGE_TOKENS])
     row = [(token, place, 0, IGNORE) for place, token in enumerate(prefix)]
     for segment, question in enumerate(questions, start=1):
-        words = tokenizer.convert_tokens_to_ids([*question.text.split(), "<assistant>"])
-        answer = tokenizer.convert_tokens_to_ids([*question.answer.split(), "</s>"])
+        words: list[int] = ids([*question.text.split(), "<assistant>"])
+        answer: list[int] = ids([*question.answer.split(), "</s>"])
         labels = [IGNORE] * (len(words) - 1 - early) + answer[:1] * early + answer
         for offset, (token, label) in enumerate(zip(words + answer[:-1], labels, strict=True)):
             row.append((token, len(prefix) + offset, segment, label))
@@ -99,7 +101,7 @@ def answer_logits(
 
 def patch_logits(model: LlavaForConditionalGeneration, features: ModelOutput) -> Tensor:
     """What each projected patch would say, read like a last hidden state: [B, image tokens, vocabulary]."""
-    return model.lm_head(model.model.language_model.norm(torch.stack(features.pooler_output)))
+    return model.lm_head(model.model.language_model.norm(torch.stack(features["pooler_output"])))
 
 
 def patch_words(scenes: Sequence[Scene], tokenizer: PreTrainedTokenizerFast) -> Tensor:

@@ -96,16 +96,17 @@ def render(rng: random.Random, scene: Scene, sprites: Sprites) -> Image.Image:
 def questions(rng: random.Random, scene: Scene) -> list[Question]:
     """One question of every task the scene allows, in the order of `TASKS`, about cells drawn by `rng`."""
     full = [cell for cell, word in enumerate(scene.objects) if word]
+    names = [word or "nothing" for word in scene.objects]
     at, kind, behind, where = (rng.choice(full) for _ in range(4))
     tile = rng.randrange(4)
     found = {
-        "at": (f"what is at the {POSITIONS[at]} ?", scene.objects[at]),
-        "kind": (f"what kind of thing is at the {POSITIONS[kind]} ?", KINDS[scene.objects[kind]]),
+        "at": (f"what is at the {POSITIONS[at]} ?", names[at]),
+        "kind": (f"what kind of thing is at the {POSITIONS[kind]} ?", KINDS[names[kind]]),
         "count": ("how many things are there ?", NUMBERS[len(full)]),
         "colour": (f"what colour is the {POSITIONS[tile]} ?", scene.colours[tile]),
-        "describe": ("describe the picture .", " ".join(word or "nothing" for word in scene.objects)),
-        "where": (f"where is the {scene.objects[where]} ?", POSITIONS[where]),
-        "behind": (f"what colour is behind the {scene.objects[behind]} ?", scene.colours[behind]),
+        "describe": ("describe the picture .", " ".join(names)),
+        "where": (f"where is the {names[where]} ?", POSITIONS[where]),
+        "behind": (f"what colour is behind the {names[behind]} ?", scene.colours[behind]),
     }
     neighbours = [
         (relation, a, b)
@@ -115,9 +116,9 @@ def questions(rng: random.Random, scene: Scene) -> list[Question]:
     ]
     if neighbours:
         relation, a, b = rng.choice(neighbours)
-        found["rel"] = (f"what is {relation} the {scene.objects[a]} ?", scene.objects[b])
+        found["rel"] = (f"what is {relation} the {names[a]} ?", names[b])
         relation, a, b = rng.choice(neighbours)
-        found["kindby"] = (f"what kind of thing is {relation} the {scene.objects[a]} ?", KINDS[scene.objects[b]])
+        found["kindby"] = (f"what kind of thing is {relation} the {names[a]} ?", KINDS[names[b]])
     return [Question(task, *found[task]) for task in TASKS if task in found]
 
 

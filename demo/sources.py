@@ -6,12 +6,12 @@ npm and Debian packages only; nothing is kept in the repository but the composed
 import json
 import subprocess
 import tarfile
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
 
-from slimvlm.demo.concepts import CONCEPTS, Concept
+from slimvlm.demo.concepts import CONCEPTS
 
 NPM = {
     "emojibase": ("emojibase-data@17.0.0", "package/en/data.json"),
@@ -45,10 +45,10 @@ def fetch(cache: Path) -> None:
     if not (cache / PHOTOS).is_dir():
         package, version = STAMPS
         subprocess.run(["apt-get", "download", f"{package}={version}"], cwd=cache, check=True, capture_output=True)
-        archive = next(cache.glob(f"{package}_*.deb"))
-        subprocess.run(["dpkg-deb", "-x", archive, cache / f"{PHOTOS}.part"], check=True)
+        debian = next(cache.glob(f"{package}_*.deb"))
+        subprocess.run(["dpkg-deb", "-x", debian, cache / f"{PHOTOS}.part"], check=True)
         (cache / f"{PHOTOS}.part").rename(cache / PHOTOS)
-        archive.unlink()
+        debian.unlink()
 
 
 def load_sprites(cache: Path) -> Sprites:
@@ -58,15 +58,14 @@ def load_sprites(cache: Path) -> Sprites:
     sprites: Sprites = {}
     for vendor in ("noto", "fluent", "twemoji"):
         folder = cache / vendor / NPM[vendor][1]
-        sprites[vendor] = _per_concept(lambda c, folder=folder: [_drawing(folder, codes[c.label])])
+        sprites[vendor] = _read({c.word: [_drawing(folder, codes[c.label])] for c in CONCEPTS})
     stamps = cache / PHOTOS / "usr/share/tuxpaint/stamps"
-    sprites[PHOTOS] = _per_concept(lambda c: [stamps / f"{stamp}.png" for stamp in c.stamps])
+    sprites[PHOTOS] = _read({c.word: [stamps / f"{stamp}.png" for stamp in c.stamps] for c in CONCEPTS})
     return sprites
 
 
-def _per_concept(paths: Callable[[Concept], list[Path]]) -> dict[str, list[Image.Image]]:
-    found = {concept.word: [_sprite(path) for path in paths(concept)] for concept in CONCEPTS}
-    return {word: images for word, images in found.items() if images}
+def _read(paths: Mapping[str, Sequence[Path]]) -> dict[str, list[Image.Image]]:
+    return {word: [_sprite(path) for path in found] for word, found in paths.items() if found}
 
 
 def _drawing(folder: Path, code: str) -> Path:

@@ -12,6 +12,7 @@ import random
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -109,9 +110,10 @@ def train(
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
         done = step + 1
-        if rank == 0 and (done % PROGRESS_EVERY == 0 or done in (50, recipe.steps)):
-            line = {"step": done, "seconds": round(time.monotonic() - start), "loss": round(loss.item(), 3)}
-            line |= {"aligned": round(aligned.item(), 3), "val": validate(model, held_out)}
+        if held_out and (done % PROGRESS_EVERY == 0 or done in (50, recipe.steps)):
+            line: dict[str, Any] = {"step": done, "seconds": round(time.monotonic() - start)}
+            line |= {"loss": round(loss.item(), 3), "aligned": round(aligned.item(), 3)}
+            line["val"] = validate(model, held_out)
             with (out / "progress.jsonl").open("a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")
             print(json.dumps(line), flush=True)

@@ -17,13 +17,8 @@ from torch import Tensor
 from slimvlm.compress.generation import Arrays
 
 
-class Backend(Protocol):
-    """A loaded model on a device. `place` comes first; `step` continues what `prefill` began."""
-
-    def place(self, arrays: Arrays) -> None:
-        """Take the inputs of a workload: `input_ids` [B, S], `attention_mask`, and what the processor made of images;
-        without images only the language model is run.
-        """
+class Generating(Protocol):
+    """A model that answers; `step` continues what `prefill` began."""
 
     def vision(self) -> Any:
         """Features of the images, as `prefill` takes them; None without images."""
@@ -33,6 +28,15 @@ class Backend(Protocol):
 
     def step(self, token: Tensor) -> Tensor:
         """Logits [B, V] after one more `token` [B, 1]."""
+
+
+class Backend(Generating, Protocol):
+    """A loaded model on a device; `place` comes first."""
+
+    def place(self, arrays: Arrays) -> None:
+        """Take the inputs of a workload: `input_ids` [B, S], `attention_mask`, and what the processor made of images;
+        without images only the language model is run.
+        """
 
     def text(self) -> Any:
         """Embedding of the text (dual encoders)."""
@@ -70,14 +74,20 @@ def clock_of(device: torch.device) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """Seconds per phase (see `profile.PHASES`), and the tokens [B, T] that were generated."""
+    """Seconds per phase (see `profile.PHASES`)."""
 
     seconds: Mapping[str, float]
-    tokens: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TimedGeneration(Timed):
+    """Also the tokens [B, T] that were generated."""
+
+    tokens: Tensor
 
 
 @torch.inference_mode()
-def time_generation(backend: Backend, clock: Any, new_tokens: int, images: bool = True) -> Timed:
+def time_generation(backend: Generating, clock: Any, new_tokens: int, images: bool = True) -> TimedGeneration:
     """One generation of `new_tokens`, and when it got where.
 
     Args:
@@ -99,7 +109,7 @@ def time_generation(backend: Backend, clock: Any, new_tokens: int, images: bool 
     seconds |= {"prefill": prefill - vision, "ttft": first, "end_to_end": last}
     if new_tokens > 1:
         seconds["tpot"] = (last - first) / (new_tokens - 1)
-    return Timed(seconds, torch.cat(tokens, dim=1))
+    return TimedGeneration(seconds, torch.cat(tokens, dim=1))
 
 
 @torch.inference_mode()

@@ -24,6 +24,10 @@ DUAL = ("vision_model", "text_model")
 class Graphs(Protocol):
     """Graphs that can be run by name on tensors."""
 
+    @property
+    def runner(self) -> SessionRunner | TorchRunner:
+        """The same graphs on arrays."""
+
     def inputs(self, graph: str) -> tuple[PortInfo, ...]:
         """What the graph takes."""
 
@@ -131,7 +135,7 @@ class GraphBackend:
         image = self._batch["input_ids"] == self.prompting.image_token
         self._image = image[..., None]
         self._batch["input_ids"] = self._batch["input_ids"].masked_fill(image, 0)  # may lie outside the vocabulary
-        cache = empty_cache(self.graphs, len(ids), {})
+        cache = empty_cache(self.graphs.runner, len(ids), {})
         self._empty = {name: torch.from_numpy(array).to(self.device) for name, array in cache.items()}
 
     def vision(self) -> Any:

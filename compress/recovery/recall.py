@@ -98,7 +98,7 @@ def attach(model: nn.Module, plan: Plan, slices: Slices | None, options: LowRank
         hold_slices(model.get_submodule(path), pieces)
     config = RecallConfig(
         r=options.rank,
-        lora_alpha=options.alpha,
+        lora_alpha=options.alpha,  # type: ignore[arg-type]  # peft multiplies by it, nothing asks for an int
         lora_dropout=options.dropout,
         target_modules=paths,
         recall_rank=options.recall_rank,
@@ -113,7 +113,7 @@ def attach(model: nn.Module, plan: Plan, slices: Slices | None, options: LowRank
     return adapted
 
 
-def merge(adapted: peft.PeftModel) -> nn.Module:
+def merge(adapted: peft.PeftModel) -> Any:
     """Folds the factors into the weights and removes every trace of the adapter.
 
     Each delta is formed in fp32, added and cast once to the dtype of its weight. Shapes, ties, classes, config and the
@@ -159,7 +159,7 @@ def _ends(path: str, ending: str) -> bool:
     return path == ending or path.endswith(f".{ending}")
 
 
-def _check_rank(path: str, linear: nn.Module, options: LowRank) -> None:
+def _check_rank(path: str, linear: Any, options: LowRank) -> None:
     side = min(linear.weight.shape)
     for what, rank in (("rank", options.rank), ("recall rank", options.recall_rank if options.recall else 1)):
         if rank > side:
@@ -174,7 +174,7 @@ def hold_slices(linear: nn.Module, recalled: Recalled) -> None:
     sharded with it, and peft, which saves what stands beside the base layer, leaves them out of adapter files."""
     for name, piece in zip(SLICES, (recalled.rows, recalled.columns), strict=True):
         if piece is not None:
-            setattr(linear, name, nn.Parameter(piece.to(linear.weight.device), requires_grad=False))
+            setattr(linear, name, nn.Parameter(piece.to(linear.get_parameter("weight").device), requires_grad=False))
 
 
 def _added(weight: Tensor, delta: Tensor) -> Tensor:
@@ -228,14 +228,19 @@ class RecallLinear(LoraLinear):
 
     def factors(self, adapter: str) -> tuple[list[Tensor], list[Tensor]]:
         """The branches as pairs of factors: inner [rank, C] and outer [R, rank]; the first pair is the plain one."""
-        inner, outer = [self.lora_A[adapter].weight], [self.lora_B[adapter].weight]
+
+        def weight(factor: nn.ModuleDict) -> nn.Parameter:
+            return factor[adapter].get_parameter("weight")
+
+        inner: list[Tensor] = [weight(self.lora_A)]
+        outer: list[Tensor] = [weight(self.lora_B)]
         rows, columns = self.slices()
-        if adapter in self.lora_rows_A:
-            inner.append(_Project.apply(self.lora_rows_A[adapter].weight, rows))
-            outer.append(self.lora_rows_B[adapter].weight)
-        if adapter in self.lora_columns_A:
-            inner.append(self.lora_columns_A[adapter].weight)
-            outer.append(_Project.apply(self.lora_columns_B[adapter].weight.T, columns.T).T)
+        if rows is not None and adapter in self.lora_rows_A:
+            inner.append(_Project.apply(weight(self.lora_rows_A), rows))
+            outer.append(weight(self.lora_rows_B))
+        if columns is not None and adapter in self.lora_columns_A:
+            inner.append(weight(self.lora_columns_A))
+            outer.append(_Project.apply(weight(self.lora_columns_B).T, columns.T).T)
         return inner, outer
 
     @torch.no_grad()

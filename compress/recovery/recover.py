@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from slimvlm.compress.checkpoint import Loaded, locate
 from slimvlm.compress.collate import Collator
@@ -172,7 +173,7 @@ def _cache(options: CompressOptions, data: Trained) -> TeacherCache | None:
     return TeacherCache(options.out / "teacher" / name, options.teacher_cache)
 
 
-def _train_options(options: CompressOptions, recipe: Recipe, model: nn.Module, count: int) -> TrainOptions:
+def _train_options(options: CompressOptions, recipe: Recipe, model: PreTrainedModel, count: int) -> TrainOptions:
     steps = options.steps or max(1, round(options.epochs * count / options.train_batch_size))
     width = model.config.get_text_config().hidden_size
     return TrainOptions(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -55,7 +56,7 @@ class Slices:
         self._shapes, self._cuts = {}, {}
         for group in matching_groups(dense, family, plan):
             for cut in find_cuts(group, torch.tensor(plan.keep[group.key], dtype=torch.int64)):
-                shape = tuple(dense.get_submodule(cut.path).weight.shape)
+                shape = tuple(dense.get_parameter(f"{cut.path}.weight").shape)
                 if len(shape) == 2:  # norms of the heads lose entries, which no low-rank branch recalls
                     self._check_cut(model, cut, shape)
                     self._shapes[cut.path], self._cuts[cut.path] = shape, cut
@@ -90,7 +91,7 @@ class Slices:
         kept = tuple(
             size if index is None else len(index) for index, size in zip((cut.rows, cut.columns), shape, strict=True)
         )
-        found = tuple(model.get_submodule(cut.path).weight.shape)
+        found = tuple(model.get_parameter(f"{cut.path}.weight").shape)
         if found != kept:
             raise CheckpointError(
                 f"{cut.path} is {found} in this model, the plan leaves {kept} of {self._folder}; "
@@ -98,7 +99,7 @@ class Slices:
             )
 
 
-def find_tensors(folder: Path, model: nn.Module) -> dict[str, tuple[Path, str]]:
+def find_tensors(folder: Path, model: PreTrainedModel) -> dict[str, tuple[Path, str]]:
     """Where the weights of `model` (the dense one; the meta device is enough) are: name -> (file, name in the file).
 
     Weights that transformers computes from several stored tensors are left out.

@@ -333,7 +333,7 @@ class _Signals:
 
 
 @contextmanager
-def _checkpointed_activations(distiller: nn.Module, options: TrainOptions) -> Iterator[None]:
+def _checkpointed_activations(distiller: Any, options: TrainOptions) -> Iterator[None]:
     student = distiller.student
     if not options.gradient_checkpointing:
         yield

@@ -46,7 +46,7 @@ class Workers:
         sharded: whether FSDP spreads the weights over the processes.
     """
 
-    def __init__(self, distiller: nn.Module, mixed_precision: str, decay: float) -> None:
+    def __init__(self, distiller: Any, mixed_precision: str, decay: float) -> None:
         self.distiller = distiller
         self.accelerator = _accelerator(distiller, mixed_precision)
         self.device = self.accelerator.device
@@ -190,7 +190,7 @@ def _accelerator(distiller: nn.Module, mixed_precision: str) -> Accelerator:
     return accelerator
 
 
-def _trained(distiller: nn.Module) -> dict[str, nn.Parameter]:
+def _trained(distiller: Any) -> dict[str, nn.Parameter]:
     return {name: value for name, value in distiller.student.named_parameters() if value.requires_grad}
 
 

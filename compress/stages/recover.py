@@ -89,7 +89,8 @@ def _save_recovered(options: CompressOptions, plan: Plan, loaded: Loaded, data: 
     """Write the checkpoint, check that it reloads to the same outputs, and put it in place."""
     model, folder = loaded.model, options.out / RECOVERED
     shutil.rmtree(folder, ignore_errors=True)
-    save_checkpoint(folder, cast(model, model.config.dtype), loaded.processor, plan, options.layout)
+    stored: Any = model.config.dtype  # a dtype once loaded
+    save_checkpoint(folder, cast(model, stored), loaded.processor, plan, options.layout)
     reloaded = load_to_compute(options, str(folder)).model
     model.set_attn_implementation(reloaded.config._attn_implementation)
     batch = Collator(loaded.processor, loaded.family, model.config).training(data.calibration[:CHECKED_SAMPLES])

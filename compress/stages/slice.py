@@ -33,7 +33,8 @@ def slice_stage(run: RunFolder, options: CompressOptions, plan: Plan, data: Meas
             shutil.rmtree(options.out / name, ignore_errors=True)
         loaded = load_to_compute(options, options.model)
         model = loaded.model
-        stored, computed = model.config.dtype, model.dtype
+        stored: Any = model.config.dtype  # a dtype once loaded
+        computed = model.dtype
         collator = Collator(loaded.processor, loaded.family, model.config)
         batch = collator.training(data.calibration[:CHECKED_SAMPLES])
         fitted = None

@@ -31,8 +31,8 @@ def parity_section(files: RunFiles) -> Section:
     if files.manifest is None:
         notes.append("The model was not exported: there is no export/manifest.json.")
         refused = files.stage("export").get("refused")
-        found = (Finding(shown(f"Not exported: {refused}"), "run.json: stages.export.refused", bad=True),)
-        return Section("parity", "Parity", tuple(notes), findings=found if refused else (), parts=tuple(tables))
+        told = (Finding(shown(f"Not exported: {refused}"), "run.json: stages.export.refused", bad=True),)
+        return Section("parity", "Parity", tuple(notes), findings=told if refused else (), parts=tuple(tables))
     manifest = files.manifest
     tables.append(_graph_table(manifest))
     if manifest.get("checks"):
