@@ -70,8 +70,10 @@ MAIN = ("none", "sft", "sft+kl", "sft+hidden", "lpd-no-recall", "lpd-no-stages",
 BATCH = 32
 RATIOS = (0.35, 0.5, 0.7)
 DATA = ("5%", "all", "fresh")
-CUTS = ("random", "magnitude", "taylor", "no-refit")
-REFITTED = ("random-refit", "magnitude-refit", "taylor-refit", "default")
+CUTS = {"random": "random", "magnitude": "magnitude", "taylor": "taylor", "no-refit": "default"}  # method -> column
+REFITTED = {
+    "random-refit": "random", "magnitude-refit": "magnitude", "taylor-refit": "taylor", "default": "default"
+}  # fmt: skip
 STUDIED_ON_FEW = ("sft", "sft+hidden", "lpd", "full")
 
 
@@ -92,7 +94,7 @@ class Cell:
 
 PARTS: dict[str, tuple[tuple[str, float, str, str], ...]] = {
     "main": tuple(("default", ratio, recipe, "all") for ratio in (0.7, 0.5, 0.35) for recipe in MAIN),
-    "cuts": tuple((cut, 0.5, recipe, "all") for cut in CUTS + REFITTED for recipe in ("none", "sft", "lpd")),
+    "cuts": tuple((cut, 0.5, recipe, "all") for cut in (*CUTS, *REFITTED) for recipe in ("none", "sft", "lpd")),
     "no-refit": tuple(("no-refit", 0.5, recipe, "all") for recipe in MAIN),
     "data": tuple(
         ("default", ratio, recipe, data)
@@ -280,12 +282,13 @@ def table(arguments: argparse.Namespace) -> None:
     few = [(ratio, data) for ratio in (0.5, 0.7) for data in ("5%", "all")]
     _markdown("recovery", [f"{100 * ratio:.0f} %, {data}" for ratio, data in few], list(STUDIED_ON_FEW),
               lambda recipe, index: cell("default", few[index][0], recipe, few[index][1]))  # fmt: skip
-    _markdown("50 % cut", list(CUTS), MAIN, lambda recipe, index: cell(CUTS[index], 0.5, recipe, "all"))
-    _markdown("50 % cut", list(REFITTED), ("none", "sft", "lpd"),
-              lambda recipe, index: cell(REFITTED[index], 0.5, recipe, "all"))  # fmt: skip
+    _markdown("50 % cut, not refitted", list(CUTS.values()), MAIN,
+              lambda recipe, index: cell(list(CUTS)[index], 0.5, recipe, "all"))  # fmt: skip
+    _markdown("50 % cut, refitted", list(REFITTED.values()), ("none", "sft", "lpd"),
+              lambda recipe, index: cell(list(REFITTED)[index], 0.5, recipe, "all"))  # fmt: skip
     longer = sorted({key[1:2] + key[3:] for key in found if key[3] == "fresh" or key[4] > arguments.steps})
     columns = [f"{100 * ratio:.0f} %, {data}, {steps} steps" for ratio, data, steps in longer]
-    _markdown("longer", columns, list(RECIPES),
+    _markdown("longer", columns, list(RECIPES)[1:],
               lambda recipe, index: cell("default", longer[index][0], recipe, *longer[index][1:]))  # fmt: skip
     print("| recovery | seconds | tokens/s | peak memory |\n|---|---|---|---|")
     for row in rows:
