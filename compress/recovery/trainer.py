@@ -36,6 +36,7 @@ from slimvlm.compress.recovery.workers import Workers, own_accelerate
 __all__ = ["History", "TrainOptions", "train"]
 
 MOST_SKIPPED = 10  # steps in a row whose loss is not finite
+TERMINATED = 128 + signal.SIGTERM  # exit code
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -119,8 +120,8 @@ class _Run:
         self.began = time.perf_counter() - self.facts.seconds
         try:
             self.workers.model.train()
-            if self.facts.step == 0 and self.facts.validated < 0:
-                self._validate()
+            self._validate_if_due()
+            if self.facts.step == 0:
                 self._checkpoint()
             stopped_early = self._steps(signals)
             if self.job.validate is None:
@@ -128,6 +129,8 @@ class _Run:
                 with self._together():
                     self.facts.best_file = self.files.save_best(self._weights(), self.facts.step)
             self._checkpoint()
+            if self.workers.sum(torch.tensor(float(signals.received), device=self.workers.device)) > 0:
+                raise SystemExit(TERMINATED)
             self._take_best()
         finally:
             self.journal.close()
@@ -141,13 +144,12 @@ class _Run:
         while facts.step < options.steps:
             if options.patience is not None and facts.stale >= options.patience:
                 return True
-            stop = self._step(signals.received)
-            if facts.step % options.validate_every == 0 or facts.step == options.steps:
-                self._validate()
-            if stop or facts.step % options.checkpoint_every == 0:
+            if self._step(signals.received):
+                self._checkpoint()  # at once: who terminates kills soon; the validation is made up for
+                raise SystemExit(TERMINATED)
+            self._validate_if_due()
+            if facts.step % options.checkpoint_every == 0:
                 self._checkpoint()
-            if stop:
-                raise SystemExit(128 + signal.SIGTERM)
             self._report((time.perf_counter() - began) / (facts.step - first))
         return False
 
@@ -157,6 +159,8 @@ class _Run:
         stage = self.schedule.stages[self.schedule.index(facts.step)]
         outcome = self.stepper(facts.step, told_to_stop)
         seconds = time.perf_counter() - began
+        if not (outcome.finite or outcome.overflowed):
+            self._checkpoint()  # the last good state: skipped steps change nothing
         facts.add_step(stage.name, outcome.loss if outcome.finite else None, outcome.tokens, seconds)
         line = {"step": facts.step, "stage": stage.name, "lr": outcome.rate}
         timing = {"tokens_per_second": round(outcome.tokens / seconds, 1), "seconds": round(seconds, 6)}
@@ -178,14 +182,19 @@ class _Run:
 
     # ---------------------------------------------------------------- validation and checkpoints
 
-    def _validate(self) -> None:
+    def _validate_if_due(self) -> None:
+        """Unless it was done before an interruption."""
+        step, every = self.facts.step, self.options.validate_every
+        due = step % every == 0 or step == self.options.steps
+        if due and self.facts.validated < step and self.job.validate is not None:
+            self._validate(self.job.validate)
+
+    def _validate(self, validate: Callable[[], Score]) -> None:
         """Score the student; keep its weights if it was never better."""
         facts = self.facts
-        if self.job.validate is None:
-            return
         began = time.perf_counter()
         with self.workers.usable_student():
-            told = self.workers.first_says(self.job.validate())
+            told = self.workers.first_says(validate())
         score: Score = WORST if any(math.isnan(value) for value in told) else (told[0], told[1])
         better = facts.best is None or score > facts.best
         facts.validated, facts.last = facts.step, score

@@ -171,14 +171,15 @@ def test_after_sigkill_a_training_reaches_the_same_weights(tmp_path) -> None:
     assert curves[0] == curves[1]
 
 
-def test_sigterm_saves_and_exits(tmp_path) -> None:
-    assert subprocess_killed(tmp_path, tmp_path / "stopped", 5, signal.SIGTERM) == 128 + signal.SIGTERM
+@pytest.mark.parametrize(("when", "saved_at"), [(5, 6), (7, 8), (11, 12), (12, 12)])  # 8, 12: due to validate
+def test_sigterm_saves_and_exits(tmp_path, when, saved_at) -> None:
+    assert subprocess_killed(tmp_path, tmp_path / "stopped", when, signal.SIGTERM) == 128 + signal.SIGTERM
     saved = StateFolder(tmp_path / "stopped", writer=False).load()
-    assert saved is not None and saved.facts["facts"]["step"] == 6  # the step under way was finished
+    assert saved is not None and saved.facts["facts"]["step"] == saved_at  # the step under way was finished
     whole, resumed = ToyDistiller(dropout=0.2), ToyDistiller(dropout=0.2)
-    run(whole, tmp_path / "whole")
-    run(resumed, tmp_path / "stopped")
+    history, again = run(whole, tmp_path / "whole"), run(resumed, tmp_path / "stopped")
     assert_same(weights(whole.student), weights(resumed.student))
+    assert (again.best, again.best_step, again.last) == (history.best, history.best_step, history.last)
 
 
 def test_a_finished_training_is_not_repeated(tmp_path) -> None:
@@ -220,7 +221,7 @@ def test_ten_in_a_row_stop_the_training_and_keep_the_last_good_state(tmp_path) -
     with pytest.raises(RecoveryError, match="10 steps in a row, up to step 16"):
         run(distiller, tmp_path, replace(OPTIONS, steps=30), stages=TASK)
     saved = StateFolder(tmp_path, writer=False).load()
-    assert saved is not None and saved.facts["facts"]["step"] == 4
+    assert saved is not None and saved.facts["facts"]["step"] == 6
     assert all(value.isfinite().all() for value in saved.tensors.values())
 
 
