@@ -33,7 +33,8 @@ def progress(quiet: bool) -> Iterator[Progress]:
 
 
 class _Lines:
-    """One line per finished stage, with the seconds since the one before, and now and then one of a long stage."""
+    """One line per finished stage, with the seconds since the one before, and now and then one of a long stage, with
+    those that are left."""
 
     def __init__(self) -> None:
         self.since = self.spoke = time.perf_counter()
@@ -41,7 +42,8 @@ class _Lines:
     def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
         now = time.perf_counter()
         if done >= total or now - self.spoke > QUIET_SECONDS:
-            click.echo(f"{stage:<24}{done:>8}/{total}  {now - self.since:8.1f} s  {note}".rstrip(), err=True)
+            left = f"about {(now - self.since) * (total - done) / done:.0f} s left  " if 0 < done < total else ""
+            click.echo(f"{stage:<24}{done:>8}/{total}  {now - self.since:8.1f} s  {left}{note}".rstrip(), err=True)
             self.spoke = now
         if done >= total:
             self.since = now

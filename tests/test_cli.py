@@ -244,6 +244,18 @@ def test_progress_is_one_line_per_stage_on_stderr(capsys: pytest.CaptureFixture[
     assert [line.split()[:2] for line in err.splitlines()] == [["calibrate", "2/2"], ["evaluate", "5/5"]]
 
 
+def test_without_a_terminal_a_long_stage_says_how_long_it_still_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("slimvlm.console.progress.QUIET_SECONDS", -1)
+    with progress(quiet=False) as report:
+        report("recover", 1, 4, "task: loss 2.5")
+        report("recover", 4, 4, "task: loss 1.5")
+    first, last = capsys.readouterr().err.splitlines()
+    assert re.search(r"1/4 .* s  about 0 s left  task: loss 2.5", first)
+    assert "left" not in last
+
+
 @pytest.mark.parametrize("quieten", [lambda patch: True, lambda patch: patch.setenv("RANK", "1")])
 def test_quiet_and_other_processes_print_nothing(
     quieten: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
