@@ -1,5 +1,6 @@
 """Killed with SIGKILL in any stage and resumed, the command ends with the same plan bytes and the same weights."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -44,10 +45,26 @@ def kill_when_it_says(out: Path, stage: str, times: int) -> None:
     assert process.returncode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize(("stage", "times"), [("calibrate", 1), ("calibrate", 3), ("recover", 1), ("evaluate", 1)])
+def kill_in_training(out: Path) -> None:
+    """Start the command and send SIGKILL after the fourth step of the recovery."""
+    journal = out / "recovery" / "recovery.jsonl"
+    with subprocess.Popen(command(out), env=ENVIRONMENT, stderr=subprocess.DEVNULL) as process:
+        while not (journal.exists() and journal.read_text().count('"loss"') >= 4):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.02)
+                pytest.fail("the command ended before it trained")
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert not (out / "recovery.jsonl").exists()  # the training was not over
+
+
+@pytest.mark.parametrize(("stage", "times"), [("calibrate", 1), ("calibrate", 3), ("training", 4), ("evaluate", 1)])
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, uninterrupted, stage, times):
     out = tmp_path / "out"
-    kill_when_it_says(out, stage, times)
+    if stage == "training":
+        kill_in_training(out)
+    else:
+        kill_when_it_says(out, stage, times)
     subprocess.run(command(out, "--resume"), check=True, env=ENVIRONMENT, capture_output=True, timeout=120)
     assert (out / "plan.json").read_bytes() == (uninterrupted / "plan.json").read_bytes()
     resumed, whole = (load_file(folder / "model" / "model.safetensors") for folder in (out, uninterrupted))
