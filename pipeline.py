@@ -15,7 +15,7 @@ from slimvlm.compress.errors import CheckFailedError, CheckpointError, SlimvlmEr
 from slimvlm.compress.evaluate import Comparison, Quality, compare
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
-from slimvlm.compress.recovery.recipe import parse_recipe
+from slimvlm.compress.recovery.checks import check_models, recipe_of
 from slimvlm.compress.runs import RunFolder, read_record
 from slimvlm.compress.slicing import apply_plan
 from slimvlm.compress.splits import read_evaluation, read_measured, read_trained
@@ -61,7 +61,7 @@ def compress(options: CompressOptions, progress: Progress | None = None) -> Resu
     options = options.resolved()
     # What would be refused in the end is refused before the minutes until then.
     if options.recover != "none":
-        parse_recipe(options.recover)
+        recipe_of(options)
     if options.export:
         require_packages(ExportOptions(formats=options.export).checked())
     processes.join()
@@ -130,6 +130,7 @@ def _compress(options: CompressOptions, progress: Progress) -> Result:
     training = cache(partial(read_trained, options, data))
     if options.recover != "none" and "recover" in options.stages and not run.finished("plan"):
         training()  # what is refused of it is refused before the minutes until it is needed
+        check_models(options)
     plan = plan_stage(run, options, data, progress)
     if options.stages == ("plan",):
         return Result(options.out, plan, None, {}, len(data.bad))

@@ -35,8 +35,9 @@ from slimvlm.compress.criteria import CRITERIA, score_groups
 from slimvlm.compress.families import find_family
 from slimvlm.compress.groups import find_groups
 from slimvlm.compress.plan import Plan
-from slimvlm.compress.recovery.recall import LowRank, attach, find_targets
+from slimvlm.compress.recovery.recall import attach
 from slimvlm.compress.recovery.slices import Slices
+from slimvlm.compress.recovery.targets import LowRank, find_targets
 from slimvlm.compress.runs import installed_versions
 from slimvlm.compress.slicing import apply_plan
 
@@ -106,7 +107,7 @@ def variants(ratio: float, hidden: int, layers: int, device: str) -> dict[str, n
         r=defaults.rank,
         lora_alpha=defaults.alpha,  # type: ignore[arg-type]  # peft multiplies by it, nothing asks for an int
         lora_dropout=defaults.dropout,
-        target_modules=find_targets(model, plan),
+        target_modules=find_targets(model, plan.attention_unit),
     )
     models[PLAIN] = peft.get_peft_model(model, config)
     return {name: models[name].train() for name in (RECALL, PLAIN, LITERAL)}

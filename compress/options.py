@@ -30,7 +30,7 @@ class RecoverOptions:
         rank, recall_rank, alpha, dropout, targets: of the low-rank layers; no targets: every linear that can be cut.
         recall: add the branch through the pruned weights ("weight recalling").
         staged: let the set of supervised blocks grow; False: all losses all the time.
-        feature_share: of the samples, for the stages in which it grows.
+        feature_share: of the samples, for the stages in which it grows; None: a fifth, or with `faithful` the paper's.
         temperature: of the kl and rkl losses.
         hidden_states: which states of the language model the hidden loss compares, -1 the last, 0 the embeddings.
         steps: optimiser steps; None: what `epochs` passes over the data are.
@@ -57,7 +57,7 @@ class RecoverOptions:
     targets: tuple[str, ...] = ()
     recall: bool = True
     staged: bool = True
-    feature_share: float = 0.2
+    feature_share: float | None = None
     temperature: float = 1.0
     hidden_states: tuple[int, ...] = (-1,)
     epochs: float = 1.0
@@ -140,11 +140,13 @@ class CompressOptions(RecoverOptions):
     stages: tuple[str, ...] = STAGES
 
     def resolved(self) -> CompressOptions:
-        """The same options with `faithful` spelled out."""
+        """The same options with `faithful` spelled out; what was asked of the training otherwise stays."""
         if not self.faithful:
             return self
         plan: dict[str, Any] = {"criterion": "ukmi", "allocator": "balanced", "rounds": 1, "attention_unit": "kv-group"}
-        return replace(self, **plan, round_channels=1, refit=False, **PAPER_RECOVERY)
+        default = {field.name: field.default for field in fields(RecoverOptions)}
+        training = {name: value for name, value in PAPER_RECOVERY.items() if getattr(self, name) == default[name]}
+        return replace(self, **plan, round_channels=1, refit=False, **training)
 
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same run; the recovery is apart, a finished run can be recovered again otherwise."""

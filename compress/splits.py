@@ -64,7 +64,7 @@ def read_trained(options: CompressOptions, measured: Measured) -> Trained:
     """Training and validation samples from --recover-data, else from --data; no image of the evaluation is among them.
 
     Raises:
-        SampleError: unreadable data, or less than one batch is left.
+        SampleError: unreadable data, only one image, or less than one batch is left.
     """
     limit = None
     if options.steps is not None and options.data_fraction == 1:  # more cannot be used
@@ -72,7 +72,12 @@ def read_trained(options: CompressOptions, measured: Measured) -> Trained:
     read = _load(options, options.recover_data or options.data, limit)
     asked = {image_key(sample) for sample in measured.evaluation} if measured.held_out else set()
     usable = [sample for sample in read.samples if image_key(sample) not in asked]
-    training, validation = hold_out(usable, min(options.validation_samples, len(usable) // 4))
+    training, validation = hold_out(usable, min(options.validation_samples, max(1, len(usable) // 4)))
+    if not validation:
+        raise SampleError(
+            f"the {len(usable)} samples to train on show fewer than two images, and one is held out to choose the best "
+            "state with; give more data, or leave the recovery out with --recover none"
+        )
     count = round(options.data_fraction * len(training))
     if count < options.train_batch_size:
         raise SampleError(
@@ -86,10 +91,11 @@ def read_trained(options: CompressOptions, measured: Measured) -> Trained:
 def hold_out(samples: Sequence[Sample], count: int) -> tuple[list[Sample], list[Sample]]:
     """(the rest, about `count` held out): whole images, spread evenly over the file, the order kept.
 
-    At least one image stays in the rest, so none is held out where all samples share one.
+    At least one image is held out unless `count` is 0, and one stays in the rest, so none is held out where all
+    samples share one.
     """
     images = list(dict.fromkeys(image_key(sample) for sample in samples))
-    number = min(round(count * len(images) / len(samples)), len(images) - 1) if samples else 0
+    number = min(max(1, round(count * len(images) / len(samples))), len(images) - 1) if samples and count else 0
     held = {images[int((index + 0.5) * len(images) / number)] for index in range(number)}
     rest = [sample for sample in samples if image_key(sample) not in held]
     return rest, [sample for sample in samples if image_key(sample) in held]

@@ -115,7 +115,7 @@ recover_options = together(
     option("--targets", multiple=True, metavar="NAME", help="Adapt linears of these names only; repeatable."),
     option("--recall/--no-recall", default=True, help="Recall the pruned weights."),
     option("--staged/--not-staged", default=True, help="lpd: supervise ever more blocks, or all of them at once."),
-    option("--feature-share", type=RATIO, help="lpd: part of the samples for the stages before the answers."),
+    option("--feature-share", type=RATIO, help="lpd: samples for the stages before the answers; else a fifth."),
     option("--temperature", type=POSITIVE, help="Of the losses kl and rkl."),
     option(
         "--hidden-states",

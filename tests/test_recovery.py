@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,10 +26,11 @@ from slimvlm.compress.records import Turn
 from slimvlm.compress.recovery.recover import recover
 from slimvlm.compress.samples import Sample
 from slimvlm.compress.slicing import apply_plan
-from slimvlm.compress.splits import Trained, hold_out
+from slimvlm.compress.splits import Trained, hold_out, read_measured, read_trained
 from slimvlm.demo import MODEL, SAMPLES
 from slimvlm.pipeline import compress, recover_run
 
+SMALL = ("--train-batch-size", 8, "--validation-samples", 24)
 SHORT = {"steps": 12, "train_batch_size": 8, "validation_samples": 24, "validate_every": 6, "warmup": 2}
 
 
@@ -90,7 +92,10 @@ def test_the_run_says_what_the_recovery_did(recovered) -> None:
 
 def test_another_recovery_starts_from_the_same_cut_and_replaces_the_model(run: Path) -> None:
     cut, model = ((run / name / "model.safetensors").read_bytes() for name in ("cut", "model"))
-    result = recover_run(run, {**SHORT, "recover": "sft", "recall": False, "learning_rate": 0.003})
+    told: list[str] = []
+    asked = {**SHORT, "recover": "sft", "recall": False, "learning_rate": 0.003}
+    result = recover_run(run, asked, lambda stage, done, total, note="": told.append(f"{stage} {done}/{total} {note}"))
+    assert re.fullmatch(r"recover 12/12 task: loss [\d.]+, \d+ tokens/s", told[11])
     assert (run / "cut" / "model.safetensors").read_bytes() == cut
     assert (run / "model" / "model.safetensors").read_bytes() != model
     assert result.recovery["options"]["recover"] == "sft"
@@ -100,7 +105,7 @@ def test_another_recovery_starts_from_the_same_cut_and_replaces_the_model(run: P
 def test_the_hidden_states_asked_for_are_the_ones_compared(run: Path) -> None:
     losses = []
     for states in ((), ("--hidden-states", 1), ("--hidden-states", 1, "--hidden-states", -1)):
-        words = ["recover", run, "--quiet", "--recover", "hidden", "--steps", 1, *states]
+        words = ["recover", run, "--quiet", "--recover", "hidden", "--steps", 1, *SMALL, *states]
         assert CliRunner().invoke(main, [str(word) for word in words]).exit_code == 0
         lines = map(json.loads, (run / "recovery.jsonl").read_text().splitlines())
         losses += [line["loss"] for line in lines if "loss" in line]
@@ -127,6 +132,51 @@ def test_a_recipe_that_is_none_is_refused_before_any_work(tmp_path: Path) -> Non
     assert result.exit_code == 3
     assert "hidden" in result.stderr
     assert not options.out.exists()
+
+
+def test_a_training_that_broke_off_in_a_recovered_run_is_continued(run: Path) -> None:
+    words = ("--recover", "sft", "--steps", 40, "--learning-rate", 1e30, "--warmup", 0, *SMALL)
+    for _ in range(2):
+        assert "not finite" in refused(run, *words).stderr
+        saved = {path.name: path.stat().st_ino for path in (run / "recovery").glob("best-*")}
+    assert "not finite" in refused(run, *words).stderr
+    assert saved == {path.name: path.stat().st_ino for path in (run / "recovery").glob("best-*")}
+    assert recover_run(run, SHORT).recovery["options"]["recover"] == "lpd"  # the finished one is still known as such
+
+
+@pytest.mark.parametrize(
+    ("train", "changed"), [("projector", (1, 0)), ("lora+projector", (1, 1)), ("full", (1, 1)), ("lora", (0, 1))]
+)
+def test_what_is_trained_is_what_was_asked(run: Path, train: str, changed: tuple[int, int]) -> None:
+    recover_run(run, {**SHORT, "recover": "sft", "train": train, "learning_rate": 0.002})
+    cut, weights = (load_file(run / name / "model.safetensors") for name in ("cut", "model"))
+    moved = {name for name in cut if not cut[name].equal(weights[name])}
+    projector = {name for name in moved if "projector" in name}
+    layers = {name for name in moved if ".layers." in name}
+    assert (bool(projector), bool(layers)) == changed
+    assert bool(moved - projector - layers) == (train == "full")  # norms, embeddings, head
+
+
+def test_a_data_fraction_is_a_subset_drawn_by_the_seed(tmp_path: Path) -> None:
+    def drawn(fraction: float, seed: int) -> list[Sample]:
+        options = options_in(tmp_path, data_fraction=fraction, seed=seed, steps=None)
+        return list(read_trained(options, measured).training)
+
+    measured = read_measured(options_in(tmp_path))
+    whole, some = drawn(1.0, 0), drawn(0.05, 0)
+    assert len(some) == round(0.05 * len(whole))
+    assert all(sample in whole for sample in some)
+    assert drawn(0.05, 0) == some != drawn(0.05, 1)
+
+
+def test_a_teacher_cache_changes_nothing_but_the_work(run: Path) -> None:
+    found = []
+    for cache in (None, 50_000_000):
+        recover_run(run, {**SHORT, "recover": "kl", "teacher_cache": cache, "learning_rate": 0.002})
+        found.append((run / "model" / "model.safetensors").read_bytes())
+        recover_run(run, {"recover": "none"})
+    assert found[0] == found[1]
+    assert list((run / "teacher").rglob("*.safetensors"))
 
 
 def test_no_recovery_brings_the_cut_model_back(run: Path) -> None:
@@ -171,6 +221,16 @@ def refused(run: Path, *more: object) -> Result:
     return result
 
 
+def replace_dense(run: Path, other: Path) -> None:
+    """The dense model of the run is now another one of its shape."""
+    shutil.copytree(MODEL, other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: value * 1.5 for name, value in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    record = json.loads((run / "run.json").read_text())
+    record["options"]["model"] = str(other)
+    (run / "run.json").write_text(json.dumps(record))
+
+
 def test_data_without_answers_is_refused(run: Path, tmp_path: Path) -> None:
     (tmp_path / "bare.jsonl").write_text('{"image": "a.png", "question": "what?"}\n')
     assert "answer" in refused(run, "--recover-data", tmp_path / "bare.jsonl").stderr
@@ -182,6 +242,55 @@ def test_a_fraction_that_leaves_no_batch_is_refused(run: Path) -> None:
 
 def test_a_rank_larger_than_a_matrix_is_refused(run: Path) -> None:
     assert "rank" in refused(run, "--rank", 5000).stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--hidden-states", 0, "--recover", "sft"), "--hidden-states is for the loss hidden"),
+        (("--temperature", 2, "--recover", "sft"), "--temperature is for the losses kl and rkl"),
+        (("--feature-share", 0.3, "--recover", "sft+kl"), "--feature-share is for the stages of lpd"),
+        (("--feature-share", 0.3, "--not-staged"), "--feature-share is for the stages of lpd"),
+        (("--teacher", MODEL, "--recover", "sft"), "--teacher is for recipes that learn from a teacher"),
+        (("--teacher-cache", "1MB", "--recover", "sft"), "--teacher-cache is for recipes that learn from a teacher"),
+        (("--rank", 4, "--train", "full"), "--rank is for low-rank layers"),
+        (("--recall-rank", 4, "--no-recall"), "--recall-rank is for weight recalling"),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused(run: Path, words: tuple, says: str) -> None:
+    assert says in refused(run, *words).stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--rank", 5000), "rank 5000 is larger than"),
+        (("--targets", "nowhere"), "matches no prunable linear"),
+        (("--hidden-states", 99), "hidden state 99 does not exist"),
+        (("--teacher", "qwen2_vl"), "the teacher is a qwen2_vl model"),
+        (("--validation-samples", 4, "--steps", 1, "--recover-data", "one.jsonl"), "fewer than two images"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused_before_the_plan(tmp_path: Path, words: tuple, says: str) -> None:
+    if "qwen2_vl" in words:
+        save_checkpoint(tmp_path / "qwen2_vl", tiny_model("qwen2_vl").model, None, None)
+    tiny_image().save(tmp_path / "one.png")
+    (tmp_path / "one.jsonl").write_text('{"image": "one.png", "question": "what ?", "answer": "a cat"}\n' * 40)
+    files = {"qwen2_vl": tmp_path / "qwen2_vl", "one.jsonl": tmp_path / "one.jsonl"}
+    command = [*words_of(options_in(tmp_path)), *(str(files.get(word, word)) for word in words)]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 3, result.output
+    assert says in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out" / "plan.json").exists()
+
+
+def test_a_teacher_put_in_the_place_of_the_dense_model_is_refused_by_every_recipe_that_asks_it(
+    run: Path, tmp_path: Path
+) -> None:
+    replace_dense(run, tmp_path / "other")
+    for more in (("--no-recall",), ("--train", "projector", "--recover", "hidden"), ("--train", "full")):
+        assert "not the model that was cut" in refused(run, *more).stderr
 
 
 def test_a_hidden_state_that_does_not_exist_is_refused_with_those_that_do(run: Path) -> None:
@@ -199,13 +308,7 @@ def test_a_teacher_of_another_shape_or_family_is_refused(run: Path, tmp_path: Pa
 
 
 def test_pruned_weights_of_another_checkpoint_are_not_recalled(run: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(MODEL, other)
-    weights = load_file(other / "model.safetensors")
-    save_file({name: value * 1.5 for name, value in weights.items()}, other / "model.safetensors", {"format": "pt"})
-    record = json.loads((run / "run.json").read_text())
-    record["options"]["model"] = str(other)
-    (run / "run.json").write_text(json.dumps(record))
+    replace_dense(run, tmp_path / "other")
     assert "not the model that was cut" in refused(run).stderr
 
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from slimvlm.compress.errors import UnsuitableOptionError
-from slimvlm.compress.families import Attention, Family, Tower, find_family
-from slimvlm.compress.groups import resolve
+from slimvlm.compress.families import Family, Tower
 from slimvlm.compress.recovery import losses
+from slimvlm.compress.recovery.fit import check_states, check_teacher, depths_of
 from slimvlm.compress.recovery.losses import IGNORED
 from slimvlm.compress.recovery.recipe import TAUGHT, Recipe, Stage
 
@@ -82,7 +82,8 @@ class Distiller(nn.Module):
         if recipe.needs_teacher and teacher is None:
             raise UnsuitableOptionError("this recipe learns from the dense model; name it as the teacher, or use sft")
         if teacher is not None:
-            self._check(student, teacher)
+            check_teacher(student, teacher, family, self.block_map)
+            check_states(recipe, teacher, family)
             teacher.requires_grad_(False)
         for module in student.modules():  # a block's own dropout (OPT's) follows the flag that checkpointing needs
             if isinstance(module, GradientCheckpointingLayer) and isinstance(getattr(module, "dropout", None), float):
@@ -227,42 +228,6 @@ class Distiller(nn.Module):
         rows = counted.flatten().nonzero().flatten()
         return _Question(inputs, rows, labels.flatten()[rows], masks)
 
-    # ---------------------------------------------------------------- checks
-
-    def _check(self, student: nn.Module, teacher: nn.Module) -> None:
-        """The teacher is the student before the cut, or a model of the same family, widths, depths and vocabulary."""
-        other = find_family(teacher.config)
-        if other.name != self.family.name:
-            raise UnsuitableOptionError(
-                f"the teacher is a {other.name} model and the student a {self.family.name} model; "
-                "use the dense model the student was cut from"
-            )
-        depths = depths_of(teacher, self.family)
-        facts = {
-            "vocabulary": (_vocabulary(student), _vocabulary(teacher)),
-            "residual widths": (_widths(student, self.family), _widths(teacher, self.family)),
-        }
-        if any(self.depths[name] != depth and not self._mapped(name, depth) for name, depth in depths.items()):
-            facts["depths"] = (self.depths, depths)
-        for what, (own, given) in facts.items():
-            if own != given:
-                raise UnsuitableOptionError(
-                    f"the teacher has {what} {given}, the student {own}; use the dense model the student was cut from"
-                )
-        if "hidden" in self.recipe.losses and self.family.kind != "dual-encoder":
-            last = self.family.towers[-1].name
-            states = min(self.depths[last], depths[last]) + 1
-            for index in self.recipe.hidden_states:
-                if not -states <= index < states:
-                    raise UnsuitableOptionError(
-                        f"hidden state {index} does not exist; choose from {-states} to {states - 1} (-1 is the last)"
-                    )
-
-    def _mapped(self, tower: str, depth: int) -> bool:
-        """Whether every layer of the student's tower is given one of the teacher's `depth`."""
-        layers = self.block_map.get(tower, ())
-        return len(layers) == self.depths[tower] and all(0 <= layer < depth for layer in layers)
-
 
 class _Watch:
     """Forward hooks that keep what modules put out, and end the forward when the last of them has been seen."""
@@ -312,26 +277,6 @@ class _Watch:
         self.seen[name] = value
         if not self.to_the_end and len(self.seen) == len(self.wanted):
             raise _SeenAllError
-
-
-def depths_of(model: nn.Module, family: Family) -> dict[str, int]:
-    """Tower name -> number of blocks."""
-    return {tower.name: len(cast(nn.ModuleList, resolve(model, tower.blocks, family))) for tower in family.towers}
-
-
-def _vocabulary(model: nn.Module) -> int:
-    config: Any = model.config
-    return config.text_config.vocab_size
-
-
-def _widths(model: nn.Module, family: Family) -> dict[str, int]:
-    """Tower name -> residual width C, which no cut changes."""
-    widths = {}
-    for tower in family.towers:
-        part = next(part for part in tower.parts if isinstance(part, Attention))
-        output: Any = resolve(model, f"{tower.blocks}.0.{part.module}.{part.output}", family)
-        widths[tower.name] = output.weight.shape[0]
-    return widths
 
 
 def _state(tower: Tower, depth: int, index: int) -> str:

@@ -4,34 +4,35 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 
 from slimvlm.compress.checkpoint import Loaded, locate
 from slimvlm.compress.collate import Collator
 from slimvlm.compress.computing import CHECKED_SAMPLES, TOLERANCE, cast, load_to_compute, outputs, relative_difference
-from slimvlm.compress.errors import CheckFailedError, CheckpointError, UnsuitableOptionError
+from slimvlm.compress.errors import CheckFailedError, CheckpointError
 from slimvlm.compress.evaluate import evaluate
 from slimvlm.compress.groups import resolve
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
+from slimvlm.compress.recovery.checks import low_rank, recipe_of, require_projector
 from slimvlm.compress.recovery.distill import Distiller
-from slimvlm.compress.recovery.recall import LowRank, attach, merge
-from slimvlm.compress.recovery.recipe import Recipe, make_stages, parse_recipe
+from slimvlm.compress.recovery.fit import depths_of
+from slimvlm.compress.recovery.recall import attach, merge
+from slimvlm.compress.recovery.recipe import Recipe, make_stages
 from slimvlm.compress.recovery.slices import Slices
 from slimvlm.compress.recovery.state import load_best
 from slimvlm.compress.recovery.teacher import TeacherCache
 from slimvlm.compress.recovery.trainer import History, TrainOptions, train
+from slimvlm.compress.recovery.workers import sharded
 from slimvlm.compress.samples import Sample
 from slimvlm.compress.splits import Trained
 
-TRAINED = ("lora", "projector", "lora+projector", "full")
 # Adam's best rate falls with the width: the rate is this over the hidden size of the language model. Tuned on the
 # validation split of the demo set; at a hidden size of 4096 it gives the 1e-4 (LoRA) and 2e-5 (all) of common practice.
 RATE_TIMES_WIDTH = {"lora": 0.5, "projector": 0.5, "lora+projector": 0.5, "full": 0.1}
@@ -65,29 +66,24 @@ def recover(
         RecoveryError: the loss was not finite ten times in a row.
         CheckFailedError: merging changed the outputs.
     """
-    recipe = parse_recipe(
-        options.recover,
-        stages=options.staged,
-        feature_share=options.feature_share,
-        faithful=options.faithful,
-        temperature=options.temperature,
-        hidden_states=options.hidden_states,
-    )
+    recipe = recipe_of(options)
+    if sharded():  # no device holds the whole models
+        options = replace(options, device="cpu")
     loaded = _load_student(options, student, data)
     collator = Collator(loaded.processor, loaded.family, loaded.model.config)
     adapted = _prepare(options, plan, loaded)
-    distiller = _distiller(options, loaded, recipe)
-    depths = {tower.name: len(resolve(loaded.model, tower.blocks, loaded.family)) for tower in loaded.family.towers}
+    distiller = _distiller(options, plan, loaded, recipe)
+    depths = depths_of(loaded.model, loaded.family)
     history = train(
         distiller,
         make_stages(loaded.family, depths, recipe),
         lambda indices: collator.training([data.training[index] for index in indices]),
         len(data.training),
-        _train_options(options, recipe, loaded.model, len(data.training)),
+        _train_options(options, recipe, loaded, len(data.training)),
         folder,
         validate=lambda: _score(options, distiller.student, collator, data.validation),
         progress=report,
-        cache=_cache(options, data),
+        cache=_cache(options, data, loaded),
     )
     if any(isinstance(parameter, DTensor) for parameter in loaded.model.parameters()):  # FSDP leaves it in pieces
         loaded = _load_student(options, student, data)
@@ -108,9 +104,7 @@ def recover(
 
 def _load_student(options: CompressOptions, folder: Path, data: Trained) -> Loaded:
     loaded = load_to_compute(options, str(folder))
-    if options.train not in TRAINED:
-        raise UnsuitableOptionError(f"--train {options.train} is unknown; choose one of {', '.join(TRAINED)}")
-    if "lora" not in options.train:  # weights that take small steps must be able to hold them
+    if options.train != "lora":  # weights that take small steps must be able to hold them
         cast(loaded.model, torch.float32)
     loaded.model.set_attn_implementation(_attention(loaded, data.training[0]))
     return loaded
@@ -120,7 +114,12 @@ def _attention(loaded: Loaded, sample: Sample) -> str:
     """On a CPU the backward of fused attention takes most of a step of a small model."""
     batch = Collator(loaded.processor, loaded.family, loaded.model.config).training([sample])
     small = batch["input_ids"].shape[1] <= EAGER_TOKENS
-    return "eager" if loaded.model.device.type == "cpu" and small else loaded.model.config._attn_implementation
+    return "eager" if _device(loaded).type == "cpu" and small else loaded.model.config._attn_implementation
+
+
+def _device(loaded: Loaded) -> torch.device:
+    """What is trained on; sharded models go there in pieces."""
+    return torch.device("cuda") if sharded() and torch.cuda.is_available() else loaded.model.device
 
 
 def _prepare(options: CompressOptions, plan: Plan, loaded: Loaded) -> Any | None:
@@ -129,16 +128,12 @@ def _prepare(options: CompressOptions, plan: Plan, loaded: Loaded) -> Any | None
     model.requires_grad_(options.train == "full")
     adapted = None
     if "lora" in options.train:
-        settings = LowRank(
-            options.rank, options.recall_rank, options.alpha, options.dropout, options.recall, options.targets
-        )
         slices = Slices(_dense_folder(options.model, plan), model, plan) if options.recall else None
         with torch.random.fork_rng():
             torch.manual_seed(options.seed)  # the new factors start at random
-            adapted = attach(model, plan, slices, settings)
+            adapted = attach(model, plan, slices, low_rank(options))
     if "projector" in options.train:
-        if not family.projector:
-            raise UnsuitableOptionError(f"family {family.name} has no projector to train; use --train lora or full")
+        require_projector(options, family)
         for path in family.projector:
             resolve(model, path, family).requires_grad_(True)
     return adapted
@@ -150,32 +145,34 @@ def _dense_folder(name: str, plan: Plan) -> Path:
     if digest != plan.model_digest:
         raise CheckpointError(
             f"{name} is not the model that was cut ({digest[:12]}, the plan says {plan.model_digest[:12]}), so "
-            "its pruned weights cannot be recalled; put the original back, or train with --no-recall"
+            "its weights can be neither recalled nor learnt from; put the original back"
         )
     return folder
 
 
-def _distiller(options: CompressOptions, loaded: Loaded, recipe: Recipe) -> Distiller:
+def _distiller(options: CompressOptions, plan: Plan, loaded: Loaded, recipe: Recipe) -> Distiller:
     teacher = None
     if recipe.needs_teacher:
-        teacher = load_to_compute(options, options.teacher or options.model).model
+        folder = options.teacher or str(_dense_folder(options.model, plan))
+        teacher = load_to_compute(options, folder).model
         teacher.set_attn_implementation(loaded.model.config._attn_implementation)
     return Distiller(loaded.model, teacher, loaded.family, recipe)
 
 
-def _cache(options: CompressOptions, data: Trained) -> TeacherCache | None:
+def _cache(options: CompressOptions, data: Trained, loaded: Loaded) -> TeacherCache | None:
     """On disk, for this teacher and these samples; what an earlier recovery of the run kept is used again."""
     if options.teacher_cache is None:
         return None
     _, digest = locate(options.teacher or options.model)
-    collation = f"{digest} {data.digest} {options.seed} {options.data_fraction} {options.validation_samples}"
+    drawn = f"{options.seed} {options.data_fraction} {options.validation_samples}"
+    collation = f"{digest} {data.digest} {drawn} {options.dtype} {_precision(options.precision, _device(loaded))}"
     name = hashlib.sha256(collation.encode()).hexdigest()[:16]
     return TeacherCache(options.out / "teacher" / name, options.teacher_cache)
 
 
-def _train_options(options: CompressOptions, recipe: Recipe, model: PreTrainedModel, count: int) -> TrainOptions:
+def _train_options(options: CompressOptions, recipe: Recipe, loaded: Loaded, count: int) -> TrainOptions:
     steps = options.steps or max(1, round(options.epochs * count / options.train_batch_size))
-    width = model.config.get_text_config().hidden_size
+    width = loaded.model.config.get_text_config().hidden_size
     return TrainOptions(
         steps=steps,
         batch_size=options.train_batch_size,
@@ -185,7 +182,7 @@ def _train_options(options: CompressOptions, recipe: Recipe, model: PreTrainedMo
         warmup=min(options.warmup, steps // 4),
         weight_decay=options.weight_decay,
         clip=options.clip,
-        mixed_precision=_precision(options.precision, model.device),
+        mixed_precision=_precision(options.precision, _device(loaded)),
         checkpoint_every=options.checkpoint_every,
         validate_every=options.validate_every or max(1, -(-steps // VALIDATIONS)),
         patience=options.patience,

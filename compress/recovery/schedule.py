@@ -22,7 +22,8 @@ class TrainOptions:
     Attributes:
         steps: optimiser steps, over all stages.
         batch_size: samples of one optimiser step, over all processes and accumulated parts.
-        accumulate: parts a process makes of its share, one forward and backward each: less memory, same result.
+        accumulate: parts a process makes of its share, one forward and backward each: less memory, same result but for
+            feature losses, which are one cosine per part.
         lr: learning rate after the warm-up.
         schedule: `constant`, or `cosine` down to 0.
         warmup: steps of linear growth of the learning rate.

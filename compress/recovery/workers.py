@@ -159,8 +159,13 @@ def own_accelerate() -> Iterator[None]:
             GradientState._reset_state()
 
 
+def sharded() -> bool:
+    """Whether accelerate's configuration asks for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
 def _accelerator(distiller: nn.Module, mixed_precision: str) -> Accelerator:
-    shards = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    shards = sharded()
     on_cpu = next(distiller.parameters()).device.type == "cpu" and not (shards and torch.cuda.is_available())
     if mixed_precision == "fp16" and on_cpu:
         raise DeviceError("mixed precision fp16 needs a GPU; use bf16 or no on a CPU")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def recover_stage(
     asked, earlier, folder = options.recovery_identity(), run.facts("recover"), options.out / "recovery"
     if run.finished("recover") and earlier["options"] == asked:
         return earlier
-    if run.writer and earlier.get("options", asked) != asked:
+    if run.writer and earlier.get("interrupted", earlier.get("options", asked)) != asked:
         shutil.rmtree(folder, ignore_errors=True)  # an interrupted training with other options
     processes.wait_for_all()
     if options.recover == "none":
@@ -52,7 +53,7 @@ def recover_stage(
 
     trained = training()
     start = options.out / (CUT if (options.out / CUT).is_dir() else "model")
-    with _kept_if_refused(run, earlier), run.stage("recover", options=asked) as facts:
+    with _kept_if_refused(run, earlier, asked), run.stage("recover", options=asked) as facts:
         recovered = recover(options, plan, start, trained, folder, lambda fact: _tell(progress, fact))
         facts.update(recovered.history.to_dict(), merged_difference=recovered.merged_difference)
         facts.update(samples=len(trained.training), data_digest=trained.digest)
@@ -66,13 +67,14 @@ def recover_stage(
 
 
 @contextmanager
-def _kept_if_refused(run: RunFolder, earlier: dict[str, Any]) -> Iterator[None]:
-    """A recovery that is refused leaves the model of an earlier one in place, and the record that says so."""
+def _kept_if_refused(run: RunFolder, earlier: dict[str, Any], asked: dict[str, Any]) -> Iterator[None]:
+    """A recovery that is refused or broken off leaves the model of an earlier one in place, the record that says so,
+    and whose training `recovery/` holds."""
     try:
         yield
     except SlimvlmError:
         if earlier.get("status") == "finished":
-            run.record["stages"]["recover"] = earlier
+            run.record["stages"]["recover"] = {**earlier, "interrupted": asked}
             run.save()
         raise
 
@@ -91,7 +93,7 @@ def _save_recovered(options: CompressOptions, plan: Plan, loaded: Loaded, data: 
     shutil.rmtree(folder, ignore_errors=True)
     stored: Any = model.config.dtype  # a dtype once loaded
     save_checkpoint(folder, cast(model, stored), loaded.processor, plan, options.layout)
-    reloaded = load_to_compute(options, str(folder)).model
+    reloaded = load_to_compute(replace(options, device=str(model.device)), str(folder)).model
     model.set_attn_implementation(reloaded.config._attn_implementation)
     batch = Collator(loaded.processor, loaded.family, model.config).training(data.calibration[:CHECKED_SAMPLES])
     difference = relative_difference(outputs(cast(model, reloaded.dtype), batch), outputs(reloaded, batch))

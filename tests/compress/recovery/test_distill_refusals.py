@@ -18,8 +18,9 @@ def student() -> nn.Module:
     return tiny_model("llava").model
 
 
-def another_llava(**text: int) -> nn.Module:
+def another_llava(image_size: int | None = None, **text: int) -> nn.Module:
     config = tiny_model("llava").model.config
+    config.vision_config.image_size = image_size or config.vision_config.image_size
     for key, value in text.items():
         setattr(config.text_config, key, value)
     return transformers.LlavaForConditionalGeneration(config)
@@ -36,6 +37,7 @@ def distiller_of(student: nn.Module, teacher: nn.Module | None, recipe: str, **o
         (lambda: another_llava(vocab_size=100), "the teacher has vocabulary 100, the student 96"),
         (lambda: another_llava(hidden_size=48), "the teacher has residual widths .*'language': 48"),
         (lambda: another_llava(num_hidden_layers=3), "the teacher has depths .*'language': 3"),
+        (lambda: another_llava(image_size=32), "the teacher has images .*'image_size': 32"),
         (lambda: None, "learns from the dense model; name it as the teacher, or use sft"),
     ],
 )

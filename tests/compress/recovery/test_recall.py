@@ -38,7 +38,7 @@ def test_attaching_changes_no_output_and_trains_factors_only(tmp_path, name):
     assert adapted.get_base_model() is case.model
     assert torch.equal(case.outputs(adapted), before)
     layers = recall_layers(case.model)
-    assert set(layers) == set(find_targets(case.model, case.plan))
+    assert set(layers) == set(find_targets(case.model, case.plan.attention_unit))
     factors = {f"base_model.model.{path}.{n}" for path, one in layers.items() for n, _ in one.named_parameters()}
     assert set(trainable(adapted)) == {name for name in factors if "lora_" in name}
     for path, one in layers.items():
@@ -290,7 +290,7 @@ def test_plain_low_rank_equals_the_layer_of_peft(tmp_path):
     case = make_case(tmp_path)
     stock = copy.deepcopy(case.model)
     ours = attach(case.model, case.plan, None, replace(SMALL, recall=False))
-    config = peft.LoraConfig(r=2, lora_alpha=16, target_modules=find_targets(stock, case.plan))
+    config = peft.LoraConfig(r=2, lora_alpha=16, target_modules=find_targets(stock, case.plan.attention_unit))
     theirs = peft.get_peft_model(stock, config)
     for adapted in (ours, theirs):
         randomise(adapted)

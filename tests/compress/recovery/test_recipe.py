@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -30,6 +31,7 @@ T5, T5_SHALLOW = list(range(1, 24, 2)), list(range(1, 12, 2))
 families = st.sampled_from(FAMILIES)
 flags = {"stages": st.booleans(), "faithful": st.booleans()}
 recipes = st.builds(parse_recipe, st.just("lpd"), **flags)
+PAPERS_SHARES = replace(parse_recipe("lpd"), feature_share=None)
 
 
 def layers(stage: Stage, tower: str) -> list[int]:
@@ -63,13 +65,13 @@ def test_the_stages_of_blip2_flan_t5_xl_are_those_of_the_paper():
 
 
 def test_the_paper_s_run_of_595_thousand_samples_changes_stage_where_the_paper_does():
-    stages = make_stages(ROWS["blip2_t5"], FLAN_T5_XL, parse_recipe("lpd", feature_share=None))
+    stages = make_stages(ROWS["blip2_t5"], FLAN_T5_XL, PAPERS_SHARES)
     assert stage_bounds(stages, 29_750) == (1000, 2000, 6000, 8000, 12_000, 16_000, 29_750)  # batches of 20
 
 
 def test_a_decoder_only_model_has_the_decoder_s_samples_and_a_dual_encoder_the_encoder_s():
     for name, shares in (("llava", [20, 20, 80, 80, 275]), ("clip", [20, 20, 80, 40, 275])):
-        stages = make_stages(ROWS[name], {"vision": 24, "language": 32}, parse_recipe("lpd", feature_share=None))
+        stages = make_stages(ROWS[name], {"vision": 24, "language": 32}, PAPERS_SHARES)
         assert [stage.share for stage in stages] == [share / sum(shares) for share in shares]
         assert layers(stages[-2], "language") == list(range(1, 32, 2))
 
@@ -78,10 +80,16 @@ def test_a_decoder_only_model_has_the_decoder_s_samples_and_a_dual_encoder_the_e
 def test_the_feature_stages_get_the_asked_share_in_the_paper_s_proportions(data, family, share):
     depth = data.draw(depths(family))
     *asked, task = make_stages(family, depth, parse_recipe("lpd", feature_share=share))
-    *paper, _ = make_stages(family, depth, parse_recipe("lpd", feature_share=None))
+    *paper, _ = make_stages(family, depth, PAPERS_SHARES)
     assert 1 - task.share == pytest.approx(share)
     ratios = [one.share / other.share for one, other in zip(asked, paper, strict=True)]
     assert ratios == pytest.approx([ratios[0]] * len(ratios))
+
+
+def test_the_share_is_a_fifth_unless_asked_or_faithful():
+    assert parse_recipe("lpd").feature_share == 0.2
+    assert parse_recipe("lpd", faithful=True).feature_share is None
+    assert parse_recipe("lpd", faithful=True, feature_share=0.3).feature_share == 0.3
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.5, math.nan])

@@ -1,0 +1,91 @@
+"""What of a recovery is refused before any work: options that contradict each other, or do not fit the models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+
+from slimvlm.compress.checkpoint import build_meta
+from slimvlm.compress.errors import UnsuitableOptionError
+from slimvlm.compress.families import Family
+from slimvlm.compress.options import CompressOptions, RecoverOptions
+from slimvlm.compress.recovery.fit import check_states, check_teacher
+from slimvlm.compress.recovery.recipe import Recipe, parse_recipe
+from slimvlm.compress.recovery.targets import LowRank, check_rank, find_targets
+
+TRAINED = ("lora", "projector", "lora+projector", "full")
+DEFAULTS = {field.name: field.default for field in fields(RecoverOptions)}
+
+
+def recipe_of(options: CompressOptions) -> Recipe:
+    """What the student learns from.
+
+    Raises:
+        UnsuitableOptionError: a recipe that is none, or an option that would change nothing.
+    """
+    recipe = parse_recipe(
+        options.recover,
+        stages=options.staged,
+        feature_share=options.feature_share,
+        faithful=options.faithful,
+        temperature=options.temperature,
+        hidden_states=options.hidden_states,
+    )
+    if options.train not in TRAINED:
+        raise UnsuitableOptionError(f"--train {options.train} is unknown; choose one of {', '.join(TRAINED)}")
+    for name, purpose in _idle(options, recipe):
+        if getattr(options, name) != DEFAULTS[name]:
+            raise UnsuitableOptionError(
+                f"--{name.replace('_', '-')} is for {purpose}, which this recovery goes without; leave it out"
+            )
+    return recipe
+
+
+def low_rank(options: CompressOptions) -> LowRank:
+    """The low-rank layers that the options ask for."""
+    return LowRank(options.rank, options.recall_rank, options.alpha, options.dropout, options.recall, options.targets)
+
+
+def require_projector(options: CompressOptions, family: Family) -> None:
+    """Refuse to train a projector that is not there.
+
+    Raises:
+        UnsuitableOptionError: the family has none.
+    """
+    if "projector" in options.train and not family.projector:
+        raise UnsuitableOptionError(f"family {family.name} has no projector to train; use --train lora or full")
+
+
+def check_models(options: CompressOptions) -> None:
+    """The recovery fits the dense model and its teacher, as far as their configurations tell.
+
+    Raises:
+        UnsuitableOptionError: it does not.
+        CheckpointError, UnsupportedModelError: the model or the teacher cannot be read.
+    """
+    recipe = recipe_of(options)
+    model, family = build_meta(options.model, options.trust_remote_code)
+    require_projector(options, family)
+    if "lora" in options.train:
+        layers = low_rank(options)
+        for path in find_targets(model, options.attention_unit, layers.targets):
+            check_rank(path, model.get_submodule(path), layers)
+    if recipe.needs_teacher and options.teacher is not None:
+        check_teacher(model, build_meta(options.teacher, options.trust_remote_code)[0], family, {})
+    check_states(recipe, model, family)
+
+
+def _idle(options: CompressOptions, recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """(option, what it is for) that change nothing in this recovery."""
+    adapts = "lora" in options.train
+    purposes = {
+        "the losses kl and rkl": (("temperature",), {"kl", "rkl"} & set(recipe.losses)),
+        "the loss hidden": (("hidden_states",), "hidden" in recipe.losses),
+        "the stages of lpd": (("feature_share",), recipe.staged),
+        "recipes that learn from a teacher": (("teacher", "teacher_cache"), recipe.needs_teacher),
+        "low-rank layers": (("rank", "alpha", "dropout", "targets"), adapts),
+        "weight recalling": (("recall_rank",), adapts and options.recall),
+    }
+    for purpose, (names, used) in purposes.items():
+        if not used:
+            yield from ((name, purpose) for name in names)
