@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig
 
 from slimvlm.compress.collate import IGNORED, Batch, Collator
@@ -141,8 +142,10 @@ def _inference(model: torch.nn.Module) -> Any:
     """Inference mode, evaluation behaviour; the model's own mode comes back."""
     training = model.training
     model.eval()
+    # FSDP keeps the buffers it gathers weights in for the next training step, which cannot use inference tensors.
+    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
     try:
-        with torch.inference_mode():
+        with torch.no_grad() if sharded else torch.inference_mode():
             yield
     finally:
         model.train(training)

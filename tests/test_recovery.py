@@ -363,8 +363,13 @@ from slimvlm.pipeline import compress
 
 options = json.loads(sys.argv[1])
 paths = {name: Path(options[name]) for name in ("out", "data", "eval_data")}
-compress(CompressOptions(**{**options, **paths}))
+compress(CompressOptions(**{**options, **paths, "export": ()}))
 """
+SHARDED = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+}
 
 
 def test_recovery_data_without_answers_is_refused_before_the_plan(tmp_path: Path) -> None:
@@ -375,7 +380,8 @@ def test_recovery_data_without_answers_is_refused_before_the_plan(tmp_path: Path
     assert not (tmp_path / "out" / "plan.json").exists()
 
 
-def test_two_processes_recover_the_model_that_one_recovers(recovered, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharding", [{}, SHARDED], ids=["copies", "shards"])
+def test_two_processes_recover_the_model_that_one_recovers(tmp_path: Path, sharding: dict[str, str]) -> None:
     changes = {"recover": "sft", "dropout": 0.0, "precision": "no", "steps": 4, "validate_every": 4, "warmup": 1}
     one = options_in(tmp_path, **changes)
     compress(one)
@@ -383,7 +389,7 @@ def test_two_processes_recover_the_model_that_one_recovers(recovered, tmp_path: 
     two = {name: str(value) if isinstance(value, Path) else value for name, value in two.items()}
     (tmp_path / "job.py").write_text(JOB)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    environment = {**os.environ, **sharding, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     words = [*launcher, tmp_path / "job.py", json.dumps({**two, "out": str(tmp_path / "two")})]
     subprocess.run(words, check=True, cwd=tmp_path, env=environment, timeout=300)
     alone, together = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("out", "two"))

@@ -94,7 +94,7 @@ def recover(
     before = outputs(loaded.model, batch)
     merged = merge(adapted) if adapted is not None else loaded.model
     difference = relative_difference(before, outputs(merged, batch))
-    if difference > TOLERANCE[loaded.model.dtype]:
+    if not difference <= TOLERANCE[loaded.model.dtype]:
         raise CheckFailedError(
             f"the merged model differs from the trained one by {difference:.2e} (relative; accepted "
             f"{TOLERANCE[loaded.model.dtype]:.0e}); please report this model"

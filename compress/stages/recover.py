@@ -97,7 +97,7 @@ def _save_recovered(options: CompressOptions, plan: Plan, loaded: Loaded, data: 
     model.set_attn_implementation(reloaded.config._attn_implementation)
     batch = Collator(loaded.processor, loaded.family, model.config).training(data.calibration[:CHECKED_SAMPLES])
     difference = relative_difference(outputs(cast(model, reloaded.dtype), batch), outputs(reloaded, batch))
-    if difference > 0:
+    if difference != 0:
         raise CheckFailedError(f"{folder}: the reloaded checkpoint differs from what was saved by {difference:.2e}")
     if not (options.out / CUT).is_dir():
         (options.out / "model").rename(options.out / CUT)

@@ -55,12 +55,12 @@ def slice_stage(run: RunFolder, options: CompressOptions, plan: Plan, data: Meas
 
 
 def _require_equal(facts: dict[str, Any], dtype: torch.dtype, out: Path) -> None:
-    if facts["masked_difference"] > TOLERANCE[dtype]:
+    if not facts["masked_difference"] <= TOLERANCE[dtype]:
         raise CheckFailedError(
             f"{out / 'model'}: the cut model differs from the masked dense model by {facts['masked_difference']:.2e} "
             f"(relative; accepted {TOLERANCE[dtype]:.0e}); please report this model"
         )
-    if facts["reload_difference"] > 0:
+    if facts["reload_difference"] != 0:
         raise CheckFailedError(
             f"{out / 'model'}: the reloaded checkpoint differs from what was saved by "
             f"{facts['reload_difference']:.2e}; please report this model"
