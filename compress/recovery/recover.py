@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from slimvlm.compress.checkpoint import Loaded, locate
-from slimvlm.compress.collate import Collator
+from slimvlm.compress.collate import Batch, Collator
 from slimvlm.compress.computing import CHECKED_SAMPLES, TOLERANCE, cast, load_to_compute, outputs, relative_difference
 from slimvlm.compress.errors import CheckFailedError, CheckpointError
 from slimvlm.compress.evaluate import evaluate
@@ -89,7 +89,16 @@ def recover(
         loaded = _load_student(options, student, data)
         adapted = _prepare(options, plan, loaded)
         load_best(loaded.model, folder)
-    batch = collator.training(data.training[:CHECKED_SAMPLES])
+    difference = _merge(loaded, adapted, collator.training(data.training[:CHECKED_SAMPLES]))
+    if history.helped and history.first and not sharded():  # on the host it would take hours
+        _round(loaded)
+        if _score(options, loaded.model, collator, data.validation) < history.first:
+            loaded, history = _load_student(options, student, data), replace(history, helped=False, best_step=0)
+    return Recovered(loaded, history, difference)
+
+
+def _merge(loaded: Loaded, adapted: Any | None, batch: Batch) -> float:
+    """Fold the low-rank layers into the weights, if there are any; how much that changed the outputs."""
     loaded.model.eval()
     before = outputs(loaded.model, batch)
     merged = merge(adapted) if adapted is not None else loaded.model
@@ -99,7 +108,14 @@ def recover(
             f"the merged model differs from the trained one by {difference:.2e} (relative; accepted "
             f"{TOLERANCE[loaded.model.dtype]:.0e}); please report this model"
         )
-    return Recovered(loaded, history, difference)
+    return difference
+
+
+def _round(loaded: Loaded) -> None:
+    """To the precision it is stored in: what is saved must not be worse than the cut model, whatever was trained."""
+    stored: Any = loaded.model.config.dtype  # a dtype once loaded
+    computed = loaded.model.dtype
+    cast(cast(loaded.model, stored), computed)
 
 
 def _load_student(options: CompressOptions, folder: Path, data: Trained) -> Loaded:
