@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from slimvlm.compress.checkpoint import Loaded, locate
 from slimvlm.compress.collate import Batch, Collator
-from slimvlm.compress.computing import CHECKED_SAMPLES, TOLERANCE, cast, load_to_compute, outputs, relative_difference
+from slimvlm.compress.computing import CHECKED_SAMPLES, TOLERANCE, cast, load_to_compute, outputs, relative_error
 from slimvlm.compress.errors import CheckFailedError, CheckpointError
 from slimvlm.compress.evaluate import evaluate
 from slimvlm.compress.groups import resolve
@@ -102,7 +102,7 @@ def _merge(loaded: Loaded, adapted: Any | None, batch: Batch) -> float:
     loaded.model.eval()
     before = outputs(loaded.model, batch)
     merged = merge(adapted) if adapted is not None else loaded.model
-    difference = relative_difference(before, outputs(merged, batch))
+    difference = relative_error(before, outputs(merged, batch))
     if not difference <= TOLERANCE[loaded.model.dtype]:
         raise CheckFailedError(
             f"the merged model differs from the trained one by {difference:.2e} (relative; accepted "

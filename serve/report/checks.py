@@ -12,7 +12,7 @@ from slimvlm.serve.report.document import Finding, Section, Table, figure, perce
 from slimvlm.serve.report.files import MANIFEST, RunFiles
 
 CHECKED = (  # stage, field, what it says
-    ("slice", "masked_difference", "cut model against the dense model with the same units masked, relative norm"),
+    ("slice", "masked_difference", "cut model against the dense model with the same units masked, relative"),
     ("slice", "reload_difference", "saved checkpoint against the cut model in memory, relative"),
     ("recover", "merged_difference", "merged weights against the adapted model, relative norm"),
     ("recover", "reload_difference", "saved recovered checkpoint against the model in memory, relative"),

@@ -1,6 +1,7 @@
 """How models are compared: by the outputs somebody reads."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from tiny_models import FACTORIES, tiny_model
 from tiny_processors import tiny_image, tiny_processor
 
 from slimvlm.compress.collate import Collator
-from slimvlm.compress.computing import outputs, relative_difference
+from slimvlm.compress.computing import outputs, relative_difference, relative_error
 from slimvlm.compress.families import find_family
 from slimvlm.compress.records import Turn
 from slimvlm.compress.samples import Sample
@@ -44,7 +45,16 @@ def test_every_token_that_is_read_is_compared(name: str, tmp_path: Path) -> None
     assert outputs(model, batch).shape == (read.sum(), model.config.get_text_config().vocab_size)
 
 
-def test_a_difference_is_that_of_the_norms_and_a_value_that_is_no_number_equals_nothing() -> None:
-    assert relative_difference(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.5])) == pytest.approx(0.1)
-    assert relative_difference(torch.zeros(2), torch.zeros(2)) == 0
-    assert math.isnan(relative_difference(torch.ones(2), torch.tensor([1.0, math.nan])))
+def test_a_difference_is_relative_to_the_largest_logit_but_to_one_at_least() -> None:
+    assert relative_difference(torch.tensor([100.0, 0.0]), torch.tensor([100.0, 1.0])) == pytest.approx(0.01)
+    assert relative_difference(torch.tensor([0.1, 0.0]), torch.tensor([0.1, 0.5])) == pytest.approx(0.5)
+
+
+def test_an_error_is_that_of_the_norms() -> None:
+    assert relative_error(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.5])) == pytest.approx(0.1)
+    assert relative_error(torch.zeros(2), torch.zeros(2)) == 0
+
+
+@pytest.mark.parametrize("measure", [relative_difference, relative_error])
+def test_a_value_that_is_no_number_equals_nothing(measure: Callable[[torch.Tensor, torch.Tensor], float]) -> None:
+    assert math.isnan(measure(torch.ones(2), torch.tensor([1.0, math.nan])))
