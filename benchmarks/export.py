@@ -30,8 +30,9 @@ import transformers
 from torch import nn
 
 from slimvlm.compress.families import find_family
+from slimvlm.compress.files import installed_versions
 from slimvlm.compress.generation import empty_cache
-from slimvlm.compress.manifest import installed_versions
+from slimvlm.compress.manifest import VERSIONED
 from slimvlm.export.graphs import Embed, Graph, Port, build_graphs
 from slimvlm.export.onnx_rewriting import fuse, quantize_int8
 from slimvlm.export.onnx_writer import write_onnx
@@ -224,7 +225,7 @@ def main() -> None:
         "smolvlm": lambda: smolvlm(given.exporter),
         "families": lambda: families(given.exporter),
     }
-    print(json.dumps({given.what: jobs[given.what](), "versions": installed_versions()}, indent=1))
+    print(json.dumps({given.what: jobs[given.what](), "versions": installed_versions(VERSIONED)}, indent=1))
 
 
 if __name__ == "__main__":

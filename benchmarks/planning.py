@@ -24,9 +24,9 @@ from transformers import (
 from slimvlm.compress.budget import Budget, facts_of, make_plan
 from slimvlm.compress.criteria import CRITERIA, score_groups
 from slimvlm.compress.families import find_family
+from slimvlm.compress.files import installed_versions
 from slimvlm.compress.groups import find_groups
 from slimvlm.compress.plan import Plan
-from slimvlm.compress.runs import installed_versions
 from slimvlm.compress.slicing import apply_plan
 
 REPEATS = 5

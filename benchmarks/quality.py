@@ -27,12 +27,12 @@ from slimvlm.compress.collate import Collator
 from slimvlm.compress.criteria import score_groups
 from slimvlm.compress.errors import InfeasibleBudgetError
 from slimvlm.compress.evaluate import evaluate
+from slimvlm.compress.files import installed_versions
 from slimvlm.compress.groups import find_groups
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.refit import refit
 from slimvlm.compress.rounds import plan_in_rounds
-from slimvlm.compress.runs import installed_versions
 from slimvlm.compress.samples import Sample, batches, load_samples
 from slimvlm.compress.slicing import apply_plan
 from slimvlm.compress.stages.plan import planning_of

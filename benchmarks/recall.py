@@ -33,12 +33,12 @@ from slimvlm.compress.budget import Budget, facts_of, make_plan
 from slimvlm.compress.checkpoint import save_checkpoint
 from slimvlm.compress.criteria import CRITERIA, score_groups
 from slimvlm.compress.families import find_family
+from slimvlm.compress.files import installed_versions
 from slimvlm.compress.groups import find_groups
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.recovery.recall import attach
 from slimvlm.compress.recovery.slices import Slices
 from slimvlm.compress.recovery.targets import LowRank, find_targets
-from slimvlm.compress.runs import installed_versions
 from slimvlm.compress.slicing import apply_plan
 
 VOCABULARY, IMAGE_TOKEN = 4096, 4000

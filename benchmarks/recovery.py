@@ -36,11 +36,11 @@ from quality import METHODS, calibration_sets, cut, one_shot_plans, plan_of_roun
 from slimvlm.compress.checkpoint import Loaded, save_checkpoint
 from slimvlm.compress.collate import Collator
 from slimvlm.compress.evaluate import evaluate
+from slimvlm.compress.files import installed_versions
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.records import Turn
 from slimvlm.compress.recovery.recover import recover
-from slimvlm.compress.runs import installed_versions
 from slimvlm.compress.samples import Sample, load_samples
 from slimvlm.compress.splits import Trained, hold_out
 from slimvlm.demo import MODEL, SAMPLES

@@ -20,9 +20,9 @@ from slimvlm.compress.budget import Budget
 from slimvlm.compress.calibrate import CalibrationOptions
 from slimvlm.compress.checkpoint import load, save_checkpoint
 from slimvlm.compress.criteria import CRITERIA
+from slimvlm.compress.files import installed_versions
 from slimvlm.compress.groups import count_parameters
 from slimvlm.compress.rounds import Planning, plan_in_rounds
-from slimvlm.compress.runs import installed_versions
 from slimvlm.compress.slicing import apply_plan
 
 IMAGE_TOKEN = 49190

@@ -6,7 +6,6 @@ code reads the data twice). Full gradient sums can be bounded in memory, at the 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,13 +15,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 
 from slimvlm.compress.criteria import Criterion
 from slimvlm.compress.errors import CalibrationError
 from slimvlm.compress.families import Family
+from slimvlm.compress.files import load_tensors, save_tensors
 from slimvlm.compress.gates import GateSquares
 from slimvlm.compress.groups import Group
 from slimvlm.compress.objective import Question, ask, loss, stream_of
@@ -93,12 +91,10 @@ class Calibration:
 
     def save(self, path: Path) -> None:
         """Write one safetensors file (the scalars as JSON in its metadata); a reader never sees half of it."""
-        tensors = {f"saliency/{key}": value.contiguous() for key, value in self.saliency.items()}
-        tensors |= {f"entropy/{key}": value.contiguous() for key, value in self.entropy.items()}
+        tensors = {f"saliency/{key}": value for key, value in self.saliency.items()}
+        tensors |= {f"entropy/{key}": value for key, value in self.entropy.items()}
         scalars = {name: value for name, value in vars(self).items() if name not in ("saliency", "entropy")}
-        beside = path.with_name(f".{path.name}.partial")
-        save_file(tensors, beside, metadata={"calibration": json.dumps(scalars, sort_keys=True)})
-        beside.replace(path)
+        save_tensors(path, tensors, {"calibration": scalars})
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
@@ -108,10 +104,9 @@ class Calibration:
             CalibrationError: the file is missing, damaged, or of another schema.
         """
         try:
-            with safe_open(path, "pt") as file:
-                scalars = json.loads((file.metadata() or {})["calibration"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-        except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+            tensors, facts = load_tensors(path)
+            scalars = facts["calibration"]
+        except (ValueError, KeyError) as error:
             raise CalibrationError(f"{path} is not a readable calibration file ({error}); calibrate again") from error
         if scalars.get("schema") != SCHEMA:
             raise CalibrationError(

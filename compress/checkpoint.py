@@ -21,8 +21,9 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from slimvlm.compress.errors import CheckpointError, MissingDependencyError, OutputError
+from slimvlm.compress.errors import CheckpointError, MissingDependencyError
 from slimvlm.compress.families import Family, find_family
+from slimvlm.compress.files import file_digest, write_text, written_folder
 from slimvlm.compress.modeling_slim import RECORD, slim_class
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.stock import stock_model
@@ -127,25 +128,13 @@ def save_checkpoint(
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OutputError(f"{folder} is not an empty folder; choose another name or remove it first")
     saved = stock_model(model) if layout == "stock" else model
-    partial = folder.with_name(f".{folder.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with written_folder(folder) as partial:
         saved.save_pretrained(partial, max_shard_size=max_shard_size)
         _save_processor(partial, processor, Path(model.config.name_or_path or partial))
         if plan is not None:
-            (partial / PLAN).write_text(plan.to_json())
+            write_text(partial / PLAN, plan.to_json())
         _write_manifest(partial)
-        _sync(partial)
-        partial.replace(folder)
-        _sync_folder(folder.parent)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        why = _first_line(error)
-        raise OutputError(f"{folder} cannot be written ({why}); check free space and permissions") from error
     return folder
 
 
@@ -176,7 +165,7 @@ def check_weights(folder: Path) -> str:
                 pass
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path} is damaged ({_first_line(error)}); copy or download it again") from error
-        digest = _file_digest(path)
+        digest = file_digest(path)
         if path.name in manifest and manifest[path.name]["sha256"] != digest:
             raise CheckpointError(
                 f"{path} is not what {MANIFEST} says; copy it again, or delete {MANIFEST} if you changed it on purpose"
@@ -315,29 +304,9 @@ def _save_processor(folder: Path, processor: Any | None, source: Path) -> None:
 
 def _write_manifest(folder: Path) -> None:
     files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _file_digest(path)} for path in sorted(folder.iterdir())
+        path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in sorted(folder.iterdir())
     }
-    (folder / MANIFEST).write_text(json.dumps({"schema": 1, "files": files}, indent=2) + "\n")
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_text(folder / MANIFEST, json.dumps({"schema": 1, "files": files}, indent=2) + "\n")
 
 
 def _first_line(error: BaseException) -> str:

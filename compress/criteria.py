@@ -7,18 +7,16 @@ and weight rows multiplies it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slimvlm.compress.errors import CalibrationError
+from slimvlm.compress.files import load_tensors, save_tensors
 from slimvlm.compress.groups import Group, Member
 
 if TYPE_CHECKING:
@@ -84,11 +82,9 @@ class Scores:
 
     def save(self, path: Path) -> None:
         """Write one safetensors file; a reader never sees half of it."""
-        tensors = {f"values/{key}": value.contiguous() for key, value in self.values.items()}
-        tensors |= {f"members/{key}": value.contiguous() for key, value in self.members.items()}
-        beside = path.with_name(f".{path.name}.partial")
-        save_file(tensors, beside, metadata={"criterion": json.dumps(asdict(self.criterion), sort_keys=True)})
-        beside.replace(path)
+        tensors = {f"values/{key}": value for key, value in self.values.items()}
+        tensors |= {f"members/{key}": value for key, value in self.members.items()}
+        save_tensors(path, tensors, {"criterion": asdict(self.criterion)})
 
     @classmethod
     def load(cls, path: Path) -> Scores:
@@ -99,12 +95,12 @@ class Scores:
         """
         parts: dict[str, dict[str, Tensor]] = {"values": {}, "members": {}}
         try:
-            with safe_open(path, "pt") as file:
-                criterion = Criterion(**json.loads((file.metadata() or {})["criterion"]))
-                for name in file.keys():  # noqa: SIM118 (not a mapping)
-                    part, key = name.split("/", 1)
-                    parts[part][key] = file.get_tensor(name)
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            tensors, facts = load_tensors(path)
+            criterion = Criterion(**facts["criterion"])
+            for name, value in tensors.items():
+                part, key = name.split("/", 1)
+                parts[part][key] = value
+        except (KeyError, TypeError, ValueError) as error:
             raise CalibrationError(f"{path} is not a readable score file ({error}); score again") from error
         return cls(criterion, parts["values"], parts["members"])
 

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from slimvlm.compress.errors import CheckpointError
+from slimvlm.compress.files import file_digest, installed_versions, write_text
 
 NAME = "manifest.json"
 SAMPLE = "sample.safetensors"
 SCHEMA = 1
 VERSIONED = ("slimvlm", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy")
-
-
-def installed_versions() -> dict[str, str]:
-    """Of the packages that decide what an export is."""
-    found = {}
-    for name in VERSIONED:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 @dataclass(slots=True)
@@ -67,7 +55,7 @@ class Manifest:
     artifacts: list[Artifact] = field(default_factory=list)
     checks: list[dict[str, Any]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
-    versions: dict[str, str] = field(default_factory=installed_versions)
+    versions: dict[str, str] = field(default_factory=lambda: installed_versions(VERSIONED))
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
@@ -78,7 +66,7 @@ class Manifest:
             if path.is_file() and path.name != NAME
         }
         document = {"schema": SCHEMA, "ok": not self.failures, **asdict(self)}
-        (folder / NAME).write_text(json.dumps(document, indent=1) + "\n")
+        write_text(folder / NAME, json.dumps(document, indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -129,9 +117,3 @@ def check_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> list[st
         elif file_digest(path) != entry["sha256"]:
             wrong.append(f"{name} was changed (its sha256 differs)")
     return wrong
-
-
-def file_digest(path: Path) -> str:
-    """Sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,59 +1,24 @@
 """The run folder: which stage is done, with what, and files that are either whole or absent.
 
-`run.json` holds the command, options, versions, digests and the status of every stage. A file gets its final name only
-after it was written and flushed beside it, so a killed process leaves nothing half-written under a final name.
+`run.json` holds the command, options, versions, digests and the status of every stage.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from slimvlm.compress.errors import OutputError
+from slimvlm.compress.files import installed_versions, reported_as_output_errors, write_text
 
 SCHEMA = 1
 RECORD = "run.json"
-VERSIONED = ("slimvlm", "torch", "transformers", "safetensors", "numpy", "pillow")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` whole or not at all.
-
-    Raises:
-        OutputError: the folder cannot be written, or the disk is full.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(
-            f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
-        ) from None
-
-
-@contextmanager
-def reported_as_output_errors(folder: Path) -> Iterator[None]:
-    """Turn an OSError of a write (disk full, no permission) inside the block into an OutputError naming the file."""
-    try:
-        yield
-    except OSError as error:
-        where = error.filename or folder
-        raise OutputError(
-            f"cannot write {where}: {error.strerror or error}; free space or choose another folder"
-        ) from None
 
 
 class RunFolder:
@@ -169,17 +134,6 @@ def _parse(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         raise OutputError(f"{path} is not a run record of this version; start again with --overwrite")
     return record
-
-
-def installed_versions() -> dict[str, str]:
-    """Versions of the packages a result depends on."""
-    found = {"python": sys.version.split()[0]}
-    for package in VERSIONED:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _check_same_options(earlier: Mapping[str, Any], options: Mapping[str, Any], path: Path) -> None:

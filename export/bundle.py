@@ -6,7 +6,8 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from slimvlm.compress.manifest import Manifest
+from slimvlm.compress.files import written_file
+from slimvlm.compress.manifest import NAME, Manifest
 
 README = "README.md"
 
@@ -16,23 +17,16 @@ def write_readme(folder: Path, manifest: Manifest) -> None:
     (folder / README).write_text("\n".join(_lines(manifest)) + "\n", encoding="utf-8")
 
 
-def write_tar(folder: Path) -> Path:
-    """`<folder>.tar`, the same bytes for the same files; written aside and renamed.
+def write_tar(folder: Path, manifest: Manifest) -> Path:
+    """`<folder>.tar` with the files of the export, the same bytes for the same files.
 
     Raises:
-        OSError: it cannot be written.
+        OutputError: it cannot be written.
     """
     target = tar_name(folder)
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        with tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as archive:
-            for path in sorted(folder.rglob("*")):
-                if path.is_file():
-                    archive.add(path, f"{folder.name}/{path.relative_to(folder).as_posix()}", filter=_anonymous)
-        partial.replace(target)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with written_file(target) as partial, tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as archive:
+        for name in (*manifest.files, NAME):
+            archive.add(folder / name, f"{folder.name}/{name}", filter=_anonymous)
     return target
 
 

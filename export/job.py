@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -11,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from slimvlm.compress.checkpoint import load_model
 from slimvlm.compress.collate import Collator
 from slimvlm.compress.errors import CheckFailedError, CheckpointError, OutputError
-from slimvlm.compress.manifest import Artifact, Manifest
+from slimvlm.compress.files import written_folder
+from slimvlm.compress.manifest import NAME, Artifact, Manifest, inside
 from slimvlm.compress.samples import Sample
 from slimvlm.export.bundle import tar_name, write_readme, write_tar
 from slimvlm.export.client_files import name_external_data, write_client_files
@@ -37,7 +36,6 @@ from slimvlm.export.reference import (
 from slimvlm.export.runners import runner_of
 from slimvlm.export.sample import write_sample
 from slimvlm.export.torch_writer import compiled_name, write_pt2, write_torchscript
-from slimvlm.export.tracing import first_line
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 EXAMPLE = "run_onnx.py"
@@ -95,28 +93,15 @@ def export_model(
         graphs = _graphs(_to_fp16(model), collator, samples)
     source = _Source(model, collator, graphs, reference)
     manifest = Manifest(model={**origin, "type": model.config.model_type}, options=_stated(options))
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with written_folder(out, earlier_export(out)) as partial:
         _write_graphs(partial, source, options, manifest, progress)
         _check_generation(partial, source, options, manifest, progress)
         _write_beside(partial, source, options, manifest)
         if options.bundle:
             write_readme(partial, manifest)
         manifest.write(partial)
-        if out.exists():
-            shutil.rmtree(out)
-        partial.replace(out)
-        if options.bundle:
-            write_tar(out)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        why = "no space left" if getattr(error, "errno", None) == errno.ENOSPC else first_line(error)
-        raise OutputError(f"{out} cannot be written ({why}); free space or choose another folder") from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    if options.bundle:
+        write_tar(out, manifest)
     result = ExportResult(out, manifest, time.perf_counter() - started)
     if manifest.failures:
         raise CheckFailedError(
@@ -146,17 +131,17 @@ def refuse_occupied(out: Path, overwrite: bool) -> None:
     if out.is_file():
         if not (overwrite and out.suffix == ".tar"):
             raise OutputError(f"{out} is there already; choose another name, or --overwrite an earlier bundle")
-    elif any(out.iterdir()) and not (overwrite and _is_export(out)):
+    elif any(out.iterdir()) and not (overwrite and earlier_export(out)):
         raise OutputError(f"{out} is not empty; choose another name, or --overwrite an earlier export")
 
 
-def _is_export(folder: Path) -> bool:
-    """A checkpoint has a manifest too, but of another kind."""
+def earlier_export(folder: Path) -> tuple[str, ...]:
+    """The files of the export in `folder`, by its manifest; none where there is no export."""
     try:
-        Manifest.read(folder)
-    except CheckpointError:
-        return False
-    return True
+        files = Manifest.read(folder).files
+        return (*(name for name in files if inside(folder, name)), NAME)
+    except CheckpointError:  # a checkpoint has a manifest too, but of another kind
+        return ()
 
 
 def _stated(options: ExportOptions) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import torch
 
-from slimvlm.compress.runs import reported_as_output_errors
+from slimvlm.compress.files import reported_as_output_errors
 
 JOURNAL = "recovery.jsonl"
 

@@ -8,19 +8,16 @@ goes on from its last checkpoint. No state of a random generator is kept: every 
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from slimvlm.compress.errors import OutputError, RecoveryError
+from slimvlm.compress.errors import RecoveryError
+from slimvlm.compress.files import PARTIAL, load_tensors, save_tensors
 
 STATE = "state.safetensors"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW, per parameter
@@ -88,10 +85,9 @@ class StateFolder:
         """
         path = self.path / name
         try:
-            with safe_open(path, "pt") as file:
-                facts = json.loads((file.metadata() or {})["facts"])
-                return Saved({key: file.get_tensor(key) for key in file.keys()}, facts)  # noqa: SIM118 (no mapping)
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            tensors, facts = load_tensors(path)
+            return Saved(tensors, facts["facts"])
+        except (KeyError, ValueError) as error:
             raise RecoveryError(
                 f"{path} is no readable state of a training ({error}); delete the folder to train from the start"
             ) from None
@@ -99,22 +95,12 @@ class StateFolder:
     def clear(self) -> None:
         """Forget an earlier training."""
         if self.writer:
-            for path in (self.path / STATE, *self.path.glob("best-*.safetensors"), *self.path.glob(".*.partial")):
+            for path in (self.path / STATE, *self.path.glob("best-*.safetensors"), *self.path.glob(f".*{PARTIAL}")):
                 path.unlink(missing_ok=True)
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        if not self.writer:
-            return
-        beside = path.with_name(f".{path.name}.partial")
-        try:
-            save_file(dict(tensors), beside, metadata={"facts": json.dumps(facts)})
-            with beside.open("rb+") as file:
-                os.fsync(file.fileno())
-            beside.replace(path)
-        except (OSError, SafetensorError) as error:
-            beside.unlink(missing_ok=True)
-            reason = getattr(error, "strerror", None) or error
-            raise OutputError(f"cannot write {path}: {reason}; free space or choose another folder") from None
+        if self.writer:
+            save_tensors(path, tensors, {"facts": facts})
 
     def _keep_best(self, name: str) -> None:
         if self.writer:

@@ -15,8 +15,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from slimvlm.compress.errors import OutputError
+from slimvlm.compress.files import load_tensors, save_tensors
 
 SUMS = "crc32"
 SUFFIX = ".safetensors"
@@ -84,13 +86,10 @@ class TeacherCache:
             self._stop(f"its budget of {self.budget_bytes} bytes is spent")
             return False
         path = next(path for number in count() if not (path := self._path(key, number)).exists())
-        beside = path.with_name(f".{path.name}.partial")
         try:
-            save_file(new, beside, metadata={SUMS: json.dumps({name: _sum(value) for name, value in new.items()})})
-            self.size_bytes += beside.stat().st_size
-            beside.replace(path)
-        except (OSError, SafetensorError) as error:
-            beside.unlink(missing_ok=True)
+            save_tensors(path, new, {SUMS: {name: _sum(value) for name, value in new.items()}})
+            self.size_bytes += path.stat().st_size
+        except (OSError, OutputError) as error:
             self._stop(str(error))
             return False
         return True
@@ -115,12 +114,10 @@ class TeacherCache:
     def _read(self, path: Path, names: Collection[str]) -> dict[str, Tensor]:
         """Those of the named outputs that this file holds; none, and the file is gone, if it is damaged."""
         try:
-            with safe_open(path, "pt") as file:
-                sums = json.loads((file.metadata() or {})[SUMS])
-                read = {name: file.get_tensor(name) for name in names if name in sums}
-            if all(_sum(value) == sums[name] for name, value in read.items()):
+            read, facts = load_tensors(path, names)
+            if all(_sum(value) == facts[SUMS][name] for name, value in read.items()):
                 return read
-        except (OSError, SafetensorError, KeyError, ValueError):
+        except (KeyError, TypeError, ValueError):
             pass
         path.unlink(missing_ok=True)
         return {}

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from slimvlm.compress.collate import Collator
 from slimvlm.compress.computing import load_to_compute
 from slimvlm.compress.evaluate import compare, evaluate
+from slimvlm.compress.files import write_text
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.quality import Quality
-from slimvlm.compress.runs import RunFolder, write_text
+from slimvlm.compress.runs import RunFolder
 from slimvlm.compress.samples import Sample
 from slimvlm.compress.splits import Measured
 from slimvlm.compress.stages.recover import CUT

@@ -15,10 +15,11 @@ from slimvlm.compress.collate import Collator, collated
 from slimvlm.compress.computing import load_to_compute
 from slimvlm.compress.criteria import CRITERIA, Criterion
 from slimvlm.compress.errors import UnsuitableOptionError
+from slimvlm.compress.files import write_text
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.rounds import Planned, Planning, plan_in_rounds
-from slimvlm.compress.runs import RunFolder, write_text
+from slimvlm.compress.runs import RunFolder
 from slimvlm.compress.splits import Measured
 
 Progress = Callable[..., None]  # stage, done, total, note

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from slimvlm.compress.runs import write_text
+from slimvlm.compress.files import write_text
 from slimvlm.serve.report.answers import answers_section
 from slimvlm.serve.report.checks import parity_section, repeat_section
 from slimvlm.serve.report.document import Report

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from slimvlm.compress.errors import OutputError
-from slimvlm.compress.runs import RunFolder, write_text
+from slimvlm.compress.files import write_text
+from slimvlm.compress.runs import RunFolder
 
 
 def test_finished_stages_are_remembered_and_interrupted_ones_are_not(tmp_path):

@@ -195,7 +195,7 @@ def test_a_full_disk_is_said_so_and_leaves_nothing(tmp_path):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
-        with pytest.raises(SlimvlmError, match="cannot be written"):
+        with pytest.raises(SlimvlmError, match="cannot write .*free space"):
             export_tiny("llava", tmp_path / "export")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

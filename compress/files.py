@@ -1,0 +1,226 @@
+"""Files that are whole or absent: written beside their name, flushed, renamed; only regular files are ever replaced.
+
+A killed process leaves nothing half-written under a final name. What cannot be written is an OutputError. No torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import stat
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from slimvlm.compress.errors import OutputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PARTIAL, EARLIER = ".partial", ".earlier"  # end of the names of what is not yet whole; what is being replaced
+VERSIONED = ("slimvlm", "torch", "transformers", "safetensors", "numpy", "pillow")
+KINDS = (
+    (stat.S_ISLNK, "a symbolic link"),
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISREG, "a file"),
+    (lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode), "a device"),
+)
+
+
+@contextmanager
+def written_file(path: Path) -> Iterator[Path]:
+    """Where to write what shall become `path` when the block ends; after an error nothing is left of it.
+
+    Raises:
+        OutputError: `path` is there and no regular file; it cannot be written, or the disk is full.
+    """
+    path = Path(os.path.abspath(path))  # noqa: PTH100 (a name for `.`, but no links followed)
+    require_kind(path, stat.S_ISREG, "a file")
+    beside = path.with_name(f".{path.name}{PARTIAL}")
+    with reported_as_output_errors(path):
+        try:
+            beside.unlink(missing_ok=True)
+            with beside.open("xb") as file:  # never through a link that somebody put there
+                mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            yield beside
+            beside.chmod(mode)  # safetensors writes for the owner alone
+            _sync(beside)
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` (UTF-8) whole or not at all.
+
+    Raises:
+        OutputError: as `written_file`.
+    """
+    with written_file(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def written_folder(folder: Path, earlier: Collection[str] = ()) -> Iterator[Path]:
+    """An empty folder to write what shall become `folder` when the block ends; after an error nothing is left of it.
+
+    Args:
+        earlier: files in `folder` that the new ones replace, `/` in names; whatever else is there stays.
+
+    Raises:
+        OutputError: `folder` is there and no folder, or not empty and nothing is `earlier`; a new file has the name of
+            one that stays; it cannot be written, or the disk is full.
+    """
+    folder = Path(os.path.abspath(folder))  # noqa: PTH100 (a name for `.`, but no links followed)
+    require_kind(folder, stat.S_ISDIR, "a folder")
+    with reported_as_output_errors(folder):
+        there = folder.exists()  # perhaps a mount point or somebody's current folder: filled, not replaced
+        if there and not earlier and any(entry.name != PARTIAL for entry in folder.iterdir()):
+            raise OutputError(f"{folder} is not an empty folder; choose another name or remove it first")
+        beside = folder / PARTIAL if there else folder.with_name(f".{folder.name}{PARTIAL}")
+        try:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+            yield beside
+            for path in (*beside.rglob("*"), beside):
+                _sync(path)
+            if there:
+                _fill(folder, beside, earlier)
+            else:
+                beside.replace(folder)
+            _sync(folder.parent)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def _fill(folder: Path, new: Path, earlier: Collection[str]) -> None:
+    """Move the files of `new` into `folder`, in the place of the `earlier` ones; after an error all is as before."""
+    aside = folder / EARLIER
+    names = [path.relative_to(new).as_posix() for path in sorted(new.rglob("*")) if not path.is_dir()]
+    move_files(earlier, folder, aside)
+    moved: list[str] = []
+    try:
+        for name in names:
+            move_files([name], new, folder)
+            moved.append(name)
+    except BaseException:
+        move_files(moved, folder, new)
+        move_files(earlier, aside, folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def move_files(names: Iterable[str], source: Path, target: Path) -> None:
+    """Move the files of these names that are in `source` to `target`; folders left empty leave `source`.
+
+    Raises:
+        OutputError: `target` has something of that name, which is never replaced.
+        OSError: it cannot be moved.
+    """
+    for name in names:
+        if os.path.lexists(source / name):
+            if os.path.lexists(target / name):
+                raise OutputError(
+                    f"{target / name} is there already and not ours; move it away, or choose another folder"
+                )
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).rename(target / name)
+            for folder in (source / name).parents:
+                if folder == source.parent or any(folder.iterdir()):
+                    break
+                if folder != source:
+                    folder.rmdir()
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write tensors, and JSON `facts` in the header, as one safetensors file, whole or not at all.
+
+    Raises:
+        OutputError: as `written_file`.
+    """
+    from safetensors.torch import save_file
+
+    header = {name: json.dumps(fact, sort_keys=True) for name, fact in facts.items()}
+    with written_file(path) as beside:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, beside, metadata=header)
+
+
+def load_tensors(path: Path, names: Collection[str] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors (all, or those of `names` that are there) and the facts that `save_tensors` wrote.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            facts = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
+            wanted = [name for name in file.keys() if names is None or name in names]  # noqa: SIM118 (no mapping)
+            return {name: file.get_tensor(name) for name in wanted}, facts
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        raise ValueError(str(error)) from None
+
+
+def require_kind(path: Path, is_kind: Any, words: str) -> None:
+    """Refuse to write to `path` if it is there and something else: a link, a device, a pipe.
+
+    Raises:
+        OutputError: it is.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise _output_error(path, error) from None
+    if not is_kind(mode):
+        found = next((kind for matches, kind in KINDS if matches(mode)), "something special")
+        raise OutputError(f"{path} is {found}, and never replaced by {words}; choose another name")
+
+
+@contextmanager
+def reported_as_output_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError of a write (disk full, no permission) inside the block into an OutputError naming the file."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise _output_error(path, error) from error
+
+
+def _output_error(path: Path, error: Exception) -> OutputError:
+    named = getattr(error, "filename", None)
+    where = path if named is None or PARTIAL in str(named) else named
+    why = getattr(error, "strerror", None) or next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return OutputError(f"cannot write {where}: {why}; check free space and permissions, or choose another folder")
+
+
+def file_digest(path: Path) -> str:
+    """Sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def installed_versions(packages: Collection[str] = VERSIONED) -> dict[str, str]:
+    """Versions of Python and of those of the packages that are there."""
+    found = {"python": sys.version.split()[0]}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
