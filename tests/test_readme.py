@@ -47,5 +47,24 @@ def test_the_printed_recovery_tables_are_the_measured_ones(benchmarks, capsys):
     assert len(tables) == 6
 
 
+def test_every_score_of_a_recovery_says_its_split(benchmarks):
+    splits = {}
+    for name in ("recovery", "recovery_tuning"):
+        rows = benchmarks["recovery"].read(RESULTS / f"{name}.jsonl")
+        splits[name] = {row.get("split") for row in rows if "score" in row}
+    assert splits == {"recovery": {"test"}, "recovery_tuning": {"val"}}
+
+
+@pytest.mark.parametrize(("ratio", "data"), [(0.35, "all"), (0.5, "all"), (0.5, "5%"), (0.7, "5%")])
+def test_lpd_beats_full_fine_tuning_with_every_seed_where_the_page_says_so(benchmarks, ratio, data):
+    asked = {"cut": "default", "ratio": ratio, "data": data, "steps": 300}
+    scores = {"lpd": {}, "full": {}}
+    for row in benchmarks["recovery"].read(RESULTS / "recovery.jsonl"):
+        if row.get("recipe") in scores and all(row[name] == value for name, value in asked.items()):
+            scores[row["recipe"]][row["seed"]] = row["score"]
+    assert len(scores["lpd"]) == 3
+    assert all(scores["lpd"][seed] > scores["full"][seed] for seed in range(3))
+
+
 def test_the_readme_is_at_most_150_lines():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
