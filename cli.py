@@ -156,6 +156,8 @@ def plan(as_json: bool, quiet: bool, **values: Any) -> None:
     with progress(quiet) as report:
         result = pipeline.make_plan(CompressOptions(**values), report)
     show.show_plan(result.plan, result.out / "plan.json", as_json=as_json)
+    if not as_json:
+        show.print_left_out(result)
 
 
 @main.command()

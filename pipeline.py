@@ -43,6 +43,7 @@ class Result:
     comparison: Comparison | None
     seconds: dict[str, float]
     bad_samples: int
+    left_out_samples: int = 0  # of the calibration: --eval-data shows their images
     dense: Quality | None = None
     slim: Quality | None = None
     cut: Quality | None = None  # before the recovery, where there was one
@@ -133,7 +134,7 @@ def _compress(options: CompressOptions, progress: Progress) -> Result:
         check_models(options)
     plan = plan_stage(run, options, data, progress)
     if options.stages == ("plan",):
-        return Result(options.out, plan, None, {}, len(data.bad))
+        return Result(options.out, plan, None, {}, len(data.bad), data.left_out)
     if run.writer:
         slice_stage(run, options, plan, data, progress)
     processes.wait_for_all()
@@ -146,7 +147,18 @@ def _compress(options: CompressOptions, progress: Progress) -> Result:
     comparison = compare(dense, slim, options.seed)
     seconds = {name: stage["seconds"] for name, stage in run.record["stages"].items()}
     result = Result(
-        options.out, plan, comparison, seconds, len(data.bad), dense, slim, cut, recovery, exported, profile
+        options.out,
+        plan,
+        comparison,
+        seconds,
+        len(data.bad),
+        data.left_out,
+        dense,
+        slim,
+        cut,
+        recovery,
+        exported,
+        profile,
     )
     from slimvlm.serve.report import write_report  # matplotlib takes a second to import
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -89,7 +89,7 @@ class Collator:
         token = getattr(processor, "image_token", None)
         self.image_token = str(getattr(token, "content", token) or "")
         self.image_token_id = self._image_token_id()
-        self._cache: OrderedDict[str, _Vision] = OrderedDict()
+        self._cache: OrderedDict[Hashable, _Vision] = OrderedDict()
         self._cached_bytes = 0
 
     # ---------------------------------------------------------------- public
@@ -268,7 +268,7 @@ class Collator:
     # ---------------------------------------------------------------- images
 
     def _vision(self, sample: Sample) -> _Vision:
-        key = sample.identity if sample.content is not None else str(sample.image)
+        key = sample.image_key
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]

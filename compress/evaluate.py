@@ -86,14 +86,13 @@ def shuffle_images(samples: Sequence[Sample], seed: int) -> list[Sample]:
     Raises:
         ValueError: fewer than two different images.
     """
-    images = list(dict.fromkeys((sample.image, sample.content) for sample in samples))
+    images = {sample.image_key: sample for sample in samples}
     if len(images) < 2:
         raise ValueError("a blind evaluation needs samples with at least two different images")
     order = list(images)
     random.Random(seed).shuffle(order)
     other = dict(zip(order, order[1:] + order[:1], strict=True))  # one cycle through all: nothing stays
-    swapped = [(sample, other[sample.image, sample.content]) for sample in samples]
-    return [replace(sample, image=image, content=content) for sample, (image, content) in swapped]
+    return [sample.showing(images[other[sample.image_key]]) for sample in samples]
 
 
 def greedy(model: Any, collator: Collator, max_new_tokens: int) -> GenerationConfig:
@@ -282,7 +281,7 @@ def _retrieve(run: _Run, samples: Sequence[Sample]) -> list[Row]:
         texts.append(output.text_embeds.float())
         done += len(batch)
         run.report(done, len(samples))
-    image_ids = _numbered([(sample.image, sample.content) for sample in samples])
+    image_ids = _numbered([sample.image_key for sample in samples])
     text_ids = _numbered([run.collator.caption(sample) for sample in samples])
     image_at, text_at = (_first_places(ids) for ids in (image_ids, text_ids))
     similar = F.normalize(torch.cat(texts)[text_at], dim=-1) @ F.normalize(torch.cat(images)[image_at], dim=-1).T

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
@@ -31,6 +31,7 @@ class Sample:
         identity: where the sample stands (`file:line`), for messages and for pairing two evaluations.
         task: what kind of question it is; qualities are averaged per task, then over tasks.
         vendor: where the image comes from; reported apart.
+        digest: sha256 of the image's bytes, where the sample was read by `load_samples`.
     """
 
     image: Path
@@ -39,6 +40,16 @@ class Sample:
     task: str | None = None
     vendor: str | None = None
     content: bytes | None = field(default=None, repr=False)
+    digest: str = ""
+
+    @property
+    def image_key(self) -> Hashable:
+        """Samples with the same key show the same image, also where it lies in two files."""
+        return self.digest or (self.image, self.content)
+
+    def showing(self, other: Sample) -> Sample:
+        """This sample with the image of another."""
+        return replace(self, image=other.image, content=other.content, digest=other.digest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +90,7 @@ def resized(sample: Sample, size: tuple[int, int]) -> Sample:
     """
     buffer = BytesIO()
     open_image(sample).resize((size[1], size[0]), Image.Resampling.BICUBIC).save(buffer, "PNG")
-    return replace(sample, content=buffer.getvalue())
+    return replace(sample, content=buffer.getvalue(), digest="")
 
 
 def load_samples(
@@ -107,21 +118,20 @@ def load_samples(
     chosen: Sequence[int] = range(len(records.rows))
     if limit is not None and limit < len(chosen):
         chosen = sorted(random.Random(seed).sample(chosen, limit))
-    samples, bad, digests = [], [], []
+    samples, bad = [], []
     checked: Checked = {}
     for index in chosen:
         try:
-            sample, image_digest = _read_sample(records, index, checked)
+            sample = _read_sample(records, index, checked)
         except (BadRecordError, BadImageError) as error:
             bad.append(_bad_sample(records, index, error))
             continue
         samples.append(split_caption(sample, seed) if split_prefix else sample)
-        digests.append(image_digest)
     _refuse_too_many(bad, len(chosen), max_bad, data.name)
-    return SampleSet(tuple(samples), _digest(samples, digests), tuple(bad), data.name)
+    return SampleSet(tuple(samples), digest_of(samples), tuple(bad), data.name)
 
 
-def _read_sample(records: Records, index: int, checked: Checked) -> tuple[Sample, str]:
+def _read_sample(records: Records, index: int, checked: Checked) -> Sample:
     record, name = records.rows[index], records.names[index]
     turns, image = read_turns(record, name), image_of(record)
     content = image.get("bytes") if isinstance(image, dict) else None
@@ -130,7 +140,7 @@ def _read_sample(records: Records, index: int, checked: Checked) -> tuple[Sample
     else:
         path, digest = _check_once(records.root, str(image.get("path") if isinstance(image, dict) else image), checked)
     labels = {key: None if record.get(key) is None else str(record[key]) for key in ("task", "tag", "vendor")}
-    return Sample(path, turns, name, labels["task"] or labels["tag"], labels["vendor"], content), digest
+    return Sample(path, turns, name, labels["task"] or labels["tag"], labels["vendor"], content, digest)
 
 
 def _check_once(root: Path, name: str, checked: Checked) -> tuple[Path, str]:
@@ -171,11 +181,12 @@ def _refuse_too_many(bad: list[BadSample], total: int, max_bad: float, source: s
     )
 
 
-def _digest(samples: Sequence[Sample], image_digests: Sequence[str]) -> str:
+def digest_of(samples: Sequence[Sample]) -> str:
+    """sha256 of what was read: texts and image bytes, not where they lie."""
     total = hashlib.sha256()
-    for sample, image in zip(samples, image_digests, strict=True):
+    for sample in samples:
         turns = [[turn.prompt, list(turn.answers)] for turn in sample.turns]
-        line = json.dumps([image, turns, sample.task, sample.vendor], ensure_ascii=True, separators=(",", ":"))
+        line = json.dumps([sample.digest, turns, sample.task, sample.vendor], ensure_ascii=True, separators=(",", ":"))
         total.update(line.encode() + b"\n")
     return total.hexdigest()
 

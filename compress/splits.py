@@ -5,52 +5,71 @@ Samples of one image stay together: a model that was trained on an image must no
 
 from __future__ import annotations
 
-import hashlib
 import random
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from slimvlm.compress.errors import SampleError
 from slimvlm.compress.options import CompressOptions
-from slimvlm.compress.samples import BadSample, Sample, SampleSet, load_samples
+from slimvlm.compress.samples import BadSample, Sample, SampleSet, digest_of, load_samples
 
 HELD_OUT = 512  # samples of --data kept for the comparison when no --eval-data is given
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Samples to calibrate on and to evaluate with; `held_out`: no image is in both. `digest`: of what was read."""
+    """Samples to calibrate on and to evaluate with.
+
+    Attributes:
+        held_out: no image is in both.
+        digest: of what was read to calibrate on, less what was left out.
+        left_out: samples not calibrated on because --eval-data shows their image.
+    """
 
     calibration: Sequence[Sample]
     evaluation: Sequence[Sample]
     held_out: bool
     digest: str
     bad: tuple[BadSample, ...]
+    left_out: int = 0
 
 
 @dataclass(frozen=True)
 class Trained:
-    """Samples to train on, and samples to choose the best state with."""
+    """Samples to train on, and samples to choose the best state with.
+
+    Attributes:
+        left_out: samples not used because the evaluation shows their image.
+    """
 
     training: Sequence[Sample]
     validation: Sequence[Sample]
     digest: str
     bad: tuple[BadSample, ...]
+    left_out: int = 0
 
 
 def read_measured(options: CompressOptions) -> Measured:
     """Calibration samples from --data; evaluation samples from --eval-data, else some of --data.
 
     Raises:
-        SampleError: unreadable data.
+        SampleError: unreadable data, or --eval-data shows every image of --data.
     """
     wanted = options.eval_samples or HELD_OUT
     limit = options.samples if options.eval_data else options.samples + wanted
     read = _load(options, options.data, limit)
     if options.eval_data:
         held = _load(options, options.eval_data, options.eval_samples)
-        return Measured(read.samples, held.samples, True, read.digest, (*read.bad, *held.bad))
+        kept = _without(read.samples, held.samples)
+        if not kept:
+            raise SampleError(
+                f"--eval-data {held.source} shows the images of all {len(read.samples)} samples of --data "
+                f"{read.source}, so none is left to calibrate on; give other samples to one of them, or leave "
+                "--eval-data out: then a part of --data is held out"
+            )
+        left_out = len(read.samples) - len(kept)
+        return Measured(kept, held.samples, True, digest_of(kept), (*read.bad, *held.bad), left_out)
     calibration, evaluation = hold_out(read.samples, max(0, min(wanted, len(read.samples) - options.samples)))
     return Measured(calibration, evaluation or calibration, bool(evaluation), read.digest, read.bad)
 
@@ -70,8 +89,7 @@ def read_trained(options: CompressOptions, measured: Measured) -> Trained:
     if options.steps is not None and options.data_fraction == 1:  # more cannot be used
         limit = options.steps * options.train_batch_size + options.validation_samples + len(measured.evaluation)
     read = _load(options, options.recover_data or options.data, limit)
-    asked = {image_key(sample) for sample in measured.evaluation} if measured.held_out else set()
-    usable = [sample for sample in read.samples if image_key(sample) not in asked]
+    usable = _without(read.samples, measured.evaluation if measured.held_out else ())
     training, validation = hold_out(usable, min(options.validation_samples, max(1, len(usable) // 4)))
     if not validation:
         raise SampleError(
@@ -85,7 +103,8 @@ def read_trained(options: CompressOptions, measured: Measured) -> Trained:
             f"less than one batch of {options.train_batch_size}; give more data, a larger fraction or a smaller "
             "--train-batch-size, or leave the recovery out with --recover none"
         )
-    return Trained(_drawn(training, count, options.seed), validation, read.digest, read.bad)
+    left_out = len(read.samples) - len(usable)
+    return Trained(_drawn(training, count, options.seed), validation, read.digest, read.bad, left_out)
 
 
 def hold_out(samples: Sequence[Sample], count: int) -> tuple[list[Sample], list[Sample]]:
@@ -94,16 +113,17 @@ def hold_out(samples: Sequence[Sample], count: int) -> tuple[list[Sample], list[
     At least one image is held out unless `count` is 0, and one stays in the rest, so none is held out where all
     samples share one.
     """
-    images = list(dict.fromkeys(image_key(sample) for sample in samples))
+    images = list(dict.fromkeys(sample.image_key for sample in samples))
     number = min(max(1, round(count * len(images) / len(samples))), len(images) - 1) if samples and count else 0
     held = {images[int((index + 0.5) * len(images) / number)] for index in range(number)}
-    rest = [sample for sample in samples if image_key(sample) not in held]
-    return rest, [sample for sample in samples if image_key(sample) in held]
+    rest = [sample for sample in samples if sample.image_key not in held]
+    return rest, [sample for sample in samples if sample.image_key in held]
 
 
-def image_key(sample: Sample) -> Hashable:
-    """Samples with the same key show the same image."""
-    return sample.image if sample.content is None else hashlib.sha256(sample.content).digest()
+def _without(samples: Sequence[Sample], others: Sequence[Sample]) -> Sequence[Sample]:
+    """The samples whose image none of the others shows, told by its bytes: a copy under another name is the same."""
+    shown = {sample.image_key for sample in others}
+    return [sample for sample in samples if sample.image_key not in shown]
 
 
 def _load(options: CompressOptions, data: Path, limit: int | None) -> SampleSet:

@@ -142,7 +142,11 @@ recover_options = together(
     option("--teacher-cache", type=Size(), metavar="SIZE", help="Keep so much of the teacher's outputs on disk."),
 )
 evaluation_options = together(
-    option("--eval-data", type=FILE_OR_FOLDER, help="Samples for before and after; else those of --data left over."),
+    option(
+        "--eval-data",
+        type=FILE_OR_FOLDER,
+        help="Samples for before and after, kept out of all else; else a part of --data.",
+    ),
     option("--eval-samples", type=COUNT, help="At most so many of them."),
 )
 quality_limit = option(

@@ -81,6 +81,7 @@ def show_compression(result: Result, *, as_json: bool) -> None:
                     for cell in (result.profile.cells if result.profile else ())
                 ],
                 "bad_samples": result.bad_samples,
+                "left_out_samples": result.left_out_samples,
                 "seconds": result.seconds,
             }
         )
@@ -96,6 +97,7 @@ def show_compression(result: Result, *, as_json: bool) -> None:
         print_line(_recovery_line(result.recovery, result.cut))
     if result.bad_samples:
         print_line(f"skipped  {result.bad_samples} unreadable samples, named in {result.out / 'run.json'}")
+    print_left_out(result)
     print_line("seconds  " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result.seconds.items()))
     print_line(f"model    {result.out / 'model'}")
     if result.export.get("formats"):
@@ -103,6 +105,12 @@ def show_compression(result: Result, *, as_json: bool) -> None:
     for cell in _compared(result):
         print_line(f"speed    {cell.backend}, {cell.workload}: {_speed(cell)}")
     print_line(f"report   {result.out / 'report.html'}, report.md; every figure in the .json files beside it")
+
+
+def print_left_out(result: Result) -> None:
+    """A line about calibration samples whose images are evaluated on, if there were any."""
+    if result.left_out_samples:
+        print_line(f"left out {result.left_out_samples} calibration samples: --eval-data shows their images")
 
 
 def _exported(result: Result) -> str:

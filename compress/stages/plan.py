@@ -98,6 +98,7 @@ def plan_stage(run: RunFolder, options: CompressOptions, data: Measured, progres
             progress=progress,
         )
         facts.update(model_digest=loaded.digest, data_digest=data.digest, calibration_samples=len(data.calibration))
+        facts["left_out_samples"] = data.left_out
         facts["bad_samples"] = [f"{bad.name}: {bad.reason}" for bad in data.bad]
         if run.writer:
             planned.scores.save(options.out / "scores.safetensors")

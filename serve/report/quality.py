@@ -151,6 +151,10 @@ def _sample_findings(files: RunFiles) -> tuple[Finding, ...]:
     if files.stage("evaluate").get("held_out") is False:
         text = "The evaluated samples are those the model was calibrated on: its figures may flatter."
         found.append(Finding(text, "run.json: stages.evaluate.held_out", bad=True))
+    for stage, use in (("plan", "calibrated"), ("recover", "trained")):
+        if left_out := files.stage(stage).get("left_out_samples"):
+            text = f"{whole(left_out)} samples were not {use} on: the evaluation shows their images."
+            found.append(Finding(text, f"run.json: stages.{stage}.left_out_samples"))
     if bad := files.stage("plan").get("bad_samples"):
         text = f"{len(bad)} samples could not be read and were left out."
         found.append(Finding(text, "run.json: stages.plan.bad_samples", bad=True))

@@ -1,0 +1,84 @@
+"""Who sees which image: told by its bytes, so a copy under another name is the same image."""
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from slimvlm.compress.errors import SampleError
+from slimvlm.compress.evaluate import shuffle_images
+from slimvlm.compress.options import CompressOptions
+from slimvlm.compress.samples import load_samples
+from slimvlm.compress.splits import hold_out, read_measured, read_trained
+
+
+def write(folder: Path, names: Iterable[str]) -> Path:
+    """A data file with two questions on every named image; the same colour is the same bytes."""
+    folder.mkdir(exist_ok=True)
+    lines = []
+    for name in names:
+        colour = int(name.split("-")[0])
+        Image.new("RGB", (8, 8), (colour, 0, 0)).save(folder / f"{name}.png")
+        lines += [{"image": f"{name}.png", "question": f"{asked} ?", "answer": "x"} for asked in ("what", "who")]
+    path = folder / "set.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def options_in(folder: Path, data: Path, **changes: object) -> CompressOptions:
+    fixed = {"model": "unused", "out": folder / "out", "train_batch_size": 2, "validation_samples": 2}
+    return CompressOptions(data=data, **{**fixed, **changes})
+
+
+def digests(samples: Iterable) -> set[str]:
+    return {sample.digest for sample in samples}
+
+
+def test_images_of_the_evaluation_are_neither_calibrated_nor_trained_on_under_any_name(tmp_path: Path) -> None:
+    data = write(tmp_path / "data", [f"{number}-a" for number in range(10)])
+    held = write(tmp_path / "held", ["3-copy", "4-copy", "77-new"])
+    options = options_in(tmp_path, data, eval_data=held)
+    measured = read_measured(options)
+    assert (len(measured.calibration), measured.left_out, measured.held_out) == (16, 4, True)
+    assert digests(measured.calibration).isdisjoint(digests(measured.evaluation))
+    assert measured.digest != load_samples(data).digest  # of what is calibrated on
+    trained = read_trained(options, measured)
+    assert trained.left_out == 4
+    assert digests((*trained.training, *trained.validation)).isdisjoint(digests(measured.evaluation))
+
+
+def test_nothing_is_left_out_where_no_image_is_shared(tmp_path: Path) -> None:
+    data, held = write(tmp_path / "data", ["1-a", "2-a"]), write(tmp_path / "held", ["3-a"])
+    measured = read_measured(options_in(tmp_path, data, eval_data=held))
+    assert (len(measured.calibration), measured.left_out) == (4, 0)
+    assert measured.digest == load_samples(data).digest
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_the_same_file_for_both_is_refused_with_what_to_do(tmp_path: Path, copied: bool) -> None:
+    data = held = write(tmp_path / "data", ["1-a", "2-a"])
+    if copied:
+        held = Path(shutil.copytree(data.parent, tmp_path / "copy"), data.name)
+    with pytest.raises(SampleError, match="none is left to calibrate on; give other samples .* leave --eval-data out"):
+        read_measured(options_in(tmp_path, data, eval_data=held))
+
+
+def test_copies_of_an_image_are_held_out_together(tmp_path: Path) -> None:
+    names = [f"{number}-{copy}" for copy in "abc" for number in range(6)]
+    samples = load_samples(write(tmp_path / "data", names)).samples
+    rest, held = hold_out(samples, 12)
+    assert digests(rest).isdisjoint(digests(held))
+    assert (len(rest), len(held)) == (24, 12)
+
+
+def test_a_blind_evaluation_gives_no_sample_a_copy_of_its_own_image(tmp_path: Path) -> None:
+    samples = load_samples(
+        write(tmp_path / "data", [f"{number}-{copy}" for copy in "ab" for number in range(3)])
+    ).samples
+    for seed in range(20):
+        for sample, other in zip(samples, shuffle_images(samples, seed), strict=True):
+            assert (sample.identity, sample.turns) == (other.identity, other.turns)
+            assert sample.image.read_bytes() != other.image.read_bytes()
