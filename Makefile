@@ -1,5 +1,6 @@
 # make demo: the whole job on the packaged model, CPU only, no download of weights.
 # make test: linters, import rules, types and the tests.
+# make portable: the tests again under other instruction sets, thread counts and orders.
 # make clients: programs of others on exported folders: transformers.js under Node, onnxruntime-genai, a Python without torch.
 # Both need only python3 (3.11 or newer) and make; everything else goes into .venv.
 
@@ -10,10 +11,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 CLIENTS := .clients
 OUT ?= demo-out
+SEED ?= 1
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test clients lint types clean
+.PHONY: demo test portable clients lint types clean
 
 demo: $(VENV)/.installed
 	$(BIN)/slimvlm demo $(OUT) --overwrite
@@ -24,6 +26,15 @@ test: lint types
 
 clients: $(VENV)/.installed-dev $(CLIENTS)/.installed
 	OMP_NUM_THREADS=1 SLIMVLM_CLIENTS=$(CURDIR)/$(CLIENTS) $(BIN)/pytest tests/export/test_clients.py
+
+# No verdict may hang on rounding or order: the whole suite as older processors, another number of threads and another
+# order would run it. Five times `make test`.
+portable: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default $(BIN)/pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 $(BIN)/pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/pytest -n $(JOBS)
+	OMP_NUM_THREADS=2 $(BIN)/pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --random-order --random-order-seed=$(SEED)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

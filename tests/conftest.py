@@ -1,4 +1,4 @@
-"""Every test runs offline and on one thread, so that results repeat and two workers do not fight for two cores."""
+"""Every test runs offline, and on one thread unless OMP_NUM_THREADS says otherwise: two workers share two cores."""
 
 import os
 
@@ -11,7 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 from hypothesis import settings
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # Examples follow from the test's code alone, and a busy machine must not fail a test for being slow.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from outputs import sure_tokens
 from tiny_models import FACTORIES, tiny_model
 from transformers import GenerationConfig
 
@@ -33,7 +34,7 @@ def generated(model, batch):
     config = GenerationConfig(
         **{**GREEDY, "min_new_tokens": NEW}, max_new_tokens=NEW, eos_token_id=None, pad_token_id=0
     )
-    ids = model.generate(**batch, generation_config=config)
+    ids = sure_tokens(model, batch, generation_config=config)
     return ids[:, -NEW:]
 
 
