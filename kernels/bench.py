@@ -143,7 +143,7 @@ class Clock:
         self._cache = torch.empty(CACHE_BYTES[device.type], dtype=torch.int8, device=device)
 
     def median(self, function: Callable[[], object]) -> float:
-        """Milliseconds; two runs first, for compilation, tuning and memory."""
+        """Milliseconds; two runs first, for compilation and memory."""
         for _ in range(2):
             function()
         return statistics.median(self._once(function) for _ in range(self.repeats))

@@ -1,46 +1,37 @@
-"""What every Triton kernel of this package is launched with: a tuned configuration, on the operands' device.
+"""What every Triton kernel of this package is launched with: the operands' device, and no tuning.
+
+Nothing is measured before a launch. Every kernel moves its operands once and has one setting (two for the norms): small
+programs of four warps, of which a processor holds many, with a few vectors of 16 bytes per thread under way. Tuning by
+the exact width would measure anew for every width that a cut leaves. For the same reason sizes and strides are not
+specialised: what the compiler must know of them is ALIGN, elements of a vector, by which they are divided on the host
+and multiplied in the kernel (it believes a product with a constant; 1 where memory is not aligned).
 
 Imported by `gpu.py` modules only, so that triton is imported when a GPU (or Triton's interpreter) is used, not before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 VECTOR_BYTES = 16  # of one load or store of a thread
-INTERPRETED = triton.knobs.runtime.interpret  # kernels run as Python on host tensors: the tests' way without a GPU
 
 
-def launch(
-    tuner: Any,
-    grid: Callable[[Mapping[str, int]], tuple[int, ...]],
-    arguments: Mapping[str, Any],
-    device: torch.device,
-    config: Any = None,
-) -> None:
-    """Run a kernel decorated by `triton.autotune`.
+def launch(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], device: torch.device) -> None:
+    """Run a kernel.
 
     Args:
-        tuner: the kernel.
-        grid: number of programs, from the configuration's constants.
-        arguments: of the kernel, by name.
+        kernel: decorated by `triton.jit`.
+        grid: number of programs.
+        arguments: of the kernel, by name, and `num_warps`.
         device: where the operands are.
-        config: one of `tuner.configs`; None measures all on the first call of a kind and keeps the fastest. The
-            interpreter takes the first, it has nothing to measure.
     """
-    if config is None and INTERPRETED:
-        config = tuner.configs[0]
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        if config is None:
-            tuner[grid](**arguments)
-        else:
-            tuner.fn[grid](**arguments, **config.all_kwargs())
+        kernel[grid](**arguments)
 
 
 def aligned(*tensors: Tensor | None) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -15,35 +15,31 @@ if TYPE_CHECKING:
     from slimvlm.kernels.gather import Blocks
 
 CARRIERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-CONFIGS = [
-    triton.Config({"BLOCK_R": 4, "BLOCK_C": 512}, num_warps=4),
-    triton.Config({"BLOCK_R": 8, "BLOCK_C": 1024}, num_warps=8),
-]
+SETTINGS = {"BLOCK_R": 4, "BLOCK_C": 512, "num_warps": 4}
 
 
-@triton.autotune(configs=CONFIGS, key=["width", "ALIGN"], cache_results=True)
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "per_row"])
 def gather_kernel(
     weight, rows, cols, out, height, width, per_row, per_col, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the result."""
+    """One tile of the result. Rows lie `width * ALIGN` apart in it."""
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    if ALIGN > 1:
-        width, per_row = tl.multiple_of(width, ALIGN), tl.multiple_of(per_row, ALIGN)
+    width *= ALIGN
     row, col = r, c
     if rows is not None:
         row = tl.load(rows + r, mask=r < height, other=0).to(tl.int64)
-    if cols is not None:
+    if cols is None:
+        per_row *= ALIGN
+    else:
         col = tl.load(cols + c, mask=c < width, other=0).to(tl.int64)
     inside = (r < height)[:, None] & (c < width)[None, :]
     value = tl.load(weight + row[:, None] * per_row + col[None, :] * per_col, mask=inside)
     tl.store(out + r[:, None] * width + c[None, :], value, mask=inside)
 
 
-@triton.autotune(configs=CONFIGS, key=["width", "ALIGN"], cache_results=True)
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "kept_width", "per_row"])
 def blocks_kernel(
     weight, row_places, col_places, kept, pruned_cols, pruned_rows, pruned, height, width, kept_width, per_row, per_col,
     ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -51,8 +47,7 @@ def blocks_kernel(
     """A place is the index in the kept part, or -1 - the index in the pruned part."""
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    if ALIGN > 1:
-        width, per_row = tl.multiple_of(width, ALIGN), tl.multiple_of(per_row, ALIGN)
+    width, per_row = width * ALIGN, per_row * ALIGN
     inside = (r < height)[:, None] & (c < width)[None, :]
     value = tl.load(weight + r[:, None] * per_row + c[None, :] * per_col, mask=inside)
     row = tl.load(row_places + r, mask=r < height, other=0).to(tl.int64)[:, None]
@@ -64,35 +59,36 @@ def blocks_kernel(
     tl.store(pruned + (-1 - row) * rest + (-1 - col), value, mask=inside & (row < 0) & (col < 0))
 
 
-def gather_2d(weight: Tensor, rows: Tensor | None, cols: Tensor | None, out: Tensor, config: Any = None) -> None:
-    """As the reference. `config` as in `launch`."""
+def gather_2d(weight: Tensor, rows: Tensor | None, cols: Tensor | None, out: Tensor) -> None:
+    """As the reference."""
     height, width = out.shape
     if not out.numel():
         return
     source, target = _carried(weight), _carried(out)
     whole = aligned(target) and (cols is not None or (source.stride(1) == 1 and aligned(source)))
+    align = _align(source) if whole else 1
     arguments = {
-        "weight": source, "rows": rows, "cols": cols, "out": target, "height": height, "width": width,
-        "per_row": source.stride(0), "per_col": source.stride(1), "ALIGN": _align(source) if whole else 1,
+        "weight": source, "rows": rows, "cols": cols, "out": target, "height": height, "width": width // align,
+        "per_row": source.stride(0) // (align if cols is None else 1), "per_col": source.stride(1), "ALIGN": align,
     }  # fmt: skip
-    launch(gather_kernel, _grid(height, width), arguments, weight.device, config)
+    launch(gather_kernel, _grid(height, width), arguments | SETTINGS, weight.device)
 
 
-def gather_blocks(weight: Tensor, rows: Tensor | None, cols: Tensor | None, blocks: Blocks, config: Any = None) -> None:
-    """As the reference. `config` as in `launch`."""
+def gather_blocks(weight: Tensor, rows: Tensor | None, cols: Tensor | None, blocks: Blocks) -> None:
+    """As the reference."""
     height, width = weight.shape
     if not weight.numel():
         return
     source = _carried(weight)
-    whole = source.stride(1) == 1 and aligned(source)
+    align = _align(source) if source.stride(1) == 1 and aligned(source) else 1
     arguments = {
         "weight": source, "row_places": _places(rows, height, weight.device),
-        "col_places": _places(cols, width, weight.device), "height": height, "width": width,
-        "kept_width": blocks.kept.shape[1], "per_row": source.stride(0), "per_col": source.stride(1),
-        "ALIGN": _align(source) if whole else 1,
+        "col_places": _places(cols, width, weight.device), "height": height, "width": width // align,
+        "kept_width": blocks.kept.shape[1], "per_row": source.stride(0) // align, "per_col": source.stride(1),
+        "ALIGN": align,
     }  # fmt: skip
     arguments |= {name: _carried(block) for name, block in blocks._asdict().items()}
-    launch(blocks_kernel, _grid(height, width), arguments, weight.device, config)
+    launch(blocks_kernel, _grid(height, width), arguments | SETTINGS, weight.device)
 
 
 def _places(kept: Tensor | None, size: int, device: torch.device) -> Tensor:
@@ -114,5 +110,5 @@ def _align(tensor: Tensor) -> int:
     return VECTOR_BYTES // tensor.element_size()
 
 
-def _grid(height: int, width: int) -> Any:
-    return lambda meta: (triton.cdiv(height, meta["BLOCK_R"]), triton.cdiv(width, meta["BLOCK_C"]))
+def _grid(height: int, width: int) -> tuple[int, int]:
+    return triton.cdiv(height, SETTINGS["BLOCK_R"]), triton.cdiv(width, SETTINGS["BLOCK_C"])

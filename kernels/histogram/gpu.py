@@ -7,38 +7,29 @@ they are exact and the same in every run.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from slimvlm.kernels.histogram.reference import NORM_FLOOR
-from slimvlm.kernels.launching import aligned, launch
+from slimvlm.kernels.launching import VECTOR_BYTES, aligned, launch
 
 CHANNELS = tl.constexpr(8)
 FLOOR = tl.constexpr(NORM_FLOOR)
 PROGRAMS_PER_PROCESSOR = 16
 LANES = 64  # of the widest warp (AMD); every lane gets at least one bin
-CONFIGS = [
-    triton.Config({"BLOCK_T": 256}, num_warps=4),  # twice the tokens spill on sm_100
-    triton.Config({"BLOCK_T": 512}, num_warps=8),
-]
+SETTINGS = {"BLOCK_T": 256, "num_warps": 4}  # twice the tokens spill on sm_100
 
 
-@triton.autotune(
-    configs=CONFIGS, key=["rows", "FAITHFUL", "ALIGN", "SLOTS"], restore_value=["counts"], cache_results=True
-)
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "rows", "bins", "per_token", "share"])
 def histogram_kernel(
     outputs, lengths, widths, bias, mask, counts, tokens, rows, bins, per_token, per_channel, share,
     FAITHFUL: tl.constexpr, ALIGN: tl.constexpr, SLOTS: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Eight channels, `share` tokens. SLOTS: a power of two above `bins`; what does not count goes to slot `bins`."""
     channel = tl.program_id(0).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
-    if ALIGN > 1:
-        rows, per_token = tl.multiple_of(rows, ALIGN), tl.multiple_of(per_token, ALIGN)
+    rows, per_token = rows * ALIGN, per_token * ALIGN
     there = channel < rows
     width = tl.maximum(tl.load(widths + channel, mask=there, other=1).to(tl.float32), FLOOR)
     scale = 0.5 * bins / width
@@ -110,28 +101,26 @@ def angle_histogram(
     counts: Tensor,
     mask: Tensor | None,
     faithful: bool,
-    config: Any = None,
 ) -> None:
-    """As the reference, but NaN is not counted. `config` as in `launch`."""
+    """As the reference, but NaN is not counted."""
     tokens, rows = outputs.shape
     bins = counts.shape[1]
     if not tokens or not rows:
         return
     lengths, widths = norms
-    whole = outputs.stride(1) == 1 and aligned(outputs)
+    align = VECTOR_BYTES // outputs.element_size() if outputs.stride(1) == 1 and aligned(outputs) else 1
     target = counts if counts.is_contiguous() else torch.zeros_like(counts, memory_format=torch.contiguous_format)
     programs = triton.cdiv(rows, CHANNELS.value)
-    longest = max(setting.kwargs["BLOCK_T"] for setting in CONFIGS)
-    share = _share(tokens, programs, outputs.device) * longest
+    share = _share(tokens, programs, outputs.device) * SETTINGS["BLOCK_T"]
     arguments = {
         "outputs": outputs, "lengths": lengths.contiguous(), "widths": widths.contiguous(),
         "bias": None if bias is None else bias.contiguous(),
         "mask": None if mask is None else mask.contiguous().view(torch.uint8), "counts": target, "tokens": tokens,
-        "rows": rows, "bins": bins, "per_token": outputs.stride(0), "per_channel": outputs.stride(1), "share": share,
-        "FAITHFUL": faithful, "ALIGN": CHANNELS.value if whole else 1,
+        "rows": rows // align, "bins": bins, "per_token": outputs.stride(0) // align,
+        "per_channel": outputs.stride(1), "share": share, "FAITHFUL": faithful, "ALIGN": align,
         "SLOTS": max(LANES, triton.next_power_of_2(bins + 1)),
     }  # fmt: skip
-    launch(histogram_kernel, lambda _: (programs, triton.cdiv(tokens, share)), arguments, outputs.device, config)
+    launch(histogram_kernel, (programs, triton.cdiv(tokens, share)), arguments | SETTINGS, outputs.device)
     if target is not counts:
         counts += target
 
@@ -139,5 +128,5 @@ def angle_histogram(
 def _share(tokens: int, programs: int, device: torch.device) -> int:
     """Blocks of tokens per program: as few programs as fill the device, since each adds all its counts to memory."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    blocks = triton.cdiv(tokens, max(setting.kwargs["BLOCK_T"] for setting in CONFIGS))
+    blocks = triton.cdiv(tokens, SETTINGS["BLOCK_T"])
     return triton.cdiv(blocks, max(1, PROGRAMS_PER_PROCESSOR * processors // programs))

@@ -24,14 +24,10 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 # Survivors of a program: along rows few and the loop runs through memory, across rows a segment of a row.
 SURVIVORS = {"along": 4, "across": 128, "strided": 32}
 PROGRAMS_PER_PROCESSOR = 16  # of 4 warps each: as many as a processor holds
-CONFIGS = [
-    triton.Config({"TILE": 2048}, num_warps=4),
-    triton.Config({"TILE": 4096}, num_warps=8),
-]
+SETTINGS = {"TILE": 2048, "num_warps": 4}
 
 
-@triton.autotune(configs=CONFIGS, key=["VARIANT", "LAYOUT", "WEIGHT", "GRAD", "ALIGN"], cache_results=True)
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def saliency_kernel(
     table, tiles, partial, total, VARIANT: tl.constexpr, LAYOUT: tl.constexpr, WEIGHT: tl.constexpr,
     GRAD: tl.constexpr, SQUARE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr,
@@ -83,14 +79,14 @@ def _read(
     return tl.load(pointer + places, mask=inside, other=0).to(tl.float32)
 
 
-def saliency_sums(batch: Sequence[Operands], variant: str, config: Any = None) -> list[Tensor]:
-    """As the reference; one launch per combination of dtypes and layout. `config` as in `launch`."""
+def saliency_sums(batch: Sequence[Operands], variant: str) -> list[Tensor]:
+    """As the reference; one launch per combination of dtypes and layout."""
     kinds: dict[tuple[Any, ...], list[int]] = {}
     for index, operands in enumerate(batch):
         kinds.setdefault(_kind(operands), []).append(index)
     results: list[Tensor] = [torch.empty(0)] * len(batch)
     for kind, indices in kinds.items():
-        sums = _launch([batch[index] for index in indices], kind, variant, config)
+        sums = _launch([batch[index] for index in indices], kind, variant)
         for index, result in zip(indices, sums, strict=True):
             results[index] = result
     return results
@@ -112,7 +108,7 @@ def _kind(operands: Operands) -> tuple[Any, ...]:
     return layout, align, types
 
 
-def _launch(batch: Sequence[Operands], kind: tuple[Any, ...], variant: str, config: Any) -> list[Tensor]:
+def _launch(batch: Sequence[Operands], kind: tuple[Any, ...], variant: str) -> list[Tensor]:
     layout, align, (weight, grad, square) = kind
     device = batch[0].weight.device
     block = SURVIVORS[layout]
@@ -135,7 +131,7 @@ def _launch(batch: Sequence[Operands], kind: tuple[Any, ...], variant: str, conf
         "table": table, "tiles": tiles, "partial": partial, "total": total, "VARIANT": variant, "LAYOUT": layout,
         "WEIGHT": weight, "GRAD": grad, "SQUARE": square, "ALIGN": align, "BLOCK_N": block,
     }  # fmt: skip
-    launch(saliency_kernel, lambda _: (programs, splits), arguments, device, config)
+    launch(saliency_kernel, (programs, splits), arguments | SETTINGS, device)
     sums = partial[0] if splits == 1 else partial.sum(0)
     return list((sums.abs_() if variant == "vectorized" else sums).split(lengths))
 

@@ -34,10 +34,6 @@ class Path:
         moved = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device)
         return moved.copy_(tensor)
 
-    def configs(self, operation: str) -> list[dict[str, Any]]:
-        """Every launch configuration as a keyword argument; torch has one."""
-        return [{"config": config} for config in getattr(self.module(operation), "CONFIGS", [None]) if config] or [{}]
-
 
 @pytest.fixture(params=["blocked", pytest.param("gpu", marks=pytest.mark.gpu)])
 def path(request: pytest.FixtureRequest) -> Path:

@@ -37,10 +37,9 @@ def test_gather_equals_indexing_rows_and_columns(path, dtype, index_dtype):
             for rows, cols in choices(shape, index_dtype)[: 5 if weight is dense else 2]:
                 expected = weight if rows is None else weight[rows.long()]
                 expected = expected if cols is None else expected[:, cols.long()]
-                for config in path.configs("gather"):
-                    out = torch.empty(expected.shape, dtype=dtype, device=path.device)
-                    path.module("gather").gather_2d(path.put(weight), path.put(rows), path.put(cols), out, **config)
-                    assert torch.equal(bits(out.cpu()), bits(expected))
+                out = torch.empty(expected.shape, dtype=dtype, device=path.device)
+                path.module("gather").gather_2d(path.put(weight), path.put(rows), path.put(cols), out)
+                assert torch.equal(bits(out.cpu()), bits(expected))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -53,12 +52,10 @@ def test_the_four_blocks_equal_four_gathers(path, dtype):
                 height, width = ((kept, size - kept) for kept, size in zip(sides, shape, strict=True))
                 expected = Blocks(*(torch.empty(h, w, dtype=dtype) for h in height for w in width))
                 reference.gather_blocks(weight, rows, cols, expected)
-                for config in path.configs("gather"):
-                    found = Blocks(*(torch.empty_like(block, device=path.device) for block in expected))
-                    arguments = (path.put(weight), path.put(rows), path.put(cols), found)
-                    path.module("gather").gather_blocks(*arguments, **config)
-                    for one, other in zip(found, expected, strict=True):
-                        assert torch.equal(bits(one.cpu()), bits(other))
+                found = Blocks(*(torch.empty_like(block, device=path.device) for block in expected))
+                path.module("gather").gather_blocks(path.put(weight), path.put(rows), path.put(cols), found)
+                for one, other in zip(found, expected, strict=True):
+                    assert torch.equal(bits(one.cpu()), bits(other))
 
 
 def test_the_bits_of_nan_arrive(path):

@@ -1,4 +1,4 @@
-"""Every Triton kernel, in every launch configuration, compiled for GPUs that are not here, and what each one takes.
+"""Every Triton kernel, as it is launched, compiled for GPUs that are not here, and what each one takes.
 
 python -P tests/support/cubins.py tests/kernels/resources.json     (writes the table that the tests compare with)
 """
@@ -37,19 +37,21 @@ class Case:
 
     Attributes:
         name: operation, layout, dtypes.
-        arguments: a type as Triton spells it (`*fp32`, `i32`; `i32!` is a multiple of 16), or a constant.
+        arguments: a type as Triton spells it (`*fp32`, `i32`), or a constant.
+        settings: constants and warps of a launch.
         tile_bytes: what one round of a program must read in loads of 16 bytes; None where it cannot.
     """
 
     name: str
-    tuner: Any
+    kernel: Any
     arguments: dict[str, Any]
+    settings: dict[str, int]
     tile_bytes: Callable[[dict[str, int]], int] | None = None
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one configuration takes on one target; `wide` says whether the tile is read in loads of 16 bytes."""
+    """What one case takes on one target; `wide` says whether the tile is read in loads of 16 bytes."""
 
     name: str
     target: str
@@ -60,7 +62,7 @@ class Compiled:
 
 
 def cases() -> Iterator[Case]:
-    """All kernels; the layouts and dtypes that compile to different loads."""
+    """All kernels and settings; the layouts and dtypes that compile to different loads."""
     for layout, weight, grad, variant in (
         ("along", "fp32", "fp32", "first"),
         ("along", "bf16", "fp32", "first"),
@@ -71,22 +73,22 @@ def cases() -> Iterator[Case]:
         yield _taylor(layout, weight, grad, variant)
     for kind in ("fp32", "bf16"):
         vector = 16 // BYTES[kind]
-        arguments = {"matrix": f"*{kind}", "norms": "*fp32", "tokens": "i32", "width": "i32!", "per_token": "i32!"}
+        arguments = {"matrix": f"*{kind}", "norms": "*fp32", "tokens": "i32", "width": "i32", "per_token": "i32"}
         arguments |= {"per_channel": 1, "ALIGN": vector}
-        yield Case(
-            f"norms {kind}", norms.norms_kernel, arguments, lambda c, b=BYTES[kind]: c["BLOCK_T"] * c["BLOCK_C"] * b
-        )
+        tile = lambda c, b=BYTES[kind]: c["BLOCK_T"] * c["BLOCK_C"] * b  # noqa: E731
+        for settings in (norms.SHORT_ROWS, norms.LONG_ROWS):
+            yield Case(f"norms {kind}", norms.norms_kernel, arguments, settings, tile)
         yield _histogram(kind)
     for kind in ("i16", "i32"):
         arguments = {"weight": f"*{kind}", "rows": "*i64", "cols": None, "out": f"*{kind}", "height": "i32"}
-        arguments |= {"width": "i32!", "per_row": "i32!", "per_col": 1, "ALIGN": 16 // BYTES[kind]}
+        arguments |= {"width": "i32", "per_row": "i32", "per_col": 1, "ALIGN": 16 // BYTES[kind]}
         tile = lambda c, b=BYTES[kind]: c["BLOCK_R"] * c["BLOCK_C"] * b  # noqa: E731
-        yield Case(f"gather rows {kind}", gather.gather_kernel, arguments, tile)
-    yield Case("gather rows and cols i32", gather.gather_kernel, arguments | {"cols": "*i64"})
+        yield Case(f"gather rows {kind}", gather.gather_kernel, arguments, gather.SETTINGS, tile)
+    yield Case("gather rows and cols i32", gather.gather_kernel, arguments | {"cols": "*i64"}, gather.SETTINGS)
     parts = dict.fromkeys(("kept", "pruned_cols", "pruned_rows", "pruned"), "*i32")
     arguments = {"weight": "*i32", "row_places": "*i32", "col_places": "*i32", **parts, "height": "i32"}
-    arguments |= {"width": "i32!", "kept_width": "i32", "per_row": "i32!", "per_col": 1, "ALIGN": 4}
-    yield Case("gather blocks i32", gather.blocks_kernel, arguments, tile)
+    arguments |= {"width": "i32", "kept_width": "i32", "per_row": "i32", "per_col": 1, "ALIGN": 4}
+    yield Case("gather blocks i32", gather.blocks_kernel, arguments, gather.SETTINGS, tile)
 
 
 def _taylor(layout: str, weight: str, grad: str, variant: str) -> Case:
@@ -96,54 +98,57 @@ def _taylor(layout: str, weight: str, grad: str, variant: str) -> Case:
     arguments |= {"LAYOUT": layout, "WEIGHT": types[weight], "GRAD": types[grad], "SQUARE": types[grad]}
     arguments |= {"ALIGN": align, "BLOCK_N": taylor.SURVIVORS[layout]}
     size = BYTES[weight] + BYTES[grad] * (2 if variant == "mix" else 1)
-    tile = None if layout == "strided" else lambda config: config["TILE"] * size
-    return Case(f"taylor {layout} {weight} {grad} {variant}", taylor.saliency_kernel, arguments, tile)
+    tile = None if layout == "strided" else lambda settings: settings["TILE"] * size
+    name = f"taylor {layout} {weight} {grad} {variant}"
+    return Case(name, taylor.saliency_kernel, arguments, taylor.SETTINGS, tile)
 
 
 def _histogram(kind: str) -> Case:
     pointers = {"outputs": f"*{kind}", "lengths": "*fp32", "widths": "*fp32", "bias": f"*{kind}", "mask": "*u8"}
-    sizes = {"tokens": "i32", "rows": "i32!", "bins": "i32", "per_token": "i32!", "per_channel": 1, "share": "i32!"}
-    constants = {"FAITHFUL": False, "ALIGN": histogram.CHANNELS.value, "SLOTS": 128}
+    sizes = {"tokens": "i32", "rows": "i32", "bins": "i32", "per_token": "i32", "per_channel": 1, "share": "i32"}
+    constants = {"FAITHFUL": False, "ALIGN": 16 // BYTES[kind], "SLOTS": 128}
     arguments = {**pointers, "counts": "*i64", **sizes, **constants}
     size = histogram.CHANNELS.value * BYTES[kind]
-    return Case(f"histogram {kind}", histogram.histogram_kernel, arguments, lambda config: config["BLOCK_T"] * size)
+    tile = lambda settings: settings["BLOCK_T"] * size  # noqa: E731
+    return Case(f"histogram {kind}", histogram.histogram_kernel, arguments, histogram.SETTINGS, tile)
 
 
-def compile_case(case: Case, config: triton.Config, capability: int) -> Compiled:
+def compile_case(case: Case, capability: int) -> Compiled:
     """To a cubin, and read what it takes."""
-    kernel = _compile(case, config, GPUTarget("cuda", capability, 32))
+    kernel = _compile(case, GPUTarget("cuda", capability, 32))
     wide = None
     if case.tile_bytes is not None:
-        loaded = 16 * 32 * config.num_warps * len(VECTOR_LOAD.findall(kernel.asm["ptx"]))
-        wide = loaded >= case.tile_bytes(config.kwargs)
-    settings = " ".join(f"{key}={value}" for key, value in config.kwargs.items())
+        loaded = 16 * 32 * case.settings["num_warps"] * len(VECTOR_LOAD.findall(kernel.asm["ptx"]))
+        wide = loaded >= case.tile_bytes(case.settings)
     registers, spilled = _usage(kernel.asm["cubin"])
-    name = f"{case.name} {settings} warps={config.num_warps}"
-    return Compiled(name, f"sm_{capability}", registers, kernel.metadata.shared, spilled, wide)
+    return Compiled(describe(case), f"sm_{capability}", registers, kernel.metadata.shared, spilled, wide)
 
 
-def spills_on_rocm(case: Case, config: triton.Config) -> int:
+def describe(case: Case) -> str:
+    """Its name in the table."""
+    return " ".join([case.name, *(f"{key.removeprefix('num_')}={value}" for key, value in case.settings.items())])
+
+
+def spills_on_rocm(case: Case) -> int:
     """Registers that spill on an AMD GPU of the CDNA 3 generation; compiles to a code object."""
-    kernel = _compile(case, config, GPUTarget("hip", "gfx942", 64))
+    kernel = _compile(case, GPUTarget("hip", "gfx942", 64))
     assert kernel.asm["hsaco"].startswith(b"\x7fELF")
     return sum(map(int, re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", kernel.asm["amdgcn"])))
 
 
-def _compile(case: Case, config: triton.Config, target: GPUTarget) -> Any:
-    function = case.tuner.fn
+def _compile(case: Case, target: GPUTarget) -> Any:
+    function = case.kernel
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(function.arg_names):
-        value = {**case.arguments, **config.kwargs}[name]
-        kind = str(value).removesuffix("!")
-        if isinstance(value, str) and (kind.startswith("*") or kind in BYTES):
-            signature[name] = kind
-            if kind.startswith("*") or kind != value:
+        value = {**case.arguments, **case.settings}[name]
+        if isinstance(value, str) and (value.startswith("*") or value in BYTES):
+            signature[name] = value
+            if value.startswith("*"):
                 attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name], constants[(index,)] = "constexpr", value
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     source = ASTSource(function, signature, constants, attributes)
-    return triton.compile(source, target=target, options=options)
+    return triton.compile(source, target=target, options={"num_warps": case.settings["num_warps"]})
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
@@ -158,8 +163,8 @@ def _usage(cubin: bytes) -> tuple[int, int]:
 
 
 def compile_all(capability: int) -> list[Compiled]:
-    """Every case in every configuration for one target."""
-    return [compile_case(case, config, capability) for case in cases() for config in case.tuner.configs]
+    """Every case for one target."""
+    return [compile_case(case, capability) for case in cases()]
 
 
 def main() -> None:
