@@ -8,6 +8,7 @@ import importlib.util
 import warnings
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 
@@ -21,19 +22,31 @@ def choose(operation: str, *operands: Tensor | None, dtypes: tuple[object, ...] 
     """
     present = [operand for operand in operands if operand is not None]
     fits = not dtypes or all(operand.dtype in dtypes for operand in present)
-    path = "gpu" if present[0].is_cuda and fits and _has_triton() else "blocked"
+    path = "gpu" if present[0].is_cuda and fits and not why_not_triton(present[0].device) else "blocked"
     return importlib.import_module(f"slimvlm.kernels.{operation}.{path}")
 
 
 @functools.cache
-def _has_triton() -> bool:
-    """Asked only on a CUDA (or ROCm) device; says once what is missing there."""
-    found = importlib.util.find_spec("triton") is not None
-    if not found:
+def why_not_triton(device: torch.device) -> str:
+    """What keeps Triton from this CUDA (or ROCm) device, also said once as a warning; empty if nothing does.
+
+    Triton builds a launcher with a C compiler and asks the driver to load its code: whether that works is known after a
+    launch, so one is tried, and waited for.
+    """
+    reason, remedy = "triton is not installed", "`pip install 'slimvlm[triton]'` installs it"
+    if importlib.util.find_spec("triton") is not None:
+        try:
+            norms = importlib.import_module("slimvlm.kernels.norms.gpu").row_norms(torch.ones(1, 16, device=device))
+            right = norms.tolist() == [4.0]
+            reason = "" if right else "triton's first launch gave a wrong result"
+        except Exception as error:  # whatever keeps a launch from working, torch does the same
+            text = str(error).strip() or type(error).__name__
+            reason = f"triton's first launch failed ({text.splitlines()[0].rstrip('.')})"
+        remedy = "it needs a C compiler (`gcc` or `clang`, or CC) and a driver for its version"
+    if reason:
         warnings.warn(
-            "triton is not installed: scoring and slicing run on plain torch on this GPU, slower but with the same "
-            "results; `pip install 'slimvlm[triton]'` installs it",
+            f"{reason}: scoring and slicing run on plain torch on this GPU, slower but with the same results; {remedy}",
             RuntimeWarning,
             stacklevel=2,
         )
-    return found
+    return reason
