@@ -145,7 +145,8 @@ def _prepare(options: CompressOptions, plan: Plan, loaded: Loaded) -> Any | None
     adapted = None
     if "lora" in options.train:
         slices = Slices(_dense_folder(options.model, plan), model, plan) if options.recall else None
-        with torch.random.fork_rng():
+        # Named, because torch warns when it must guess which of several GPUs draw.
+        with torch.random.fork_rng({parameter.device for parameter in model.parameters() if parameter.is_cuda}):
             torch.manual_seed(options.seed)  # the new factors start at random
             adapted = attach(model, plan, slices, low_rank(options))
     if "projector" in options.train:

@@ -17,6 +17,12 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch):
+    """cuDNN's convolutions (the patch embeddings) round to TF32 by default, which no CPU does."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.mark.parametrize("criterion", ["ukmi", "taylor", "fisher", "gate"])
 @pytest.mark.parametrize("host_sums", [False, True])
 def test_statistics_on_a_gpu_are_those_of_the_cpu(criterion, host_sums):

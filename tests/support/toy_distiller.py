@@ -29,7 +29,7 @@ class ToyModel(nn.Module):
 
     def __init__(self, dropout: float = 0.0, seed: int = 0) -> None:
         super().__init__()
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([]):
             torch.manual_seed(seed)
             self.embed = nn.Embedding(VOCAB, WIDTH)
             self.blocks = nn.ModuleList(ToyBlock(dropout) for _ in range(2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import peft
 import pytest
@@ -15,10 +16,12 @@ from recalled import SMALL, make_case, randomise, trainable
 from safetensors import safe_open
 from tiny_models import FACTORIES, tiny_model
 
-from slimvlm.compress.checkpoint import load_model, save_checkpoint
+from slimvlm.compress.checkpoint import Loaded, load_model, save_checkpoint
 from slimvlm.compress.errors import CheckFailedError, CheckpointError, UnsuitableOptionError
 from slimvlm.compress.families import find_family
 from slimvlm.compress.groups import count_parameters
+from slimvlm.compress.options import CompressOptions
+from slimvlm.compress.recovery import recover
 from slimvlm.compress.recovery.recall import (
     LowRank,
     attach,
@@ -315,3 +318,13 @@ def test_random_widths_in_every_layer_merge_exactly(tmp_path, unit):
     adapted = attach(model, plan, Slices(tmp_path / "dense", model, plan), LowRank(rank=1, recall_rank=1))
     trained = logits(randomise(adapted), tiny.inputs(2))
     assert (logits(merge(adapted), tiny.inputs(2)) - trained).abs().max() <= 1e-5
+
+
+def test_two_gpus_do_not_make_new_factors_warn(monkeypatch, recwarn):
+    tiny = tiny_model("llava")
+    plan = random_plan(tiny.model)
+    loaded = Loaded(tiny.model, None, find_family(tiny.model.config), "digest", Path())
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    options = CompressOptions(model="dense", out=Path("out"), data=Path("data"), recall=False)
+    assert recover._prepare(options, plan, loaded) is not None
+    assert not [warning for warning in recwarn if "fork_rng" in str(warning.message)]
