@@ -104,9 +104,10 @@ class _Queue:
 def allocate_balanced(pool: Pool, target: float, *, faithful: bool = False, steps: Steps = None) -> Flags:
     """UKMP's modality-balanced selection; True for the units that go.
 
-    The product path takes units in the order (normalised score, group, position), never breaks a floor and stops at the
-    first unit that meets the target. `faithful` is the paper's loop to the letter: whole steps, ties at the threshold
-    all go, and a group is left alone only from the step AFTER it fell below a tenth of its channels or to exactly one.
+    The product path takes units in the order (normalised score, group, position) and never breaks a floor; from the
+    first unit that would overshoot on, smaller ones fill what is left (see `_landed`). `faithful` is the paper's loop
+    to the letter: whole steps, ties at the threshold all go, and a group is left alone only from the step AFTER it fell
+    below a tenth of its channels or to exactly one.
 
     Args:
         pool: the units.
@@ -151,7 +152,6 @@ ALLOCATORS = {"balanced": allocate_balanced, "global": allocate_global, "local":
 
 
 def _exact(pool: Pool, target: float, steps: tuple[int, int]) -> Flags:
-    removed = np.zeros(len(pool.scores), dtype=bool)
     protected = pool.protected
     _require(int(pool.cost[~protected].sum()), target, f"the floor of {pool.floor:.0%} of every group")
     queues = _queues(pool, ~protected)
@@ -161,27 +161,72 @@ def _exact(pool: Pool, target: float, steps: tuple[int, int]) -> Flags:
     kept_counts = np.bincount(pool.group[protected], minlength=pool.groups)
     modality = np.zeros(pool.groups, dtype=np.int64)
     modality[pool.group] = pool.modality
-    gone = 0
+    gone, going = 0, [np.zeros(0, dtype=np.int64)]
     while gone < target:
         queues = [queue for queue in queues if len(queue)]
         step = steps[int(gone > FINE_FROM * target)]
-        units, normalised = [], []
+        means = []
         for queue in queues:
             active = (left > 0) & (modality == pool.modality[queue.units[0]])
-            mean = (queue.total + kept_sums[active].sum()) / (len(queue) + kept_counts[active].sum())
-            candidates, scores = queue.lowest(step)
-            units.append(candidates)
-            normalised.append(scores / (mean or 1.0))
-        merged = np.concatenate(units)
-        chosen = merged[np.lexsort((merged, np.concatenate(normalised)))][:step]
-        spent = gone + np.cumsum(pool.cost[chosen])
-        chosen = chosen[: int(np.searchsorted(spent, target)) + 1]
+            means.append((queue.total + kept_sums[active].sum()) / (len(queue) + kept_counts[active].sum()) or 1.0)
+        chosen = _ranked(queues, means, step)[:step]
+        fits = int(np.searchsorted(np.cumsum(pool.cost[chosen]), target - gone, side="right"))
+        if fits < len(chosen):
+            order = _ranked(queues, means, len(pool.scores))
+            return _landed(pool, np.concatenate([*going, order[:fits]]), order[fits:], target)
         gone += int(pool.cost[chosen].sum())
-        removed[chosen] = True
+        going.append(chosen)
         left -= np.bincount(pool.group[chosen], minlength=pool.groups)
-        for queue, candidates in zip(queues, units, strict=True):
-            queue.start += int(removed[candidates].sum())
+        for queue in queues:
+            queue.start += int((pool.modality[chosen] == pool.modality[queue.units[0]]).sum())
+    return _landed(pool, np.concatenate(going), np.zeros(0, dtype=np.int64), target)
+
+
+def _ranked(queues: list[_Queue], means: list[float], count: int) -> Integers:
+    """The first `count` units of every queue, lowest score over its queue's mean first, equal ones by number."""
+    windows = [queue.lowest(count) for queue in queues]
+    units = np.concatenate([units for units, _ in windows])
+    scores = np.concatenate([scores / mean for (_, scores), mean in zip(windows, means, strict=True)])
+    return units[np.lexsort((units, scores))]
+
+
+def _landed(pool: Pool, going: Integers, order: Integers, target: float) -> Flags:
+    """What goes once the next unit of `order` would overshoot: as near to the target as the units allow.
+
+    Units that still fit go in their turn. Where what is then missing is more than what the smallest unit left would
+    overshoot by, it goes as well, and the last units that fit in the overshoot stay for it.
+    """
+    removed = np.zeros(len(pool.scores), dtype=bool)
+    room = target - int(pool.cost[going].sum())
+    filled = _fitting(pool, order, room)
+    room -= int(pool.cost[filled].sum())
+    going = np.concatenate([going, filled])
+    removed[going] = True
+    rest = order[~removed[order]]
+    if len(rest):
+        first = rest[np.sort(np.unique(pool.group[rest], return_index=True)[1])]  # of every group, in order
+        unit = first[np.argmin(pool.cost[first])]
+        over = int(pool.cost[unit]) - room
+        back = _fitting(pool, going[pool.group[going] != pool.group[unit]][::-1], over)
+        if over - int(pool.cost[back].sum()) < room:
+            removed[unit] = True
+            removed[back] = False
     return removed
+
+
+def _fitting(pool: Pool, order: Integers, room: float) -> Integers:
+    """The units of `order` that fit in `room` one after the other; a group is left at its first that does not."""
+    taken, closed = [], np.zeros(pool.groups, dtype=bool)
+    smallest = int(pool.cost[order].min(initial=0))
+    for unit in order:
+        if room < smallest:
+            break
+        if not closed[pool.group[unit]]:
+            closed[pool.group[unit]] = pool.cost[unit] > room
+            if pool.cost[unit] <= room:
+                taken.append(unit)
+                room -= int(pool.cost[unit])
+    return np.array(taken, dtype=np.int64)
 
 
 def _literal(pool: Pool, target: float, steps: tuple[int, int]) -> Flags:

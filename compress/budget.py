@@ -136,7 +136,7 @@ def facts_of(model: nn.Module, groups: Sequence[Group], dense: Facts | None = No
 
 
 def make_plan(groups: Sequence[Group], scores: Scores, budget: Budget, facts: Facts) -> Plan:
-    """The plan that meets every ratio of `budget` within one unit (or bundle); the same arguments give the same bytes.
+    """The plan that meets every ratio of `budget` to about half of its finest unit, always with the same bytes.
 
     Raises:
         InfeasibleBudgetError: no plan can; the message says what the largest possible ratio is.
