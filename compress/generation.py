@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
+
+from slimvlm.compress.decoding import decode
 
 Arrays = dict[str, np.ndarray]
 PAST, PRESENT = "past_key_values.", "present."
@@ -47,14 +49,18 @@ class Prompting:
         start: first token of an encoder-decoder's answer.
     """
 
-    kind: str
+    kind: Annotated[str, Literal["decoder", "encoder-decoder"]]
     image_token: int
     end: tuple[int, ...]
     pad: int
-    positions: str = "count"
+    positions: Annotated[str, Literal["count", "mrope"]] = "count"
     first_position: int = 0
     merge: int = 1
     start: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.image_token < 0 or self.merge < 1 or self.first_position < 0:
+            raise ValueError("a token is below 0, or merge below 1")
 
     def to_dict(self) -> dict[str, Any]:
         """As stored in manifest.json."""
@@ -62,8 +68,12 @@ class Prompting:
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Prompting:
-        """The reverse."""
-        return cls(**{**document, "end": tuple(document["end"])})
+        """The reverse.
+
+        Raises:
+            ValueError: the field that is unknown, missing or wrong.
+        """
+        return decode(document, cls, "generation")
 
 
 @dataclass(frozen=True, slots=True)

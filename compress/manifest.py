@@ -3,18 +3,88 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypedDict
 
+from slimvlm.compress.decoding import content_of, decode, parse, refused_as
 from slimvlm.compress.errors import CheckpointError
 from slimvlm.compress.files import file_digest, installed_versions, write_text
+from slimvlm.compress.generation import Prompting
 
 NAME = "manifest.json"
 SAMPLE = "sample.safetensors"
 SCHEMA = 1
 VERSIONED = ("slimvlm", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy")
+
+
+Document = dict[str, Any]
+
+
+class Port(TypedDict):
+    """An input or output; axes that vary by name."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+
+
+class Parity(TypedDict):
+    """Difference of one case against torch; None where it is no finite number."""
+
+    case: str
+    shapes: dict[str, list[int]]
+    max_absolute: float | None
+    max_relative: float | None
+    cosine: float | None
+
+
+class Check(TypedDict):
+    """Generations of one format and variant against torch's."""
+
+    format: str
+    variant: str
+    ok: bool
+    samples: int
+    equal: int
+    token_share: float
+    accuracy: float | None
+    torch_accuracy: float | None
+
+
+class Origin(TypedDict, total=False):
+    """What was exported."""
+
+    source: str
+    digest: str
+    family: str
+    type: str
+
+
+class Stated(TypedDict, total=False):
+    """The options of the export, as far as a reader needs them."""
+
+    max_new_tokens: int
+
+
+class ForClients(TypedDict, total=False):
+    """What a client needs besides the graphs; `prompt` and `image` are the recipe of `run_onnx.py`."""
+
+    image_size: list[int]
+    external_data: dict[str, int]
+    prompt: dict[str, Any]
+    image: dict[str, Any]
+    why_not: str
+    note: str
+
+
+class FileEntry(TypedDict):
+    """Size and digest of a file."""
+
+    bytes: int
+    sha256: str
 
 
 @dataclass(slots=True)
@@ -23,23 +93,21 @@ class Artifact:
 
     Attributes:
         file: relative to the folder, with `/`.
-        variant: `fp32`, `fp16` or `int8`.
-        inputs, outputs: name, dtype and shape; axes that vary by name.
         parity: differences against torch, one per case.
     """
 
     graph: str
-    format: str
-    variant: str
+    format: Annotated[str, Literal["onnx", "torchscript", "pt2", "aoti"]]
+    variant: Annotated[str, Literal["fp32", "fp16", "int8"]]
     file: str
     exporter: str
     seconds: float
     opset: int | None = None
     fallback_reason: str | None = None
     fused_for: str | None = None
-    inputs: list[dict[str, Any]] = field(default_factory=list)
-    outputs: list[dict[str, Any]] = field(default_factory=list)
-    parity: list[dict[str, Any]] = field(default_factory=list)
+    inputs: list[Annotated[Document, Port]] = field(default_factory=list)
+    outputs: list[Annotated[Document, Port]] = field(default_factory=list)
+    parity: list[Annotated[Document, Parity]] = field(default_factory=list)
     ok: bool = True
 
 
@@ -47,26 +115,24 @@ class Artifact:
 class Manifest:
     """What an export holds; `checks` are of whole generations, `failures` say what is wrong, `run` is for clients."""
 
-    model: dict[str, Any]
-    options: dict[str, Any]
-    generation: dict[str, Any] | None = None
-    run: dict[str, Any] = field(default_factory=dict)
-    tolerances: dict[str, Any] = field(default_factory=dict)
+    model: Annotated[Document, Origin]
+    options: Annotated[Document, Stated]
+    generation: Document | None = None
+    run: Annotated[Document, ForClients] = field(default_factory=dict)
+    tolerances: dict[str, dict[str, float]] = field(default_factory=dict)
     artifacts: list[Artifact] = field(default_factory=list)
-    checks: list[dict[str, Any]] = field(default_factory=list)
+    checks: list[Annotated[Document, Check]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=lambda: installed_versions(VERSIONED))
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    files: dict[str, Annotated[Document, FileEntry]] = field(default_factory=dict)
+    ok: bool = True
+    schema: int = SCHEMA
 
     def write(self, folder: Path) -> None:
         """Lists the files of the folder and writes the manifest last."""
-        self.files = {
-            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_digest(path)}
-            for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name != NAME
-        }
-        document = {"schema": SCHEMA, "ok": not self.failures, **asdict(self)}
-        write_text(folder / NAME, json.dumps(document, indent=1) + "\n")
+        self.ok = not self.failures
+        self.files = list_files(folder)
+        write_text(folder / NAME, json.dumps(_finite(asdict(self)), indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -75,18 +141,30 @@ class Manifest:
         Raises:
             CheckpointError: there is none, it cannot be read, or it has another schema.
         """
-        path = folder / NAME
-        try:
-            document = json.loads(path.read_text())
-            if document.pop("schema") != SCHEMA:
-                raise ValueError(f"its schema is not {SCHEMA}")
-            document.pop("ok")
-            document["artifacts"] = [Artifact(**artifact) for artifact in document["artifacts"]]
-            return cls(**document)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{path} is not the manifest of an export ({error}); give a folder that slimvlm export wrote"
-            ) from error
+        advice = "give a folder that slimvlm export wrote"
+        with refused_as(folder / NAME, CheckpointError, advice):
+            manifest = decode(parse(content_of(folder / NAME)), cls)
+            if manifest.generation is not None:
+                Prompting.from_dict(manifest.generation)
+            return manifest
+
+
+def list_files(folder: Path) -> dict[str, Document]:
+    """Every file of a folder but its manifest."""
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path != folder / NAME
+    }
+
+
+def _finite(value: Any) -> Any:
+    """With None for numbers that are not finite, which JSON has no words for."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def inside(folder: Path, name: str) -> Path:

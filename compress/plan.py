@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from slimvlm.compress.decoding import decode, parse
+
 SCHEMA = 1
 
 
@@ -62,6 +64,8 @@ class Plan:
                 raise ValueError(f"plan: group {key} keeps nothing")
             if list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= self.sizes[key]:
                 raise ValueError(f"plan: group {key} must keep sorted, unique indices below {self.sizes[key]}")
+        if not 0 < self.parameters_after <= self.parameters_before:
+            raise ValueError(f"plan: {self.parameters_after} of {self.parameters_before} parameters are left")
 
     @property
     def removed_fraction(self) -> float:
@@ -82,23 +86,9 @@ class Plan:
         """The plan of `to_json`.
 
         Raises:
-            ValueError: no JSON object, another schema, or an unknown or missing key (named).
+            ValueError: another schema, or the field that is unknown, missing or wrong.
         """
-        try:
-            document = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"plan: not JSON ({error})") from None
-        if not isinstance(document, dict):
-            raise ValueError("plan: not a JSON object")
-        _check_keys("plan", document, {field.name for field in fields(cls)})
-        if document["schema"] != SCHEMA:
-            raise ValueError(f"plan: schema {document['schema']} is not the {SCHEMA} this version reads")
-        count_keys = {field.name for field in fields(TowerCount)}
-        for name, count in document["towers"].items():
-            _check_keys(f"plan: tower {name}", count, count_keys)
-        towers = {name: TowerCount(**count) for name, count in document["towers"].items()}
-        keep = {key: tuple(kept) for key, kept in document["keep"].items()}
-        return cls(**{**document, "towers": towers, "keep": keep})
+        return decode(parse(text), cls, "plan")
 
     def compose(self, later: Plan) -> Plan:
         """The plan that does this one and then `later`, whose indices count what this one kept.
@@ -126,10 +116,3 @@ class Plan:
             sizes=self.sizes,
             keep=keep,
         )
-
-
-def _check_keys(what: str, document: Mapping[str, Any], expected: set[str]) -> None:
-    if unknown := sorted(set(document) - expected):
-        raise ValueError(f"{what}: unknown key {unknown[0]!r}; known are {', '.join(sorted(expected))}")
-    if missing := sorted(expected - set(document)):
-        raise ValueError(f"{what}: key {missing[0]!r} is missing")

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from slimvlm.compress.decoding import decode
+
 SCHEMA = 1
 RECALLS = (1, 5, 10)
 UNNAMED_TASK = "all"
@@ -129,23 +131,9 @@ class Quality:
         """The quality of `to_dict`.
 
         Raises:
-            ValueError: another schema, or an unknown or missing key (named).
+            ValueError: another schema, or the field that is unknown, missing or wrong.
         """
-        check_keys("quality", document, cls)
-        if document["schema"] != SCHEMA:
-            raise ValueError(f"quality: schema {document['schema']} is not the {SCHEMA} this version reads")
-        for index, row in enumerate(document["rows"]):
-            check_keys(f"quality: row {index}", row, Row)
-        return cls(**{**document, "rows": tuple(Row(**row) for row in document["rows"])})
-
-
-def check_keys(what: str, document: Mapping[str, Any], noun: type) -> None:
-    """Raise ValueError naming the first key that is unknown to, or missing for, the dataclass `noun`."""
-    known = {field.name for field in fields(noun)}
-    if unknown := sorted(set(document) - known):
-        raise ValueError(f"{what}: unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
-    if missing := sorted(known - set(document)):
-        raise ValueError(f"{what}: key {missing[0]!r} is missing")
+        return decode(document, cls, "quality")
 
 
 def summarize(kind: str, rows: Sequence[Row], *, blind: bool, seconds: float) -> Quality:
@@ -218,10 +206,9 @@ class Comparison:
         """The comparison of `to_dict`.
 
         Raises:
-            ValueError: an unknown or missing key (named).
+            ValueError: the field that is unknown, missing or wrong.
         """
-        check_keys("comparison", document, cls)
-        return cls(**document)
+        return decode(document, cls, "comparison")
 
 
 def compare(

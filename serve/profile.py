@@ -7,14 +7,12 @@ of the dense and the slim model paired. Everything else in a profile is derived 
 from __future__ import annotations
 
 import json
-import math
-import types
 import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-from slimvlm.compress.quality import check_keys
+from slimvlm.compress.decoding import decode, parse
 
 SCHEMA = 1
 MODELS = ("dense", "slim")
@@ -29,8 +27,6 @@ PHASES = {
 MEASURED, OUT_OF_MEMORY, FAILED = STATUSES = ("measured", "out of memory", "failed")
 FASTER, SLOWER, SAME, TOO_NOISY = RELATIONS = ("faster", "slower", "same", "too noisy")
 BOUNDS = ("memory", "compute", "overhead")
-
-Noun = TypeVar("Noun")
 
 
 def _one_of(what: str, value: str, accepted: typing.Iterable[str]) -> None:
@@ -278,11 +274,9 @@ class Profile:
         """The profile of `to_dict`.
 
         Raises:
-            ValueError: another schema; a key that is unknown, missing or of another type (named with its path).
+            ValueError: another schema, or the field that is unknown, missing or wrong.
         """
-        if isinstance(document, Mapping) and document.get("schema", SCHEMA) != SCHEMA:
-            raise ValueError(f"profile: schema {document['schema']} is not the {SCHEMA} this version reads")
-        return _decode("profile", document, cls)
+        return decode(document, cls, "profile")
 
     @classmethod
     def from_json(cls, text: str) -> Profile:
@@ -291,55 +285,4 @@ class Profile:
         Raises:
             ValueError: not JSON, or as `from_dict`.
         """
-        try:
-            document = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"profile: not JSON ({error})") from None
-        return cls.from_dict(document)
-
-
-def _decode(where: str, value: Any, wanted: Any) -> Any:
-    """`value` of a JSON document as the annotated type `wanted`: the dataclasses above, tuples, mappings, unions with
-    None, and plain types. An int is a float; nothing else is converted.
-    """
-    if wanted is Any:
-        return value
-    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
-    if origin in (types.UnionType, typing.Union):
-        kind = next(one for one in arguments if one is not types.NoneType)
-        return None if value is None else _decode(where, value, kind)
-    if is_dataclass(wanted):
-        return _decode_noun(where, value, typing.cast(type, wanted))
-    if origin is tuple:
-        _must_be(where, value, (list, tuple), "a list")
-        if arguments[-1] is not ... and len(value) != len(arguments):
-            raise ValueError(f"{where}: {len(value)} entries; accepted is {len(arguments)}")
-        return tuple(_decode(f"{where}[{place}]", one, arguments[0]) for place, one in enumerate(value))
-    if origin is Mapping:
-        _must_be(where, value, Mapping, "an object")
-        return {name: _decode(f"{where}.{name}", one, arguments[1]) for name, one in value.items()}
-    if wanted is float:
-        _must_be(where, value, (int, float), "a finite number")
-        if isinstance(value, bool) or not math.isfinite(value):
-            raise ValueError(f"{where}: {value!r} is not a finite number")
-        return value
-    _must_be(where, value, wanted, f"of type {wanted.__name__}")
-    if wanted is int and isinstance(value, bool):
-        raise ValueError(f"{where}: {value!r} is not of type int")
-    return value
-
-
-def _decode_noun(where: str, value: Any, noun: type[Noun]) -> Noun:
-    _must_be(where, value, Mapping, "an object")
-    check_keys(where, value, noun)
-    hints = typing.get_type_hints(noun)
-    found = {name: _decode(f"{where}.{name}", one, hints[name]) for name, one in value.items()}
-    try:
-        return noun(**found)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-
-
-def _must_be(where: str, value: Any, kinds: Any, words: str) -> None:
-    if not isinstance(value, kinds):
-        raise ValueError(f"{where}: {value!r} is not {words}")
+        return cls.from_dict(parse(text))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from slimvlm.compress.options import STAGES
@@ -50,11 +50,8 @@ def _graph_table(manifest: Mapping[str, Any]) -> Table:
     for artifact in manifest["artifacts"]:
         cases = artifact["parity"]
         tolerance = manifest["tolerances"].get(artifact["variant"], {})
-        worst = {
-            "max_absolute": max((case["max_absolute"] for case in cases), default=None),
-            "max_relative": max((case["max_relative"] for case in cases), default=None),
-        }
-        cosine = min((case["cosine"] for case in cases), default=None)
+        worst = {name: _worst(cases, name, max) for name in ("max_absolute", "max_relative")}
+        cosine = _worst(cases, "cosine", min)
         rows.append(
             (
                 *(artifact["file"], artifact["exporter"], "yes" if artifact["ok"] else "NO", whole(len(cases))),
@@ -65,6 +62,12 @@ def _graph_table(manifest: Mapping[str, Any]) -> Table:
     columns = ("file", "exporter", "passed", "cases", "absolute", "relative", "accepted", "cosine", "wanted")
     title = "Exported graphs against torch, worst case each"
     return Table(title, columns, rows, f"{MANIFEST}: artifacts[].parity, tolerances", texts=3)
+
+
+def _worst(cases: list[dict[str, Any]], name: str, worse: Callable[[list[float]], float]) -> float | None:
+    """None where there is no case, or one that gave no finite number."""
+    values = [case[name] for case in cases]
+    return worse(values) if values and None not in values else None
 
 
 def _token_table(manifest: Mapping[str, Any]) -> Table:

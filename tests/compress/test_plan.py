@@ -35,8 +35,9 @@ def kept_of(size):
     return st.sets(st.integers(0, size - 1), min_size=1).map(lambda kept: tuple(sorted(kept)))
 
 
+INTEGERS, FLOATS = st.integers(-(2**63), 2**63 - 1), st.floats(allow_nan=False, allow_infinity=False)
 COUNTS = st.builds(TowerCount, *[st.integers(0, 2**60)] * 4)
-OPTIONS = st.dictionaries(KEYS, st.one_of(st.none(), st.booleans(), st.integers(), KEYS, st.floats(allow_nan=False)))
+OPTIONS = st.dictionaries(KEYS, st.one_of(st.none(), st.booleans(), INTEGERS, KEYS, FLOATS))
 
 
 @given(groups(), st.dictionaries(KEYS, COUNTS, max_size=3), OPTIONS, st.floats(0, 1))
@@ -66,7 +67,7 @@ def test_an_unknown_key_is_refused_by_name():
     with pytest.raises(ValueError, match="plan: unknown key 'weights'; known are allocator, "):
         Plan.from_json(json.dumps({**document, "weights": 1}))
     document["towers"]["language"]["flops"] = 1
-    with pytest.raises(ValueError, match="plan: tower language: unknown key 'flops'"):
+    with pytest.raises(ValueError, match="plan.towers.language: unknown key 'flops'"):
         Plan.from_json(json.dumps(document))
 
 
@@ -78,7 +79,7 @@ def test_a_later_schema_is_refused():
 
 @pytest.mark.parametrize("text", ["", "{", "[1, 2]", "null", '"plan"'])
 def test_other_text_is_refused(text):
-    with pytest.raises(ValueError, match="plan: not"):
+    with pytest.raises(ValueError, match=r"it is not JSON|plan: .* is not an object"):
         Plan.from_json(text)
 
 
