@@ -1,5 +1,6 @@
 # make demo: the whole job on the packaged model, CPU only, no download of weights.
 # make test: linters, import rules, types and the tests.
+# make fuzz: more than 2,000 hostile command lines; counts of tracebacks, hangs and changed inputs (up to 15 minutes).
 # make portable: the tests again under other instruction sets, thread counts and orders.
 # make clients: programs of others on exported folders: transformers.js under Node, onnxruntime-genai, a Python without torch.
 # Both need only python3 (3.11 or newer) and make; everything else goes into .venv.
@@ -7,6 +8,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 JOBS ?= 2
+CASES ?= 2400
 VENV := .venv
 BIN := $(VENV)/bin
 CLIENTS := .clients
@@ -15,7 +17,7 @@ SEED ?= 1
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test portable clients lint types clean
+.PHONY: demo test fuzz portable clients lint types clean
 
 demo: $(VENV)/.installed
 	$(BIN)/slimvlm demo $(OUT) --overwrite
@@ -23,6 +25,9 @@ demo: $(VENV)/.installed
 # One thread per worker: two workers that each start a thread per core slow each other down.
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
+
+fuzz: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/support/fuzz.py --cases $(CASES) --jobs $(JOBS)
 
 clients: $(VENV)/.installed-dev $(CLIENTS)/.installed
 	OMP_NUM_THREADS=1 SLIMVLM_CLIENTS=$(CURDIR)/$(CLIENTS) $(BIN)/pytest tests/export/test_clients.py

@@ -7,8 +7,8 @@ missing, left over, of another size, truncated or changed is refused, never init
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -17,14 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from slimvlm.compress.errors import CheckpointError, MissingDependencyError
-from slimvlm.compress.families import Family, find_family
+from slimvlm.compress.errors import CheckpointError, one_line
+from slimvlm.compress.families import Family
 from slimvlm.compress.files import file_digest, write_text, written_folder
-from slimvlm.compress.modeling_slim import RECORD, slim_class
+from slimvlm.compress.loaders import (
+    build_empty,
+    build_loaded,
+    check_types,
+    load_processor,
+    read_config,
+    refuse_adapter,
+)
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.stock import stock_model
 
@@ -33,6 +39,7 @@ PLAN = "plan.json"
 MANIFEST = "manifest.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SLACK = 2**24  # weights that may be made anew without anybody noticing
 # What a processor may need besides the files it saves itself, and what a licence asks to pass on.
 CARRIED = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -40,7 +47,6 @@ CARRIED = (
     *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
     *("chat_template.jinja", "chat_template.json", "LICENSE*", "NOTICE*"),
 )
-PROCESSOR = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +93,8 @@ def load_model(
     folder, digest = locate(name)
     config, family = read_config(folder, trust_remote_code)
     options = {"dtype": dtype or "auto", "device_map": {"": device}, "attn_implementation": attention}
-    model = _build(folder, config, family, options)
+    _check_room(folder, build_empty(folder, config, family))
+    model = build_loaded(folder, config, family, options)
     return Loaded(model.eval(), load_processor(folder, trust_remote_code), family, digest, folder)
 
 
@@ -99,11 +106,7 @@ def build_meta(name: str | os.PathLike[str], trust_remote_code: bool = False) ->
     """
     folder = _local_folder(os.fspath(name), ("config.json",))
     config, family = read_config(folder, trust_remote_code)
-    try:
-        with torch.device("meta"):
-            return _model_class(config, family)(config), family
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: the model cannot be built ({_first_line(error)})") from error
+    return build_empty(folder, config, family), family
 
 
 def save_checkpoint(
@@ -154,17 +157,14 @@ def check_weights(folder: Path) -> str:
     Raises:
         CheckpointError: no safetensors, a missing shard, a damaged file, or one that differs from manifest.json.
     """
+    refuse_adapter(folder)
     files = weight_files(folder)
     manifest = _read_json(folder / MANIFEST)["files"] if (folder / MANIFEST).is_file() else {}
     total = hashlib.sha256()
     for path in files:
         if not path.is_file():
             raise CheckpointError(f"{folder}: weight file {path.name} is missing; copy or download it again")
-        try:
-            with safe_open(path, "pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} is damaged ({_first_line(error)}); copy or download it again") from error
+        check_types(path)
         digest = file_digest(path)
         if path.name in manifest and manifest[path.name]["sha256"] != digest:
             raise CheckpointError(
@@ -190,11 +190,25 @@ def weight_files(folder: Path) -> list[Path]:
     raise CheckpointError(f"{folder} holds no {SINGLE} (pickled weights are not read); save it as safetensors")
 
 
+def _check_room(folder: Path, empty: PreTrainedModel) -> None:
+    """Refuse a config that asks for far more weights than are there, before memory is taken for them."""
+    asked = sum(parameter.numel() for parameter in empty.parameters())
+    held = 0
+    for path in weight_files(folder):
+        with safe_open(path, "pt") as file:
+            held += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    if asked > 2 * held + SLACK:
+        raise CheckpointError(
+            f"{folder}: config.json describes a model of {asked} weights, but the weight files hold {held}; they do "
+            "not belong together"
+        )
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({_first_line(error)}); copy or download it again") from error
+        raise CheckpointError(f"{path} cannot be read ({one_line(error)}); copy or download it again") from error
     if not isinstance(document, dict):
         raise CheckpointError(f"{path} is not a JSON object; copy or download it again")
     return document
@@ -215,81 +229,7 @@ def _local_folder(name: str, patterns: Sequence[str]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
-        raise CheckpointError(
-            f"{name} is no folder here, and the hub does not give it ({_first_line(error)})"
-        ) from error
-
-
-def read_config(folder: Path, trust_remote_code: bool = False) -> tuple[transformers.PreTrainedConfig, Family]:
-    """The config of a folder and the row of its family.
-
-    Raises:
-        CheckpointError: config.json cannot be read.
-        UnsupportedModelError: its model type has no row in the family table.
-    """
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}: config.json cannot be read ({_first_line(error)})") from error
-    return config, find_family(config)
-
-
-def _build(
-    folder: Path, config: transformers.PreTrainedConfig, family: Family, options: dict[str, Any]
-) -> PreTrainedModel:
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # what it only warns of is an error here
-    try:
-        model, info = _model_class(config, family).from_pretrained(
-            folder,
-            config=config,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that they are listed; they are refused below
-            **options,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: the model cannot be built ({_first_line(error)})") from error
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-    _check_loading(folder, info)
-    return model
-
-
-def _model_class(config: transformers.PreTrainedConfig, family: Family) -> Any:
-    dual = family.kind == "dual-encoder"
-    mapping = transformers.MODEL_MAPPING if dual else transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    base = mapping[type(config)]
-    return slim_class(base) if getattr(config, RECORD, None) else base
-
-
-def _check_loading(folder: Path, info: dict[str, Any]) -> None:
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if found := sorted(entry if isinstance(entry, str) else str(entry[0]) for entry in info.get(what) or ()):
-            names = ", ".join(found[:3]) + (" ..." if len(found) > 3 else "")
-            kind = what.removesuffix("_keys").replace("_", " ")
-            raise CheckpointError(f"{folder}: {len(found)} {kind} weights ({names}): they do not fit the config")
-
-
-def load_processor(folder: Path, trust_remote_code: bool = False) -> Any | None:
-    """The processor saved in a folder, or None if there is none.
-
-    Raises:
-        CheckpointError, MissingDependencyError: it cannot be loaded.
-    """
-    if not any((folder / name).is_file() for name in PROCESSOR):
-        return None
-    try:
-        return transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}: its processor cannot be loaded ({_first_line(error)})") from error
-    except (TypeError, AttributeError, ImportError) as error:  # how processors fail whose video part lacks torchvision
-        message = f"{folder}: its processor cannot be loaded ({_first_line(error)})"
-        if importlib.util.find_spec("torchvision") is None:
-            raise MissingDependencyError(
-                f"{message}; it may need torchvision: pip install 'slimvlm[vision]'"
-            ) from error
-        raise CheckpointError(message) from error
+        raise CheckpointError(f"{name} is no folder here, and the hub does not give it ({one_line(error)})") from error
 
 
 def _save_processor(folder: Path, processor: Any | None, source: Path) -> None:
@@ -307,7 +247,3 @@ def _write_manifest(folder: Path) -> None:
         path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in sorted(folder.iterdir())
     }
     write_text(folder / MANIFEST, json.dumps({"schema": 1, "files": files}, indent=2) + "\n")
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

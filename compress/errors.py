@@ -1,5 +1,12 @@
 """The errors a user can cause or meet, each with its exit code: 3 refused, 4 a check failed."""
 
+LONGEST = 300  # characters of what somebody else's error says
+# What runtimes say when an allocation fails, besides raising MemoryError.
+EXHAUSTED = (
+    *("allocate memory", "not enough memory", "failed to allocate", "out of memory", "bad_alloc", "bad alloc"),
+    *("cannot allocate", "can't start new thread"),
+)
+
 
 class SlimvlmError(Exception):
     """Refused: the message says what was wrong with the value, what is accepted and what to do next."""
@@ -55,3 +62,18 @@ class CheckFailedError(SlimvlmError):
     def __init__(self, message: str, result: object | None = None) -> None:
         super().__init__(message)
         self.result = result
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a runtime (Python, torch, ONNX Runtime, CUDA) says with it that memory ended."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in said for words in EXHAUSTED)
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of somebody else says, on one line of at most LONGEST characters; else the name of its type."""
+    said = " ".join(str(error).split())
+    if len(said) > LONGEST:
+        said = f"{said[:LONGEST].rstrip()} ..."
+    named = isinstance(error, KeyError | IndexError | AttributeError | TypeError | ZeroDivisionError)
+    return f"{type(error).__name__}: {said}" if said and named else said or type(error).__name__
