@@ -184,7 +184,8 @@ def _answer(run: _Run, questions: Sequence[Sample]) -> list[Row]:
         chosen = open_ones[start : start + run.batch_size]
         answers.update(zip(chosen, _generate(run, [questions[index] for index in chosen]), strict=True))
         run.report(len(answers), len(order))
-    return [_row(question, answers[index], taught[index]) for index, question in enumerate(questions)]
+    images = _numbered([question.image_key for question in questions])
+    return [_row(question, answers[index], taught[index], images[index]) for index, question in enumerate(questions)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +197,7 @@ class _Taught:
     answer: str | None
 
 
-def _row(question: Sample, prediction: str, taught: _Taught) -> Row:
+def _row(question: Sample, prediction: str, taught: _Taught, image: int) -> Row:
     answers = question.turns[-1].answers
     return Row(
         question.identity,
@@ -207,6 +208,7 @@ def _row(question: Sample, prediction: str, taught: _Taught) -> Row:
         vqa_accuracy(prediction, answers),
         taught.loss,
         taught.tokens,
+        image=image,
     )
 
 
@@ -295,6 +297,7 @@ def _retrieve(run: _Run, samples: Sequence[Sample]) -> list[Row]:
             sample.vendor,
             image_to_text=by_image[image],
             text_to_image=by_text[text],
+            image=image,
         )
         for sample, image, text in zip(samples, image_ids, text_ids, strict=True)
     ]

@@ -13,7 +13,7 @@ import numpy as np
 
 from slimvlm.compress.decoding import decode
 
-SCHEMA = 1
+SCHEMA = 2
 RECALLS = (1, 5, 10)
 UNNAMED_TASK = "all"
 RESAMPLED_AT_ONCE = 2**22
@@ -59,6 +59,7 @@ class Row:
         exact, vqa: scores of it, 0 to 1.
         loss: summed negative log-likelihood of the answer's tokens, in nats; `tokens`: how many they are.
         image_to_text, text_to_image: rank of the best right text for this image, and the reverse; 1 is best.
+        image: number of the image; rows with the same one show the same image. None: shared with no other row.
     """
 
     identity: str
@@ -71,6 +72,7 @@ class Row:
     tokens: int | None = None
     image_to_text: int | None = None
     text_to_image: int | None = None
+    image: int | None = None
 
 
 Metric = Callable[[Any], float]  # of a Row of the right kind: the fields it reads are set
@@ -176,7 +178,8 @@ class Comparison:
 
     Attributes:
         metric: what is compared; the mean of tasks of each model is `dense` and `slim`.
-        difference: slim - dense; `low` to `high` is its paired bootstrap interval (percentiles) at `level`.
+        difference: slim - dense; `low` to `high` is its paired bootstrap interval (percentiles) at `level`: `images`
+            are drawn with replacement, each with all its questions, because the questions of one image are not apart.
         tasks: difference per task.
     """
 
@@ -190,6 +193,7 @@ class Comparison:
     resamples: int
     seed: int
     questions: int
+    images: int
     tasks: Mapping[str, float]
 
     @property
@@ -220,7 +224,10 @@ def compare(
     resamples: int = 2000,
     level: float = 0.95,
 ) -> Comparison:
-    """Paired bootstrap of the difference of the mean of tasks: questions are drawn with replacement within each task.
+    """Paired bootstrap of the difference of the mean of tasks, over images: each is drawn with all its questions.
+
+    A task's mean is a ratio (of what a draw's questions give to how many they are); its deviations are taken to first
+    order, so that a draw without any question of a task counts too. With a single image questions are drawn.
 
     Args:
         metric: by default the figure to quote of this kind; see METRICS.
@@ -239,10 +246,15 @@ def compare(
     members = {str(task): np.flatnonzero(labels == task) for task in np.unique(labels)}
     tasks = {task: float((after - before)[index].mean()) for task, index in members.items()}
     generator = np.random.default_rng(seed)
-    means = [_resampled_means((after - before)[index], resamples, generator) for index in members.values()]
-    low, high = np.quantile(np.mean(means, axis=0), [(1 - level) / 2, (1 + level) / 2])
     sides = [float(np.mean([side[index].mean() for index in members.values()])) for side in (before, after)]
     difference = float(np.mean(list(tasks.values())))
+    shares = np.zeros(len(labels))  # of each question in how far the mean of tasks is off
+    for task, index in members.items():
+        shares[index] = ((after - before)[index] - tasks[task]) / (len(index) * len(members))
+    images = image_numbers(dense.rows)
+    summed = np.bincount(images, shares) if images.max() > 0 else shares
+    means = difference + len(summed) * _resampled_means(summed, resamples, generator)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Comparison(
         metric=metric,
         dense=sides[0],
@@ -254,8 +266,15 @@ def compare(
         resamples=resamples,
         seed=seed,
         questions=len(dense.rows),
+        images=int(images.max()) + 1,
         tasks=tasks,
     )
+
+
+def image_numbers(rows: Sequence[Row]) -> np.ndarray:
+    """int64 [rows], from 0 without a gap: which image each row shows; a row that names none has one of its own."""
+    names = [f"row {place}" if row.image is None else f"image {row.image}" for place, row in enumerate(rows)]
+    return np.unique(names, return_inverse=True)[1]
 
 
 def _resampled_means(values: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from slimvlm.compress.quality import METRICS, PRIMARY, Comparison, Quality, Row, compare
+from slimvlm.compress.quality import METRICS, PRIMARY, Comparison, Quality, Row, compare, image_numbers
 from slimvlm.serve.report.charts import Estimate, task_dots
 from slimvlm.serve.report.document import Chart, Finding, Section, Table, figure, percent, points, share, shown, whole
 from slimvlm.serve.report.files import QUALITY, RunFiles
@@ -59,9 +59,10 @@ def _notes(files: RunFiles, comparison: Comparison) -> tuple[str, ...]:
         f"{whole(comparison.questions)} questions, the same for every model; the figure is {METRIC_NAMES[kind]}.",
         "dense is the model that was given, slim the one that was made"
         + (", cut the same before its recovery" if files.quality and "cut" in files.quality.models else "")
-        + f". A model's interval is Wilson's at {share(LEVEL)} for its questions of that task; the interval of a "
-        f"change is a paired bootstrap over the same questions ({whole(comparison.resamples)} resamples, seed "
-        f"{comparison.seed}, {share(comparison.level)}). Of many intervals some miss 0 by chance.",
+        + f". A model's interval is Wilson's at {share(LEVEL)} for its questions of that task, widened where they "
+        "share images; the interval of a change is a paired bootstrap over the "
+        f"{whole(comparison.images)} images, each with all its questions ({whole(comparison.resamples)} resamples, seed {comparison.seed}, "
+        f"{share(comparison.level)}). Of many intervals some miss 0 by chance.",
     )
 
 
@@ -177,16 +178,34 @@ def _points_interval(change: Comparison) -> str:
 # ------------------------------------------------------------------ charts and tables
 
 
-def wilson(values: Sequence[float]) -> Estimate:
-    """Mean of values in 0..1 and Wilson's score interval (1927) at LEVEL; for values between 0 and 1 it is too wide."""
-    count, mean, z = len(values), math.fsum(values) / len(values), NORMAL_QUANTILE
+def wilson(values: Sequence[float], count: float | None = None) -> Estimate:
+    """Mean of values in 0..1 and Wilson's score interval (1927) at LEVEL; for values between 0 and 1 it is too wide.
+
+    Args:
+        count: how many independent values they are worth; default: all.
+    """
+    count, mean, z = count or len(values), math.fsum(values) / len(values), NORMAL_QUANTILE
     centre = (mean + z * z / (2 * count)) / (1 + z * z / count)
     arm = z / (1 + z * z / count) * math.sqrt(mean * (1 - mean) / count + z * z / (4 * count * count))
     return Estimate(mean, max(0.0, min(mean, centre - arm)), min(1.0, max(mean, centre + arm)))
 
 
 def _estimate(quality: Quality) -> Estimate:
-    return wilson([right(row, quality.kind) for row in quality.rows])
+    values = [right(row, quality.kind) for row in quality.rows]
+    return wilson(values, worth(values, image_numbers(quality.rows)))
+
+
+def worth(values: Sequence[float], images: np.ndarray) -> float:
+    """How many independent values these are worth, of which some share an image: their number over the design effect
+    (Kish, 1965: variance of the mean with images drawn over that with values drawn). As many as images where all are
+    the same, for then nothing tells.
+    """
+    centred = np.array(values) - np.mean(values)
+    sums = np.bincount(images, centred)
+    if len(sums) < 2 or not centred.any():
+        return float(len(sums))
+    effect = (sums**2).sum() / (centred**2).sum() * len(sums) / (len(sums) - 1)
+    return len(values) / max(1.0, effect * (len(values) - 1) / len(values))
 
 
 def _chart(estimates: dict[str, dict[str, Estimate]], comparison: Comparison) -> Chart:

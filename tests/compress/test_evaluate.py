@@ -214,3 +214,9 @@ def test_a_tie_with_a_wrong_candidate_is_not_a_hit() -> None:
     similar = torch.tensor([[0.5, 0.5, 0.1], [0.9, 0.2, 0.3], [0.7, 0.8, 0.6]])
     right = torch.tensor([[True, False, False], [True, True, False], [False, False, True]])
     assert _ranks(similar, right) == [2, 1, 3]
+
+
+def test_rows_of_one_image_say_so(samples: list[Sample]) -> None:
+    shared = [samples[0], samples[1], samples[2].showing(samples[0])]
+    for name in ("llava", "clip"):
+        assert [row.image for row in evaluate(*setup(name), shared).rows] == [0, 1, 0]

@@ -73,7 +73,7 @@ def test_each_task_counts_the_same_and_the_loss_is_per_token() -> None:
 def test_a_quality_survives_json() -> None:
     quality = quality_of({"count": [1, 0], "where": [0.5]})
     assert Quality.from_dict(json.loads(json.dumps(quality.to_dict()))) == quality
-    ranks = [Row("set:0", "all", None, image_to_text=1, text_to_image=7)]
+    ranks = [Row("set:0", "all", None, image_to_text=1, text_to_image=7, image=0)]
     retrieval = summarize("retrieval", ranks, blind=False, seconds=0.0)
     assert Quality.from_dict(json.loads(json.dumps(retrieval.to_dict()))) == retrieval
     assert retrieval.scores["text_to_image_r5"] == 0.0
@@ -135,6 +135,57 @@ def test_tasks_are_resampled_apart_so_a_constant_task_adds_no_spread() -> None:
     both = compare(dense, slim, seed=1)
     assert both.high - both.low == pytest.approx((alone.high - alone.low) / 2, rel=0.1)
     assert both.difference == pytest.approx(-0.5)
+
+
+def clustered(changes: np.ndarray, tasks: int, images: int, shared: bool) -> tuple[Quality, Quality]:
+    """Every image is asked one question of every task; `changes` [images, tasks] of the answers, 0 or -1."""
+    sides = []
+    for right in (np.ones_like(changes), 1 + changes):
+        rows = [
+            Row(
+                f"{image}:{task}", f"task {task}", None, "x", right[image, task], right[image, task], 1.0, 1,
+                image=image if shared else None,
+            )
+            for image in range(images) for task in range(tasks)
+        ]  # fmt: skip
+        sides.append(summarize("generation", rows, blind=False, seconds=0.0))
+    return sides[0], sides[1]
+
+
+def test_questions_of_one_image_are_drawn_together_so_the_interval_is_wider() -> None:
+    lost = -(np.random.default_rng(3).random((300, 1)) < 0.3).astype(float)
+    changes = np.repeat(lost, 7, axis=1)  # an image that is not understood loses all its answers
+    together, apart = (compare(*clustered(changes, 7, 300, shared)) for shared in (True, False))
+    widths = [one.high - one.low for one in (together, apart)]
+    assert widths[0] / widths[1] == pytest.approx(7**0.5, rel=0.1)
+    assert widths[0] == pytest.approx(2 * 1.96 * lost.std() / 300**0.5, rel=0.1)
+    assert (together.images, apart.images, together.questions) == (300, 2100, 2100)
+    assert together.difference == apart.difference
+
+
+def test_the_interval_is_that_of_the_literal_bootstrap_where_images_have_different_questions() -> None:
+    generator = np.random.default_rng(4)
+    asked = generator.random((200, 3)) < 0.6
+    changes = -((generator.random((200, 1)) < 0.3) & (generator.random((200, 3)) < 0.8)).astype(float)
+    dense, slim = clustered(changes, 3, 200, shared=True)
+    chosen = np.flatnonzero(asked.flatten())
+    some = [
+        summarize("generation", [side.rows[place] for place in chosen], blind=False, seconds=0.0)
+        for side in (dense, slim)
+    ]
+    found = compare(*some, resamples=8000)
+    weights = generator.multinomial(200, np.full(200, 1 / 200), size=8000)
+    means = ((weights @ (changes * asked)) / (weights @ asked)).mean(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.05 * (high - low))
+
+
+def test_a_single_image_does_not_make_a_difference_certain() -> None:
+    changes = -np.array([[1.0, 0.0, 1.0, 0.0]])
+    found = compare(*(summarize("generation", [
+        Row(str(index), "a", None, "x", right, right, 1.0, 1, image=0) for index, right in enumerate(side)
+    ], blind=False, seconds=0.0) for side in (np.ones(4), 1 + changes[0])))  # fmt: skip
+    assert found.low < found.difference < found.high
 
 
 def test_the_pairing_makes_the_interval_narrower_than_two_independent_ones() -> None:

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from report_runs import Story, change_record, write_run
 from report_texts import bad_news, good_news, table, text_of
@@ -17,7 +18,7 @@ from slimvlm.compress.manifest import Artifact, Manifest
 from slimvlm.compress.quality import Row, compare, summarize
 from slimvlm.serve.report import write_report
 from slimvlm.serve.report.charts import Curve, training_curve
-from slimvlm.serve.report.quality import wilson
+from slimvlm.serve.report.quality import wilson, worth
 
 
 @pytest.fixture(scope="module")
@@ -274,6 +275,16 @@ def test_wilson_interval_is_newcombes() -> None:
     for right, count, low, high in known:
         found = wilson([1.0] * right + [0.0] * (count - right))
         assert (found.low, found.high) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_values_that_share_an_image_are_worth_less() -> None:
+    one, images = np.random.default_rng(0).integers(0, 2, 400).astype(float), np.arange(400)
+    assert worth(list(one), images) == pytest.approx(400)
+    thrice = (list(np.repeat(one, 3)), np.repeat(images, 3))
+    assert worth(*thrice) == pytest.approx(400, rel=0.01)
+    assert worth([1.0] * 1200, thrice[1]) == 400  # no value differs, so nothing tells how alike an image's are
+    once, shared = wilson(list(one)), wilson(thrice[0], worth(*thrice))
+    assert (shared.low, shared.high) == pytest.approx((once.low, once.high), abs=1e-3)
 
 
 def test_a_report_is_written_without_torch(run: Path) -> None:
