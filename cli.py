@@ -209,7 +209,7 @@ def recover(run: Path, as_json: bool, quiet: bool, **values: Any) -> None:
 def evaluate(against: str | None, as_json: bool, quiet: bool, **values: Any) -> None:
     """Measure how well MODEL answers.
 
-    Share of right answers per task, and the loss of the right answers' tokens:
+    Share of right answers per task, the loss of the right answers' tokens, and what is right with the images shuffled:
 
         slimvlm evaluate out/model --data test.jsonl --against ./my-vlm
     """
@@ -217,8 +217,8 @@ def evaluate(against: str | None, as_json: bool, quiet: bool, **values: Any) -> 
 
     with progress(quiet) as report:
         options = CompressOptions(out=Path(), **values)
-        quality, comparison = pipeline.evaluate_checkpoint(options, against, report)
-    show.show_quality(quality, comparison, as_json=as_json)
+        evaluation = pipeline.evaluate_checkpoint(options, against, report)
+    show.show_quality(evaluation, options.seed, as_json=as_json)
 
 
 @main.command()

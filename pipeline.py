@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from slimvlm.compress import processes
 from slimvlm.compress.checkpoint import load_model, save_checkpoint
@@ -19,7 +19,7 @@ from slimvlm.compress.recovery.checks import check_models, recipe_of
 from slimvlm.compress.runs import RunFolder, read_record
 from slimvlm.compress.slicing import apply_plan
 from slimvlm.compress.splits import read_evaluation, read_measured, read_trained
-from slimvlm.compress.stages.evaluate import evaluate_model, evaluate_stage
+from slimvlm.compress.stages.evaluate import evaluate_model, evaluate_seeing_and_blind, evaluate_stage
 from slimvlm.compress.stages.plan import plan_stage
 from slimvlm.compress.stages.recover import recover_stage
 from slimvlm.compress.stages.slice import slice_stage
@@ -47,6 +47,7 @@ class Result:
     dense: Quality | None = None
     slim: Quality | None = None
     cut: Quality | None = None  # before the recovery, where there was one
+    blind: Quality | None = None  # dense, with images shuffled
     recovery: dict[str, Any] | None = None  # what the recover stage recorded
     export: Mapping[str, Any] = field(default_factory=dict)  # what the export stage recorded
     profile: Profile | None = None
@@ -114,15 +115,26 @@ def recover_run(out: Path, changes: Mapping[str, Any], progress: Progress | None
     return compress(CompressOptions.of_run(out, record["options"], **changes), progress)
 
 
+class Evaluation(NamedTuple):
+    """What `evaluate` gave; `blind`: of the model compared with, else of the model itself, with images shuffled."""
+
+    quality: Quality
+    against: Quality | None
+    comparison: Comparison | None
+    blind: Quality | None
+
+
 def evaluate_checkpoint(
     options: CompressOptions, against: str | None = None, progress: Progress | None = None
-) -> tuple[Quality, Comparison | None]:
+) -> Evaluation:
     """Quality of `options.model` on `options.data`, and compared with the checkpoint `against` when one is given."""
-    samples = read_evaluation(options)
-    quality = evaluate_model(options, options.model, samples, progress or _silent)
+    samples, tell = read_evaluation(options), progress or _silent
     if against is None:
-        return quality, None
-    return quality, compare(evaluate_model(options, against, samples, progress or _silent), quality, options.seed)
+        quality, blind = evaluate_seeing_and_blind(options, options.model, samples, tell)
+        return Evaluation(quality, None, None, blind)
+    quality = evaluate_model(options, options.model, samples, tell)
+    other, blind = evaluate_seeing_and_blind(options, against, samples, tell)
+    return Evaluation(quality, other, compare(other, quality, options.seed), blind)
 
 
 def _compress(options: CompressOptions, progress: Progress) -> Result:
@@ -141,24 +153,25 @@ def _compress(options: CompressOptions, progress: Progress) -> Result:
     recovery = recover_stage(run, options, plan, data, training, progress)
     if not run.writer:
         return Result(options.out, plan, None, {}, len(data.bad))
-    dense, cut, slim = evaluate_stage(run, options, data, progress)
+    dense, cut, slim, blind = evaluate_stage(run, options, data, progress)
     exported = _export_stage(run, options, progress)
     profile = _profile_stage(run, options, progress)
     comparison = compare(dense, slim, options.seed)
     seconds = {name: stage["seconds"] for name, stage in run.record["stages"].items()}
     result = Result(
-        options.out,
-        plan,
-        comparison,
-        seconds,
-        len(data.bad),
-        data.left_out,
-        dense,
-        slim,
-        cut,
-        recovery,
-        exported,
-        profile,
+        out=options.out,
+        plan=plan,
+        comparison=comparison,
+        seconds=seconds,
+        bad_samples=len(data.bad),
+        left_out_samples=data.left_out,
+        dense=dense,
+        slim=slim,
+        cut=cut,
+        blind=blind,
+        recovery=recovery,
+        export=exported,
+        profile=profile,
     )
     from slimvlm.serve.report import write_report  # matplotlib takes a second to import
 

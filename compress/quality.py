@@ -123,6 +123,10 @@ class Quality:
         """The figure to quote: exact match, or mean R@1 of both directions; mean of tasks."""
         return self.scores[PRIMARY[self.kind]]
 
+    def of_task(self, task: str) -> Quality:
+        """The same, of one task's questions alone."""
+        return summarize(self.kind, [row for row in self.rows if row.task == task], blind=self.blind, seconds=0.0)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         document = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -269,6 +273,17 @@ def compare(
         images=int(images.max()) + 1,
         tasks=tasks,
     )
+
+
+def untold(dense: Quality, blind: Quality | None, seed: int = 0) -> tuple[str, ...]:
+    """The tasks that tell nothing of a cut: the dense model is not measurably better there than without its image.
+
+    Args:
+        blind: the dense model with images shuffled, on the same questions; None: nothing is known.
+    """
+    if blind is None:
+        return ()
+    return tuple(task for task in dense.tasks if compare(blind.of_task(task), dense.of_task(task), seed).low <= 0)
 
 
 def image_numbers(rows: Sequence[Row]) -> np.ndarray:

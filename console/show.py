@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from slimvlm.export.job import ExportResult
     from slimvlm.export.verification import Verification
     from slimvlm.kernels.bench import Report as KernelReport
-    from slimvlm.pipeline import Result
+    from slimvlm.pipeline import Evaluation, Result
     from slimvlm.serve.profile import Cell
 
 WIDTH_OF_A_FILE = 120  # columns when stdout is no terminal
@@ -70,6 +70,8 @@ def show_compression(result: Result, *, as_json: bool) -> None:
                 "out": str(result.out),
                 "quality": quality,
                 "quality_before_recovery": result.cut.score if result.cut else None,
+                "blind": result.blind.score if result.blind else None,
+                "tasks_that_tell_nothing": list(_untold(result.dense, result.blind, comparison)),
                 "recovery": result.recovery,
                 "export": result.export,
                 "speed": [
@@ -90,9 +92,12 @@ def show_compression(result: Result, *, as_json: bool) -> None:
     if comparison:
         rows.append(_quality_row(comparison))
     if comparison and result.dense and result.slim:
-        rows.extend(_task_rows(result.dense, result.slim, comparison.metric))
+        untold = _untold(result.dense, result.blind, comparison)
+        rows.extend(_task_rows(result.dense, result.slim, comparison.metric, untold))
     print_table(("", "before", "after", "change"), rows)
     _print_removed(plan)
+    if result.blind and comparison:
+        _print_blind(result.blind, untold)
     if result.recovery and result.cut:
         print_line(_recovery_line(result.recovery, result.cut))
     if result.bad_samples:
@@ -149,10 +154,14 @@ def show_plan(plan: Plan, written: Path, *, as_json: bool) -> None:
     print_line(f"written  {written}")
 
 
-def show_quality(quality: Quality, comparison: Comparison | None, *, as_json: bool) -> None:
-    """Scores per task, their mean, and the difference to another model where one was given."""
+def show_quality(evaluation: Evaluation, seed: int, *, as_json: bool) -> None:
+    """Scores per task, their mean, the difference to another model where one was given, and what needs no image."""
+    quality, against, comparison, blind = evaluation
+    untold = _untold(against or quality, blind, comparison, seed)
     if as_json:
-        print_json({"quality": quality.to_dict(), "comparison": comparison.to_dict() if comparison else None})
+        documents = {"quality": quality, "comparison": comparison, "blind": blind}
+        found = {name: None if one is None else one.to_dict() for name, one in documents.items()}
+        print_json({**found, "tasks_that_tell_nothing": list(untold)})
         return
     names = list(quality.scores)
     rows = [(task, str(scores["questions"]), *_cells(names, scores)) for task, scores in quality.tasks.items()]
@@ -161,6 +170,9 @@ def show_quality(quality: Quality, comparison: Comparison | None, *, as_json: bo
     if comparison:
         print_line()
         print_table(("", "against", "this", "change"), [_quality_row(comparison)])
+    if blind:
+        print_line()
+        _print_blind(blind, untold)
 
 
 def show_inspection(inspection: Inspection, *, as_json: bool) -> None:
@@ -265,12 +277,28 @@ def _quality_row(comparison: Comparison) -> tuple[str, ...]:
     return name, *(percent(figure) for figure in figures), "{:+.1f} points ({:+.1f} to {:+.1f})".format(*points)
 
 
-def _task_rows(dense: Quality, slim: Quality, metric: str) -> list[tuple[str, ...]]:
+def _untold(
+    dense: Quality | None, blind: Quality | None, comparison: Comparison | None, seed: int = 0
+) -> Sequence[str]:
+    from slimvlm.compress.quality import untold
+
+    return untold(dense, blind, comparison.seed if comparison else seed) if dense else ()
+
+
+def _print_blind(blind: Quality, untold: Sequence[str]) -> None:
+    print_line(f"blind    {percent(blind.score)}: what the dense model gets right with the images shuffled")
+    if untold:
+        tasks = ", ".join(untold) if len(blind.tasks) > 1 else "the evaluation"
+        print_line(f"         {tasks}: tells nothing, for there it is not measurably better with its own image")
+
+
+def _task_rows(dense: Quality, slim: Quality, metric: str, untold: Sequence[str]) -> list[tuple[str, ...]]:
     """The compared metric per task, where samples name one, then the other figures, both models side by side."""
     rows: list[tuple[str, ...]] = []
     tasks = sorted(dense.tasks) if len(dense.tasks) > 1 else []
     for name, before, after in [(f"  {task}", dense.tasks[task][metric], slim.tasks[task][metric]) for task in tasks]:
-        rows.append((name, percent(before), percent(after), f"{100 * (after - before):+.1f} points"))
+        change = "tells nothing" if name.strip() in untold else f"{100 * (after - before):+.1f} points"
+        rows.append((name, percent(before), percent(after), change))
     for name in (name for name in NO_FRACTIONS if name in dense.scores):
         before, after = dense.scores[name], slim.scores[name]
         rows.append((name.replace("_", " "), f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}"))

@@ -1,6 +1,7 @@
 """The commands on the packaged model: what each prints, writes, and hands to the next."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,26 @@ def test_a_crossed_quality_limit_is_exit_code_4_and_keeps_the_files(tmp_path: Pa
     assert "--max-quality-drop 1" in result.stderr
     assert (tmp_path / "out" / "model" / "config.json").is_file()
     assert (tmp_path / "out" / "quality.json").is_file()
+
+
+def test_evaluate_says_of_a_task_the_model_cannot_do_that_it_tells_nothing(tmp_path: Path) -> None:
+    records = [json.loads(line) for line in (SAMPLES / "val.jsonl").read_text().splitlines()]
+    described = [record for record in records if record["task"] == "colour"][:16]
+    (tmp_path / "images").mkdir()
+    for record in described:
+        shutil.copy(SAMPLES / record["image"], tmp_path / record["image"])
+    lost = [{**record, "task": "impossible", "answer": "nonsense"} for record in described]
+    data = tmp_path / "set.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in (*described, *lost)))
+    result = run("evaluate", MODEL, "--data", data, "--quiet")
+    assert result.exit_code == 0, result.stderr
+    assert "right with the images shuffled" in result.stdout
+    assert "impossible: tells nothing" in result.stdout
+    document = json.loads(run("evaluate", MODEL, "--data", data, "--quiet", "--json").stdout)
+    assert document["tasks_that_tell_nothing"] == ["impossible"]
+    assert document["blind"]["blind"]
+    data.write_text("".join(json.dumps({**one, "image": described[0]["image"]}) + "\n" for one in described))
+    assert "shuffled" not in run("evaluate", MODEL, "--data", data, "--quiet").stdout  # there is no other image
 
 
 def test_apply_replays_the_plan_of_compress(finished: tuple[Path, Result], tmp_path: Path) -> None:

@@ -66,7 +66,9 @@ def test_the_run_folder_holds_plan_scores_quality_and_the_checks_that_were_made(
     assert record["stages"]["slice"]["reload_difference"] == 0
     assert record["stages"]["plan"]["data_digest"] == result.plan.calibration_digest
     quality = json.loads((options.out / "quality.json").read_text())
-    assert len(quality["dense"]["rows"]) == len(quality["slim"]["rows"]) == 24
+    assert len(quality["dense"]["rows"]) == len(quality["slim"]["rows"]) == len(quality["blind"]["rows"]) == 24
+    assert (quality["blind"]["blind"], quality["dense"]["blind"]) == (True, False)
+    assert quality["blind"]["scores"]["exact"] == result.blind.score < result.dense.score
     assert (options.out / "scores.safetensors").is_file()
     assert "<svg" in (options.out / "report.html").read_text()
 
@@ -127,9 +129,10 @@ def test_the_stock_layout_loads_with_the_unmodified_class(tmp_path):
 def test_evaluating_against_the_dense_model_pairs_the_questions(finished):
     options, result = finished
     job = replace(options, model=str(options.out / "model"), data=options.eval_data)
-    quality, comparison = evaluate_checkpoint(job, against=str(MODEL))
-    assert len(quality.rows) == 24
-    assert comparison.difference == pytest.approx(result.comparison.difference)
+    evaluation = evaluate_checkpoint(job, against=str(MODEL))
+    assert len(evaluation.quality.rows) == 24
+    assert evaluation.comparison.difference == pytest.approx(result.comparison.difference)
+    assert (evaluation.against.score, evaluation.blind.score) == (result.dense.score, result.blind.score)
 
 
 def test_the_export_stage_writes_a_checked_export_once_and_drops_it_where_none_is_asked_for(finished, tmp_path):

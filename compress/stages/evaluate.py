@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from slimvlm.compress.collate import Collator
 from slimvlm.compress.computing import load_to_compute
 from slimvlm.compress.evaluate import compare, evaluate
-from slimvlm.compress.files import write_text
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.quality import Quality
-from slimvlm.compress.runs import RunFolder
+from slimvlm.compress.runs import RunFolder, write_text
 from slimvlm.compress.samples import Sample
 from slimvlm.compress.splits import Measured
 from slimvlm.compress.stages.recover import CUT
@@ -19,37 +19,70 @@ from slimvlm.compress.stages.recover import CUT
 Progress = Callable[..., None]  # stage, done, total, note
 
 
-def evaluate_stage(
-    run: RunFolder, options: CompressOptions, data: Measured, progress: Progress
-) -> tuple[Quality, Quality | None, Quality]:
-    """Quality of the dense, the cut (where a recovery followed) and the slim model on the same questions."""
+class Evaluated(NamedTuple):
+    """Qualities on the same questions: `cut` where a recovery followed, `blind` (dense) where there are two images."""
+
+    dense: Quality
+    cut: Quality | None
+    slim: Quality
+    blind: Quality | None
+
+
+def evaluate_stage(run: RunFolder, options: CompressOptions, data: Measured, progress: Progress) -> Evaluated:
+    """Quality of the dense, the cut (where a recovery followed) and the slim model, and of the dense one blind."""
     path = options.out / "quality.json"
     if run.finished("evaluate"):
         document = json.loads(path.read_text())
-        read = {name: Quality.from_dict(document[name]) for name in ("dense", "cut", "slim") if name in document}
-        return read["dense"], read.get("cut"), read["slim"]
+        read = {name: Quality.from_dict(document[name]) for name in Evaluated._fields if name in document}
+        return Evaluated(read["dense"], read.get("cut"), read["slim"], read.get("blind"))
     with run.stage("evaluate") as facts:
         facts.update(samples=len(data.evaluation), held_out=data.held_out)
-        folders = {"dense": options.model, "cut": options.out / CUT, "slim": options.out / "model"}
-        if not (options.out / CUT).is_dir():
-            del folders["cut"]
-        found = {
-            name: evaluate_model(options, str(folder), data.evaluation, progress) for name, folder in folders.items()
-        }
-        comparison = compare(found["dense"], found["slim"], options.seed).to_dict()
-        document = {**{name: quality.to_dict() for name, quality in found.items()}, "comparison": comparison}
+        cut, slim = (str(options.out / name) for name in (CUT, "model"))
+        dense, blind = evaluate_seeing_and_blind(options, options.model, data.evaluation, progress)
+        found = Evaluated(
+            dense,
+            evaluate_model(options, cut, data.evaluation, progress) if (options.out / CUT).is_dir() else None,
+            evaluate_model(options, slim, data.evaluation, progress),
+            blind,
+        )
+        document = {name: quality.to_dict() for name, quality in found._asdict().items() if quality is not None}
+        document["comparison"] = compare(dense, found.slim, options.seed).to_dict()
         write_text(path, json.dumps(document, indent=1, sort_keys=True) + "\n")
-    return found["dense"], found.get("cut"), found["slim"]
+    return found
+
+
+def evaluate_seeing_and_blind(
+    options: CompressOptions, name: str, samples: Sequence[Sample], progress: Progress
+) -> tuple[Quality, Quality | None]:
+    """Quality of the checkpoint `name` on `samples`, and with the images shuffled among them: what needs no image.
+
+    None where all samples show one image.
+    """
+    seeing, *blind = _qualities(options, name, samples, progress, (None, options.seed))
+    return seeing, blind[0] if blind else None
 
 
 def evaluate_model(options: CompressOptions, name: str, samples: Sequence[Sample], progress: Progress) -> Quality:
     """Quality of the checkpoint `name` on `samples`."""
+    return _qualities(options, name, samples, progress, (None,))[0]
+
+
+def _qualities(
+    options: CompressOptions, name: str, samples: Sequence[Sample], progress: Progress, seeds: Sequence[int | None]
+) -> list[Quality]:
+    """One evaluation per seed of `evaluate`, with the model loaded once."""
     loaded = load_to_compute(options, name)
     collator = Collator(loaded.processor, loaded.family, loaded.model.config)
-    return evaluate(
-        loaded.model,
-        collator,
-        samples,
-        batch_size=options.batch_size * 4,
-        progress=lambda done, total: progress("evaluate", done, total),
-    )
+    alone = len({sample.image_key for sample in samples}) < 2
+    return [
+        evaluate(
+            loaded.model,
+            collator,
+            samples,
+            batch_size=options.batch_size * 4,
+            progress=lambda done, total: progress("evaluate", done, total),
+            blind_seed=seed,
+        )
+        for seed in seeds
+        if seed is None or not alone
+    ]

@@ -35,10 +35,11 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """`quality.json`: the models that were evaluated, by the names of MODELS, and dense against slim."""
+    """`quality.json`: the models that were evaluated, by the names of MODELS, dense against slim, and dense blind."""
 
     models: Mapping[str, Quality]
     comparison: Comparison
+    blind: Quality | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,8 @@ def _read_journal(path: Path) -> list[dict[str, Any]]:
 def _read_quality(path: Path) -> Measured:
     document = json.loads(path.read_text())
     models = {name: Quality.from_dict(document[name]) for name in MODELS if name in document}
-    return Measured({"dense": models["dense"], **models}, Comparison.from_dict(document["comparison"]))
+    blind = Quality.from_dict(document["blind"]) if "blind" in document else None
+    return Measured({"dense": models["dense"], **models}, Comparison.from_dict(document["comparison"]), blind)
 
 
 def _read_object(path: Path) -> dict[str, Any]:

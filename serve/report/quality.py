@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 
-from slimvlm.compress.quality import METRICS, PRIMARY, Comparison, Quality, Row, compare, image_numbers
+from slimvlm.compress.quality import METRICS, PRIMARY, Comparison, Quality, Row, compare, image_numbers, untold
 from slimvlm.serve.report.charts import Estimate, task_dots
 from slimvlm.serve.report.document import Chart, Finding, Section, Table, figure, percent, points, share, shown, whole
 from slimvlm.serve.report.files import QUALITY, RunFiles
@@ -25,7 +24,8 @@ def quality_section(files: RunFiles) -> Section:
         text = "The quality was not measured: nothing is known of what the cut cost."
         return Section("quality", TITLE, (text,), findings=(Finding(text, "run.json: stages.evaluate", bad=True),))
     models, comparison = measured.models, measured.comparison
-    by_task = {name: _by_task(quality) for name, quality in models.items()}
+    by_task = {name: {task: one.of_task(task) for task in one.tasks} for name, one in models.items()}
+    nothing = untold(models["dense"], measured.blind, comparison.seed)
     changes = _changes(by_task["dense"], by_task["slim"], comparison)
     estimates = {task: {name: _estimate(found[task]) for name, found in by_task.items()} for task in changes}
     return Section(
@@ -35,13 +35,14 @@ def quality_section(files: RunFiles) -> Section:
         findings=(
             *_overall_findings(comparison),
             *_recovery_findings(models, comparison),
-            *_task_findings(changes),
+            *_task_findings({task: change for task, change in changes.items() if task not in nothing}),
+            *_blind_findings(measured.blind, nothing),
             *_sample_findings(files),
         ),
         parts=(
             _chart(estimates, comparison),
-            _task_table(models, estimates),
-            _change_table(comparison, changes),
+            _task_table(models, estimates, measured.blind),
+            _change_table(comparison, changes, nothing),
             _score_table(models),
             *_vendor_tables(models, comparison.metric),
         ),
@@ -61,8 +62,8 @@ def _notes(files: RunFiles, comparison: Comparison) -> tuple[str, ...]:
         + (", cut the same before its recovery" if files.quality and "cut" in files.quality.models else "")
         + f". A model's interval is Wilson's at {share(LEVEL)} for its questions of that task, widened where they "
         "share images; the interval of a change is a paired bootstrap over the "
-        f"{whole(comparison.images)} images, each with all its questions ({whole(comparison.resamples)} resamples, seed {comparison.seed}, "
-        f"{share(comparison.level)}). Of many intervals some miss 0 by chance.",
+        f"{whole(comparison.images)} images, each with all its questions ({whole(comparison.resamples)} resamples, "
+        f"seed {comparison.seed}, {share(comparison.level)}). Of many intervals some miss 0 by chance.",
     )
 
 
@@ -70,13 +71,6 @@ METRIC_NAMES = {
     "generation": "the share of answers that equal a right answer (case, articles and punctuation aside)",
     "retrieval": "the share of images and texts whose first match is right, both directions",
 }
-
-
-def _by_task(quality: Quality) -> dict[str, Quality]:
-    rows: dict[str, list[Row]] = {task: [] for task in quality.tasks}
-    for row in quality.rows:
-        rows[row.task].append(row)
-    return {task: replace(quality, rows=tuple(found)) for task, found in rows.items()}
 
 
 def _changes(dense: dict[str, Quality], slim: dict[str, Quality], overall: Comparison) -> dict[str, Comparison]:
@@ -145,6 +139,18 @@ def _task_findings(changes: dict[str, Comparison]) -> tuple[Finding, ...]:
     verb = "task" if len(fell) == 1 else "tasks"
     found = f"{len(fell)} {verb} of {len(changes)} got worse, in points: {text}{more}."
     return (Finding(found, source, bad=True),)
+
+
+def _blind_findings(blind: Quality | None, nothing: Sequence[str]) -> tuple[Finding, ...]:
+    if blind is None:
+        return ()
+    text = f"With the images shuffled the dense model gets {percent(blind.score)} right: so much needs no image."
+    findings = [Finding(text, f"{QUALITY}: blind.scores")]
+    if nothing:
+        names = ", ".join(map(shown, nothing)) if len(blind.tasks) > 1 else "This evaluation"
+        text = f"{names}: tells nothing of the cut, for the dense model is not measurably better with its own images."
+        findings.append(Finding(text, f"{QUALITY}: rows of dense and blind, per task", bad=True))
+    return tuple(findings)
 
 
 def _sample_findings(files: RunFiles) -> tuple[Finding, ...]:
@@ -218,22 +224,32 @@ def _metric(name: str) -> str:
     return {"exact": "share of right answers", "mean_r1": "share of first matches that are right"}.get(name, name)
 
 
-def _task_table(models: Mapping[str, Quality], estimates: dict[str, dict[str, Estimate]]) -> Table:
+def _task_table(
+    models: Mapping[str, Quality], estimates: dict[str, dict[str, Estimate]], blind: Quality | None
+) -> Table:
+    metric = PRIMARY[models["dense"].kind]
     rows = []
     for task, found in estimates.items():
         cells = (f"{100 * one.value:.1f} ({100 * one.low:.1f} to {100 * one.high:.1f})" for one in found.values())
-        rows.append((task, whole(models["dense"].tasks[task]["questions"]), *cells))
+        unseen = () if blind is None else (f"{100 * blind.tasks[task][metric]:.1f}",)
+        rows.append((task, whole(models["dense"].tasks[task]["questions"]), *cells, *unseen))
     return Table(
         "Per task, with intervals, in percent",
-        ("task", "questions", *models),
+        ("task", "questions", *models, *(() if blind is None else ("dense, images shuffled",))),
         rows,
-        f"{QUALITY}: tasks of {', '.join(models)}; intervals from their rows",
+        f"{QUALITY}: tasks of {', '.join(models)}{'' if blind is None else ' and blind'}; intervals from their rows",
     )
 
 
-def _change_table(comparison: Comparison, changes: dict[str, Comparison]) -> Table:
+def _change_table(comparison: Comparison, changes: dict[str, Comparison], nothing: Sequence[str]) -> Table:
     named = [("mean of tasks", comparison), *changes.items()]
-    rows = [(name, points(change.difference), _points_interval(change), verdict(change)) for name, change in named]
+    rows = [
+        (
+            *(name, points(change.difference), _points_interval(change)),
+            "tells nothing" if name in nothing else verdict(change),
+        )
+        for name, change in named
+    ]
     return Table(
         "Slim minus dense, in points",
         ("task", "change", "interval", "verdict"),

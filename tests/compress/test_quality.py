@@ -3,7 +3,17 @@ import json
 import numpy as np
 import pytest
 
-from slimvlm.compress.quality import Comparison, Quality, Row, compare, exact_match, normalize, summarize, vqa_accuracy
+from slimvlm.compress.quality import (
+    Comparison,
+    Quality,
+    Row,
+    compare,
+    exact_match,
+    normalize,
+    summarize,
+    untold,
+    vqa_accuracy,
+)
 
 
 def rows_of(scores: dict[str, list[float]], vendor: str | None = None) -> list[Row]:
@@ -200,6 +210,13 @@ def test_the_interval_follows_from_the_seed_and_survives_json() -> None:
     assert compare(dense, slim, seed=2) == compare(dense, slim, seed=2)
     result = compare(dense, slim, seed=2, metric="token_loss")
     assert Comparison.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+
+
+def test_a_task_tells_nothing_where_the_dense_model_is_no_better_with_its_image() -> None:
+    dense = quality_of({"seen": [1.0] * 40, "guessed": [1.0, 0.0] * 20, "unable": [0.0] * 40})
+    blind = quality_of({"seen": [0.0] * 40, "guessed": [0.0, 1.0] * 20, "unable": [0.0] * 40})
+    assert untold(dense, blind) == ("guessed", "unable")
+    assert untold(dense, None) == ()
 
 
 def test_more_loss_is_a_drop() -> None:

@@ -102,6 +102,17 @@ def test_a_recovery_that_made_the_model_worse_is_called_that(tmp_path: Path) -> 
     assert "The recovery made the cut model worse: from 100.0 % to 12.5 %" in bad_news(text)
 
 
+def test_a_task_the_dense_model_cannot_do_tells_nothing(tmp_path: Path) -> None:
+    tasks = {"colour": (8, 2, 7), "where": (3, 3, 3)}
+    text = story_text(tmp_path, tasks=tasks, blind={"colour": 1, "where": 3})
+    assert "where: tells nothing of the cut" in bad_news(text)
+    assert "With the images shuffled the dense model gets 25.0 % right" in text
+    verdicts = {row[0]: row[-1] for row in table(text, "Slim minus dense, in points")}
+    assert verdicts["where"] == "tells nothing"
+    assert "tells nothing" not in verdicts["colour"]
+    assert [row[-1] for row in table(text, "Per task, with intervals, in percent")] == ["12.5", "37.5"]
+
+
 def test_a_recovery_that_did_not_help_the_validation_says_so(tmp_path: Path) -> None:
     text = story_text(tmp_path, validations={0: (0.5, -1.0), 4: (0.25, -2.0)})
     assert "The recovery did not help: no state of 8 steps was better" in bad_news(text)

@@ -19,6 +19,7 @@ from slimvlm.compress.recovery.history import Facts, Journal
 from slimvlm.compress.runs import RunFolder
 from slimvlm.serve.profile import Profile
 
+MODELS = ("dense", "cut", "slim")
 PARTS = (("attn", 4), ("mlp", 16))
 VALIDATIONS = {0: (0.25, -2.0), 4: (0.5, -1.0), 8: (0.75, -0.5)}
 
@@ -31,6 +32,7 @@ class Story:
         tasks: task -> how many of its eight questions dense, cut and slim answer right.
         wrong: what is answered where the answer is not right.
         validations: step -> (score, -loss) of the recovery.
+        blind: task -> how many dense answers right with the images shuffled; None: that was not measured.
         profile: what profile.json says; None: there is none.
     """
 
@@ -45,6 +47,7 @@ class Story:
     bad_samples: tuple[str, ...] = ()
     validations: dict[int, tuple[float, float]] = field(default_factory=lambda: dict(VALIDATIONS))
     held_out: bool = True
+    blind: dict[str, int] | None = None
     version: str = "1.0"
     profile: Profile | None = None
 
@@ -148,15 +151,16 @@ def _train(out: Path, story: Story) -> dict[str, Any]:
 
 def _write_quality(out: Path, story: Story) -> None:
     qualities = {}
-    for place, name in enumerate(("dense", "cut", "slim")):
+    rights = {name: {task: right[place] for task, right in story.tasks.items()} for place, name in enumerate(MODELS)}
+    for name, right in {**rights, **({} if story.blind is None else {"blind": story.blind})}.items():
         rows = []
-        for task, right in story.tasks.items():
+        for task in story.tasks:
             for number in range(8):
-                said = story.answer if number < right[place] else story.wrong
+                said = story.answer if number < right[task] else story.wrong
                 exact = exact_match(said, [story.answer])
                 identity, vendor = f"samples.jsonl:{len(rows) + 1}", story.vendors[len(rows) % 2]
                 rows.append(Row(identity, task, vendor, said, exact, exact, loss=2.0 - exact, tokens=2))
-        qualities[name] = summarize("generation", rows, blind=False, seconds=1.0)
+        qualities[name] = summarize("generation", rows, blind=name == "blind", seconds=1.0)
     document = {name: quality.to_dict() for name, quality in qualities.items()}
     document["comparison"] = compare(qualities["dense"], qualities["slim"]).to_dict()
     write_text(out / "quality.json", json.dumps(document))
