@@ -92,7 +92,7 @@ def overhead(arguments: argparse.Namespace) -> None:
             else:
                 [run] = bench.turn(arguments.new_tokens, 1)
                 timed.append(run["end_to_end"])
-    ratio = paired_ratio(timed[2:], bare[2:])
+    ratio = paired_ratio([timed[2:]], [bare[2:]])
     print(f"plain loop {1000 * ratio.slim:.3f} ms, profiler {1000 * ratio.dense:.3f} ms, {arguments.rounds} rounds")
     print(f"profiler / plain {ratio.value:.4f} ({ratio.low:.4f} to {ratio.high:.4f}), accepted {1 + ACCEPTED}")
     own = own_seconds(arguments.new_tokens)

@@ -23,7 +23,7 @@ def show_profile(profile: Profile, written: Path, *, as_json: bool) -> None:
     device = profile.device
     print_line(f"device   {device.name} ({device.kind}), {device.threads} threads")
     for cell in profile.cells:
-        _show_cell(cell)
+        _show_cell(cell, device.kind)
     if profile.decoder_tests:
         print_line()
         print_table(
@@ -43,9 +43,11 @@ def show_profile(profile: Profile, written: Path, *, as_json: bool) -> None:
     print_line(f"written  {written}")
 
 
-def _show_cell(cell: Cell) -> None:
+def _show_cell(cell: Cell, kind: str) -> None:
+    from slimvlm.serve.limits import peak_memory
+
     print_line()
-    print_line(f"{cell.backend} {cell.dtype}, {cell.workload}")
+    print_line(f"{cell.backend} {cell.dtype}, {cell.workload}{f', {cell.starts} starts' if cell.runs else ''}")
     if not cell.runs:
         print_line(f"  {cell.status}: {cell.reason}")
         return
@@ -53,7 +55,7 @@ def _show_cell(cell: Cell) -> None:
     for phase, slim in cell.runs["slim"].medians.items():
         dense = cell.runs["dense"].medians[phase] if "dense" in cell.runs else None
         rows.append((f"  {phase}", _milliseconds(dense), _milliseconds(slim), *_ratio(cell.ratios.get(phase))))
-    peaks = {name: run.memory.device_reserved_bytes or run.memory.host_peak_bytes for name, run in cell.runs.items()}
+    peaks = {name: peak_memory(run.memory, kind) for name, run in cell.runs.items()}
     rows.append(("  peak memory", _mebibytes(peaks.get("dense")), _mebibytes(peaks["slim"]), "", ""))
     print_table(("", "dense", "slim", "dense / slim", ""), rows)
 

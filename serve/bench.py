@@ -17,7 +17,7 @@ from slimvlm.compress.generation import Arrays
 from slimvlm.serve.backends import Backend, Timed, clock_of, time_embedding, time_generation
 from slimvlm.serve.exported import FULL, Exported
 from slimvlm.serve.graph_backend import BoundOnnxGraphs, GraphBackend, OnnxGraphs, TorchGraphs
-from slimvlm.serve.memory import Gpu, peak_bytes, reset_peak, resident_bytes
+from slimvlm.serve.memory import Gpu, Held, held_bytes, peak_bytes, reset_peak
 from slimvlm.serve.options import ONNX, TORCH, split_backend
 from slimvlm.serve.profile import Memory
 from slimvlm.serve.torch_backend import TorchBackend
@@ -53,11 +53,11 @@ class Bench:
     def __init__(self, source: Source) -> None:
         self.source = source
         self.device = torch.device(source.device)
-        self.gpu = Gpu(source.gpu)
+        self.gpu = Gpu(self.device, source.gpu)
         self.backend: Any = None
         self.dual = False
         self.images = True
-        self._before = self._loaded = 0
+        self._before = self._loaded = Held(0, 0)
         self._driver = 0
 
     def load(self) -> dict[str, Any]:
@@ -65,12 +65,12 @@ class Bench:
         torch.set_num_threads(self.source.threads)
         _import_all(self.source)
         reset_peak()
-        self._before = resident_bytes()
+        self._before = held_bytes()
         used, started = self.gpu.used_bytes(), time.perf_counter()
         self.backend, self.dual, dtype = open_backend(self.source)
         self._wait()
         seconds = time.perf_counter() - started
-        self._loaded = resident_bytes()
+        self._loaded = held_bytes()
         self._count_driver(used)
         return {"seconds": seconds, "dtype": dtype}
 
@@ -106,17 +106,17 @@ class Bench:
         """Of this process so far."""
         peak = peak_bytes()
         host = {
-            "host_loaded_bytes": max(0, self._loaded - self._before),
-            "host_peak_bytes": None if peak is None else max(0, peak - self._before),
+            "host_loaded_bytes": max(0, self._loaded.own - self._before.own),
+            "host_mapped_bytes": max(0, self._loaded.mapped - self._before.mapped),
+            "host_peak_bytes": None if peak is None else max(0, peak - self._before.resident),
         }
         if self.device.type != "cuda":
             return Memory(**host)
-        return Memory(
-            **host,
-            device_peak_bytes=torch.cuda.max_memory_allocated(self.device),
-            device_reserved_bytes=torch.cuda.max_memory_reserved(self.device),
-            device_driver_bytes=self._driver or None,
-        )
+        device = {"device_driver_bytes": self.gpu.own_bytes() or self._driver or None}
+        if split_backend(self.source.backend)[0] == TORCH:  # other runtimes have allocators of their own
+            device["device_peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
+            device["device_reserved_bytes"] = torch.cuda.max_memory_reserved(self.device)
+        return Memory(**host, **device)
 
     def _run(self, clock: Any, new_tokens: int) -> Timed:
         if self.dual:

@@ -5,24 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from slimvlm.serve.options import ProfileOptions
-from slimvlm.serve.profile import Cell, Limit, Run
+from slimvlm.serve.profile import Cell, Limit, Memory, Profile, Run
 
 
-def check_limits(options: ProfileOptions, cells: Sequence[Cell]) -> tuple[Limit, ...]:
+def check_limits(options: ProfileOptions, profile: Profile) -> tuple[Limit, ...]:
     """One entry per limit that was asked for, with the worst cell of the slim model."""
     read: dict[str, Callable[[Run], float | None]] = {
         "max_ttft_ms": lambda run: _milliseconds(run, "ttft"),
         "max_tpot_ms": lambda run: _milliseconds(run, "tpot"),
-        "max_memory": peak_memory,
+        "max_memory": lambda run: peak_memory(run.memory, profile.device.kind),
     }
     asked = {name: getattr(options, name) for name in read}
-    return tuple(_worst(name, limit, cells, read[name]) for name, limit in asked.items() if limit is not None)
+    return tuple(_worst(name, limit, profile.cells, read[name]) for name, limit in asked.items() if limit is not None)
 
 
-def peak_memory(run: Run) -> float | None:
-    """Bytes at the peak: on a GPU what its allocator reserved, else what was resident on the host."""
-    memory = run.memory
-    return memory.host_peak_bytes if memory.device_reserved_bytes is None else memory.device_reserved_bytes
+def peak_memory(memory: Memory, kind: str) -> int | None:
+    """Bytes at the peak, where the model runs: on a GPU what its driver shows of the process, whatever allocator took
+    it; on a CPU what was resident. None where it cannot be read.
+
+    Args:
+        kind: of the device, `cpu` or `cuda`.
+    """
+    return memory.host_peak_bytes if kind == "cpu" else memory.device_driver_bytes
 
 
 def limit_words(limit: Limit) -> str:

@@ -1,7 +1,9 @@
 """Cells, measured: the dense and the slim model take turns, each in a process of its own, until it is decided.
 
 A turn of a small model holds several runs and gives their median, so that what a switch of processes costs (cold
-caches) does not count. Which model goes first changes every round, so that a drift of the clock favours neither.
+caches) does not count. Which model goes first changes every round, so that a drift of the clock favours neither. Both
+processes are started anew every few rounds: where a process's memory lies, and on which cores it runs, stays as it is
+while it lives, and changes its times by more than its rounds differ.
 """
 
 from __future__ import annotations
@@ -11,16 +13,17 @@ import statistics
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from slimvlm.serve.bench import Source
-from slimvlm.serve.profile import MEASURED, TOO_NOISY, Cell, DecoderTest, Ratio, Run
+from slimvlm.serve.profile import MEASURED, TOO_NOISY, Cell, DecoderTest, Memory, Run
 from slimvlm.serve.statistics import MIN_ROUNDS, decoder_test, paired_ratio, summarize_cell
 from slimvlm.serve.worker import Worker, WorkerLostError
 from slimvlm.serve.workload import Inputs
 
 TURN_SECONDS, MOST_REPEATS = 0.05, 20  # so long a turn is to be; so many runs it may hold
-CHECKED_EVERY = 2 * MIN_ROUNDS  # rounds; asking after each would find a difference by chance sooner or later
+ROUNDS = 4  # of one start
 ENERGY_SECONDS = 1.5
 
 
@@ -29,16 +32,44 @@ class Effort:
     """How long a cell is measured.
 
     Attributes:
-        warmup: runs of each model before the first round.
-        rounds: at most so many.
-        seconds: no further round is begun after so many, if there were enough for a statement.
+        warmup: runs of each model before the first round of a start.
+        starts: of both processes, at least; after as many more it is asked again whether all is decided.
+        rounds: at most so many over all starts, but one of each start in any case.
+        seconds: no further start is made after so many; a start takes no further round after its share of them.
         seed: of the bootstrap.
     """
 
     warmup: int
+    starts: int
     rounds: int
     seconds: float
     seed: int
+
+    @property
+    def least(self) -> int:
+        """Rounds of a start that are run however long they take, so that all starts together allow a statement."""
+        return min(self.most, math.ceil(MIN_ROUNDS / self.starts))
+
+    @property
+    def most(self) -> int:
+        """Rounds of a start."""
+        return max(1, min(ROUNDS, self.rounds // self.starts))
+
+
+@dataclass(slots=True)
+class _Found:
+    """What one model did in all starts; `seconds`: phase -> start -> round."""
+
+    seconds: dict[str, list[list[float]]] = field(default_factory=dict)
+    loads: list[float] = field(default_factory=list)
+    memory: list[Memory] = field(default_factory=list)
+    energy: float | None = None
+    dtype: str = ""
+
+    def run(self) -> Run:
+        """As it stands in a profile."""
+        seconds = {phase: tuple(map(tuple, starts)) for phase, starts in self.seconds.items()}
+        return Run(seconds, tuple(self.loads), _most(self.memory), self.energy)
 
 
 def measure_cell(sources: Mapping[str, Source], inputs: Inputs, effort: Effort) -> Cell:
@@ -55,8 +86,9 @@ def measure_cell(sources: Mapping[str, Source], inputs: Inputs, effort: Effort) 
         first.backend, first.dtype, inputs.rows, inputs.image_size, inputs.prompt_tokens, inputs.new_tokens, MEASURED
     )
     try:
-        dtype, runs = _measure_runs(sources, inputs, effort)
-        return summarize_cell(replace(cell, dtype=dtype, runs=runs), effort.seed)
+        found = _measure(sources, inputs, effort)
+        runs = {name: one.run() for name, one in found.items()}
+        return summarize_cell(replace(cell, dtype=found["slim"].dtype, runs=runs), effort.seed)
     except WorkerLostError as lost:
         cell = replace(cell, status=lost.status, reason=str(lost))
         if lost.model != "dense":
@@ -66,52 +98,68 @@ def measure_cell(sources: Mapping[str, Source], inputs: Inputs, effort: Effort) 
         return replace(cell, dtype=alone.dtype, runs=alone.runs)
 
 
-def _measure_runs(sources: Mapping[str, Source], inputs: Inputs, effort: Effort) -> tuple[str, dict[str, Run]]:
-    """The slim model's dtype, and what each model did."""
-    with ExitStack() as stack:
-        workers = _start(stack, sources)
-        loads = {name: worker.call("load") for name, worker in workers.items()}
-        samples = _take_turns(workers, inputs, effort)
-        runs = {}
-        for name, worker in workers.items():
-            energy = worker.call("joules_per_token", inputs.new_tokens, inputs.rows, ENERGY_SECONDS)
-            memory = worker.call("memory")
-            seconds = {phase: tuple(found) for phase, found in samples[name].items()}
-            runs[name] = Run(seconds, (loads[name]["seconds"],), memory, energy)
-        return loads["slim"]["dtype"], runs
-
-
 def measure_decoder(
     sources: Mapping[str, Source], tests: Mapping[str, tuple[Inputs, str, int]], effort: Effort
 ) -> list[DecoderTest]:
-    """The language model alone; the tests share their processes.
+    """The language model alone.
 
     Args:
         tests: name -> inputs, the phase whose seconds count, and for how many tokens.
     """
     first, done = next(iter(sources.values())), []
-    try:
-        with ExitStack() as stack:
-            workers = _start(stack, sources)
-            dtype = {name: worker.call("load")["dtype"] for name, worker in workers.items()}["slim"]
-            for name, (inputs, phase, tokens) in tests.items():
-                samples = _take_turns(workers, inputs, effort)
-                count = tokens if phase == "prefill" else 1
-                rates = {model: [count / seconds for seconds in found[phase]] for model, found in samples.items()}
-                done.append(decoder_test((first.backend, dtype, name), tokens, rates, effort.seed))
-    except WorkerLostError as lost:
-        missing = list(tests)[len(done) :]
-        what = first.backend, first.dtype
-        done += [DecoderTest(*what, name, tests[name][2], lost.status, str(lost)) for name in missing]
+    for name, (inputs, phase, tokens) in tests.items():
+        what = first.backend, first.dtype, name
+        try:
+            found = _measure(sources, inputs, effort)
+        except WorkerLostError as lost:
+            done.append(DecoderTest(*what, tokens, lost.status, str(lost)))
+            continue
+        count = tokens if phase == "prefill" else 1
+        rates = {
+            model: [[count / seconds for seconds in rounds] for rounds in one.seconds[phase]]
+            for model, one in found.items()
+        }
+        done.append(decoder_test((first.backend, found["slim"].dtype, name), tokens, rates, effort.seed))
     return done
 
 
-def _start(stack: ExitStack, sources: Mapping[str, Source]) -> dict[str, Worker]:
-    return {name: stack.enter_context(Worker(name, source)) for name, source in sources.items()}
+def _measure(sources: Mapping[str, Source], inputs: Inputs, effort: Effort) -> dict[str, _Found]:
+    """Model -> what it did, over as many starts as it takes to decide and `effort` allows."""
+    found = {name: _Found() for name in sources}
+    began = time.perf_counter()
+    for start in range(1, max(effort.starts, effort.rounds // effort.most) + 1):
+        _start(sources, inputs, effort, found)
+        if start < effort.starts:
+            continue
+        # Asking after every start would find a difference by chance sooner or later.
+        if time.perf_counter() - began > effort.seconds or (
+            start % effort.starts == 0 and _is_decided(found, effort.seed)
+        ):
+            break
+    return found
+
+
+def _start(sources: Mapping[str, Source], inputs: Inputs, effort: Effort, found: Mapping[str, _Found]) -> None:
+    """Adds to `found` what fresh processes do."""
+    first = not next(iter(found.values())).loads
+    with ExitStack() as stack:
+        workers = {name: stack.enter_context(Worker(name, source)) for name, source in sources.items()}
+        for name, worker in workers.items():
+            loaded = worker.call("load")
+            found[name].loads.append(loaded["seconds"])
+            found[name].dtype = loaded["dtype"]
+        for name, phases in _take_turns(workers, inputs, effort).items():
+            for phase, rounds in phases.items():
+                found[name].seconds.setdefault(phase, []).append(rounds)
+        for name, worker in workers.items():
+            if first:
+                energy = worker.call("joules_per_token", inputs.new_tokens, inputs.rows, ENERGY_SECONDS)
+                found[name].energy = energy
+            found[name].memory.append(worker.call("memory"))
 
 
 def _take_turns(workers: Mapping[str, Worker], inputs: Inputs, effort: Effort) -> dict[str, dict[str, list[float]]]:
-    """Model -> phase -> one sample per round."""
+    """Model -> phase -> one sample per round of one start."""
     slowest = 0.0
     for worker in workers.values():
         worker.call("place", inputs.arrays)
@@ -119,24 +167,30 @@ def _take_turns(workers: Mapping[str, Worker], inputs: Inputs, effort: Effort) -
         slowest = max(slowest, *runs[-1].values())
     repeats = min(MOST_REPEATS, math.ceil(TURN_SECONDS / slowest))
     samples: dict[str, dict[str, list[float]]] = {name: {} for name in workers}
-    started, order = time.perf_counter(), list(workers)
-    for done in range(1, effort.rounds + 1):
+    began, order = time.perf_counter(), list(workers)
+    for done in range(1, effort.most + 1):
         for name in order:
             runs = workers[name].call("turn", inputs.new_tokens, repeats)
             for phase in runs[0]:
                 samples[name].setdefault(phase, []).append(statistics.median(run[phase] for run in runs))
         order.reverse()
-        if done >= MIN_ROUNDS and time.perf_counter() - started > effort.seconds:
-            break
-        if done % CHECKED_EVERY == 0 and _is_decided(samples, effort.seed):
+        if done >= effort.least and time.perf_counter() - began > effort.seconds / effort.starts:
             break
     return samples
 
 
-def _is_decided(samples: Mapping[str, Mapping[str, list[float]]], seed: int) -> bool:
-    """Whether every phase's ratio can be stated. One model alone needs no more rounds."""
-    if len(samples) < 2:
+def _is_decided(found: Mapping[str, _Found], seed: int) -> bool:
+    """Whether every phase's ratio can be stated. One model alone needs no more starts."""
+    if len(found) < 2:
         return True
-    dense, slim = samples["dense"], samples["slim"]
-    ratios: list[Ratio] = [paired_ratio(dense[phase], slim[phase], seed) for phase in slim]
-    return all(ratio.verdict != TOO_NOISY for ratio in ratios)
+    dense, slim = found["dense"].seconds, found["slim"].seconds
+    return all(paired_ratio(dense[phase], slim[phase], seed).verdict != TOO_NOISY for phase in slim)
+
+
+def _most(memory: list[Memory]) -> Memory:
+    """Field by field."""
+    most: dict[str, Any] = {}
+    for name in (one.name for one in fields(Memory)):
+        known = [value for one in memory if (value := getattr(one, name)) is not None]
+        most[name] = max(known, default=None)
+    return Memory(**most)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +16,47 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # what clear_refs takes to mean: the peak starts anew at what is resident now
 
 
-def resident_bytes() -> int:
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What this process holds now, in bytes.
+
+    Attributes:
+        own: pages that hold data of its own, in memory or swapped out.
+        mapped: resident pages of files and of memory shared with others.
+    """
+
+    own: int
+    mapped: int
+
+    @property
+    def resident(self) -> int:
+        """Both."""
+        return self.own + self.mapped
+
+
+def held_bytes() -> Held:
     """Of this process, now."""
-    return psutil.Process().memory_info().rss
+    found = _status()
+    if "RssAnon" in found:
+        own = found["RssAnon"] + found.get("VmSwap", 0)
+        return Held(own, found.get("RssFile", 0) + found.get("RssShmem", 0))
+    # Elsewhere: what would be free if the process ended.
+    memory = psutil.Process().memory_full_info()
+    return Held(memory.uss, max(0, memory.rss - memory.uss))
 
 
 def peak_bytes() -> int | None:
     """Most that was ever resident since the process began, or since `reset_peak` succeeded."""
+    return _status().get("VmHWM")
+
+
+def _status() -> Mapping[str, int]:
+    """Bytes by the names of /proc/self/status; empty where there is none."""
     try:
         lines = STATUS.read_text().splitlines()
     except OSError:
-        return None
-    found = next((line for line in lines if line.startswith("VmHWM:")), None)
-    return None if found is None else 1024 * int(found.split()[1])
+        return {}
+    return {line.partition(":")[0]: 1024 * int(line.split()[1]) for line in lines if line.endswith(" kB")}
 
 
 def reset_peak() -> bool:
@@ -41,11 +72,13 @@ class Gpu:
     """What the driver says of one GPU, through NVML, which does not touch the GPU itself.
 
     Args:
-        uuid: of the GPU, as NVML names it. Without it, without NVML's Python package, or where NVML refuses, every
-            answer is None.
+        device: as torch names it.
+        uuid: of the GPU, as NVML names it. Without it, without NVML's Python package, or where NVML refuses, an answer
+            is None unless CUDA has one.
     """
 
-    def __init__(self, uuid: str | None) -> None:
+    def __init__(self, device: torch.device, uuid: str | None) -> None:
+        self._device = device
         self._nvml: Any = None
         self._handle: Any = None
         if uuid is None:
@@ -59,13 +92,27 @@ class Gpu:
             self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid.encode())
             self._nvml = pynvml
 
-    def used_bytes(self) -> int | None:
-        """Of the whole GPU, by all processes."""
+    def own_bytes(self) -> int | None:
+        """Of this process, contexts and every runtime's allocations included. None also where the driver does not tell
+        processes apart: in containers it knows them by other numbers.
+        """
         if self._nvml is None:
             return None
         with suppress(self._nvml.NVMLError):
-            return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
+            for process in self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle):
+                if process.pid == os.getpid():
+                    return process.usedGpuMemory
         return None
+
+    def used_bytes(self) -> int | None:
+        """Of the whole GPU, by all processes; without NVML from CUDA."""
+        if self._device.type != "cuda":
+            return None
+        if self._nvml is not None:
+            with suppress(self._nvml.NVMLError):
+                return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
+        free, total = torch.cuda.mem_get_info(self._device)
+        return total - free
 
     def joules(self) -> float | None:
         """Since the driver was loaded (Volta and newer); differences over less than about a second mean little."""

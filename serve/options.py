@@ -28,8 +28,9 @@ class ProfileOptions:
         batch_sizes, image_sizes, prompt_tokens, new_tokens: the grid; no image size: the processor's own; no prompt
             length: that of a short question with its image.
         decoder_tests: also pp512 and tg128 of the language model alone.
-        rounds: at most so many of every cell, each with both models.
-        cell_seconds: after so many no further round of a cell is begun, if there were enough for a statement.
+        starts: of both models' processes per cell, at least; fewer than 3 decide nothing.
+        rounds: at most so many of every cell, each with both models, over all starts.
+        cell_seconds: after so many no further start of a cell is made, if there were enough for a statement.
         warmup: runs of each model before the first round.
         data: images and questions to use; default: generated noise and a plain question.
         max_ttft_ms, max_tpot_ms, max_memory: limits (bytes) of the slim model; crossing one is a failed check.
@@ -48,6 +49,7 @@ class ProfileOptions:
     prompt_tokens: tuple[int, ...] = ()
     new_tokens: tuple[int, ...] = (32,)
     decoder_tests: bool = True
+    starts: int = 3
     rounds: int = 24
     cell_seconds: float = 12.0
     warmup: int = 2
@@ -81,7 +83,8 @@ class ProfileOptions:
             if (value := getattr(self, name)) not in accepted:
                 raise UnsuitableOptionError(f"--{name} {value} is unknown; choose one of {', '.join(accepted)}")
         counts = {name: getattr(self, name) for name in ("batch_sizes", "prompt_tokens", "new_tokens")}
-        counts |= {"image_sizes": [side for size in self.image_sizes for side in size], "rounds": (self.rounds,)}
+        counts |= {"image_sizes": [side for size in self.image_sizes for side in size]}
+        counts |= {name: (getattr(self, name),) for name in ("starts", "rounds")}
         if self.threads is not None:
             counts["threads"] = (self.threads,)
         for name, values in counts.items():

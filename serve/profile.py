@@ -1,7 +1,8 @@
 """The Profile: what two models cost to run, with every raw sample. Seconds, bytes, joules, tokens. JSON; no torch.
 
-A *cell* is one workload on one backend. A *run* is what one model did in it: a sample per phase and round, the rounds
-of the dense and the slim model paired. Everything else in a profile is derived from these samples and the shapes.
+A *cell* is one workload on one backend. A *run* is what one model did in it: its process is started several times, and
+every start gives a sample per phase and round; starts and rounds of the dense and the slim model are paired. Everything
+else in a profile is derived from these samples and the shapes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from slimvlm.compress.decoding import decode, parse
 
-SCHEMA = 1
+SCHEMA = 2
 MODELS = ("dense", "slim")
 PHASES = {
     "vision": "pixels to features of the language model",
@@ -87,11 +88,19 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Of a process of its own. Host: resident bytes after loading and at the peak, less what the imports took; device:
-    the allocator's peak, what it reserved, and what the driver shows; None where it cannot be read.
+    """Of a process of its own, the most of its starts; None where it cannot be read.
+
+    Attributes:
+        host_loaded_bytes: of its own after loading (not shared, not pages of files), less what the imports took.
+        host_mapped_bytes: pages of files that were resident then: weights that are mapped, not copied. The system may
+            drop them, and other processes share them.
+        host_peak_bytes: resident at the peak, mapped pages included, less what the imports took.
+        device_peak_bytes, device_reserved_bytes: of torch's allocator.
+        device_driver_bytes: what the driver shows of this process at the peak of what it held, contexts included.
     """
 
     host_loaded_bytes: int | None
+    host_mapped_bytes: int | None
     host_peak_bytes: int | None
     device_peak_bytes: int | None = None
     device_reserved_bytes: int | None = None
@@ -103,15 +112,15 @@ class Run:
     """What one model did in one cell.
 
     Attributes:
-        seconds: phase -> one sample per round.
+        seconds: phase -> start of the process -> one sample per round.
         load_seconds: from the folder to a model that can be run, one per start of a process.
-        medians: phase -> median of `seconds`.
+        medians: phase -> median over the rounds of a start, geometric mean over the starts.
         tokens_per_second: phase -> prompt tokens (prefill) or new tokens (tpot, end_to_end) of the whole batch.
         flops, bytes: phase -> floating-point operations and bytes that must be moved, counted from the shapes.
         mfu, mbu: phase -> share of the device's measured matmul rate and copy bandwidth; None where it is not known.
     """
 
-    seconds: Mapping[str, tuple[float, ...]]
+    seconds: Mapping[str, tuple[tuple[float, ...], ...]]
     load_seconds: tuple[float, ...]
     memory: Memory
     energy_joules_per_token: float | None = None
@@ -169,6 +178,11 @@ class Cell:
             _one_of("cell: phase", phase, PHASES)
 
     @property
+    def starts(self) -> int:
+        """How often the processes were started."""
+        return max((len(run.load_seconds) for run in self.runs.values()), default=0)
+
+    @property
     def workload(self) -> str:
         """In words: `batch 1, image 224 x 224, prompt 32, new 16`."""
         image = f", image {self.image_size[0]} x {self.image_size[1]}" if self.image_size else ""
@@ -177,9 +191,11 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class DecoderRun:
-    """Repetitions of a decoder test: tokens per second of each, their mean and standard deviation (n - 1)."""
+    """Repetitions of a decoder test: tokens per second of each, by start of the process; mean and standard deviation
+    (n - 1) of all.
+    """
 
-    tokens_per_second: tuple[float, ...]
+    tokens_per_second: tuple[tuple[float, ...], ...]
     mean: float
     std: float
 

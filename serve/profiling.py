@@ -81,7 +81,7 @@ def profile_models(
     with TemporaryDirectory(prefix="slimvlm-profile-") as scratch:
         job = _prepare(options, device, Path(scratch), progress, exporter)
         profile = _measure(job, progress)
-    limits = check_limits(options, profile.cells)
+    limits = check_limits(options, profile)
     profile = replace(profile, limits=limits)
     runs.write_text(options.written, profile.to_json())
     if crossed := [limit for limit in limits if limit.crossed]:
@@ -145,7 +145,7 @@ def _measure(job: _Job, progress: Progress) -> Profile:
     device = measure_device(job.device, job.threads, sorted(dtypes))
     profile = _started(job, device)
     runs.write_text(options.written, profile.to_json())
-    effort = Effort(options.warmup, options.rounds, options.cell_seconds, options.seed)
+    effort = Effort(options.warmup, options.starts, options.rounds, options.cell_seconds, options.seed)
     done = 1
     for backend in job.backends:
         sources = job.sources(backend)
@@ -180,6 +180,7 @@ def _started(job: _Job, device: Device) -> Profile:
             "threads": job.threads,
             "dtype": options.dtype,
             "warmup": options.warmup,
+            "starts": options.starts,
             "rounds": options.rounds,
             "cell_seconds": options.cell_seconds,
             "turn_seconds": TURN_SECONDS,

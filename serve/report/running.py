@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
-from slimvlm.serve.profile import FAILED, FASTER, MEASURED, OUT_OF_MEMORY, SLOWER, TOO_NOISY, Cell, Profile, Ratio
+from slimvlm.serve.profile import FAILED, FASTER, MEASURED, OUT_OF_MEMORY, SLOWER, TOO_NOISY, Cell, Profile, Ratio, Run
 from slimvlm.serve.report.charts import Estimate, memory_bars, speedup_dots, time_dots
 from slimvlm.serve.report.document import Chart, Finding, Section, change, share, shown
 from slimvlm.serve.report.files import PROFILE, RunFiles
@@ -45,13 +46,16 @@ def _notes(profile: Profile) -> tuple[str, ...]:
     nature = "The device is a CPU: no figure here is a GPU's." if profile.device.kind == "cpu" else ""
     return (
         f"Everything here was measured on one device: {device_words(profile.device)}. {nature}".strip(),
-        "Times are medians over rounds; in every round the models take turns, so that what slows the machine down "
-        "slows both. A speed-up is the dense median over the slim one; above 1 the slim model is faster. Its interval "
-        f"is a {share(LEVEL)} bootstrap over the rounds (seed {profile.seed}). The rule is: {RATIO_RULE}.",
+        "Times are medians over rounds, averaged over starts of the models' processes; in every round the models take "
+        "turns, so that what slows the machine down slows both. A speed-up is the dense time over the slim one; above "
+        f"1 the slim model is faster. Its interval is a {share(LEVEL)} bootstrap over starts, then the rounds of each "
+        f"(seed {profile.seed}), widened because the starts are few. The rule is: {RATIO_RULE}.",
         "Work is counted from the shapes of the models and compared with rates measured on this device. The rule is: "
         f"{BOUND_RULE}.",
         "Time to first token is from pixels and prompt to the first token; time per token is the mean of the later "
-        "ones. Memory is of a process per model, less what the imports took; none where it cannot be read.",
+        "ones. Memory is of a process per model, less what the imports took; none where it cannot be read. Loaded is "
+        "what the process holds of its own, mapped files are beside it, and the peak holds both; on a GPU the driver's "
+        "figure counts every allocator.",
     )
 
 
@@ -139,7 +143,7 @@ def _memory(cells: Sequence[Numbered]) -> Iterator[Finding]:
         peaks = {model: run.memory for model, run in one.cell.runs.items()}
         if set(peaks) < {"dense", "slim"}:
             continue
-        for field, words in (("host_peak_bytes", "Peak host memory"), ("device_peak_bytes", "Peak device memory")):
+        for field, words in (("host_peak_bytes", "Peak host memory"), ("device_driver_bytes", "Device memory")):
             dense, slim = (getattr(peaks[model], field) for model in ("dense", "slim"))
             if dense and slim is not None:
                 grew = slim > (1 + GROWN) * dense
@@ -188,9 +192,7 @@ def _charts(cells: Sequence[Numbered], profile: Profile) -> Iterator[Chart]:
         backend, phases = _backend(one.cell), _shared_phases(one.cell)
         if phases:
             models = one.cell.runs.items()
-            rows = {
-                PHASE_NAMES[phase]: {name: _samples(run.seconds[phase]) for name, run in models} for phase in phases
-            }
+            rows = {PHASE_NAMES[phase]: {name: _samples(run, phase) for name, run in models} for phase in phases}
             title = f"{backend}: median times with the range of the rounds, {one.cell.workload}, on {device}"
             yield time_dots(f"times{place}", title, rows)
         alike = {str(other.number): _speedups(other.cell) for other in cells if _backend(other.cell) == backend}
@@ -212,10 +214,9 @@ def _shared_phases(cell: Cell) -> list[str]:
     return [phase for phase in PHASE_NAMES if cell.runs and all(run.seconds.get(phase) for run in cell.runs.values())]
 
 
-def _samples(seconds: Sequence[float]) -> Estimate:
-    ordered = sorted(seconds)
-    middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
-    return Estimate(middle, ordered[0], ordered[-1])
+def _samples(run: Run, phase: str) -> Estimate:
+    seconds = [*chain.from_iterable(run.seconds[phase])]
+    return Estimate(run.medians[phase], min(seconds), max(seconds))
 
 
 def _speedups(cell: Cell) -> dict[str, Estimate]:
@@ -231,8 +232,8 @@ def _peaks(cell: Cell) -> dict[str, tuple[float, float]]:
     found = {}
     for model, run in cell.runs.items():
         memory = run.memory
-        if memory.device_peak_bytes is not None:
-            found[model] = (float(memory.device_peak_bytes), float(memory.device_peak_bytes))
+        if memory.device_driver_bytes is not None:
+            found[model] = (float(memory.device_driver_bytes), float(memory.device_driver_bytes))
         elif memory.host_peak_bytes is not None:
             loaded = memory.host_loaded_bytes
             found[model] = (float(memory.host_peak_bytes if loaded is None else loaded), float(memory.host_peak_bytes))

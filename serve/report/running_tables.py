@@ -21,6 +21,7 @@ PHASE_NAMES = {
 }
 MEMORY_NAMES = {
     "host_loaded_bytes": "host, loaded",
+    "host_mapped_bytes": "host, mapped files",
     "host_peak_bytes": "host, peak",
     "device_peak_bytes": "device, peak",
     "device_reserved_bytes": "device, reserved",
@@ -104,16 +105,24 @@ def _workloads(cells: Sequence[Numbered]) -> Iterator[Table]:
         (
             *(str(one.number), shown(one.cell.backend), shown(one.cell.dtype), _status(one.cell)),
             *(whole(one.cell.batch_size), _image(one.cell), whole(one.cell.prompt_tokens), whole(one.cell.new_tokens)),
+            *(whole(one.cell.starts), _rounds(one.cell)),
         )
         for one in cells
     ]
     columns = ("workload", "backend", "dtype", "status", "batch", "image", "prompt tokens", "new tokens")
+    counted = ("starts", "rounds of each")
     if rows:
-        yield Table("Workloads", columns, rows, f"{PROFILE}: cells", texts=4)
+        yield Table("Workloads", (*columns, *counted), rows, f"{PROFILE}: cells", texts=4)
 
 
 def _status(cell: Cell) -> str:
     return shown(f"{cell.status}: {cell.reason}" if cell.reason else cell.status)
+
+
+def _rounds(cell: Cell) -> str:
+    """`4`, or `2 to 4`, of every start."""
+    counts = {len(rounds) for run in cell.runs.values() for starts in run.seconds.values() for rounds in starts}
+    return " to ".join(map(str, sorted({min(counts), max(counts)}))) if counts else "none"
 
 
 def _image(cell: Cell) -> str:

@@ -34,12 +34,12 @@ def test_a_profile_survives_its_file() -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("schema", 2, "profile: schema 2 is not the 1"),
+        ("schema", 1, "profile: schema 1 is not the 2"),
         ("seed", ..., "profile: key 'seed' is missing"),
         ("cells/0/runs/slim/memory/more", 1, r"profile\.cells\[0\]\.runs\.slim\.memory: unknown key 'more'"),
         ("cells/0/runs/slim/memory/host_peak_bytes", "1", "host_peak_bytes: '1' is not of type int"),
-        ("cells/0/runs/dense/seconds/tpot/1", None, r"seconds\.tpot\[1\]: None is not a finite number"),
-        ("cells/0/runs/dense/seconds/tpot/1", float("nan"), "it holds NaN, which is no JSON number"),
+        ("cells/0/runs/dense/seconds/tpot/2/1", None, r"seconds\.tpot\[2\]\[1\]: None is not a finite number"),
+        ("cells/0/runs/dense/seconds/tpot/2/1", float("nan"), "it holds NaN, which is no JSON number"),
         ("cells/0/batch_size", True, "batch_size: True is not of type int"),
         ("cells/0/image_size", [1, 2, 3], "image_size: 3 entries; accepted is 2"),
         ("cells/0/status", "done", r"cells\[0\]: cell: status is 'done'; accepted is one of measured"),

@@ -65,7 +65,7 @@ def test_a_profile_holds_paired_raw_samples_and_what_follows_from_them(pair, tmp
         assert (cell.status, cell.dtype, cell.image_size) == (MEASURED, "fp32", None)
         assert set(cell.runs) == set(profile.models) == {"dense", "slim"}
         for run in cell.runs.values():
-            assert {len(samples) for samples in run.seconds.values()} == {6}
+            assert {tuple(map(len, starts)) for starts in run.seconds.values()} == {(2,)}
             assert set(run.seconds) == set(cell.ratios) == {"vision", "prefill", "ttft", "tpot", "end_to_end"}
             assert run.medians["vision"] < run.medians["ttft"] < run.medians["end_to_end"]
             assert run.flops["ttft"] == run.flops["vision"] + run.flops["prefill"]
@@ -76,6 +76,17 @@ def test_a_profile_holds_paired_raw_samples_and_what_follows_from_them(pair, tmp
     assert profile.models["slim"].layout == "per-layer"
     assert profile.models["slim"].parameters < profile.models["dense"].parameters
     assert profile.settings["threads"] == profile.device.threads == 1
+
+
+def test_both_processes_are_started_anew_and_the_samples_of_every_start_are_kept(pair, tmp_path):
+    dense, slim = pair
+    profile = profile_models(quick(tmp_path, slim, against=dense, starts=3, rounds=6))
+    [cell] = profile.cells
+    assert cell.starts == profile.settings["starts"] == 3
+    for run in cell.runs.values():
+        assert len(run.load_seconds) == 3
+        assert {tuple(map(len, starts)) for starts in run.seconds.values()} == {(2, 2, 2)}
+    assert all(ratio.low <= ratio.value <= ratio.high for ratio in cell.ratios.values())
 
 
 def test_graphs_of_an_export_are_measured_alone(exported, tmp_path):

@@ -34,6 +34,7 @@ def test_times_and_speedups_are_the_profiles(tmp_path: Path) -> None:
         "torch",
         "slim",
         "32",
+        "16",
         "64",
         "0.5",
         "none",
@@ -70,7 +71,7 @@ def test_when_nothing_got_faster_it_is_said_first_of_all_speeds(tmp_path: Path) 
 
 def test_noise_a_missing_dense_model_crossed_limits_and_grown_memory_are_bad_news(tmp_path: Path) -> None:
     noisy = with_verdicts(example_cell(), "too noisy")
-    runs = {**noisy.runs, "slim": replace(noisy.runs["slim"], memory=Memory(2**20, 2**28))}
+    runs = {**noisy.runs, "slim": replace(noisy.runs["slim"], memory=Memory(2**20, 0, 2**28))}
     limit = Limit("max_memory", 2.0**26, None, "", True)
     profile = example_profile()
     slim = {"slim": profile.models["slim"]}

@@ -46,6 +46,7 @@ def test_a_worker_loads_runs_and_says_what_memory_it_took(worker):
     assert worker.call("tokens", 4).shape == (2, 4)
     memory = worker.call("memory")
     assert 0 < memory.host_loaded_bytes <= memory.host_peak_bytes < GIB
+    assert 0 <= memory.host_mapped_bytes < GIB
     assert memory.device_peak_bytes is None
     assert worker.call("joules_per_token", 4, 2, 0.1) is None
 

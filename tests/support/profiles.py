@@ -36,12 +36,12 @@ DEVICE = Device(
 
 
 def example_run(seconds: dict[str, float], peak: int) -> Run:
-    """Three rounds around the given medians."""
-    samples = {phase: (0.9 * value, value, 1.2 * value) for phase, value in seconds.items()}
+    """Three starts of three rounds around the given medians."""
+    samples = {phase: 3 * ((0.9 * value, value, 1.2 * value),) for phase, value in seconds.items()}
     return Run(
         seconds=samples,
-        load_seconds=(0.5,),
-        memory=Memory(host_loaded_bytes=peak // 2, host_peak_bytes=peak),
+        load_seconds=(0.5, 0.5, 0.5),
+        memory=Memory(host_loaded_bytes=peak // 2, host_mapped_bytes=peak // 4, host_peak_bytes=peak),
         medians=seconds,
         tokens_per_second={"tpot": 1 / seconds["tpot"]},
         flops={phase: 1e8 for phase in seconds},
@@ -82,7 +82,7 @@ def example_profile() -> Profile:
     full = Cell("torch", "fp32", 64, (32, 32), 16, 16, "out of memory", "the process was killed")
     test = DecoderTest(
         *("torch", "fp32", "tg128", 128, "measured", ""),
-        runs={name: DecoderRun((rate, rate), rate, 0.0) for name, rate in (("dense", 250.0), ("slim", 500.0))},
+        runs={name: DecoderRun(((rate,), (rate,)), rate, 0.0) for name, rate in (("dense", 250.0), ("slim", 500.0))},
         ratio=Ratio(0.256, 0.512, 2.0, 1.9, 2.1, "faster"),
     )
     return Profile(

@@ -29,6 +29,7 @@ def torch_source(folder: str) -> Source:
 
 
 def quick(out: Path, slim: str, **changes: object) -> ProfileOptions:
-    """Few short rounds of one cell."""
-    chosen = {"batch_sizes": (1,), "new_tokens": (3,), "rounds": 6, "warmup": 1, "decoder_tests": False, "threads": 1}
+    """One start and few short rounds of one cell."""
+    chosen = {"batch_sizes": (1,), "new_tokens": (3,), "starts": 1, "rounds": 2, "warmup": 1, "threads": 1}
+    chosen |= {"decoder_tests": False}
     return ProfileOptions(slim=slim, out=out / "profile.json", **{**chosen, "device": "cpu", **changes})
