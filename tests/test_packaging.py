@@ -57,6 +57,13 @@ def test_the_two_onnx_runtimes_are_never_in_one_extra() -> None:
         assert len(runtimes) <= 1, name
 
 
+def test_every_extra_asks_for_an_onnx_runtime_whose_outputs_torch_can_take() -> None:
+    """`torch.from_dlpack(OrtValue)` failed on 1.22 to 1.25 and works on 1.26 to 1.31 (test_graph_backend.py)."""
+    extras = PROJECT["project"]["optional-dependencies"]
+    lines = [line for name in ("onnx", "gpu", "dev") for line in extras[name] if line.startswith("onnxruntime")]
+    assert [tuple(map(int, line.partition(">=")[2].split("."))) >= (1, 26) for line in lines] == 3 * [True]
+
+
 def test_help_does_not_import_torch(tmp_path: Path) -> None:
     code = (
         "import sys; from slimvlm.cli import main\n"

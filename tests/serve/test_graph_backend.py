@@ -66,3 +66,17 @@ def test_graphs_of_a_dual_encoder_embed_images_and_texts(exported):
         assert set(time_embedding(backend, HostClock()).seconds) == {"vision", "text"}
         found = backend.vision()["image_embeds"].detach().numpy()
         np.testing.assert_allclose(found, expected["vision_model.image_embeds"], atol=1e-4)
+
+
+def test_an_output_that_onnx_runtime_holds_becomes_a_tensor_without_a_copy(exported):
+    """The very call that no version below the floor of pyproject.toml can do (1.22 to 1.25: an invalid capsule)."""
+    session = exported("llava").runner("onnx", threads=1).session("embed_tokens")
+    binding = session.io_binding()
+    ids = torch.arange(6).reshape(2, 3)
+    binding.bind_input("input_ids", "cpu", 0, np.int64, tuple(ids.shape), ids.data_ptr())
+    binding.bind_output("inputs_embeds", "cpu", 0)
+    session.run_with_iobinding(binding)
+    [value] = binding.get_outputs()
+    tensor = torch.from_dlpack(value)
+    assert tensor.data_ptr() == value.data_ptr()
+    np.testing.assert_array_equal(tensor, value.numpy())
