@@ -119,8 +119,13 @@ def allocate_balanced(pool: Pool, target: float, *, faithful: bool = False, step
     """
     if faithful:
         return _literal(pool, target, steps or PAPER_STEPS)
-    coarse = max(1, len(pool.scores) // STEP_SHARE)
-    return _exact(pool, target, steps or (coarse, max(1, coarse // 10)))
+    return _exact(pool, target, steps or proportional_steps(len(pool.scores)))
+
+
+def proportional_steps(units: int) -> tuple[int, int]:
+    """Steps that are the same share of `units` as the paper's are of its model's."""
+    coarse = max(1, units // STEP_SHARE)
+    return coarse, max(1, coarse // 10)
 
 
 def allocate_global(pool: Pool, target: float, *, faithful: bool = False, steps: Steps = None) -> Flags:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from slimvlm.compress.allocate import ALLOCATORS, Flags, Integers
+from slimvlm.compress.allocate import ALLOCATORS, PAPER_STEPS, Flags, Integers
 from slimvlm.compress.bundles import Line, lines_of, pool_of, stock_lines_of
 from slimvlm.compress.criteria import Scores
 from slimvlm.compress.errors import InfeasibleBudgetError
@@ -25,7 +25,6 @@ from slimvlm.compress.plan import Plan, TowerCount
 KINDS = ("attention", "mlp")
 LAYOUTS = ("per-layer", "stock")
 FINE_RATIO = 0.2  # up to this ratio the paper's loop takes its small step from the start
-FINE_STEPS = (100, 100)
 UNIDENTIFIED: Mapping[str, Any] = {
     "model_digest": "", "calibration_digest": "", "attention_unit": "auto", "seed": 0, "rounds": 1
 }  # fmt: skip
@@ -43,6 +42,8 @@ class Budget:
         floor: fraction of its dense size every group keeps, and at least one unit.
         allocator: `balanced`, `global` or `local`.
         faithful: the paper's loop with its ties and without floors (a group it empties keeps its best unit).
+        steps: units per step of a loop before and after 90 % of what goes; None: the paper's if `faithful`, else in
+            proportion. Up to 20 % the faithful loop takes the second from the start, as the paper's does.
         layout: `per-layer`, or `stock`: only cuts that the unmodified class can be configured to build.
 
     Raises:
@@ -56,6 +57,7 @@ class Budget:
     floor: float = 0.1
     allocator: str = "balanced"
     faithful: bool = False
+    steps: tuple[int, int] | None = None
     layout: str = "per-layer"
 
     def __post_init__(self) -> None:
@@ -288,7 +290,9 @@ def _take(lines: list[Line], share: _Share, target: float, context: tuple[Budget
             f"{share} cannot be reached: every group keeps {budget.floor:.0%} of its units and at least one, so the "
             f"largest possible here is {largest:.4f}; ask for that or less{others}"
         )
-    steps = FINE_STEPS if budget.faithful and budget.ratio <= FINE_RATIO else None
+    steps = budget.steps or (PAPER_STEPS if budget.faithful else None)
+    if steps and budget.faithful and budget.ratio <= FINE_RATIO:
+        steps = (steps[1], steps[1])
     try:
         flags = ALLOCATORS[budget.allocator](pool, target, faithful=budget.faithful, steps=steps)
     except InfeasibleBudgetError as error:

@@ -12,6 +12,7 @@ from paper_scale import blip2_flan_t5_xl
 from tiny_models import FACTORIES, tiny_model
 from torch import Tensor, nn
 
+from slimvlm.compress.allocate import proportional_steps
 from slimvlm.compress.budget import Budget, Facts, facts_of, make_plan
 from slimvlm.compress.criteria import CRITERIA, Scores, score_groups
 from slimvlm.compress.errors import InfeasibleBudgetError
@@ -249,6 +250,18 @@ def test_the_faithful_loop_may_empty_a_group_and_the_plan_keeps_its_best_unit():
     assert literal.keep["language.0.mlp"] == (5,) and literal.options["rescued_groups"] == 1
     product = make_plan(groups, scores, Budget(0.7), facts)
     assert product.keep["language.0.mlp"] == (5,) and product.options["rescued_groups"] == 0
+
+
+def test_the_steps_of_the_faithful_loop_can_be_in_proportion_to_the_model():
+    model, groups, scores = prepared("llava")
+    facts = facts_of(model, groups)
+    letter, proportion = (
+        make_plan(groups, scores, Budget(0.3, faithful=True, steps=steps), facts)
+        for steps in (None, proportional_steps(sum(group.num_units for group in groups)))
+    )
+    assert proportion.removed_fraction == pytest.approx(0.3, abs=0.03)  # one step and what ties with its last unit
+    assert letter.removed_fraction > 0.5  # 1000 units are more than there are
+    assert proportional_steps(488_304) == (976, 97)
 
 
 def test_rounds_count_from_the_dense_model():
