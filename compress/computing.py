@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from slimvlm.compress import processes
@@ -16,6 +19,7 @@ from slimvlm.compress.options import CompressOptions
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Of logits that should be the same, relative to the largest logit.
 CHECKED_SAMPLES = 4  # so many samples two models are compared on
+HALVES = (torch.float16, torch.bfloat16)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}
 
 
@@ -36,6 +40,30 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
+
+
+class ComputedInFloat32(TorchFunctionMode):
+    """Within `with`, every operation on half precision is done in fp32 and gives fp32: one weight at a time is widened.
+
+    What a model computes so is what the whole model in fp32 computes, in the memory of the half-precision one. For
+    forward passes alone: what is written into a half-precision tensor in place is lost.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """The call with wide arguments; attributes are read as they are, but a dtype as the one computed in."""
+        if getattr(func, "__name__", "") in ("__get__", "__set__"):
+            return _wide(func(*args, **(kwargs or {})))
+        if func in (Tensor.half, Tensor.bfloat16):
+            func = Tensor.float
+        return func(*tree_map(_wide, tuple(args)), **tree_map(_wide, dict(kwargs or {})))
+
+
+def _wide(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.dtype in HALVES:
+        return value.float()
+    return torch.float32 if isinstance(value, torch.dtype) and value in HALVES else value
 
 
 def outputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
