@@ -1,5 +1,10 @@
 """The errors a user can cause or meet, each with its exit code: 3 refused, 4 a check failed."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 LONGEST = 300  # characters of what somebody else's error says
 # What runtimes say when an allocation fails, besides raising MemoryError.
 EXHAUSTED = (
@@ -77,3 +82,29 @@ def one_line(error: BaseException) -> str:
         said = f"{said[:LONGEST].rstrip()} ..."
     named = isinstance(error, KeyError | IndexError | AttributeError | TypeError | ZeroDivisionError)
     return f"{type(error).__name__}: {said}" if said and named else said or type(error).__name__
+
+
+@contextmanager
+def foreign(what: str, then: str = "", kind: type[Exception] = CheckpointError) -> Iterator[None]:
+    """Around a single call of foreign code on foreign data: whatever it raises becomes `kind`.
+
+    The message says `what` is wrong, why, and what to do `then`.
+
+    Nothing of ours stands inside, so that our own mistakes stay what they are. Want of memory stays that, too.
+    """
+    try:
+        yield
+    except (SlimvlmError, kind):
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise kind(_sentence(what, error, then)) from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust: tokenizers and safetensors raise it past Exception
+            raise
+        raise kind(_sentence(what, error, then)) from error
+
+
+def _sentence(what: str, error: BaseException, then: str) -> str:
+    return f"{what} ({one_line(error)}){then and '; ' + then}"

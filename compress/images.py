@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from slimvlm.compress.errors import foreign
 
 MAX_PIXELS = 64 * 2**20
 MAX_BYTES = 256 * 2**20
@@ -34,7 +40,7 @@ def resolve_image(root: Path, name: str) -> Path:
     for candidate in (root / name, root / "images" / name):
         try:
             path = candidate.resolve(strict=True)
-        except (OSError, RuntimeError):
+        except (OSError, RuntimeError, ValueError):  # ValueError: characters that no name has
             continue
         if not path.is_relative_to(home):
             raise BadImageError("lies outside the data folder")
@@ -44,16 +50,41 @@ def resolve_image(root: Path, name: str) -> Path:
     raise BadImageError("file not found")
 
 
+@contextmanager
+def _decoder(what: str) -> Iterator[None]:
+    """The one door to Pillow: whatever a strange file makes it raise is a BadImageError; its warnings are not ours."""
+    with warnings.catch_warnings(), foreign(what, kind=BadImageError):
+        warnings.simplefilter("ignore")
+        yield
+
+
 def _identify(content: bytes) -> Image.Image:
     try:
-        image = Image.open(BytesIO(content), formats=FORMATS)
-    except UnidentifiedImageError:
-        raise BadImageError(f"is not an image (accepted: {', '.join(FORMATS)})") from None
-    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise BadImageError(f"cannot be read: {error}") from error
+        with _decoder("cannot be read"):
+            image = Image.open(BytesIO(content), formats=FORMATS)
+    except BadImageError as error:
+        if isinstance(error.__cause__, UnidentifiedImageError):
+            raise BadImageError(f"is not an image (accepted: {', '.join(FORMATS)})") from None
+        raise
     if image.width * image.height > MAX_PIXELS:
         raise BadImageError(f"is too large: {image.width} x {image.height} pixels, at most {MAX_PIXELS} in all")
     return image
+
+
+def _in_bytes(image: Image.Image) -> Image.Image:
+    """The image with 8 bits a value: Pillow's own conversion of grey images of more turns them white or black.
+
+    Raises:
+        BadImageError: nothing says how bright its largest value is.
+    """
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image, np.float64)
+    low, high = float(values.min()), float(values.max())
+    largest = 1 if image.mode == "F" else 65535  # 32-bit integers hold 16 of a PNG or PPM, as a rule
+    if not (low >= 0 and high <= largest):
+        raise BadImageError(f"has values from {low:g} to {high:g} in mode {image.mode}; accepted is 0 to {largest}")
+    return Image.fromarray((values * (255 / largest)).round().astype(np.uint8))
 
 
 def read_content(path: Path) -> bytes:
@@ -74,14 +105,16 @@ def read_content(path: Path) -> bytes:
 def decode_image(content: bytes) -> Image.Image:
     """An RGB image of the bytes of a file, turned upright as its EXIF record says.
 
+    Grey images of 16 bits (0 to 65535) and of floats (0 to 1) keep their brightness.
+
     Raises:
-        BadImageError: not an image, too many pixels, or truncated.
+        BadImageError: not an image, too many pixels, truncated, or of values whose brightness nothing tells.
     """
     image = _identify(content)
-    try:
-        return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
-        raise BadImageError(f"cannot be decoded (truncated or corrupt): {error}") from error
+    with _decoder("cannot be decoded, it is truncated or corrupt"):
+        image = ImageOps.exif_transpose(image)
+        image.load()
+    return _in_bytes(image).convert("RGB")
 
 
 def check_image(content: bytes) -> str:

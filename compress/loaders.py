@@ -22,10 +22,8 @@ from transformers import PreTrainedModel
 from slimvlm.compress.errors import (
     CheckpointError,
     MissingDependencyError,
-    SlimvlmError,
     UnsupportedModelError,
-    is_out_of_memory,
-    one_line,
+    foreign,
 )
 from slimvlm.compress.families import Family, find_family
 from slimvlm.compress.modeling_slim import RECORD, slim_class
@@ -37,28 +35,6 @@ COUNTED = ("_ids", "_index", "_tracked")  # ends of names of buffers that older 
 MODULES = ("layer", "depth", "block", "expert", "stage")  # in names of config fields that count modules
 AGAIN = "copy or download it again"
 MOST_MODULES = 1024  # eight times the deepest model there is; building more takes minutes
-
-
-@contextmanager
-def foreign(what: str, then: str = "", kind: type[SlimvlmError] = CheckpointError) -> Iterator[None]:
-    """Around a single call of foreign code on foreign data: whatever it raises becomes `kind`.
-
-    The message says `what` is wrong, why, and what to do `then`.
-
-    Nothing of ours stands inside, so that our own mistakes stay what they are. Want of memory stays that, too.
-    """
-    try:
-        yield
-    except SlimvlmError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise kind(_sentence(what, error, then)) from error
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of Rust: tokenizers and safetensors raise it past Exception
-            raise
-        raise kind(_sentence(what, error, then)) from error
 
 
 def read_config(folder: Path, trust_remote_code: bool = False) -> tuple[transformers.PreTrainedConfig, Family]:
@@ -230,10 +206,6 @@ def _check_finite(folder: Path, model: PreTrainedModel) -> None:
             f"{folder}: {len(wrong)} weights hold values that are not finite ({_some(wrong)}); nothing can be computed "
             "with them. Copy or download the checkpoint again, or take an earlier state of its training"
         )
-
-
-def _sentence(what: str, error: BaseException, then: str) -> str:
-    return f"{what} ({one_line(error)}){then and '; ' + then}"
 
 
 def _some(names: Sequence[str]) -> str:

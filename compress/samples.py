@@ -15,7 +15,16 @@ from PIL import Image
 
 from slimvlm.compress.errors import SampleError
 from slimvlm.compress.images import BadImageError, check_image, decode_image, read_content, resolve_image
-from slimvlm.compress.records import BadRecordError, Records, Turn, image_of, read_records, read_turns
+from slimvlm.compress.records import (
+    BadRecordError,
+    Records,
+    Turn,
+    image_of,
+    printable,
+    read_records,
+    read_turns,
+    sound_text,
+)
 
 REPORTED = 5
 Checked = dict[str, tuple[Path, str] | BadImageError]  # image name -> its file and digest, or why it is none
@@ -133,14 +142,20 @@ def load_samples(
 
 def _read_sample(records: Records, index: int, checked: Checked) -> Sample:
     record, name = records.rows[index], records.names[index]
-    turns, image = read_turns(record, name), image_of(record)
-    content = image.get("bytes") if isinstance(image, dict) else None
-    if content is not None:
-        path, digest = Path(name), check_image(content)
+    if isinstance(record, BadRecordError):
+        raise record
+    turns, image = read_turns(record), image_of(record)
+    if isinstance(image, bytes):
+        path, digest = Path(name), check_image(image)
     else:
-        path, digest = _check_once(records.root, str(image.get("path") if isinstance(image, dict) else image), checked)
-    labels = {key: None if record.get(key) is None else str(record[key]) for key in ("task", "tag", "vendor")}
-    return Sample(path, turns, name, labels["task"] or labels["tag"], labels["vendor"], content, digest)
+        path, digest = _check_once(records.root, image, checked)
+    task, tag, vendor = (_label(record, key) for key in ("task", "tag", "vendor"))
+    return Sample(path, turns, name, task or tag, vendor, image if isinstance(image, bytes) else None, digest)
+
+
+def _label(record: dict[str, Any], key: str) -> str | None:
+    value = record.get(key)
+    return None if value is None else sound_text(str(value) if isinstance(value, bool) else value, key)
 
 
 def _check_once(root: Path, name: str, checked: Checked) -> tuple[Path, str]:
@@ -158,14 +173,13 @@ def _check_once(root: Path, name: str, checked: Checked) -> tuple[Path, str]:
 
 
 def _bad_sample(records: Records, index: int, error: Exception) -> BadSample:
-    record: dict[str, Any] = records.rows[index]
+    record, name = records.rows[index], records.names[index]
     try:
-        image = image_of(record)
-        label = image.get("path") if isinstance(image, dict) else image
+        label = name if isinstance(record, BadRecordError) else image_of(record)
     except BadRecordError:
-        label = None
-    name = records.names[index]
-    return BadSample(name if label in (None, name) else f"{name} ({label})", str(error))
+        label = name
+    known = isinstance(label, bytes) or label == name
+    return BadSample(printable(name if known else f"{name} ({label})"), printable(str(error)))
 
 
 def _refuse_too_many(bad: list[BadSample], total: int, max_bad: float, source: str) -> None:

@@ -163,8 +163,8 @@ def test_a_dataset_of_several_splits_asks_for_one(tmp_path: Path) -> None:
     ("record", "message"),
     [
         ('{"image": "a.png", "question": "what ?"}', "no answer; accepted is one of the keys answer"),
-        ('{"image": "a.png"', "set.jsonl:2 is not valid JSON"),
-        ('["a.png"]', "set.jsonl:2 holds list"),
+        ('{"image": "a.png"', "set.jsonl:2: is not valid JSON"),
+        ('["a.png"]', "is ['a.png']; accepted is an object"),
         ('{"image": "a.png", "answers": "fox"}', "'answers' is 'fox'; accepted is a list"),
         ('{"image": "a.png", "answer": true}', "answer is True; accepted is a text"),
         ('{"image": "a.png", "conversations": [{"from": "gpt", "value": "x"}]}', "turn 0 comes from 'gpt'"),

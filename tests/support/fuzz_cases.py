@@ -186,7 +186,7 @@ def _path(case: Case, sound: Sound, folder: Path, random: Random) -> str:
     places = [
         place
         for place, word in enumerate(case.words)
-        if place and case.command != "demo" and ((folder / word.split("/")[0]).exists() or word in OUTPUTS)
+        if place and case.command != "demo" and (os.path.exists(folder / word.split("/")[0]) or word in OUTPUTS)  # noqa: PTH110 (too long a name is none)
     ]
     if not places:
         return ""
