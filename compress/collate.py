@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from slimvlm.compress.errors import MissingDependencyError, SampleError, UnsupportedModelError
 from slimvlm.compress.families import Family
+from slimvlm.compress.processing import encode, prepare_image, render_chat
 from slimvlm.compress.records import Turn
 from slimvlm.compress.samples import Sample, batches, open_image, split_caption
 
@@ -169,7 +170,7 @@ class Collator:
         return IGNORED if token is None else token
 
     def _ids(self, text: str, special: bool) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=special, return_token_type_ids=False)["input_ids"]
+        return encode(self.tokenizer, text, add_special_tokens=special)["input_ids"]
 
     def _turns(self, sample: Sample) -> tuple[Turn, ...]:
         return (split_caption(sample, self.seed) if self.prefix_split else sample).turns
@@ -202,9 +203,7 @@ class Collator:
         return self._ids(*self.prompt_text(sample))
 
     def _encode(self, text: str) -> Any:
-        return self.tokenizer(
-            text, add_special_tokens=self._adds_special(text), return_offsets_mapping=True, return_token_type_ids=False
-        )
+        return encode(self.tokenizer, text, add_special_tokens=self._adds_special(text), return_offsets_mapping=True)
 
     def _adds_special(self, text: str) -> bool:
         """As apply_chat_template(tokenize=True) does: not where the template wrote the first special token itself."""
@@ -252,9 +251,7 @@ class Collator:
                 content.append({"type": "text", "text": turn.prompt})
             messages.append({"role": "user", "content": content})
             messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.target}]})
-        return self.processor.apply_chat_template(
-            messages[:-1] if ask else messages, add_generation_prompt=ask, tokenize=False
-        )
+        return render_chat(self.processor, messages[:-1] if ask else messages, ask)
 
     def _plain(self, turns: Sequence[Turn], ask: bool) -> str:
         text = "" if self._image_first else f"{self.image_token}\n"
@@ -280,11 +277,11 @@ class Collator:
         return vision
 
     def _process(self, sample: Sample) -> _Vision:
-        image = open_image(sample)
+        images, who = [open_image(sample)], sample.identity
         if self.family.kind == "dual-encoder":
-            return _Vision(dict(self.processor.image_processor(images=[image], return_tensors="pt")), [], {})
-        placeholder = "" if self._image_first else self.image_token
-        out = dict(self.processor(images=[image], text=[placeholder], add_special_tokens=False, return_tensors="pt"))
+            return _Vision(prepare_image(self.processor.image_processor, who, images=images), [], {})
+        text = ["" if self._image_first else self.image_token]
+        out = prepare_image(self.processor, who, images=images, text=text, add_special_tokens=False)
         ids = out.pop("input_ids")[0].tolist()
         types = {name: out.pop(name)[0].tolist() for name in PER_TOKEN if name in out}
         for name in ("attention_mask", "labels"):
