@@ -15,7 +15,7 @@ import torch
 
 from slimvlm.compress.errors import CheckpointError, SampleError, foreign
 
-MOST_LINES = 2_000_000  # of Python while a template is rendered: half a second; a long talk takes some ten thousand
+MOST_LINES = 20_000_000  # of Python: some seconds. To compile a template takes 200 a character, to render it less
 TEMPLATE = "correct its chat template (chat_template.jinja), or take that of the model's publisher"
 
 

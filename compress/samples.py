@@ -175,11 +175,11 @@ def _check_once(root: Path, name: str, checked: Checked) -> tuple[Path, str]:
 def _bad_sample(records: Records, index: int, error: Exception) -> BadSample:
     record, name = records.rows[index], records.names[index]
     try:
-        label = name if isinstance(record, BadRecordError) else image_of(record)
+        image = name if isinstance(record, BadRecordError) else image_of(record)
     except BadRecordError:
-        label = name
-    known = isinstance(label, bytes) or label == name
-    return BadSample(printable(name if known else f"{name} ({label})"), printable(str(error)))
+        image = name
+    named = f"{name} ({image})" if isinstance(image, str) and image != name else name
+    return BadSample(printable(named), printable(str(error)))
 
 
 def _refuse_too_many(bad: list[BadSample], total: int, max_bad: float, source: str) -> None:

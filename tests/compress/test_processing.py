@@ -39,13 +39,18 @@ def templated(template: str):
     return lambda processor: setattr(processor, "chat_template", template)
 
 
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(processing, "MOST_LINES", 1_000_000)
+
+
 @pytest.mark.parametrize("template", [LOOP, CHAT + LOOP])
-def test_a_template_that_loops_is_stopped(template):
+def test_a_template_that_loops_is_stopped(impatient, template):
     with pytest.raises(CheckpointError, match="chat template of LlavaProcessor fails .*does not end within"):
         collator("llava", templated(template)).training([sample()])
 
 
-def test_a_template_is_stopped_in_any_thread_and_tracing_is_as_before():
+def test_a_template_is_stopped_in_any_thread_and_tracing_is_as_before(impatient):
     said = []
 
     def render():
@@ -74,13 +79,13 @@ def test_a_template_that_fails_is_refused_in_one_line(template):
 
 
 def test_no_real_template_comes_near_the_limit(monkeypatch):
-    """A conversation of thirty turns takes a fiftieth of what is allowed."""
-    monkeypatch.setattr(processing, "MOST_LINES", processing.MOST_LINES // 50)
+    """Six thousand characters and thirty turns take a tenth of what is allowed, compiling included."""
+    monkeypatch.setattr(processing, "MOST_LINES", processing.MOST_LINES // 10)
     turns = tuple(Turn("what is it", ("red",)) for _ in range(30))
-    long = Sample(Path("0.png"), turns, "set.jsonl:1", content=sample().content)
-    long_enough = collator("llava")
-    long_enough.max_text_tokens = 10_000
-    assert long_enough.training([long])["input_ids"].shape[1] > 200
+    talk = Sample(Path("0.png"), turns, "set.jsonl:1", content=sample().content)
+    patient = collator("llava", templated("{% if 0 %}" + 19 * CHAT + "{% endif %}" + CHAT))
+    patient.max_text_tokens = 10_000
+    assert patient.training([talk])["input_ids"].shape[1] > 200
 
 
 @pytest.mark.parametrize("name", FACTORIES)
