@@ -38,7 +38,22 @@ def fuse(path: Path, provider: str, external_bytes: int) -> None:
     model = onnx_ir.load(path)
     with quiet():
         fuse_for_onnxruntime(model, provider)
-    for value in model.graph.initializers.values():  # a fusion may state a wrong one, which int8 stumbles over
-        value.shape = None if value.const_value is None else onnx_ir.Shape(value.const_value.shape.numpy())
+    _split_turned_products(model)
     onnx_ir.external_data.load_to_model(model)
     save_onnx(model, path, external_bytes)
+
+
+def _split_turned_products(model: onnx_ir.Model) -> None:
+    """Turns a batch axis before a product where a fusion put it inside, but the runtime cannot: inputs of two ranks."""
+    for node in [node for node in model.graph if node.op_type == "FusedMatMul"]:
+        ranks = [0 if value is None or value.shape is None else len(value.shape) for value in node.inputs]  # 0: unknown
+        if 0 in ranks or ranks[0] == ranks[1]:
+            continue
+        for place, flag in enumerate(("transBatchA", "transBatchB")):
+            turned = node.attributes.pop(flag, None)
+            if turned is None or not turned.as_int():
+                continue
+            last = ranks[place] - 1
+            turn = onnx_ir.node("Transpose", [node.inputs[place]], {"perm": [*range(1, last), 0, last]})
+            model.graph.insert_before(node, turn)
+            node.replace_input_with(place, turn.outputs[0])

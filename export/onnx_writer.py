@@ -9,10 +9,13 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx_ir
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from slimvlm.compress.errors import UnsupportedModelError
 from slimvlm.compress.quiet import quiet
@@ -56,7 +59,14 @@ def write_onnx(graph: Graph, path: Path, settings: OnnxSettings) -> Written:
 
 
 def save_onnx(model: onnx_ir.Model, path: Path, external_bytes: int) -> None:
-    """Saves a model, with its weights in `<name>.onnx_data` beside it (the name transformers.js expects) if large."""
+    """Saves a model, with its weights in `<name>.onnx_data` beside it (the name transformers.js expects) if large.
+
+    Of a weight only the tensor is written, not its shape a second time: int8 transposes weights and then finds the
+    second one wrong.
+    """
+    for value in model.graph.initializers.values():
+        value.shape = value.type = None
+        value.metadata_props.clear()
     weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
     onnx_ir.save(model, path, external_data=data_name(path) if weights >= external_bytes else None)
 
@@ -116,19 +126,33 @@ def _by_torchscript(graph: Graph, opset: int) -> onnx_ir.Model:
     axes |= {name: dict(axis) for name, axis in graph.outputs.items()}
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "graph.onnx"  # a file: above 2 GB this exporter puts the weights beside it
-        torch.onnx.export(
-            graph.module,
-            graph.samples,
-            str(path),
-            dynamo=False,
-            input_names=[port.name for port in graph.inputs],
-            output_names=list(graph.outputs),
-            dynamic_axes={name: axis for name, axis in axes.items() if axis},
-            opset_version=min(opset, 20),  # the newest this exporter knows
-        )
+        with _AdditiveMasks():
+            torch.onnx.export(
+                graph.module,
+                graph.samples,
+                str(path),
+                dynamo=False,
+                input_names=[port.name for port in graph.inputs],
+                output_names=list(graph.outputs),
+                dynamic_axes={name: axis for name, axis in axes.items() if axis},
+                opset_version=min(opset, 20),  # the newest this exporter knows
+            )
         model = onnx_ir.load(path)
         onnx_ir.external_data.load_to_model(model)
     return model
+
+
+class _AdditiveMasks(TorchFunctionMode):
+    """Masks of attention as numbers of the queries' dtype: TorchScript's exporter writes boolean ones in fp32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        mask = kwargs.get("attn_mask")
+        if func is F.scaled_dot_product_attention and mask is not None and mask.dtype == torch.bool:
+            dtype = args[0].dtype
+            added = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+            kwargs = {**kwargs, "attn_mask": added}
+        return func(*args, **kwargs)
 
 
 EXPORTERS = {DYNAMO: _by_dynamo, TORCHSCRIPT: _by_torchscript}
