@@ -19,12 +19,13 @@ from transformers.cache_utils import DynamicLayer
 
 from slimvlm.compress.errors import UnsupportedModelError
 from slimvlm.compress.families import Family
-from slimvlm.export.vision import vision_encoder
+from slimvlm.export.vision import Patches, vision_encoder
 
 BATCH, SEQUENCE, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
+PATCHES = "num_patches"
 # Per kind of vision graph: the axes of its inputs, and the first axis of its features.
 VISION_AXES = {
-    "patches": ({0: "num_patches"}, "num_features"),
+    "patches": ({0: PATCHES}, "num_features"),
     "masked_tiles": ({0: BATCH, 1: "num_images"}, "batch_size x num_images"),
 }
 SAMPLE_BATCH, SAMPLE_SEQUENCE, SAMPLE_PAST = 2, 3, 4  # all different and none 0 or 1: what is equal is taken for fixed
@@ -41,12 +42,17 @@ class Port:
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """One file to be: `module(*samples of inputs)` gives the `outputs` in order; `outputs` name their varying axes."""
+    """One file to be: `module(*samples of inputs)` gives the `outputs` in order; `outputs` name their varying axes.
+
+    `longest` and `unit` bound an axis, by its name: at most this many, a multiple of this many.
+    """
 
     name: str
     module: nn.Module
     inputs: tuple[Port, ...]
     outputs: Mapping[str, Mapping[int, str]]
+    longest: Mapping[str, int] = field(default_factory=dict)
+    unit: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def samples(self) -> tuple[Tensor, ...]:
@@ -81,7 +87,8 @@ def vision_graph(model: Any, family: Family, batch: Mapping[str, Tensor]) -> Gra
     axes, output = VISION_AXES.get(kind, ({0: BATCH}, BATCH))
     tensors = {name: batch[name].bool() if name == "pixel_attention_mask" else batch[name] for name in names}
     ports = [Port(name, _two_or_more(tensor, axes), axes) for name, tensor in tensors.items()]
-    return Graph("vision_encoder", module.eval(), tuple(ports), {"image_features": {0: output}})
+    unit = {PATCHES: module.count} if isinstance(module, Patches) else {}
+    return Graph("vision_encoder", module.eval(), tuple(ports), {"image_features": {0: output}}, unit=unit)
 
 
 def _two_or_more(tensor: Tensor, axes: Mapping[int, str]) -> Tensor:
@@ -273,7 +280,8 @@ def _dual_encoder(model: Any, family: Family, batch: Mapping[str, Tensor]) -> tu
     axes = {0: BATCH, 1: SEQUENCE}
     text = tuple(Port(name, batch[name], axes) for name in ("input_ids", "attention_mask") if name in batch)
     image = (Port("pixel_values", batch["pixel_values"], {0: BATCH}),)
+    longest = {SEQUENCE: model.config.text_config.max_position_embeddings}
     return (
         Graph("vision_model", Encoder(model, "get_image_features").eval(), image, {row.image_output: {0: BATCH}}),
-        Graph("text_model", Encoder(model, "get_text_features").eval(), text, {row.text_output: {0: BATCH}}),
+        Graph("text_model", Encoder(model, "get_text_features").eval(), text, {row.text_output: {0: BATCH}}, longest),
     )

@@ -39,7 +39,9 @@ def write_pt2(graph: Graph, path: Path, aoti: bool) -> None:
     if aoti and shutil.which("g++") is None and shutil.which("clang++") is None:
         raise MissingDependencyError("--aoti needs a C++ compiler (g++ or clang++); install one or leave --aoti out")
     try:
-        with quiet(), torch.no_grad():
+        # An axis of several rows an image: else one image is taken for another case than two.
+        oblivious = torch.fx.experimental._config.patch(backed_size_oblivious=bool(graph.unit))  # type: ignore[attr-defined]
+        with quiet(), torch.no_grad(), oblivious:
             program = torch.export.export(
                 graph.module, graph.samples, dynamic_shapes=dynamic_shapes(graph), strict=False
             )

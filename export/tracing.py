@@ -9,7 +9,7 @@ import torch
 
 from slimvlm.export.graphs import TOTAL, Graph
 
-DERIVED = (TOTAL, "num_patches")  # follow from other axes; torch.export finds the relation by itself
+DERIVED = (TOTAL,)  # follows from other axes; torch.export finds the relation by itself
 
 
 def first_line(error: BaseException, width: int = 200) -> str:
@@ -22,7 +22,9 @@ def first_line(error: BaseException, width: int = 200) -> str:
 def dynamic_shapes(graph: Graph) -> tuple[Any, ...]:
     """The axes of a graph as torch.export wants them: by parameter, the variable ones (`*past`) as one tuple."""
     dim = torch.export.Dim
-    named = {name: dim(name) for port in graph.inputs for name in port.axes.values() if name not in DERIVED}
+    names = {name for port in graph.inputs for name in port.axes.values() if name not in DERIVED}
+    named: dict[str, Any] = {name: dim(name, max=graph.longest.get(name)) for name in names}
+    named |= {name: unit * dim(f"{name}_over_{unit}") for name, unit in graph.unit.items()}
     shapes = [{axis: named.get(name, dim.DYNAMIC) for axis, name in port.axes.items()} for port in graph.inputs]
     parameters = list(inspect.signature(graph.module.forward).parameters.values())
     if parameters[-1].kind is not inspect.Parameter.VAR_POSITIONAL:
