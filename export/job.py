@@ -18,22 +18,20 @@ from slimvlm.compress.files import written_folder
 from slimvlm.compress.manifest import NAME, Artifact, Manifest, inside
 from slimvlm.compress.samples import Sample
 from slimvlm.export.bundle import tar_name, write_readme, write_tar
+from slimvlm.export.checks import check_graphs
 from slimvlm.export.client_files import name_external_data, write_client_files
 from slimvlm.export.genai import genai_graphs, write_genai
 from slimvlm.export.graphs import Graph, build_graphs
 from slimvlm.export.options import ExportOptions
-from slimvlm.export.parity import TOLERANCES, measure
 from slimvlm.export.recipe import NoRecipeError, check_recipe, make_recipe, one_tile, single_batches
 from slimvlm.export.reference import (
     Reference,
-    check_tokens,
     export_samples,
     first_batch,
     graph_ports,
     image_size,
     make_reference,
 )
-from slimvlm.export.runners import runner_of
 from slimvlm.export.sample import write_sample
 from slimvlm.export.torch_writer import compiled_name, write_pt2, write_torchscript
 
@@ -95,7 +93,7 @@ def export_model(
     manifest = Manifest(model={**origin, "type": model.config.model_type}, options=_stated(options))
     with written_folder(out, earlier_export(out)) as partial:
         _write_graphs(partial, source, options, manifest, progress)
-        _check_generation(partial, source, options, manifest, progress)
+        check_graphs(partial, source.graphs, source.reference, manifest, progress)
         _write_beside(partial, source, options, manifest)
         if options.bundle:
             write_readme(partial, manifest)
@@ -155,14 +153,13 @@ def _stated(options: ExportOptions) -> dict[str, Any]:
 def _write_graphs(
     folder: Path, source: _Source, options: ExportOptions, manifest: Manifest, progress: Progress
 ) -> None:
-    """Every graph in every format and variant, each checked as soon as it is written."""
+    """Every graph in every format and variant."""
     todo = [(form, graph) for form in options.formats for graph in source.graphs]
     for done, (form, graph) in enumerate(todo):
         progress("export", done, len(todo))
         (folder / form).mkdir(exist_ok=True)
         for artifact in WRITERS[form](folder, graph, options):
             artifact.inputs = [asdict(port) for port in graph_ports(graph)]
-            _check_graph(folder, artifact, source, manifest)
             manifest.artifacts.append(artifact)
     progress("export", len(todo), len(todo))
     external = {
@@ -234,66 +231,6 @@ WRITERS: dict[str, Callable[[Path, Graph, ExportOptions], list[Artifact]]] = {
 
 def _file(form: str, graph: str, variant: str) -> str:
     return f"{form}/{graph}{SUFFIXES[variant]}{EXTENSIONS[form]}"
-
-
-# ------------------------------------------------------------------ checks
-
-
-def _check_graph(folder: Path, artifact: Artifact, source: _Source, manifest: Manifest) -> None:
-    """Runs every case of the graph; the outputs' shapes are noted as seen."""
-    tolerance = TOLERANCES[artifact.variant]
-    manifest.tolerances[artifact.variant] = tolerance.to_dict()
-    cases = [case for case in source.reference.cases if case.graph == artifact.graph]
-    graph = next(graph for graph in source.graphs if graph.name == artifact.graph)
-    artifact.outputs = [
-        {
-            "name": name,
-            "dtype": str(cases[0].outputs[name].dtype),
-            "shape": [axes.get(axis, size) for axis, size in enumerate(cases[0].outputs[name].shape)],
-        }
-        for name, axes in graph.outputs.items()
-    ]
-    runner = runner_of(folder, [artifact])
-    for case in cases:
-        try:
-            difference = measure(case, runner.run(artifact.graph, case.feeds))
-        except Exception as error:  # a runtime that cannot run its own file: that is what is checked here
-            manifest.failures.append(
-                f"{artifact.file} does not run on {case.what} ({str(error).splitlines()[0][:200]})"
-            )
-            artifact.ok = False
-            continue
-        artifact.parity.append(difference.to_dict())
-        if not difference.within(tolerance):
-            artifact.ok = False
-            manifest.failures.append(
-                f"{artifact.file} differs from torch on {case.what}: relative error {difference.max_relative:.1e}, "
-                f"cosine {difference.cosine:.6f}"
-            )
-
-
-def _check_generation(
-    folder: Path, source: _Source, options: ExportOptions, manifest: Manifest, progress: Progress
-) -> None:
-    if source.reference.prompting is None:
-        return
-    manifest.generation = source.reference.prompting.to_dict()
-    sets: dict[tuple[str, str], list[Artifact]] = {}
-    for artifact in manifest.artifacts:
-        sets.setdefault((artifact.format, artifact.variant), []).append(artifact)
-    for done, ((form, variant), artifacts) in enumerate(sets.items()):
-        progress("generate", done, len(sets))
-        if not all(artifact.ok for artifact in artifacts):
-            continue  # reported already
-        check = check_tokens(runner_of(folder, artifacts), source.reference, source.collator, options.max_new_tokens)
-        enough = check.token_share >= TOLERANCES[variant].tokens
-        manifest.checks.append({"format": form, "variant": variant, "ok": enough, **check.to_dict()})
-        if not enough:
-            manifest.failures.append(
-                f"{form} {variant}: {100 * check.token_share:.1f} % of the tokens equal torch's on {check.samples} "
-                f"samples, {100 * TOLERANCES[variant].tokens:.0f} % wanted"
-            )
-    progress("generate", len(sets), len(sets))
 
 
 def _write_beside(folder: Path, source: _Source, options: ExportOptions, manifest: Manifest) -> None:

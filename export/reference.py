@@ -32,11 +32,13 @@ DEFAULT_SIDE = 448  # of images for families that take any size, where no size w
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """The samples, their batches, torch's answers (tokens up to the end) and graph outputs.
+    """The samples, their batches, torch's answers (tokens up to the end, at most `most`) and graph outputs.
 
     `first` is the batch that is stored beside the files, with what torch gives for it.
     """
 
+    collator: Collator
+    most: int
     samples: Sequence[Sample]
     batches: Sequence[Arrays]
     cases: Sequence[Case]
@@ -175,7 +177,7 @@ def make_reference(
     given = generate(runner, prompting, single, most)
     accuracy = sum(right) / len(right) if any(sample.turns[-1].target for sample in samples) else None
     expected = {"tokens": given.tokens, "first_logits": given.first_logits}
-    return Reference(samples, prompts, cases, prompting, answers, accuracy, single, expected)
+    return Reference(collator, most, samples, prompts, cases, prompting, answers, accuracy, single, expected)
 
 
 def prompting_of(model: Any, collator: Collator) -> Prompting:
@@ -206,14 +208,14 @@ def torch_tokens(model: Any, collator: Collator, prompt: Arrays, prompting: Prom
     return ids
 
 
-def check_tokens(runner: Runner, reference: Reference, collator: Collator, most: int) -> TokenCheck:
+def check_tokens(runner: Runner, reference: Reference) -> TokenCheck:
     """Greedy answers of a runtime against torch's, on all samples in left-padded batches."""
-    prompting = reference.prompting
+    prompting, collator = reference.prompting, reference.collator
     if prompting is None:
         raise ValueError("a dual encoder gives no tokens to check")
     found: list[list[int]] = []
     for batch in reference.batches:
-        found += [until_end(row, prompting.end) for row in generate(runner, prompting, batch, most).tokens]
+        found += [until_end(row, prompting.end) for row in generate(runner, prompting, batch, reference.most).tokens]
     equal = sum(left == list(right) for left, right in zip(found, reference.answers, strict=True))
     accuracy = None
     if reference.accuracy is not None:
@@ -238,7 +240,7 @@ def _embeddings(runner: TorchRunner, collator: Collator, samples: Sequence[Sampl
     first = _arrays(parts["one sample"])
     last = [case for case in cases if case.what == "one sample"]
     expected = {f"{case.graph}.{name}": array for case in last for name, array in case.outputs.items()}
-    return Reference(samples, [], cases, None, [], None, first, expected)
+    return Reference(collator, 0, samples, [], cases, None, [], None, first, expected)
 
 
 def _random_cases(runner: TorchRunner, graphs: Sequence[Graph]) -> list[Case]:

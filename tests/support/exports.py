@@ -28,11 +28,27 @@ SIZES = {
 }  # of images where the graph has one grid; patches: two windows each way
 
 
+DEPTHS = {"num_hidden_layers", "num_layers", "num_decoder_layers", "depth"}
+
+
 def cut_model(name, seed=1):
     """A tiny model in which every layer lost another number of heads and channels, and its collator."""
     model = apply_plan(tiny_model(name, "sdpa").model, random_plan(tiny_model(name).model, seed))
     family = find_family(model.config)
     return model, Collator(tiny_processor(name), family, model.config)
+
+
+def shallow_model(name):
+    """As `cut_model`, with the first block of every tower only: for exporters that take seconds."""
+    model, collator = cut_model(name)
+    for tower in collator.family.towers:
+        del model.get_submodule(tower.blocks)[1:]
+        config = getattr(model.config, tower.config)
+        for field in DEPTHS & set(vars(config)):
+            setattr(config, field, 1)
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:1]
+    return model, collator
 
 
 def tiny_samples(count, size=(16, 16)) -> list[Sample]:
@@ -46,9 +62,9 @@ def tiny_samples(count, size=(16, 16)) -> list[Sample]:
     return samples
 
 
-def export_tiny(name: str, out: Path, **options) -> ExportResult:
+def export_tiny(name: str, out: Path, make=cut_model, **options) -> ExportResult:
     """A cut tiny model, exported with the fast exporter and a few samples unless `options` say otherwise."""
-    model, collator = cut_model(name)
+    model, collator = make(name)
     size = SIZES.get(collator.family.export.vision)
     chosen = {"exporter": "torchscript", "samples": 5, "max_new_tokens": 6, "image_size": size, **options}
     return export_model(model, collator, out, ExportOptions(**chosen).checked(), lambda *_: None, {"family": name})

@@ -1,0 +1,66 @@
+"""Every way to write a graph, for every family: it is written, it loads, and it is the model within its tolerance."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from exports import SIZES, export_tiny, shallow_model, tiny_samples
+from tiny_models import FACTORIES
+
+from slimvlm.export.graphs import build_graphs
+from slimvlm.export.onnx_writer import write_onnx
+from slimvlm.export.options import OnnxSettings
+from slimvlm.export.parity import TOLERANCES, Case, measure
+from slimvlm.export.reference import first_batch, torch_runner
+from slimvlm.export.runners import OnnxRunner
+
+DUAL = ("clip", "siglip")
+TORCH_LIKE = 1e-5  # relative error of what is only written differently
+# Options, and the formats and variants that they give. What a graph holds is tested in test_families and test_formats.
+WAYS = {
+    "int8": ({"quantize": "int8", "formats": ("onnx", "torchscript")}, "onnx fp32, onnx int8, torchscript fp32"),
+    "fused": ({"quantize": "int8", "fuse": "cpu"}, "onnx fp32, onnx int8"),
+    "fp16": ({"dtype": "fp16", "formats": ("onnx", "torchscript")}, "onnx fp16, torchscript fp16"),
+    "pt2": ({"formats": ("pt2",)}, "pt2 fp32"),
+}
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+@pytest.mark.parametrize("way", WAYS)
+def test_every_variant_of_every_family_is_the_model_within_its_tolerance(tmp_path, name, way):
+    """On one and on several images, and in whole answers: `export_tiny` raises where a check of the export fails."""
+    options, sets = WAYS[way]
+    manifest = export_tiny(name, tmp_path / "export", shallow_model, samples=3, max_new_tokens=3, **options).manifest
+    assert sorted({f"{artifact.format} {artifact.variant}" for artifact in manifest.artifacts}) == sets.split(", ")
+    for artifact in manifest.artifacts:
+        worst = max(difference["max_relative"] for difference in artifact.parity)
+        assert worst <= (TORCH_LIKE if artifact.variant == "fp32" else TOLERANCES[artifact.variant].relative)
+        assert len(artifact.parity) >= 2
+    assert len(manifest.checks) == (0 if name in DUAL else len(sets.split(", ")))
+
+
+# One family of every kind of language model: the other decoders are the same modules.
+DECODERS = ("llava", "llava_onevision", "qwen2_vl", "qwen3_vl", "paligemma", "blip2_opt", "blip2_t5", *DUAL)
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_the_dynamo_exporter_writes_the_graphs_of_every_family(tmp_path, name):
+    model, collator = shallow_model(name)
+    samples = tiny_samples(3, SIZES.get(collator.family.export.vision, (16, 16)))
+    graphs = build_graphs(model, collator.family, first_batch(collator, samples))
+    for graph in graphs if name in DECODERS else graphs[:1]:
+        path = tmp_path / f"{graph.name}.onnx"
+        assert write_onnx(graph, path, OnnxSettings(exporter="dynamo")).fallback_reason is None
+        feeds = {port.name: port.sample.numpy() for port in graph.inputs}
+        for what, given in (("as traced", feeds), ("the first of the batch", first_row(graph, feeds))):
+            case = Case(graph.name, what, given, torch_runner([graph]).run(graph.name, given))
+            assert measure(case, OnnxRunner({graph.name: path}).run(graph.name, given)).max_relative < TORCH_LIKE
+
+
+def first_row(graph, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The first of the batch alone; where the axis counts patches, those of one image."""
+    rows = {port.name: next(iter(port.axes.items())) for port in graph.inputs}
+    return {
+        name: np.take(array, range(graph.unit.get(rows[name][1], 1)), axis=rows[name][0])
+        for name, array in feeds.items()
+    }
