@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -11,16 +11,19 @@ from typing import Any, NamedTuple
 
 from slimvlm.compress import processes
 from slimvlm.compress.checkpoint import load_model, save_checkpoint
-from slimvlm.compress.errors import CheckFailedError, CheckpointError, SlimvlmError
+from slimvlm.compress.decoding import read, refused_as
+from slimvlm.compress.errors import CheckFailedError, CheckpointError, OutputError, SlimvlmError
 from slimvlm.compress.evaluate import Comparison, Quality, compare
+from slimvlm.compress.locks import locked_folder
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.recovery.checks import check_models, recipe_of
-from slimvlm.compress.runs import RunFolder, read_record
+from slimvlm.compress.run_record import ADVICE, RECORD, read_record
+from slimvlm.compress.runs import AGAIN, EXPORT, RunFolder, check_places
 from slimvlm.compress.slicing import apply_plan
-from slimvlm.compress.splits import read_evaluation, read_measured, read_trained
+from slimvlm.compress.splits import Measured, Trained, read_evaluation, read_measured, read_trained
 from slimvlm.compress.stages.evaluate import evaluate_model, evaluate_seeing_and_blind, evaluate_stage
-from slimvlm.compress.stages.plan import plan_stage
+from slimvlm.compress.stages.plan import check_plan, plan_stage
 from slimvlm.compress.stages.recover import recover_stage
 from slimvlm.compress.stages.slice import slice_stage
 from slimvlm.export import ExportOptions, export_checkpoint
@@ -66,9 +69,11 @@ def compress(options: CompressOptions, progress: Progress | None = None) -> Resu
         recipe_of(options)
     if options.export:
         require_packages(ExportOptions(formats=options.export).checked())
+    check_places(options)
     processes.join()
     try:
-        return _compress(options, progress or _silent)
+        with locked_folder(options.out) if processes.rank() == 0 else nullcontext():
+            return _compress(options, progress or _silent)
     finally:
         processes.leave()
 
@@ -84,10 +89,7 @@ def apply_saved_plan(model: str, plan_file: Path, out: Path, trust_remote_code: 
     Raises:
         CheckpointError: the plan is unreadable, or was made for other weights.
     """
-    try:
-        plan = Plan.from_json(plan_file.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{plan_file} is not a readable plan: {error}") from None
+    plan = read(plan_file, Plan, advice="make the plan again")
     loaded = load_model(model, trust_remote_code=trust_remote_code)
     if loaded.digest != plan.model_digest:
         raise CheckpointError(
@@ -112,7 +114,9 @@ def recover_run(out: Path, changes: Mapping[str, Any], progress: Progress | None
     if changes.get("export") is None and "export" in record["stages"]:
         changes["export"] = tuple(record["stages"]["export"]["formats"])
     changes["profile"] = bool(record["stages"].get("profile", {}).get("backends"))
-    return compress(CompressOptions.of_run(out, record["options"], **changes), progress)
+    with refused_as(out / RECORD, OutputError, ADVICE):
+        options = CompressOptions.of_run(out, record["options"], **changes)
+    return compress(options, progress)
 
 
 class Evaluation(NamedTuple):
@@ -138,12 +142,26 @@ def evaluate_checkpoint(
 
 
 def _compress(options: CompressOptions, progress: Progress) -> Result:
-    run = _open_run(options)
+    """Whatever can be refused is refused first; then the folder is touched, by the first process."""
+    out, identity, run = options.out, options.identity(), None
+    if processes.rank() == 0:
+        run = RunFolder(out, identity, resume=options.resume, overwrite=options.overwrite)
     data = read_measured(options)
     training = cache(partial(read_trained, options, data))
-    if options.recover != "none" and "recover" in options.stages and not run.finished("plan"):
-        training()  # what is refused of it is refused before the minutes until it is needed
-        check_models(options)
+    if run is not None and not run.finished("plan"):
+        check_plan(options)
+        if options.recover != "none" and "recover" in options.stages:
+            training()
+            check_models(options)
+    with run.begun() if run is not None else nullcontext():
+        processes.wait_for_all()
+        run = run or RunFolder(out, identity, resume=True, writer=False)
+        return _run_stages(run, options, data, training, progress)
+
+
+def _run_stages(
+    run: RunFolder, options: CompressOptions, data: Measured, training: Callable[[], Trained], progress: Progress
+) -> Result:
     plan = plan_stage(run, options, data, progress)
     if options.stages == ("plan",):
         return Result(options.out, plan, None, {}, len(data.bad), data.left_out)
@@ -180,16 +198,6 @@ def _compress(options: CompressOptions, progress: Progress) -> Result:
     return result
 
 
-def _open_run(options: CompressOptions) -> RunFolder:
-    """The first process opens (and perhaps empties) the folder, then the others join it."""
-    if processes.rank() == 0:
-        run = RunFolder(options.out, options.identity(), resume=options.resume, overwrite=options.overwrite)
-    processes.wait_for_all()
-    if processes.rank() > 0:
-        run = RunFolder(options.out, options.identity(), resume=True, writer=False)
-    return run
-
-
 def _export_stage(run: RunFolder, options: CompressOptions, progress: Progress) -> dict[str, Any]:
     """Write `export/`. A check that fails is recorded, and fails the run at its end; so is a model that cannot be
     exported, unless formats were asked for: then it is refused.
@@ -198,7 +206,7 @@ def _export_stage(run: RunFolder, options: CompressOptions, progress: Progress) 
     if run.finished("export") and run.facts("export")["formats"] == list(formats):
         return run.facts("export")
     run.forget("profile")
-    shutil.rmtree(options.out / "export", ignore_errors=True)
+    run.remove(EXPORT)
     with run.stage("export", formats=list(formats)) as facts:
         if formats:
             facts.update(_export(options, formats, progress))
@@ -234,7 +242,7 @@ def _profile_stage(run: RunFolder, options: CompressOptions, progress: Progress)
         with run.stage("profile", backends=backends) as facts:
             if backends:
                 facts.update(_profile(options, tuple(backends), progress))
-    return Profile.from_json(path.read_text()) if path.is_file() else None
+    return read(path, Profile, OutputError, AGAIN) if path.is_file() else None
 
 
 def _profile(options: CompressOptions, backends: tuple[str, ...], progress: Progress) -> dict[str, Any]:

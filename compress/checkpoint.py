@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 
 from slimvlm.compress.errors import CheckpointError, one_line
 from slimvlm.compress.families import Family
-from slimvlm.compress.files import file_digest, write_text, written_folder
+from slimvlm.compress.files import file_digest, write_text
+from slimvlm.compress.folders import written_folder
 from slimvlm.compress.loaders import (
     build_empty,
     build_loaded,

@@ -117,6 +117,35 @@ def decode(value: Any, wanted: type[Noun], what: str = "") -> Noun:
         raise error.inside(what) from None
 
 
+def decode_fields(value: Any, hints: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """As `decode`, of some fields of a dataclass: by name, of the types `hints`.
+
+    Raises:
+        MisfitError: as `decode`.
+    """
+    try:
+        _require(value, Mapping, "an object")
+        return _fields(value, hints, 0)
+    except MisfitError as error:
+        raise error.inside(what) from None
+
+
+def dump(document: Any, indent: int | None = None, sort_keys: bool = False) -> str:
+    """A document as JSON that `parse` and every other reader takes: None for numbers that are not finite, a question
+    mark for half a character.
+    """
+    text = json.dumps(_finite(document), indent=indent, sort_keys=sort_keys, ensure_ascii=False, allow_nan=False)
+    return text.encode(errors="replace").decode()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def shown(value: Any) -> str:
     """A wrong value for a message, cut short."""
     text = ascii(value) if isinstance(value, str) else repr(value)
@@ -178,20 +207,24 @@ def _union(value: Any, kinds: tuple[Any, ...], depth: int) -> Any:
 
 def _noun(value: Any, noun: type, depth: int) -> Any:
     _require(value, Mapping, "an object")
-    hints, schema = _hints(noun), getattr(noun, "__dataclass_fields__", {}).get("schema")
+    schema = getattr(noun, "__dataclass_fields__", {}).get("schema")
     if schema is not None and "schema" in value and value["schema"] != schema.default:
         raise MisfitError(f"schema {shown(value['schema'])} is not the {schema.default} this version reads")
-    if unknown := sorted(name for name in value if name not in hints):
-        raise MisfitError(f"unknown key {shown(unknown[0])}; known are {', '.join(sorted(hints))}")
-    if missing := sorted(name for name in hints if name not in value):
-        raise MisfitError(f"key {missing[0]!r} is missing")
-    found = {name: _step(f".{name}", value[name], kind, depth) for name, kind in hints.items()}
+    found = _fields(value, _hints(noun), depth)
     try:
         return noun(**found)
     except MisfitError:
         raise
     except ValueError as error:
         raise MisfitError(str(error)) from None
+
+
+def _fields(value: Mapping[str, Any], hints: Mapping[str, Any], depth: int) -> dict[str, Any]:
+    if unknown := sorted(name for name in value if name not in hints):
+        raise MisfitError(f"unknown key {shown(unknown[0])}; known are {', '.join(sorted(hints))}")
+    if missing := sorted(name for name in hints if name not in value):
+        raise MisfitError(f"key {missing[0]!r} is missing")
+    return {name: _step(f".{name}", value[name], kind, depth) for name, kind in hints.items()}
 
 
 def _record(value: Any, wanted: Any, depth: int) -> dict[str, Any]:

@@ -8,10 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import stat
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,7 +23,7 @@ from slimvlm.compress.errors import OutputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-PARTIAL, EARLIER = ".partial", ".earlier"  # end of the names of what is not yet whole; what is being replaced
+PARTIAL = ".partial"  # ends the names of what is not yet whole
 VERSIONED = ("slimvlm", "torch", "transformers", "safetensors", "numpy", "pillow")
 KINDS = (
     (stat.S_ISLNK, "a symbolic link"),
@@ -51,7 +50,7 @@ def written_file(path: Path) -> Iterator[Path]:
                 mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             yield beside
             beside.chmod(mode)  # safetensors writes for the owner alone
-            _sync(beside)
+            sync(beside)
             beside.replace(path)
         finally:
             beside.unlink(missing_ok=True)
@@ -65,78 +64,6 @@ def write_text(path: Path, text: str) -> None:
     """
     with written_file(path) as beside:
         beside.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def written_folder(folder: Path, earlier: Collection[str] = ()) -> Iterator[Path]:
-    """An empty folder to write what shall become `folder` when the block ends; after an error nothing is left of it.
-
-    Args:
-        earlier: files in `folder` that the new ones replace, `/` in names; whatever else is there stays.
-
-    Raises:
-        OutputError: `folder` is there and no folder, or not empty and nothing is `earlier`; a new file has the name of
-            one that stays; it cannot be written, or the disk is full.
-    """
-    folder = Path(os.path.abspath(folder))  # noqa: PTH100 (a name for `.`, but no links followed)
-    require_kind(folder, stat.S_ISDIR, "a folder")
-    with reported_as_output_errors(folder):
-        there = folder.exists()  # perhaps a mount point or somebody's current folder: filled, not replaced
-        if there and not earlier and any(entry.name != PARTIAL for entry in folder.iterdir()):
-            raise OutputError(f"{folder} is not an empty folder; choose another name or remove it first")
-        beside = folder / PARTIAL if there else folder.with_name(f".{folder.name}{PARTIAL}")
-        try:
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-            yield beside
-            for path in (*beside.rglob("*"), beside):
-                _sync(path)
-            if there:
-                _fill(folder, beside, earlier)
-            else:
-                beside.replace(folder)
-            _sync(folder.parent)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-
-
-def _fill(folder: Path, new: Path, earlier: Collection[str]) -> None:
-    """Move the files of `new` into `folder`, in the place of the `earlier` ones; after an error all is as before."""
-    aside = folder / EARLIER
-    names = [path.relative_to(new).as_posix() for path in sorted(new.rglob("*")) if not path.is_dir()]
-    move_files(earlier, folder, aside)
-    moved: list[str] = []
-    try:
-        for name in names:
-            move_files([name], new, folder)
-            moved.append(name)
-    except BaseException:
-        move_files(moved, folder, new)
-        move_files(earlier, aside, folder)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def move_files(names: Iterable[str], source: Path, target: Path) -> None:
-    """Move the files of these names that are in `source` to `target`; folders left empty leave `source`.
-
-    Raises:
-        OutputError: `target` has something of that name, which is never replaced.
-        OSError: it cannot be moved.
-    """
-    for name in names:
-        if os.path.lexists(source / name):
-            if os.path.lexists(target / name):
-                raise OutputError(
-                    f"{target / name} is there already and not ours; move it away, or choose another folder"
-                )
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).rename(target / name)
-            for folder in (source / name).parents:
-                if folder == source.parent or any(folder.iterdir()):
-                    break
-                if folder != source:
-                    folder.rmdir()
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -217,7 +144,7 @@ def installed_versions(packages: Collection[str] = VERSIONED) -> dict[str, str]:
     return found
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Flush a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
-from slimvlm.compress.decoding import content_of, decode, parse, refused_as
+from slimvlm.compress.decoding import content_of, decode, dump, parse, refused_as
 from slimvlm.compress.errors import CheckpointError
 from slimvlm.compress.files import file_digest, installed_versions, write_text
 from slimvlm.compress.generation import Prompting
@@ -132,7 +130,7 @@ class Manifest:
         """Lists the files of the folder and writes the manifest last."""
         self.ok = not self.failures
         self.files = list_files(folder)
-        write_text(folder / NAME, json.dumps(_finite(asdict(self)), indent=1, allow_nan=False) + "\n")
+        write_text(folder / NAME, dump(asdict(self), indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -156,15 +154,6 @@ def list_files(folder: Path) -> dict[str, Document]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path != folder / NAME
     }
-
-
-def _finite(value: Any) -> Any:
-    """With None for numbers that are not finite, which JSON has no words for."""
-    if isinstance(value, dict):
-        return {name: _finite(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def inside(folder: Path, name: str) -> Path:

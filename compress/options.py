@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from slimvlm.compress.decoding import decode_fields
+
 STAGES = ("plan", "slice", "recover", "evaluate", "export", "profile")
 NOT_IDENTITY = (  # not what the model is made of
-    "out", "device", "resume", "overwrite", "stages", "max_quality_drop", "export", "profile"
+    "out", "device", "resume", "overwrite", "stages", "max_quality_drop", "export", "profile", "trust_remote_code"
 )  # fmt: skip
 PAPER_RECOVERY: Mapping[str, Any] = {  # UKMP's 50 % script
     "learning_rate": 2e-5, "schedule": "constant", "warmup": 50, "train_batch_size": 20, "reset_optimizer": True
@@ -160,9 +163,14 @@ class CompressOptions(RecoverOptions):
 
     @classmethod
     def of_run(cls, out: Path, identity: Mapping[str, Any], **changes: Any) -> CompressOptions:
-        """The options of an earlier run, from its `identity`, with `changes`."""
-        paths = {name: Path(identity[name]) for name in ("data", "eval_data") if identity.get(name)}
-        return cls(**{**identity, **paths, "out": out, "resume": True, **changes})
+        """The options of an earlier run, from its `identity`, with `changes`.
+
+        Raises:
+            ValueError: the field that is unknown, missing or of another type.
+        """
+        apart = {*NOT_IDENTITY, *(field.name for field in fields(RecoverOptions))}
+        known = {name: hint for name, hint in typing.get_type_hints(cls).items() if name not in apart}
+        return cls(**{**decode_fields(identity, known, "options"), "out": out, "resume": True, **changes})
 
 
 def _plain(options: CompressOptions) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import re
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -217,6 +217,21 @@ class Comparison:
             ValueError: the field that is unknown, missing or wrong.
         """
         return decode(document, cls, "comparison")
+
+
+class QualityFile(TypedDict):
+    """`quality.json` of a run."""
+
+    dense: Quality
+    slim: Quality
+    comparison: Comparison
+
+
+class QualityFileOfRun(QualityFile, total=False):
+    """With what some runs have: the cut model before its recovery, and the dense one blind."""
+
+    cut: Quality
+    blind: Quality
 
 
 def compare(

@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
-from slimvlm.compress.budget import Budget, facts_of, make_plan
+from slimvlm.compress.budget import Budget, Facts, facts_of, make_plan
 from slimvlm.compress.calibrate import GRADIENT_SALIENCIES, Batch, Calibration, CalibrationOptions, collect
 from slimvlm.compress.criteria import CRITERIA, Scores, score_groups
 from slimvlm.compress.families import find_family
-from slimvlm.compress.groups import find_groups
+from slimvlm.compress.groups import Group, find_groups
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.slicing import apply_plan
 
@@ -59,6 +60,18 @@ def round_share(index: int, rounds: int) -> float:
     return 1 - (1 - index / rounds) ** SCHEDULE_POWER
 
 
+def check_budget(model: nn.Module, groups: Sequence[Group], budget: Budget) -> Facts:
+    """The facts of a dense model (the meta device is enough) that can meet the budget.
+
+    Raises:
+        InfeasibleBudgetError: it cannot.
+    """
+    dense = facts_of(model, groups)
+    # What the floors allow does not depend on the scores, so any scores tell whether the budget can be met.
+    make_plan(groups, score_groups(groups, CRITERIA["random"]), budget, dense)
+    return dense
+
+
 def plan_in_rounds(
     model: PreTrainedModel,
     batches: Callable[[int], Batches],
@@ -80,9 +93,7 @@ def plan_in_rounds(
     """
     family = find_family(model.config)
     groups = find_groups(model, family, planning.attention_unit)
-    dense = facts_of(model, groups)
-    # What the floors allow does not depend on the scores, so any scores tell whether the budget can be met.
-    make_plan(groups, score_groups(groups, CRITERIA["random"]), planning.budget, dense)
+    dense = check_budget(model, groups, planning.budget)
     first, composed = done or (0, None)
     if composed is not None:
         apply_plan(model, composed)

@@ -1,11 +1,10 @@
-"""The run folder: which stage is done, with what, and files that are either whole or absent.
+"""The run folder: which stage is done, with what, and which of its files are ours.
 
 `run.json` holds the command, options, versions, digests and the status of every stage.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import time
@@ -14,21 +13,61 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from slimvlm.compress.errors import OutputError
-from slimvlm.compress.files import installed_versions, reported_as_output_errors, write_text
+from slimvlm.compress.decoding import dump, parse
+from slimvlm.compress.errors import CheckFailedError, OutputError, UnsuitableOptionError
+from slimvlm.compress.files import PARTIAL, installed_versions, reported_as_output_errors, write_text
+from slimvlm.compress.folders import EARLIER, holds_others, listed_files, put_aside, put_back, remove_files
+from slimvlm.compress.options import CompressOptions
+from slimvlm.compress.run_record import RECORD, SCHEMA, read_record, record_text
 
-SCHEMA = 1
-RECORD = "run.json"
+PLAN, ROUNDS, SCORES = "plan.json", "plan.partial.json", "scores.safetensors"
+JOURNAL, QUALITY, PROFILE = "recovery.jsonl", "quality.json", "profile.json"
+MODEL, CUT, RECOVERED, EXPORT = "model", "cut", ".recovered", "export"  # each has a manifest
+FILES = (RECORD, PLAN, ROUNDS, SCORES, JOURNAL, QUALITY, PROFILE, "report.html", "report.md")
+TRAINING, TEACHER = "recovery", "teacher"  # a training that is not finished; the teacher's outputs
+AGAIN = "run the command that wrote it again"  # after a file of a run that cannot be read
+TRAINED = ("state.safetensors", "best-*.safetensors", JOURNAL)
+
+
+def run_files(folder: Path) -> list[str]:
+    """The files in a run folder that are a run's: of known names, or named by a manifest of ours."""
+    found = [folder / name for name in FILES]
+    for name in (MODEL, CUT, RECOVERED, EXPORT):
+        found += [folder / name / file for file in listed_files(folder / name)]
+    for pattern in TRAINED:
+        found += (folder / TRAINING).glob(pattern)
+    found += (folder / TEACHER).glob("*/*.safetensors")
+    for place in (folder, folder / TRAINING, *(folder / TEACHER).glob("*")):
+        found += [path for path in place.glob(f".*{PARTIAL}") if path.is_file()]
+    for place in folder.glob(f".*{PARTIAL}"):  # of a checkpoint or an export that was not finished
+        found += [path for path in place.rglob("*") if path.is_file()]
+    return [path.relative_to(folder).as_posix() for path in found if path.is_file() and not path.is_symlink()]
+
+
+def check_places(options: CompressOptions) -> None:
+    """A run reads nothing of the folder it writes.
+
+    Raises:
+        UnsuitableOptionError: the model, its teacher or samples lie in the run folder.
+    """
+    out = options.out.expanduser().resolve()
+    for name in ("model", "data", "eval_data", "recover_data", "teacher"):
+        given = getattr(options, name)
+        if given is not None and Path(given).expanduser().resolve().is_relative_to(out):
+            raise UnsuitableOptionError(
+                f"{name.replace('_', '-')} {given} lies in {options.out}, where this run would write; choose another "
+                "folder for the run"
+            )
 
 
 class RunFolder:
-    """One run's folder and its record.
+    """One run's folder and its record. Nothing is written or moved before `begun`.
 
     Args:
         path: the folder; created when absent.
         options: what identifies the run; a resumed run must have the same.
         resume: continue after the last finished stage of an earlier run in the same folder.
-        overwrite: delete what an earlier run of ours left; never deletes a folder without a run record.
+        overwrite: put this run in the place of an earlier one of ours; other files in the folder stay.
         writer: of several processes in one run only one writes; the others open the folder after it, with `resume`.
 
     Raises:
@@ -45,46 +84,71 @@ class RunFolder:
         writer: bool = True,
     ) -> None:
         self.path, self.writer = path, writer
-        options = json.loads(json.dumps(options, sort_keys=True))
+        options = parse(dump(options))
         with reported_as_output_errors(path):
             earlier = self._read_earlier(resume, overwrite)
-            path.mkdir(parents=True, exist_ok=True)
-        if earlier is not None:
+        self._replaced = run_files(path) if overwrite and earlier is not None else []
+        if earlier is not None and not overwrite:
             _check_same_options(earlier["options"], options, path)
             self.record = earlier
         else:
-            self.record = {
-                "schema": SCHEMA,
-                "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-                "options": options,
-                "stages": {},
-            }
+            command = [Path(sys.argv[0]).name, *sys.argv[1:]]
+            self.record = {"schema": SCHEMA, "command": command, "options": options, "stages": {}}
         self.record["versions"] = installed_versions()
-        self.save()
 
     def _read_earlier(self, resume: bool, overwrite: bool) -> dict[str, Any] | None:
-        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
-            return None
-        if not self.path.is_dir():
+        """The record of the run that is there."""
+        if self.path.exists() and not self.path.is_dir():
             raise OutputError(f"{self.path} is a file; choose a folder")
-        record = self.path / RECORD
-        if not record.is_file():
+        if not self.path.exists() or not holds_others(self.path):
+            return None
+        if not (self.path / RECORD).is_file():
             raise OutputError(f"{self.path} is not empty and holds no run of slimvlm; choose an empty folder")
-        if overwrite:
-            shutil.rmtree(self.path)
+        record = read_record(self.path)
+        if resume or overwrite:
+            return record
+        if not holds_others(self.path, (RECORD,)):  # refused before anything was made: nothing to lose
             return None
-        if not resume and list(self.path.iterdir()) == [record]:  # refused before anything was made: nothing to lose
-            return None
-        if not resume:
-            raise OutputError(
-                f"{self.path} holds an earlier run; continue it with --resume, or replace it with --overwrite"
-            )
-        return _parse(record)
+        raise OutputError(
+            f"{self.path} holds an earlier run; continue it with --resume, or replace it with --overwrite"
+        )
+
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """The run is under way until the block ends. What it replaces is put aside, and removed once the block is done.
+
+        A run that fails before it has anything that could be continued leaves everything as it was; else the earlier
+        run stays aside, in `.earlier`, until this one is finished or replaced.
+        """
+        if not self.writer:
+            yield
+            return
+        with reported_as_output_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            aside = put_aside(self.path, self._replaced)
+        try:
+            self.save()
+            yield
+        except BaseException as error:
+            if isinstance(error, CheckFailedError) and error.result is not None:  # all was made
+                self._forget_earlier()
+            elif self._replaced and not self._has_begun():
+                remove_files(run_files(self.path), self.path)
+                put_back(self.path, self._replaced, aside)
+            raise
+        self._forget_earlier()
+
+    def _has_begun(self) -> bool:
+        return (self.path / ROUNDS).exists() or any(self.finished(name) for name in self.record["stages"])
+
+    def _forget_earlier(self) -> None:
+        for aside in self.path.glob(f"{EARLIER}*"):
+            shutil.rmtree(aside, ignore_errors=True)
 
     def save(self) -> None:
         """Write the record, if this process is the one that writes."""
         if self.writer:
-            write_text(self.path / RECORD, json.dumps(self.record, indent=2, sort_keys=True) + "\n")
+            write_text(self.path / RECORD, record_text(self.record))
 
     def finished(self, stage: str) -> bool:
         """Whether `stage` was finished by this or an earlier process."""
@@ -114,26 +178,10 @@ class RunFolder:
             self.record["stages"].pop(stage, None)
         self.save()
 
-
-def read_record(path: Path) -> dict[str, Any]:
-    """The record of the run in the folder `path`.
-
-    Raises:
-        OutputError: there is no run.
-    """
-    if not (path / RECORD).is_file():
-        raise OutputError(f"{path} holds no run of slimvlm; give the folder that `slimvlm compress` wrote")
-    return _parse(path / RECORD)
-
-
-def _parse(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_text())
-    except ValueError:
-        record = None
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        raise OutputError(f"{path} is not a run record of this version; start again with --overwrite")
-    return record
+    def remove(self, *parts: str) -> None:
+        """Remove the run's files in these folders of it; others stay."""
+        names = [name for name in run_files(self.path) if name.partition("/")[0] in parts]
+        remove_files(names, self.path)
 
 
 def _check_same_options(earlier: Mapping[str, Any], options: Mapping[str, Any], path: Path) -> None:

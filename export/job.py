@@ -14,7 +14,7 @@ import torch
 from slimvlm.compress.checkpoint import load_model
 from slimvlm.compress.collate import Collator
 from slimvlm.compress.errors import CheckFailedError, CheckpointError, OutputError
-from slimvlm.compress.files import written_folder
+from slimvlm.compress.folders import written_folder
 from slimvlm.compress.manifest import NAME, Artifact, Manifest, inside
 from slimvlm.compress.samples import Sample
 from slimvlm.export.bundle import tar_name, write_readme, write_tar

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_records import edit_record
 
 import slimvlm
 from slimvlm.compress.errors import CheckFailedError, CheckpointError, InfeasibleBudgetError, UnsuitableOptionError
@@ -175,10 +176,8 @@ def test_an_unknown_format_is_refused_before_anything_is_computed(formats, says,
 
 def test_a_failed_check_of_the_export_fails_a_run_whose_files_are_all_there(finished):
     options, result = finished
-    record = json.loads((options.out / "run.json").read_text())
     facts = {"status": "finished", "formats": [], "seconds": 1.0, "failed": "the graph decoder differs from torch"}
-    record["stages"]["export"] = facts
-    (options.out / "run.json").write_text(json.dumps(record))
+    edit_record(options.out, lambda record: record["stages"].update(export=facts))
     with pytest.raises(CheckFailedError, match="decoder differs") as failed:
         compress(replace(options, resume=True))
     assert failed.value.result.comparison == result.comparison

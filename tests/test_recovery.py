@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from plans import random_plan
+from run_records import edit_record
 from safetensors.torch import load_file, save_file
 from short_recoveries import SHORT, SMALL, options_in
 from tiny_models import FACTORIES, tiny_model
@@ -216,9 +217,7 @@ def replace_dense(run: Path, other: Path) -> None:
     shutil.copytree(MODEL, other)
     weights = load_file(other / "model.safetensors")
     save_file({name: value * 1.5 for name, value in weights.items()}, other / "model.safetensors", {"format": "pt"})
-    record = json.loads((run / "run.json").read_text())
-    record["options"]["model"] = str(other)
-    (run / "run.json").write_text(json.dumps(record))
+    edit_record(run, lambda record: record["options"].update(model=str(other)))
 
 
 def test_data_without_answers_is_refused(run: Path, tmp_path: Path) -> None:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import resource
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any
 
 import torch
 
 from slimvlm.compress.files import reported_as_output_errors
+from slimvlm.compress.run_record import Training
 
 JOURNAL = "recovery.jsonl"
 
 Score = tuple[float, float]  # larger is better, compared one after the other
-WORST: Score = (-math.inf, -math.inf)
+WORST: Score = (-sys.float_info.max, -sys.float_info.max)  # a validation that gave no number; JSON has no infinity
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Facts:
     first: Score | None = None
     last: Score | None = None
     journal_bytes: int = 0
-    stages: list[dict[str, Any]] = field(default_factory=list)
+    stages: list[Annotated[dict[str, Any], Training]] = field(default_factory=list)
 
     def add_step(self, stage: str, loss: float | None, tokens: int, seconds: float) -> None:
         """Count a step; no loss if it was skipped."""

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from slimvlm.compress.decoding import MisfitError, decode
 from slimvlm.compress.errors import RecoveryError
 from slimvlm.compress.files import PARTIAL, load_tensors, save_tensors
+from slimvlm.compress.recovery.history import Facts
 
 STATE = "state.safetensors"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW, per parameter
@@ -28,6 +30,21 @@ class Saved(NamedTuple):
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
+
+
+class BestFacts(TypedDict):
+    """In the header of the best weights."""
+
+    step: int
+
+
+class StateFacts(TypedDict):
+    """In the header of a checkpoint: what is known so far, whose training it is, which file holds the best weights."""
+
+    facts: Facts
+    training: dict[str, Any]
+    scaler: dict[str, Any] | None
+    best_file: str
 
 
 class StateFolder:
@@ -73,21 +90,26 @@ class StateFolder:
         """
         if not (self.path / STATE).is_file():
             return None
-        saved = self.read(STATE)
+        saved = self._read(STATE, StateFacts)
         self._named_best = saved.facts["best_file"]
         return saved
 
     def read(self, name: str) -> Saved:
-        """A file of this folder.
+        """The best weights in the file `name` of this folder.
 
         Raises:
             RecoveryError: it is missing or damaged.
         """
+        return self._read(name, BestFacts)
+
+    def _read(self, name: str, wanted: Any) -> Saved:
         path = self.path / name
         try:
+            if Path(name).name != name:
+                raise MisfitError("it lies in another folder")
             tensors, facts = load_tensors(path)
-            return Saved(tensors, facts["facts"])
-        except (KeyError, ValueError) as error:
+            return Saved(tensors, decode(facts.get("facts"), wanted))
+        except ValueError as error:
             raise RecoveryError(
                 f"{path} is no readable state of a training ({error}); delete the folder to train from the start"
             ) from None

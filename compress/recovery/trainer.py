@@ -195,7 +195,7 @@ class _Run:
         began = time.perf_counter()
         with self.workers.usable_student():
             told = self.workers.first_says(validate())
-        score: Score = WORST if any(math.isnan(value) for value in told) else (told[0], told[1])
+        score: Score = (told[0], told[1]) if all(map(math.isfinite, told)) else WORST
         better = facts.best is None or score > facts.best
         facts.validated, facts.last = facts.step, score
         facts.first = score if facts.first is None else facts.first
@@ -207,7 +207,7 @@ class _Run:
         last_stage = facts.step > 0 and self.schedule.index(facts.step - 1) == len(self.job.stages) - 1
         facts.stale = 0 if better else facts.stale + last_stage
         seconds = round(time.perf_counter() - began, 6)
-        shown = [value if math.isfinite(value) else None for value in score]
+        shown = (None, None) if score == WORST else score
         self.journal.write({"step": facts.step, "validation": shown, "best": better, "seconds": seconds})
 
     def _checkpoint(self) -> None:
@@ -235,20 +235,26 @@ class _Run:
             self.files.clear()
         else:
             self._require_same_training(saved.facts["training"])
-            weights = {name: saved.tensors[f"weight/{name}"] for name in self.workers.trained}
-            self._put(weights)
+            self._put(self._saved_weights(saved.tensors))
             set_moments(self.workers.optimizer, self.workers.trained, saved.tensors)
             if saved.facts["scaler"] is not None and self.workers.accelerator.scaler is not None:
                 self.workers.accelerator.scaler.load_state_dict(saved.facts["scaler"])
-            scores = {name: saved.facts["facts"][name] for name in ("best", "first", "last")}
-            tuples = {name: None if value is None else tuple(value) for name, value in scores.items()}
-            self.facts = Facts(**{**saved.facts["facts"], **tuples})
+            self.facts = saved.facts["facts"]
         if self.workers.first_says([self.facts.step, saved is not None]) != (self.facts.step, saved is not None):
             raise RecoveryError(
                 f"process {self.workers.rank} finds another training in {self.files.path} than the first process; all "
                 "need the same folder, on a disk they share"
             )
         self.journal = Journal(self.files.path, self.facts.journal_bytes, self.files.writer)
+
+    def _saved_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = {name: tensors.get(f"weight/{name}") for name in self.workers.trained}
+        for name, parameter in self.workers.trained.items():
+            if (value := found[name]) is None or value.shape != parameter.shape:
+                raise RecoveryError(
+                    f"{self.files.path} holds no weight {name} of this shape; delete the folder to train from the start"
+                )
+        return {name: value for name, value in found.items() if value is not None}
 
     def _take_best(self) -> None:
         if self.facts.best_step != self.facts.step:

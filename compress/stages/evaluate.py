@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from slimvlm.compress.collate import Collator
 from slimvlm.compress.computing import load_to_compute
+from slimvlm.compress.decoding import dump, read
+from slimvlm.compress.errors import OutputError
 from slimvlm.compress.evaluate import compare, evaluate
+from slimvlm.compress.files import write_text
 from slimvlm.compress.options import CompressOptions
-from slimvlm.compress.quality import Quality
-from slimvlm.compress.runs import RunFolder, write_text
+from slimvlm.compress.quality import Quality, QualityFileOfRun
+from slimvlm.compress.runs import AGAIN, CUT, RunFolder
 from slimvlm.compress.samples import Sample
 from slimvlm.compress.splits import Measured
-from slimvlm.compress.stages.recover import CUT
 
 Progress = Callable[..., None]  # stage, done, total, note
 
@@ -32,9 +33,8 @@ def evaluate_stage(run: RunFolder, options: CompressOptions, data: Measured, pro
     """Quality of the dense, the cut (where a recovery followed) and the slim model, and of the dense one blind."""
     path = options.out / "quality.json"
     if run.finished("evaluate"):
-        document = json.loads(path.read_text())
-        read = {name: Quality.from_dict(document[name]) for name in Evaluated._fields if name in document}
-        return Evaluated(read["dense"], read.get("cut"), read["slim"], read.get("blind"))
+        kept: Mapping[str, Any] = read(path, QualityFileOfRun, OutputError, AGAIN)
+        return Evaluated(kept["dense"], kept.get("cut"), kept["slim"], kept.get("blind"))
     with run.stage("evaluate") as facts:
         facts.update(samples=len(data.evaluation), held_out=data.held_out)
         cut, slim = (str(options.out / name) for name in (CUT, "model"))
@@ -47,7 +47,7 @@ def evaluate_stage(run: RunFolder, options: CompressOptions, data: Measured, pro
         )
         document = {name: quality.to_dict() for name, quality in found._asdict().items() if quality is not None}
         document["comparison"] = compare(dense, found.slim, options.seed).to_dict()
-        write_text(path, json.dumps(document, indent=1, sort_keys=True) + "\n")
+        write_text(path, dump(document, indent=1, sort_keys=True) + "\n")
     return found
 
 

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from slimvlm.compress import processes
 from slimvlm.compress.budget import Budget
 from slimvlm.compress.calibrate import CalibrationOptions
+from slimvlm.compress.checkpoint import build_meta
 from slimvlm.compress.collate import Collator, collated
 from slimvlm.compress.computing import load_to_compute
 from slimvlm.compress.criteria import CRITERIA, Criterion
-from slimvlm.compress.errors import UnsuitableOptionError
+from slimvlm.compress.decoding import dump, read
+from slimvlm.compress.errors import OutputError, UnsuitableOptionError
 from slimvlm.compress.files import write_text
+from slimvlm.compress.groups import find_groups
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
-from slimvlm.compress.rounds import Planned, Planning, plan_in_rounds
-from slimvlm.compress.runs import RunFolder
+from slimvlm.compress.processes import pick_device
+from slimvlm.compress.rounds import Planned, Planning, check_budget, plan_in_rounds
+from slimvlm.compress.runs import AGAIN, ROUNDS, RunFolder
 from slimvlm.compress.splits import Measured
+
+
+@dataclass(frozen=True)
+class FinishedRounds:
+    """`plan.partial.json`: how many rounds were done, and their plan."""
+
+    round: int
+    plan: Plan
+
 
 Progress = Callable[..., None]  # stage, done, total, note
 
@@ -73,21 +85,32 @@ def planning_of(options: CompressOptions, **identity: str) -> Planning:
     )
 
 
+def check_plan(options: CompressOptions) -> None:
+    """Refuse what no calibration can mend: a model that is not there or that cannot lose so much.
+
+    Raises:
+        SlimvlmError: with the reason.
+    """
+    pick_device(options.device)
+    planning = planning_of(options)
+    model, family = build_meta(options.model, options.trust_remote_code)
+    check_budget(model, find_groups(model, family, planning.attention_unit), planning.budget)
+
+
 def plan_stage(run: RunFolder, options: CompressOptions, data: Measured, progress: Progress) -> Plan:
     """The plan of this or an earlier process. Every process of the run calls it."""
     path = options.out / "plan.json"
     if run.finished("plan"):
-        return Plan.from_json(path.read_text())
-    partial = options.out / "plan.partial.json"
+        return read(path, Plan, OutputError, AGAIN)
+    partial = options.out / ROUNDS
     with run.stage("plan") as facts:
         loaded = load_to_compute(options, options.model)
         collator = Collator(loaded.processor, loaded.family, loaded.model.config)
         done = _finished_rounds(partial)
 
         def keep(planned: Planned) -> None:
-            document = {"round": planned.round, "plan": planned.plan.to_json()}
             if planned.round < options.rounds and run.writer:
-                write_text(partial, json.dumps(document))
+                write_text(partial, dump(asdict(FinishedRounds(planned.round, planned.plan))))
 
         planned = plan_in_rounds(
             loaded.model,
@@ -111,5 +134,5 @@ def plan_stage(run: RunFolder, options: CompressOptions, data: Measured, progres
 def _finished_rounds(partial: Path) -> tuple[int, Plan] | None:
     if not partial.is_file():
         return None
-    document = json.loads(partial.read_text())
-    return document["round"], Plan.from_json(document["plan"])
+    found = read(partial, FinishedRounds, OutputError, f"remove {partial} to plan from the start")
+    return found.round, found.plan

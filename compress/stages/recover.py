@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,12 +13,12 @@ from slimvlm.compress.checkpoint import Loaded, save_checkpoint
 from slimvlm.compress.collate import Collator
 from slimvlm.compress.computing import CHECKED_SAMPLES, cast, load_to_compute, outputs, relative_difference
 from slimvlm.compress.errors import CheckFailedError, SlimvlmError
+from slimvlm.compress.folders import move_folder
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
-from slimvlm.compress.runs import RunFolder
+from slimvlm.compress.runs import CUT, JOURNAL, MODEL, RECOVERED, TRAINING, RunFolder
 from slimvlm.compress.splits import Measured, Trained
 
-CUT, RECOVERED = "cut", ".recovered"  # the checkpoint before the recovery; the one after it, until it is in place
 Progress = Callable[..., None]  # stage, done, total, note
 
 
@@ -40,11 +39,11 @@ def recover_stage(
         SlimvlmError: refused; the model and the record of an earlier recovery stay.
         CheckFailedError: the merged or reloaded model differs from the trained one.
     """
-    asked, earlier, folder = options.recovery_identity(), run.facts("recover"), options.out / "recovery"
+    asked, earlier, folder = options.recovery_identity(), run.facts("recover"), options.out / TRAINING
     if run.finished("recover") and earlier["options"] == asked:
         return earlier
     if run.writer and earlier.get("interrupted", earlier.get("options", asked)) != asked:
-        shutil.rmtree(folder, ignore_errors=True)  # an interrupted training with other options
+        run.remove(TRAINING)  # an interrupted one, with other options
     processes.wait_for_all()
     if options.recover == "none":
         _undo_recovery(run, options.out)
@@ -58,9 +57,9 @@ def recover_stage(
         facts.update(recovered.history.to_dict(), merged_difference=recovered.merged_difference)
         facts.update(samples=len(trained.training), left_out_samples=trained.left_out, data_digest=trained.digest)
         if run.writer:
-            facts["reload_difference"] = _save_recovered(options, plan, recovered.loaded, data)
-            (folder / "recovery.jsonl").replace(options.out / "recovery.jsonl")
-            shutil.rmtree(folder)
+            facts["reload_difference"] = _save_recovered(run, options, plan, recovered.loaded, data)
+            (folder / JOURNAL).replace(options.out / JOURNAL)
+            run.remove(TRAINING)
             run.forget("evaluate", "export", "profile")
     processes.wait_for_all()
     return run.facts("recover")
@@ -83,14 +82,14 @@ def _undo_recovery(run: RunFolder, out: Path) -> None:
     """Back to the cut model."""
     if run.writer and (out / CUT).is_dir():
         run.forget("recover", "evaluate", "export", "profile")
-        shutil.rmtree(out / "model", ignore_errors=True)
-        (out / CUT).rename(out / "model")
+        run.remove(MODEL)
+        move_folder(out / CUT, out / MODEL)
 
 
-def _save_recovered(options: CompressOptions, plan: Plan, loaded: Loaded, data: Measured) -> float:
+def _save_recovered(run: RunFolder, options: CompressOptions, plan: Plan, loaded: Loaded, data: Measured) -> float:
     """Write the checkpoint, check that it reloads to the same outputs, and put it in place."""
     model, folder = loaded.model, options.out / RECOVERED
-    shutil.rmtree(folder, ignore_errors=True)
+    run.remove(RECOVERED)
     stored: Any = model.config.dtype  # a dtype once loaded
     save_checkpoint(folder, cast(model, stored), loaded.processor, plan, options.layout)
     reloaded = load_to_compute(replace(options, device=str(model.device)), str(folder)).model
@@ -100,9 +99,9 @@ def _save_recovered(options: CompressOptions, plan: Plan, loaded: Loaded, data: 
     if difference != 0:
         raise CheckFailedError(f"{folder}: the reloaded checkpoint differs from what was saved by {difference:.2e}")
     if not (options.out / CUT).is_dir():
-        (options.out / "model").rename(options.out / CUT)
-    shutil.rmtree(options.out / "model", ignore_errors=True)
-    folder.rename(options.out / "model")
+        move_folder(options.out / MODEL, options.out / CUT)
+    run.remove(MODEL)
+    move_folder(folder, options.out / MODEL)
     return difference
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from slimvlm.compress.groups import find_groups
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.refit import refit
-from slimvlm.compress.runs import RunFolder
+from slimvlm.compress.runs import CUT, MODEL, RunFolder
 from slimvlm.compress.slicing import apply_plan, mask_plan
 from slimvlm.compress.splits import Measured
 
@@ -38,8 +37,7 @@ def slice_stage(run: RunFolder, options: CompressOptions, plan: Plan, data: Meas
     if run.finished("slice"):
         return
     with run.stage("slice") as facts:
-        for name in ("model", "cut"):  # of a process that died before it could say finished
-            shutil.rmtree(options.out / name, ignore_errors=True)
+        run.remove(MODEL, CUT)  # of a process that died before it could say finished
         loaded = load_to_compute(options, options.model)
         model = loaded.model
         stored: Any = model.config.dtype  # a dtype once loaded

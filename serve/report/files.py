@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from slimvlm.compress.errors import OutputError
+from slimvlm.compress.decoding import content_of, decode, parse
+from slimvlm.compress.errors import CheckpointError, OutputError
+from slimvlm.compress.files import file_digest
+from slimvlm.compress.manifest import Manifest
 from slimvlm.compress.plan import Plan
-from slimvlm.compress.quality import Comparison, Quality
-from slimvlm.compress.runs import read_record
+from slimvlm.compress.quality import Comparison, Quality, QualityFileOfRun
+from slimvlm.compress.run_record import read_record
 from slimvlm.serve.profile import Profile
 
 PLAN, SCORES, JOURNAL, QUALITY = "plan.json", "scores.safetensors", "recovery.jsonl", "quality.json"
@@ -23,6 +25,22 @@ MANIFEST, PROFILE = "export/manifest.json", "profile.json"
 MODELS = ("dense", "cut", "slim")  # before; cut but not recovered; what was delivered
 
 Read = TypeVar("Read")
+
+
+class StepLine(TypedDict):
+    """A line of recovery.jsonl: an optimiser step; no loss if it was skipped."""
+
+    step: int
+    stage: str
+    loss: float | None
+
+
+class ValidationLine(TypedDict):
+    """A line of recovery.jsonl: a validation, (score, minus loss)."""
+
+    step: int
+    validation: tuple[float | None, float | None]
+    best: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +96,11 @@ def read_run(folder: Path) -> RunFiles:
     finished = {name for name, stage in record["stages"].items() if stage.get("status") == "finished"}
     journal = _journal_file(record["stages"].get("recover", {}))
     wanted: dict[str, tuple[bool, Callable[[Path], Any]]] = {
-        PLAN: ("plan" in finished, lambda path: Plan.from_json(path.read_text())),
+        PLAN: ("plan" in finished, lambda path: decode(parse(content_of(path)), Plan)),
         SCORES: ("plan" in finished, _read_scores),
         QUALITY: ("evaluate" in finished, _read_quality),
-        MANIFEST: ((folder / MANIFEST).is_file(), _read_object),
-        PROFILE: ((folder / PROFILE).is_file(), lambda path: Profile.from_json(path.read_text())),
+        MANIFEST: ((folder / MANIFEST).is_file(), _read_manifest),
+        PROFILE: ((folder / PROFILE).is_file(), lambda path: decode(parse(content_of(path)), Profile)),
     }
     if journal is not None:
         wanted[journal] = ("recover" in finished or (folder / journal).is_file(), _read_journal)
@@ -108,7 +126,7 @@ def _journal_file(stage: Mapping[str, Any]) -> str | None:
 def _read(folder: Path, name: str, reader: Callable[[Path], Read]) -> Read:
     try:
         return reader(folder / name)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, CheckpointError) as error:
         raise OutputError(
             f"{folder / name} cannot be read ({error}); run the command that wrote it again, or remove {folder / name} "
             "if it was put there by hand"
@@ -124,26 +142,23 @@ def _read_scores(path: Path) -> Scored:
 
 def _read_journal(path: Path) -> list[dict[str, Any]]:
     """The lines; one that a killed process left half-written is dropped."""
-    lines = path.read_text().splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-    return [json.loads(line) for line in lines]
+    lines = content_of(path).split(b"\n")[:-1]
+    return [dict(_line(parse(line), f"line {number}")) for number, line in enumerate(lines, start=1)]
+
+
+def _line(line: Any, where: str) -> Mapping[str, Any]:
+    return decode(line, ValidationLine if "validation" in line else StepLine, where)
 
 
 def _read_quality(path: Path) -> Measured:
-    document = json.loads(path.read_text())
-    models = {name: Quality.from_dict(document[name]) for name in MODELS if name in document}
-    blind = Quality.from_dict(document["blind"]) if "blind" in document else None
-    return Measured({"dense": models["dense"], **models}, Comparison.from_dict(document["comparison"]), blind)
+    document: Mapping[str, Any] = decode(parse(content_of(path)), QualityFileOfRun)
+    models = {name: document[name] for name in MODELS if name in document}
+    return Measured(models, document["comparison"], document.get("blind"))
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    document = json.loads(path.read_text())
-    if not isinstance(document, dict):
-        raise ValueError("not a JSON object")
-    return document
+def _read_manifest(path: Path) -> dict[str, Any]:
+    return asdict(Manifest.read(path.parent))
 
 
 def _digest(path: Path) -> tuple[str, int]:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size
+    return file_digest(path), path.stat().st_size

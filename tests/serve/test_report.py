@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from report_runs import Story, change_record, write_run
 from report_texts import bad_news, good_news, table, text_of
+from run_records import edit_record
 
 from slimvlm.compress.errors import OutputError
 from slimvlm.compress.manifest import Artifact, Manifest
@@ -79,14 +80,8 @@ def test_what_got_worse_comes_first(run: Path) -> None:
 
 
 def test_a_profile_that_was_refused_is_missing_with_its_reason(run: Path) -> None:
-    record = json.loads((run / "run.json").read_text())
-    record["stages"]["profile"] = {
-        "status": "finished",
-        "backends": ["torch"],
-        "seconds": 1.0,
-        "refused": "no such device",
-    }
-    (run / "run.json").write_text(json.dumps(record))
+    facts = {"status": "finished", "backends": ["torch"], "seconds": 1.0, "refused": "no such device"}
+    edit_record(run, lambda record: record["stages"].update(profile=facts))
     assert "faster is not known. no such device (run.json: stages.profile.refused)" in bad_news(text_of(run))
 
 
@@ -152,9 +147,7 @@ def test_everything_to_repeat_it_is_there(run: Path) -> None:
 
 def test_what_is_not_there_is_named_and_the_rest_is_reported(run: Path) -> None:
     for stage in ("recover", "evaluate"):
-        record = json.loads((run / "run.json").read_text())
-        del record["stages"][stage]
-        (run / "run.json").write_text(json.dumps(record))
+        edit_record(run, lambda record, stage=stage: record["stages"].pop(stage))
     text = text_of(run)  # the files of an undone recovery and an outdated evaluation are still in the folder
     assert "there was no recovery" in good_news(text)
     assert "The quality was not measured" in bad_news(text)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from run_records import edit_record
 
 from slimvlm.compress.criteria import CRITERIA, Scores
 from slimvlm.compress.files import write_text
@@ -60,6 +61,13 @@ def write_run(folder: Path, story: Story) -> Path:
     run = RunFolder(out, options.identity())
     run.record["command"] = ["slimvlm", "compress", story.model, "run", "--data", str(data)]
     run.record["versions"] = {"slimvlm": story.version}
+    with run.begun():
+        _write_stages(run, options, story)
+    return out
+
+
+def _write_stages(run: RunFolder, options: CompressOptions, story: Story) -> None:
+    out = run.path
     with run.stage("plan") as facts:
         facts.update(model_digest="ab" * 32, data_digest="cd" * 32, calibration_samples=8)
         facts["bad_samples"] = list(story.bad_samples)
@@ -74,16 +82,16 @@ def write_run(folder: Path, story: Story) -> Path:
         _write_quality(out, story)
     if story.profile is not None:
         write_text(out / "profile.json", story.profile.to_json())
-    return out
 
 
 def change_record(run: Path, stage: str, **changes: Any) -> None:
     """Change what run.json says of a stage; None takes a field away."""
-    path = run / "run.json"
-    record = json.loads(path.read_text())
-    record["stages"][stage].update(changes)
-    record["stages"][stage] = {name: value for name, value in record["stages"][stage].items() if value is not None}
-    path.write_text(json.dumps(record))
+
+    def change(record: dict[str, Any]) -> None:
+        facts = {**record["stages"][stage], **changes}
+        record["stages"][stage] = {name: value for name, value in facts.items() if value is not None}
+
+    edit_record(run, change)
 
 
 def _write_samples(folder: Path, story: Story) -> Path:

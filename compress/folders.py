@@ -1,0 +1,170 @@
+"""Folders that are whole or absent, and of which nothing is ever taken away but what a manifest of ours names."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
+from typing import Any, TypedDict
+
+from slimvlm.compress.decoding import content_of, decode, parse
+from slimvlm.compress.errors import OutputError
+from slimvlm.compress.files import PARTIAL, reported_as_output_errors, require_kind, sync
+from slimvlm.compress.locks import LOCK, locked_folder
+
+EARLIER = ".earlier"  # begins the names of folders that hold what is being replaced, until that is done
+MANIFEST = "manifest.json"  # of a checkpoint or an export
+
+
+class Listing(TypedDict):
+    """What every manifest has: the files of its folder by name."""
+
+    files: dict[str, dict[str, Any]]
+
+
+def listed_files(folder: Path) -> tuple[str, ...]:
+    """The files in `folder` that its manifest names, and the manifest; nothing where there is none that can be read."""
+    try:
+        names = decode(parse(content_of(folder / MANIFEST)), Listing)["files"]
+    except (OSError, ValueError):
+        return ()
+    inside = [name for name in names if not (Path(name).is_absolute() or ".." in Path(name).parts)]
+    return (*inside, MANIFEST)
+
+
+def holds_others(folder: Path, ours: Collection[str] = ()) -> bool:
+    """Whether there is anything in `folder` besides `ours` and what a killed process left."""
+    return any(
+        path.relative_to(folder).as_posix() not in ours
+        for path in folder.rglob("*")
+        if not path.is_dir() and not _is_passing(path.relative_to(folder))
+    )
+
+
+def _is_passing(path: Path) -> bool:
+    return path.parts[0].startswith(EARLIER) or any(part == LOCK or part.endswith(PARTIAL) for part in path.parts)
+
+
+@contextmanager
+def written_folder(folder: Path, earlier: Collection[str] = ()) -> Iterator[Path]:
+    """An empty folder to write what shall become `folder` when the block ends; after an error nothing is left of it.
+
+    Args:
+        earlier: files in `folder` that the new ones replace, `/` in names; whatever else is there stays.
+
+    Raises:
+        OutputError: `folder` is there and no folder, or not empty and nothing is `earlier`; a new file has the name of
+            one that stays; another process writes it; it cannot be written, or the disk is full.
+    """
+    folder = Path(os.path.abspath(folder))  # noqa: PTH100 (a name for `.`, but no links followed)
+    require_kind(folder, stat.S_ISDIR, "a folder")
+    there = folder.exists()  # perhaps a mount point or somebody's current folder: filled, not replaced
+    beside = folder / PARTIAL if there else folder.with_name(f".{folder.name}{PARTIAL}")
+    with reported_as_output_errors(folder), locked_folder(beside):
+        if folder.exists() and not earlier and holds_others(folder):
+            raise OutputError(f"{folder} is not an empty folder; choose another name or remove it first")
+        try:
+            _clear(beside)
+            yield beside
+            for path in (*beside.rglob("*"), beside):
+                sync(path)
+            if there:
+                _fill(folder, beside, earlier)
+            else:
+                beside.replace(folder)
+                (folder / LOCK).unlink(missing_ok=True)
+            sync(folder.parent)
+        finally:
+            _clear(beside)
+    _drop_empty(beside, beside.parent)  # of a killed process
+
+
+def _clear(folder: Path) -> None:
+    """Remove what is in a folder of our own, but its lock."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != LOCK:
+            path.unlink(missing_ok=True)
+
+
+def _fill(folder: Path, new: Path, earlier: Collection[str]) -> None:
+    """Move the files of `new` into `folder`, in the place of the `earlier` ones; after an error all is as before."""
+    names = [path.relative_to(new).as_posix() for path in new.rglob("*") if not path.is_dir() and path.name != LOCK]
+    with set_aside(folder, earlier):
+        moved: list[str] = []
+        try:
+            for name in sorted(names, key=lambda name: (name == MANIFEST, name)):  # which says that all is there
+                move_files([name], new, folder)
+                moved.append(name)
+        except BaseException:
+            move_files(moved, folder, new)
+            raise
+
+
+@contextmanager
+def set_aside(folder: Path, names: Collection[str]) -> Iterator[None]:
+    """Move files of `folder` out of the way while the block makes new ones: back after an error, else removed."""
+    aside = put_aside(folder, names)
+    try:
+        yield
+    except BaseException:
+        put_back(folder, names, aside)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def put_aside(folder: Path, names: Collection[str]) -> Path:
+    """Move files of `folder` into a new folder in it; where they are now."""
+    aside = next(path for number in count() if not (path := folder / f"{EARLIER}{number or ''}").exists())
+    move_files(names, folder, aside)
+    return aside
+
+
+def put_back(folder: Path, names: Collection[str], aside: Path) -> None:
+    """Undo `put_aside`."""
+    move_files(names, aside, folder)
+    _drop_empty(aside, folder)
+
+
+def move_files(names: Iterable[str], source: Path, target: Path) -> None:
+    """Move the files of these names that are in `source` to `target`; folders left empty leave `source`.
+
+    Raises:
+        OutputError: `target` has something of that name, which is never replaced.
+        OSError: it cannot be moved.
+    """
+    for name in names:
+        if os.path.lexists(source / name):
+            if os.path.lexists(target / name):
+                raise OutputError(f"{target / name} is there and not ours; move it away, or choose another folder")
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).rename(target / name)
+            _drop_empty((source / name).parent, source)
+
+
+def move_folder(source: Path, target: Path) -> None:
+    """Rename the folder of a checkpoint; where others have files in `target`, move only its own."""
+    if target.exists():
+        move_files(listed_files(source), source, target)
+    else:
+        source.rename(target)
+
+
+def remove_files(names: Iterable[str], folder: Path) -> None:
+    """Remove the files of these names from `folder`, and folders left empty, `folder` too."""
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+        _drop_empty((folder / name).parent, folder.parent)
+
+
+def _drop_empty(folder: Path, outer: Path) -> None:
+    """Remove `folder` and those around it, up to `outer`, as long as they are empty."""
+    with suppress(OSError):
+        while folder != outer:
+            folder.rmdir()
+            folder = folder.parent

@@ -1,0 +1,169 @@
+"""`run.json`: what it must hold to be believed. It carries a digest of itself, so that no other file passes for one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+from slimvlm.compress.decoding import MisfitError, content_of, decode, dump, parse, refused_as
+from slimvlm.compress.errors import OutputError
+from slimvlm.compress.manifest import Check
+
+RECORD = "run.json"
+SCHEMA = 1
+ADVICE = "give the folder of a run of this version, or start again in another folder"
+
+
+class Stage(TypedDict):
+    """A stage that was begun."""
+
+    status: Literal["running", "finished"]
+
+
+class Finished(Stage):
+    """A stage that is done."""
+
+    seconds: float
+
+
+class PlanFacts(TypedDict, total=False):
+    """Of the plan stage."""
+
+    model_digest: str
+    data_digest: str
+    calibration_samples: int
+    left_out_samples: int
+    bad_samples: list[str]
+
+
+class SliceFacts(TypedDict, total=False):
+    """Of the slice stage: relative differences, and what the cut and the refit left."""
+
+    masked_difference: float
+    reload_difference: float
+    output_lost_by_cut: float
+    output_lost: float
+
+
+class Training(TypedDict):
+    """One stage of a training."""
+
+    name: str
+    steps: int
+    seconds: float
+    tokens: int
+    first_loss: float | None
+    last_loss: float | None
+
+
+class RecoverBegun(Stage):
+    """A recovery under way."""
+
+    options: dict[str, Any]
+
+
+class RecoverFinished(Finished):
+    """A recovery that is done: its options, and its history."""
+
+    options: dict[str, Any]
+    steps: int
+    tokens: int
+    tokens_per_second: float
+    skipped: int
+    best_step: int
+    best: tuple[float, float] | None
+    first: tuple[float, float] | None
+    last: tuple[float, float] | None
+    stopped_early: bool
+    helped: bool
+    peak_memory_bytes: int
+    stages: list[Training]
+    samples: int
+
+
+class EvaluateFacts(TypedDict, total=False):
+    """Of the evaluation."""
+
+    samples: int
+    held_out: bool
+
+
+class ExportBegun(Stage):
+    """An export; `failed` or `refused` say why there is none to use."""
+
+    formats: list[str]
+
+
+class ExportFacts(TypedDict, total=False):
+    """Of the export stage."""
+
+    failed: str
+    refused: str
+    checks: list[Check]
+
+
+class ProfileBegun(Stage):
+    """A profile."""
+
+    backends: list[str]
+
+
+class ProfileFacts(TypedDict, total=False):
+    """Of the profile stage."""
+
+    refused: str
+
+
+BEGUN: Mapping[str, tuple[Any, ...]] = {  # stage -> the facts it has as soon as it was begun
+    "plan": (PlanFacts,),
+    "slice": (SliceFacts,),
+    "recover": (RecoverBegun,),
+    "evaluate": (EvaluateFacts,),
+    "export": (ExportBegun, ExportFacts),
+    "profile": (ProfileBegun, ProfileFacts),
+}
+DONE: Mapping[str, tuple[Any, ...]] = {"recover": (RecoverFinished,)}  # and those it has besides, once finished
+
+
+class Record(TypedDict):
+    """The whole file; `options` is what identifies the run."""
+
+    command: list[str]
+    options: dict[str, Any]
+    stages: dict[str, Stage]
+    versions: dict[str, str]
+    schema: Literal[1]
+    digest: str
+
+
+def record_text(record: Mapping[str, Any]) -> str:
+    """The file of a record, with its digest."""
+    plain = parse(dump(record))  # as it will be read
+    return dump({**plain, "digest": _digest(plain)}, indent=2, sort_keys=True) + "\n"
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record of the run in the folder `path`.
+
+    Raises:
+        OutputError: there is no run, or its record is not as this version wrote it (the field is named).
+    """
+    if not (path / RECORD).is_file():
+        raise OutputError(f"{path} holds no run of slimvlm; give the folder that `slimvlm compress` wrote")
+    with refused_as(path / RECORD, OutputError, ADVICE):
+        record: dict[str, Any] = dict(decode(parse(content_of(path / RECORD)), Record))
+        for name, stage in record["stages"].items():
+            is_done = stage["status"] == "finished"
+            for facts in (*BEGUN.get(name, ()), *((Finished, *DONE.get(name, ())) if is_done else ())):
+                decode(stage, facts, f"stages.{name}")
+        if record.pop("digest") != _digest(record):
+            raise MisfitError("it was changed since it was written (its digest differs)")
+    return record
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    """Of all but the digest itself."""
+    rest = {name: value for name, value in record.items() if name != "digest"}
+    return hashlib.sha256(dump(rest, sort_keys=True).encode()).hexdigest()
