@@ -15,7 +15,7 @@ import click
 
 from slimvlm.compress.errors import CheckFailedError
 from slimvlm.compress.options import CompressOptions
-from slimvlm.console import show, show_profile
+from slimvlm.console import show, show_profile, show_selfcheck
 from slimvlm.console.commands import Commands, Interrupted
 from slimvlm.console.options import (
     ATTENTION_UNITS,
@@ -368,6 +368,25 @@ def kernels(device: str, as_json: bool, quiet: bool) -> None:
     show.show_kernels(found, describe(found), as_json=as_json)
     if found.failures:
         raise CheckFailedError(f"{len(found.failures)} of {len(found.checks)} checks failed; nothing was timed")
+
+
+@main.command()
+@option("--device", type=Device(), metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def selfcheck(device: str, as_json: bool) -> None:
+    """Try everything on this device, once.
+
+    Kernels, calibration, cut, recovery, export, profile and counters, on the packaged model; the last line is for a bug
+    report. The first thing to run on a new machine:
+
+        slimvlm selfcheck --device cuda:0
+    """
+    from slimvlm.selfcheck.run import selfcheck as run_all
+
+    report = run_all(device, None if as_json else show_selfcheck.show_outcome)
+    show_selfcheck.show_selfcheck(report, as_json=as_json)
+    if failed := report.named("FAIL"):
+        raise CheckFailedError(f"{len(failed)} of {len(report.outcomes)} checks failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

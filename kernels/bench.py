@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from slimvlm.kernels import dispatch
 from slimvlm.kernels.workloads import SHAPES, Shape, Workload, make_workloads
 
 CACHE_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}  # written between two runs, so that operands come from memory
@@ -118,7 +117,7 @@ def run(options: BenchOptions, progress: Progress | None = None) -> Report:
     cases = [(shape, dtype) for shape in options.shapes for dtype in dtypes]
     checks = []
     for done, (shape, dtype) in enumerate(cases, start=1):
-        checks += [_check(workload) for workload in make_workloads(shape, dtype, device)]
+        checks += [check_workload(workload) for workload in make_workloads(shape, dtype, device)]
         _tell(progress, "check", done, len(cases))
     report = Report(device.type, _name(device), torch.get_num_threads(), _versions(), checks, notes=_notes(device))
     if report.failures:
@@ -163,7 +162,8 @@ class Clock:
         return start.elapsed_time(end)
 
 
-def _check(workload: Workload) -> Check:
+def check_workload(workload: Workload) -> Check:
+    """Run it and plain torch once, and compare."""
     results = []
     for function in (workload.ours, workload.eager):
         operands = [tensor.clone() if tensor.dtype == torch.int64 else tensor for tensor in workload.operands]
@@ -180,7 +180,7 @@ def _time(workload: Workload, clock: Clock, copy: float, compiled: bool, notes: 
     shape = workload.shape
     return Timing(
         kernel=workload.kernel,
-        path=_path(workload),
+        path=workload.path,
         model=shape.model,
         part=shape.part,
         rows=shape.rows,
@@ -207,11 +207,6 @@ def _time_compiled(workload: Workload, clock: Clock, notes: list[str]) -> float 
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         notes.append(f"torch.compile of {workload.kernel} on {workload.shape.model} failed: {reason}")
         return None
-
-
-def _path(workload: Workload) -> str:
-    operation = {"taylor": "taylor", "row": "norms", "angle": "histogram"}.get(workload.kernel.split("_")[0], "gather")
-    return "triton" if dispatch.choose(operation, *workload.operands).__name__.endswith("gpu") else "blocked torch"
 
 
 def _copy_bandwidth(clock: Clock) -> float:

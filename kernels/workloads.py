@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from slimvlm import kernels
+from slimvlm.kernels import dispatch
 
 BINS = 100
 TOKENS = 2048  # of a batch: an image's and a prompt's tokens of a few samples
@@ -72,6 +73,18 @@ class Workload:
     moved: int
     error: Callable[[object, object], float]
     bound: float
+
+    @property
+    def operation(self) -> str:
+        """The folder of its kernel."""
+        first = self.kernel.split("_")[0]
+        return {"taylor": "taylor", "row": "norms", "angle": "histogram"}.get(first, "gather")
+
+    @property
+    def path(self) -> str:
+        """What serves its operands."""
+        module = dispatch.choose(self.operation, *self.operands)
+        return "triton" if module.__name__.endswith("gpu") else "blocked torch"
 
 
 def make_workloads(shape: Shape, dtype: torch.dtype, device: torch.device, tokens: int = TOKENS) -> list[Workload]:

@@ -40,7 +40,6 @@ def measure_device(device: torch.device, threads: int, dtypes: Sequence[str] = (
     Args:
         dtypes: of DTYPES; others (int8) have no matmul rate.
     """
-    described = _describe_cuda(device) if device.type == "cuda" else _describe_cpu()
     counts = sorted({1, threads}) if device.type == "cpu" else [threads]
     copies: dict[str, float] = {}
     rates: dict[str, float] = {}
@@ -60,8 +59,13 @@ def measure_device(device: torch.device, threads: int, dtypes: Sequence[str] = (
         copy_bytes_per_second=copies,
         matmul_flops_per_second=rates,
         launch_seconds=min(launches),
-        **described,
+        **describe_device(device),
     )
+
+
+def describe_device(device: torch.device) -> dict[str, Any]:
+    """What it is, without measuring: the fields of `profile.Device` that are read, not found."""
+    return _describe_cuda(device) if device.type == "cuda" else _describe_cpu()
 
 
 def available_cores() -> int:

@@ -8,4 +8,5 @@ from torch import Tensor
 
 def row_norms(matrix: Tensor) -> Tensor:
     """As the reference; torch fuses widening, squares and sum."""
-    return torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float32)
+    wide = torch.promote_types(matrix.dtype, torch.float32)  # torch narrows no input
+    return torch.linalg.vector_norm(matrix, dim=1, dtype=wide).float()

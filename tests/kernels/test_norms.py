@@ -23,6 +23,12 @@ def test_large_half_precision_values_do_not_overflow():
     assert row_norms(torch.full((1, 4), 60000.0, dtype=torch.float16)).tolist() == [120000.0]
 
 
+def test_double_precision_is_read_as_it_is_and_given_in_single():
+    assert row_norms(torch.full((1, 4), 1e300, dtype=torch.float64).neg()).tolist() == [torch.inf]
+    found = row_norms(torch.tensor([[3.0, 4.0]], dtype=torch.float64))
+    assert found.dtype == torch.float32 and found.tolist() == [5.0]
+
+
 def test_misuse_names_dtype_and_shape():
     with pytest.raises(ValueError, match=r"got torch.float32 of shape \(3,\)"):
         row_norms(torch.ones(3))
