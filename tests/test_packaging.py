@@ -13,7 +13,7 @@ from slimvlm.serve.runtimes import runtime_conflict
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-PRODUCT = ("compress", "console", "demo", "export", "kernels", "serve")
+PRODUCT = ("compress", "console", "demo", "export", "kernels", "selfcheck", "serve")
 
 
 def _python(code: str, *, folder: Path) -> str:
