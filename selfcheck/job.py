@@ -53,17 +53,21 @@ class Job:
 
     def plan(self) -> Plan:
         """Calibrate and plan."""
-        return plan_stage(self.run, self.options, self.data, _silent)
+        with self.run.begun():
+            return plan_stage(self.run, self.options, self.data, _silent)
 
     def cut(self) -> dict[str, Any]:
         """Cut and refit; what the stage measured. It compares with the masked dense model and the saved checkpoint."""
-        slice_stage(self.run, self.options, self.plan(), self.data, _silent)
+        plan = self.plan()
+        with self.run.begun():
+            slice_stage(self.run, self.options, plan, self.data, _silent)
         return self.run.facts("slice")
 
     def recover(self) -> dict[str, Any]:
         """Train and merge; what the stage measured. It compares the merged model with the trained and the saved one."""
-        training = partial(read_trained, self.options, self.data)
-        recover_stage(self.run, self.options, self.plan(), self.data, training, _silent)
+        plan, training = self.plan(), partial(read_trained, self.options, self.data)
+        with self.run.begun():
+            recover_stage(self.run, self.options, plan, self.data, training, _silent)
         return self.run.facts("recover")
 
 
