@@ -22,8 +22,11 @@ from slimvlm.console.options import (
     COUNT,
     FILE,
     FOLDER,
+    NAME,
     PATH,
     RATIO,
+    SEED,
+    TEXT,
     evaluation_options,
     export_options,
     folder_options,
@@ -41,7 +44,7 @@ from slimvlm.console.options import (
     sample_options,
     steps_option,
 )
-from slimvlm.console.progress import progress
+from slimvlm.console.progress import print_anything, progress
 from slimvlm.console.values import Device
 from slimvlm.serve.options import ProfileOptions
 from slimvlm.serve.runtimes import installed_runtimes, runtime_conflict
@@ -57,12 +60,13 @@ def main() -> None:
     # transformers' own bars and notes would run into ours; its errors still show.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    print_anything()
     if conflict := runtime_conflict(installed_runtimes()):
         show.print_warning(conflict)
 
 
 @main.command()
-@click.argument("model")
+@click.argument("model", type=NAME)
 @click.argument("out", type=PATH)
 @sample_options
 @plan_options
@@ -90,7 +94,7 @@ def compress(as_json: bool, quiet: bool, **values: Any) -> None:
 @main.command()
 @click.argument("out", type=PATH)
 @option("--ratio", type=RATIO, help="Fraction of ALL parameters to remove.")
-@option("--seed", type=int, help="Of the choice of samples.")
+@option("--seed", type=SEED, help="Of the choice of samples.")
 @recover_option
 @steps_option
 @quality_limit
@@ -135,7 +139,7 @@ def _show_job(job: Callable[[Any], Any], *, as_json: bool, quiet: bool) -> None:
 
 
 @main.command()
-@click.argument("model")
+@click.argument("model", type=NAME)
 @click.argument("out", type=PATH)
 @sample_options
 @plan_options
@@ -161,7 +165,7 @@ def plan(as_json: bool, quiet: bool, **values: Any) -> None:
 
 
 @main.command()
-@click.argument("model")
+@click.argument("model", type=NAME)
 @click.argument("plan_file", metavar="PLAN", type=FILE)
 @click.argument("out", type=PATH)
 @remote_code
@@ -200,10 +204,10 @@ def recover(run: Path, as_json: bool, quiet: bool, **values: Any) -> None:
 
 
 @main.command()
-@click.argument("model")
+@click.argument("model", type=NAME)
 @sample_options
 @option("--eval-samples", type=COUNT, help="At most so many samples.")
-@click.option("--against", metavar="MODEL", help="Compare with this checkpoint on the same samples.")
+@click.option("--against", type=NAME, metavar="MODEL", help="Compare with this checkpoint on the same samples.")
 @model_options
 @output_options
 def evaluate(against: str | None, as_json: bool, quiet: bool, **values: Any) -> None:
@@ -222,7 +226,7 @@ def evaluate(against: str | None, as_json: bool, quiet: bool, **values: Any) -> 
 
 
 @main.command()
-@click.argument("model")
+@click.argument("model", type=NAME)
 @option("--attention-unit", type=click.Choice(ATTENTION_UNITS), help="What leaves an attention together.")
 @remote_code
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
@@ -239,7 +243,7 @@ def inspect(model: str, attention_unit: str, trust_remote_code: bool, as_json: b
 
 
 @main.command()
-@click.argument("model")
+@click.argument("model", type=NAME)
 @click.argument("out", type=PATH, required=False)
 @export_options
 @click.option("--verify", is_flag=True, help="Check the exported folder MODEL on this machine instead.")
@@ -272,7 +276,7 @@ def export(model: str, out: Path | None, verify: bool, as_json: bool, quiet: boo
 
 
 @main.command()
-@click.argument("slim")
+@click.argument("slim", type=NAME)
 @profile_options
 @output_options
 def profile(as_json: bool, quiet: bool, **values: Any) -> None:
@@ -298,11 +302,13 @@ def profile(as_json: bool, quiet: bool, **values: Any) -> None:
 
 
 @main.command()
-@click.argument("folder")
+@click.argument("folder", type=NAME)
 @click.argument("image", type=PATH)
-@click.argument("question", required=False)
-@click.option("--against", metavar="MODEL", help="Show the answers of this checkpoint or export too.")
-@click.option("--backend", metavar="NAME", help="Of an export FOLDER: onnx, onnx:int8, torchscript; else its first.")
+@click.argument("question", type=TEXT, required=False)
+@click.option("--against", type=NAME, metavar="MODEL", help="Show the answers of this checkpoint or export too.")
+@click.option(
+    "--backend", type=TEXT, metavar="NAME", help="Of an export: onnx, onnx:int8, torchscript; else its first."
+)
 @click.option("--max-new-tokens", type=COUNT, default=64, help="Longest answer.")
 @click.option("--device", type=Device(), default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
 @remote_code

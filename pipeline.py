@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from slimvlm.compress.runs import AGAIN, EXPORT, RunFolder, check_places
 from slimvlm.compress.slicing import apply_plan
 from slimvlm.compress.splits import Measured, Trained, read_evaluation, read_measured, read_trained
 from slimvlm.compress.stages.evaluate import evaluate_model, evaluate_seeing_and_blind, evaluate_stage
-from slimvlm.compress.stages.plan import check_plan, plan_stage
+from slimvlm.compress.stages.plan import check_plan, chosen_criterion, plan_stage
 from slimvlm.compress.stages.recover import recover_stage
 from slimvlm.compress.stages.slice import slice_stage
 from slimvlm.export import ExportOptions, export_checkpoint
@@ -63,8 +63,18 @@ def compress(options: CompressOptions, progress: Progress | None = None) -> Resu
         SlimvlmError: refused, with the reason (exit code 3).
         CheckFailedError: the result was made, but a check on it failed; files are kept (exit code 4).
     """
+    return _joined(options, progress, plan_only=False)
+
+
+def make_plan(options: CompressOptions, progress: Progress | None = None) -> Result:
+    """The plan stage alone: `plan.json` and `scores.safetensors`; `compress --resume` goes on from there."""
+    return _joined(options, progress, plan_only=True)
+
+
+def _joined(options: CompressOptions, progress: Progress | None, plan_only: bool) -> Result:
     options = options.resolved()
     # What would be refused in the end is refused before the minutes until then.
+    chosen_criterion(options)
     if options.recover != "none":
         recipe_of(options)
     if options.export:
@@ -73,14 +83,9 @@ def compress(options: CompressOptions, progress: Progress | None = None) -> Resu
     processes.join()
     try:
         with locked_folder(options.out) if processes.rank() == 0 else nullcontext():
-            return _compress(options, progress or _silent)
+            return _compress(options, progress or _silent, plan_only)
     finally:
         processes.leave()
-
-
-def make_plan(options: CompressOptions, progress: Progress | None = None) -> Result:
-    """The plan stage alone: `plan.json` and `scores.safetensors`; `compress --resume` goes on from there."""
-    return compress(replace(options, stages=("plan",)), progress)
 
 
 def apply_saved_plan(model: str, plan_file: Path, out: Path, trust_remote_code: bool = False) -> Plan:
@@ -141,7 +146,7 @@ def evaluate_checkpoint(
     return Evaluation(quality, other, compare(other, quality, options.seed), blind)
 
 
-def _compress(options: CompressOptions, progress: Progress) -> Result:
+def _compress(options: CompressOptions, progress: Progress, plan_only: bool) -> Result:
     """Whatever can be refused is refused first; then the folder is touched, by the first process."""
     out, identity, run = options.out, options.identity(), None
     if processes.rank() == 0:
@@ -150,21 +155,26 @@ def _compress(options: CompressOptions, progress: Progress) -> Result:
     training = cache(partial(read_trained, options, data))
     if run is not None and not run.finished("plan"):
         check_plan(options)
-        if options.recover != "none" and "recover" in options.stages:
+        if options.recover != "none" and not plan_only:
             training()
             check_models(options)
     with run.begun() if run is not None else nullcontext():
         processes.wait_for_all()
         run = run or RunFolder(out, identity, resume=True, writer=False)
-        return _run_stages(run, options, data, training, progress)
+        plan = plan_stage(run, options, data, progress)
+        if plan_only:
+            return Result(out, plan, None, {}, len(data.bad), data.left_out)
+        return _after_plan(run, options, plan, data, training, progress)
 
 
-def _run_stages(
-    run: RunFolder, options: CompressOptions, data: Measured, training: Callable[[], Trained], progress: Progress
+def _after_plan(
+    run: RunFolder,
+    options: CompressOptions,
+    plan: Plan,
+    data: Measured,
+    training: Callable[[], Trained],
+    progress: Progress,
 ) -> Result:
-    plan = plan_stage(run, options, data, progress)
-    if options.stages == ("plan",):
-        return Result(options.out, plan, None, {}, len(data.bad), data.left_out)
     if run.writer:
         slice_stage(run, options, plan, data, progress)
     processes.wait_for_all()
@@ -285,7 +295,7 @@ def _check(options: CompressOptions, result: Result) -> None:
     if "failed" in result.export:
         raise CheckFailedError(result.export["failed"], result)
     limit, compared = options.max_quality_drop, result.comparison
-    if compared and limit is not None and (drop := 100 * compared.drop) > limit:
+    if compared and limit is not None and not (drop := 100 * compared.drop) <= limit:  # a drop of NaN is one, too
         raise CheckFailedError(
             f"quality fell by {drop:.1f} points, more than --max-quality-drop {limit:g}; "
             f"the files are kept in {options.out}; remove less",

@@ -12,7 +12,7 @@ from slimvlm.compress.decoding import decode_fields
 
 STAGES = ("plan", "slice", "recover", "evaluate", "export", "profile")
 NOT_IDENTITY = (  # not what the model is made of
-    "out", "device", "resume", "overwrite", "stages", "max_quality_drop", "export", "profile", "trust_remote_code"
+    "out", "device", "resume", "overwrite", "max_quality_drop", "export", "profile", "trust_remote_code"
 )  # fmt: skip
 PAPER_RECOVERY: Mapping[str, Any] = {  # UKMP's 50 % script
     "learning_rate": 2e-5, "schedule": "constant", "warmup": 50, "train_batch_size": 20, "reset_optimizer": True
@@ -102,7 +102,6 @@ class CompressOptions(RecoverOptions):
         export: formats to export the slim model in; none where it is empty; None: TorchScript, and ONNX where its
             packages are installed.
         profile: measure latency and memory of the dense and the slim model.
-        stages: the stages to run.
         max_quality_drop: largest accepted loss in points of the mean metric; crossing it is a failed check.
     """
 
@@ -140,7 +139,6 @@ class CompressOptions(RecoverOptions):
     overwrite: bool = False
     export: tuple[str, ...] | None = None
     profile: bool = True
-    stages: tuple[str, ...] = STAGES
 
     def resolved(self) -> CompressOptions:
         """The same options with `faithful` spelled out; what was asked of the training otherwise stays."""

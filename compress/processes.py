@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import os
+import re
 
 import torch
 from torch import distributed
 
-from slimvlm.compress.errors import DeviceError
+from slimvlm.compress.errors import DeviceError, UnsuitableOptionError, foreign
+
+LAUNCH = "start several processes by torchrun or accelerate launch, or unset WORLD_SIZE for one"
 
 
 def join() -> None:
     """Join the process group the launcher describes; does nothing in a single process or when already joined."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
-        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if numbered("WORLD_SIZE", 1) > 1 and not distributed.is_initialized():
+        with foreign("the processes find no other", LAUNCH, UnsuitableOptionError):
+            distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def numbered(name: str, default: int) -> int:
+    """A number that a launcher puts into the environment.
+
+    Raises:
+        UnsuitableOptionError: it is none.
+    """
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return default
+    if not re.fullmatch("[0-9]{1,6}", text):
+        raise UnsuitableOptionError(f"the environment says {name}={text[:40]!r}, which is no number; {LAUNCH}")
+    return int(text)
 
 
 def leave() -> None:
@@ -48,5 +66,5 @@ def pick_device(asked: str) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise DeviceError(f"device {asked!r} is not available here; use --device cpu")
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        return torch.device("cuda", numbered("LOCAL_RANK", device.index or 0))
     return device

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from slimvlm.compress.errors import CheckFailedError, SlimvlmError
+from slimvlm.compress.errors import CheckFailedError, SlimvlmError, is_out_of_memory, one_line
 
 
 class Refused(click.ClickException):
@@ -44,3 +44,10 @@ class Commands(click.Group):
             raise Refused(str(error)) from error
         except KeyboardInterrupt:
             raise Interrupted("interrupted; what was finished is kept") from None
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise Refused(
+                f"memory ended ({one_line(error)}); free some, or take less at once (--batch-size, --grad-memory, a "
+                "smaller model); what was finished is kept"
+            ) from error

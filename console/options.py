@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import click
 
 from slimvlm.compress.options import CompressOptions
-from slimvlm.console.values import Device, ImageSize, Listed, Names, Share, Size, shares
+from slimvlm.console.values import (
+    MOST,
+    Count,
+    Device,
+    ImageSize,
+    Listed,
+    Location,
+    Name,
+    Names,
+    Number,
+    Share,
+    Size,
+    Text,
+    shares,
+)
 from slimvlm.export.options import DTYPES as EXPORTED_DTYPES
 from slimvlm.export.options import EXPORTERS, FUSIONS, QUANTIZED
 from slimvlm.serve.options import DTYPES as MEASURED_DTYPES
@@ -56,15 +69,18 @@ def together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return decorate
 
 
-PATH = click.Path(path_type=Path)
-FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-FILE_OR_FOLDER = click.Path(exists=True, path_type=Path)
-FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
-COUNT = click.IntRange(min=1)
-FRACTION = click.FloatRange(0, 1)
-RATIO = click.FloatRange(0, 1, min_open=True, max_open=True)
-RATIO_OR_ALL = click.FloatRange(0, 1, min_open=True)
-POSITIVE = click.FloatRange(0, min_open=True)
+PATH = Location()
+FILE = Location(exists=True, dir_okay=False)
+FILE_OR_FOLDER = Location(exists=True)
+FOLDER = Location(exists=True, file_okay=False)
+NAME = Name()
+TEXT = Text()
+COUNT = Count()
+SEED = Count(0, 2**32 - 1)
+FRACTION = Number(0, 1)
+RATIO = Number(0, 1, min_open=True, max_open=True)
+RATIO_OR_ALL = Number(0, 1, min_open=True)
+POSITIVE = Number(0, min_open=True)
 RECIPES = "lpd, a sum of sft, kl, rkl and hidden as sft+0.5*kl, or none."
 
 remote_code = option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint brings.")
@@ -76,7 +92,7 @@ model_options = together(
 sample_options = together(
     option("--data", type=FILE_OR_FOLDER, required=True, help="JSONL, LLaVA JSON, image folder or dataset directory."),
     option("--batch-size", type=COUNT, help="Samples per batch; squares are per batch in fisher, second and mix."),
-    option("--seed", type=int, help="Of the choice of samples, and of random scores."),
+    option("--seed", type=SEED, help="Of the choice of samples, and of random scores."),
     option("--max-bad-samples", type=FRACTION, help="Fraction of unreadable samples skipped before data is refused."),
 )
 plan_options = together(
@@ -99,27 +115,27 @@ plan_options = together(
     option("--entropy/--no-entropy", default=None, help="Ablation: weigh by the entropy of output angles."),
     option("--taylor", type=click.Choice(TAYLORS), help="Ablation: variant of the criteria ukmi and taylor."),
 )
-recover_option = option("--recover", metavar="RECIPE", help=RECIPES)
+recover_option = option("--recover", type=TEXT, metavar="RECIPE", help=RECIPES)
 steps_option = option("--steps", type=COUNT, help="Optimiser steps of the recovery; else what --epochs needs.")
 recover_options = together(
     recover_option,
     option("--recover-data", type=FILE_OR_FOLDER, help="Samples to train on; else those of --data not evaluated."),
     option("--data-fraction", type=RATIO_OR_ALL, help="Train on this share of them, drawn by --seed."),
     option("--validation-samples", type=COUNT, help="Held out, by image, to keep the best state."),
-    option("--teacher", metavar="MODEL", help="Learn from this checkpoint; else from the dense model."),
+    option("--teacher", type=NAME, metavar="MODEL", help="Learn from this checkpoint; else from the dense model."),
     option("--train", type=click.Choice(TRAINED), help="What is trained."),
     option("--rank", type=COUNT, help="Of the low-rank update."),
     option("--recall-rank", type=COUNT, help="Of the branch through the pruned weights."),
     option("--alpha", type=POSITIVE, help="Updates are scaled by alpha / rank."),
-    option("--dropout", type=click.FloatRange(0, 1, max_open=True), help="On the input of the low-rank update."),
-    option("--targets", multiple=True, metavar="NAME", help="Adapt linears of these names only; repeatable."),
+    option("--dropout", type=Number(0, 1, max_open=True), help="On the input of the low-rank update."),
+    option("--targets", type=TEXT, multiple=True, metavar="NAME", help="Adapt linears of these names; repeatable."),
     option("--recall/--no-recall", default=True, help="Recall the pruned weights."),
     option("--staged/--not-staged", default=True, help="lpd: supervise ever more blocks, or all of them at once."),
     option("--feature-share", type=RATIO, help="lpd: samples for the stages before the answers; else a fifth."),
     option("--temperature", type=POSITIVE, help="Of the losses kl and rkl."),
     option(
         "--hidden-states",
-        type=int,
+        type=Count(-MOST),
         multiple=True,
         metavar="INDEX",
         help="Compared by the loss hidden: -1 is the last, 0 the embeddings; repeatable.",
@@ -130,8 +146,8 @@ recover_options = together(
     option("--accumulate", type=COUNT, help="Compute a batch in so many parts."),
     option("--learning-rate", type=POSITIVE, help="Else by what is trained, falling with the model's width."),
     option("--schedule", type=click.Choice(SCHEDULES), help="Of the learning rate after the warm-up."),
-    option("--warmup", type=click.IntRange(min=0), help="Steps of linear warm-up."),
-    option("--weight-decay", type=click.FloatRange(min=0), help="Of matrices."),
+    option("--warmup", type=Count(0), help="Steps of linear warm-up."),
+    option("--weight-decay", type=Number(min=0), help="Of matrices."),
     option("--clip", type=POSITIVE, help="Largest norm of the gradient."),
     option("--reset-optimizer/--keep-optimizer", default=None, help="Begin each stage with a fresh optimiser."),
     option("--precision", type=click.Choice(PRECISIONS), help="Of matrix products in training."),
@@ -151,7 +167,7 @@ evaluation_options = together(
 )
 quality_limit = option(
     "--max-quality-drop",
-    type=click.FloatRange(min=0),
+    type=Number(min=0),
     metavar="POINTS",
     help="Exit with 4 if quality falls by more.",
 )
@@ -167,7 +183,7 @@ export_options = together(
     click.option("--format", "formats", type=Names(), metavar="NAMES", default="onnx", help="onnx, torchscript, pt2."),
     click.option("--dtype", type=click.Choice(EXPORTED_DTYPES), default="fp32", help="Of weights and cache."),
     click.option("--quantize", type=click.Choice(QUANTIZED), help="A second set of ONNX graphs with int8 weights."),
-    click.option("--opset", type=int, default=20, help="Of the ONNX graphs."),
+    click.option("--opset", type=Count(), default=20, help="Of the ONNX graphs."),
     click.option("--exporter", type=click.Choice(EXPORTERS), default="auto", help="auto falls back to torchscript."),
     click.option("--fuse", type=click.Choice(FUSIONS), help="ONNX Runtime's fused operators for this device."),
     click.option("--image-size", type=ImageSize(), metavar="HxW", help="Of families with one fixed grid."),
@@ -176,16 +192,16 @@ export_options = together(
     click.option("--max-new-tokens", type=COUNT, default=16, help="Longest generation in these checks."),
     click.option("--aoti", is_flag=True, help="Compile the torch.export programs (needs a C++ compiler)."),
     click.option("--bundle", is_flag=True, help="Add a README, and the folder as OUT.tar."),
-    click.option("--seed", type=int, default=0, help="Of the choice of samples."),
+    click.option("--seed", type=SEED, default=0, help="Of the choice of samples."),
     click.option("--overwrite", is_flag=True, help="Replace an earlier export."),
     remote_code,
 )
 profile_options = together(
-    profile_option("--against", metavar="MODEL", help="The dense model; else SLIM is measured alone."),
+    profile_option("--against", type=NAME, metavar="MODEL", help="The dense model; else SLIM is measured alone."),
     profile_option(
         "--backend", type=Names(), metavar="NAMES", help="torch, onnx, torchscript; a variant as onnx:int8."
     ),
-    profile_option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N."),
+    profile_option("--device", type=Device(), metavar="DEVICE", help="auto, cpu, cuda or cuda:N."),
     profile_option("--provider", type=click.Choice(PROVIDERS), help="Of ONNX Runtime; auto is the device's own."),
     profile_option("--threads", type=COUNT, help="On the CPU; else as many as physical cores."),
     profile_option(
@@ -202,7 +218,7 @@ profile_options = together(
     profile_option("--rounds", type=COUNT, help="At most so many turns of each model per cell."),
     profile_option("--cell-seconds", type=POSITIVE, help="No new start of a cell after so long."),
     profile_option("--data", type=FILE_OR_FOLDER, help="Images and questions to use; else noise."),
-    profile_option("--seed", type=int, help="Of generated inputs."),
+    profile_option("--seed", type=SEED, help="Of generated inputs."),
     profile_option("--max-ttft-ms", type=POSITIVE, help="Exit with 4 if the slim model's first token takes longer."),
     profile_option("--max-tpot-ms", type=POSITIVE, help="Exit with 4 if a later token takes longer."),
     profile_option("--max-memory", type=Size(), metavar="SIZE", help="Exit with 4 if the slim model takes more."),

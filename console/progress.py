@@ -1,7 +1,8 @@
-"""Progress on stderr, of the first of several processes."""
+"""Progress on stderr, of the first of several processes, and what the streams take."""
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
@@ -13,6 +14,13 @@ import click
 
 Progress = Callable[..., None]  # stage, done, total, note
 QUIET_SECONDS = 30  # at most so long nothing is said where there is no terminal
+
+
+def print_anything() -> None:
+    """Characters that a terminal cannot show are escaped, and bytes that are no text replaced: file names hold both."""
+    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
 
 
 def is_first_process() -> bool:

@@ -1,9 +1,12 @@
-"""Values of options: amounts of memory, shares, devices."""
+"""Values of options: numbers, paths, names, amounts of memory, shares, devices; what nothing can take is refused."""
 
 from __future__ import annotations
 
+import math
 import re
+import stat
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -14,6 +17,95 @@ SIZE_UNITS = {"": 1, "B": 1} | {
     for power, prefix in enumerate("KMGT", start=1)
     for suffix, base in (("", 1000), ("B", 1000), ("IB", 1024))
 }
+
+MOST = 2**31 - 1  # of what is counted
+LARGEST_SIDE = 8192  # pixels; images of more than 64 Mi pixels are not read
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes
+
+
+class Count(click.IntRange):
+    """A whole number from `least` to what every library counts to."""
+
+    name = "integer"
+
+    def __init__(self, least: int = 1, most: int | None = None) -> None:
+        super().__init__(least, most)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number."""
+        number = super().convert(_short(value), param, ctx)
+        if number > MOST and self.max is None:
+            self.fail(f"{number:.3g} is not at most {MOST}.", param, ctx)
+        return number
+
+
+class Number(click.FloatRange):
+    """A number in a range; never NaN, which lies in every range, and never infinite."""
+
+    name = "float"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number."""
+        number = super().convert(_short(value), param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
+
+class Text(click.ParamType):
+    """Any text that UTF-8 can write; of arguments that are not, the shell passes on the bytes."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The text itself."""
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            self.fail(f"{value!a} is not UTF-8.", param, ctx)
+        return value
+
+
+class Name(Text):
+    """A folder, or a name on the hub."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The name itself."""
+        if fault := _path_fault(super().convert(value, param, ctx)):
+            self.fail(f"{fault}.", param, ctx)
+        return value
+
+
+class Location(click.Path):
+    """A path that can be one; with `exists` also that it is a file or a folder, and no pipe or device."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(path_type=Path, **settings)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path."""
+        if fault := _path_fault(Text().convert(str(value), param, ctx)):
+            self.fail(f"{fault}.", param, ctx)
+        path: Path = super().convert(value, param, ctx)
+        if self.exists and not (stat.S_ISREG(mode := path.stat().st_mode) or stat.S_ISDIR(mode)):
+            self.fail(f"{str(value)!r} is neither a file nor a folder.", param, ctx)
+        return path
+
+
+def _path_fault(text: str) -> str | None:
+    """Why a text names nothing on any file system."""
+    if not text.strip():
+        return "the name is empty"
+    if "\0" in text:
+        return f"{text!r} holds a zero byte"
+    if len(text.encode()) > LONGEST_PATH or any(len(part.encode()) > LONGEST_NAME for part in text.split("/")):
+        return f"{_short(text)!r} is too long for a path: {LONGEST_NAME} bytes a name, {LONGEST_PATH} in all"
+    return None
+
+
+def _short(value: Any) -> Any:
+    """A text short enough to be named in a message; none longer is a number."""
+    return f"{value[:40]}..." if isinstance(value, str) and len(value) > 400 else value
 
 
 class Size(click.ParamType):
@@ -27,9 +119,11 @@ class Size(click.ParamType):
             return value
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value.strip())
         unit = SIZE_UNITS.get(found.group(2).upper()) if found else None
-        if found is None or unit is None or float(found.group(1)) * unit < 1:
-            self.fail(f"{value!r} is not a size; write for example 8GB, 512MiB or a number of bytes.", param, ctx)
-        return int(float(found.group(1)) * unit)
+        if found is None or unit is None or not 1 <= (size := float(found.group(1)) * unit) < 2**63:
+            self.fail(
+                f"{_short(value)!r} is not a size; write for example 8GB, 512MiB or a number of bytes.", param, ctx
+            )
+        return int(size)
 
 
 class Share(click.ParamType):
@@ -54,7 +148,7 @@ class Share(click.ParamType):
         except ValueError:
             ratio = -1.0
         if not name or not 0 <= ratio < 1:
-            self.fail(f"{value!r} is not NAME=RATIO with a ratio from 0 to below 1, as vision=0.3.", param, ctx)
+            self.fail(f"{_short(value)!r} is not NAME=RATIO with a ratio from 0 to below 1, as vision=0.3.", param, ctx)
         if self.names and name not in self.names:
             self.fail(f"{name!r} is not one of {', '.join(self.names)}.", param, ctx)
         return name, ratio
@@ -67,8 +161,8 @@ class Device(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """The device's name."""
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
-            self.fail(f"{value!r} is not one of auto, cpu, cuda, cuda:N.", param, ctx)
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,2})?", value):
+            self.fail(f"{_short(value)!r} is not one of auto, cpu, cuda, cuda:N.", param, ctx)
         return value
 
 
@@ -94,10 +188,11 @@ class ImageSize(click.ParamType):
         """(height, width)."""
         if isinstance(value, tuple):
             return value
-        found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", value.strip())
-        if not found:
-            self.fail(f"{value!r} is not HEIGHTxWIDTH in pixels, as 224x224.", param, ctx)
-        return int(found.group(1)), int(found.group(2))
+        found = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", value.strip())
+        if not found or max(size := (int(found.group(1)), int(found.group(2)))) > LARGEST_SIDE:
+            at_most = f"as 224x224, each at most {LARGEST_SIDE}"
+            self.fail(f"{_short(value)!r} is not HEIGHTxWIDTH in pixels, {at_most}.", param, ctx)
+        return size
 
 
 class Listed(click.ParamType):

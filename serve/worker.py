@@ -19,14 +19,10 @@ from multiprocessing.connection import Connection
 from types import ModuleType
 from typing import Any
 
-import torch
-
-from slimvlm.compress.errors import SlimvlmError
+from slimvlm.compress.errors import SlimvlmError, is_out_of_memory, one_line
 from slimvlm.serve.bench import Bench, Source
 from slimvlm.serve.profile import FAILED, OUT_OF_MEMORY
 
-# What runtimes say when an allocation fails, besides raising MemoryError and torch.OutOfMemoryError.
-EXHAUSTED = ("allocate memory", "not enough memory", "failed to allocate", "out of memory", "bad_alloc", "bad alloc")
 # What takes seconds to import and every worker needs.
 PRELOADED = ("slimvlm.serve.worker", "transformers.modeling_utils", "transformers.generation")
 PATIENCE = 10.0  # seconds a process is given to end when asked to
@@ -143,10 +139,5 @@ def _answer(bench: Bench, name: str, arguments: tuple[Any, ...]) -> tuple[str, A
     except SlimvlmError as error:
         return "refused", error
     except Exception as error:  # whatever a runtime raises: the cell is lost, the others are not
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
-        return (OUT_OF_MEMORY if _is_exhausted(error) else FAILED), f"{type(error).__name__}: {reason}"
-
-
-def _is_exhausted(error: BaseException) -> bool:
-    said = str(error).lower()
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in said for words in EXHAUSTED)
+        status = OUT_OF_MEMORY if is_out_of_memory(error) else FAILED
+        return status, f"{type(error).__name__}: {one_line(error)}"

@@ -9,7 +9,7 @@ from typing import Any
 
 from slimvlm.compress import processes
 from slimvlm.compress.budget import Budget
-from slimvlm.compress.calibrate import CalibrationOptions
+from slimvlm.compress.calibrate import GRADIENT_SALIENCIES, CalibrationOptions
 from slimvlm.compress.checkpoint import build_meta
 from slimvlm.compress.collate import Collator, collated
 from slimvlm.compress.computing import load_to_compute
@@ -41,13 +41,19 @@ def chosen_criterion(options: CompressOptions) -> Criterion:
     """The criterion with the asked ablations applied.
 
     Raises:
-        UnsuitableOptionError: a Taylor variant of a criterion that is no Taylor expansion.
+        UnsuitableOptionError: an ablation of a criterion that does not have what it changes.
     """
     criterion = CRITERIA[options.criterion]
     if options.taylor is not None and criterion.saliency != "first":
         raise UnsuitableOptionError(
             f"--taylor {options.taylor} is a variant of the criteria ukmi or taylor, not of {criterion.name}; "
             "choose one of them with --criterion, or leave --taylor out"
+        )
+    ablations = [name for name in ("threshold", "entropy") if getattr(options, name) is not None]
+    if ablations and criterion.saliency not in GRADIENT_SALIENCIES:
+        raise UnsuitableOptionError(
+            f"--{ablations[0]} changes which tokens count, and {criterion.name} sees none: it scores without samples; "
+            f"choose another --criterion, or leave --{ablations[0]} out"
         )
     changes: dict[str, Any] = {}
     if options.threshold is not None:
