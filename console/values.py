@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import stat
 from collections.abc import Sequence
@@ -86,7 +87,7 @@ class Location(click.Path):
         """The path."""
         if fault := _path_fault(Text().convert(str(value), param, ctx)):
             self.fail(f"{fault}.", param, ctx)
-        path = Path(super().convert(str(value), param, ctx))
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
         if self.exists and not (stat.S_ISREG(mode := path.stat().st_mode) or stat.S_ISDIR(mode)):
             self.fail(f"{str(value)!r} is neither a file nor a folder.", param, ctx)
         return path
