@@ -47,6 +47,7 @@ from slimvlm.demo import MODEL, SAMPLES
 from slimvlm.demo.scenes import TRAIN_MIX, questions, scenes
 from slimvlm.demo.sources import fetch, load_sprites
 
+VALIDATION = 256
 BASE = CompressOptions(model=str(MODEL), out=Path("unused"), data=SAMPLES / "train.jsonl", device="cpu")
 PLAIN = {"recall": False}
 PAPER = {"recover": "lpd+0*hidden", "feature_share": 200 / 475}
@@ -150,7 +151,7 @@ def calibration(seed: int) -> Sequence[Sample]:
 def samples_of(data: str, seed: int, count: int, folder: Path | None) -> Trained:
     """`count`: how many a training of the asked steps can use; more is only made of fresh scenes."""
     packaged = packaged_samples()
-    training, validation = hold_out(packaged, BASE.validation_samples)
+    training, validation = hold_out(packaged, VALIDATION)
     if data == "5%":
         training = random.Random(seed).sample(training, len(training) // 20)
     elif data == "fresh":

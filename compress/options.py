@@ -27,7 +27,8 @@ class RecoverOptions:
         recover: `lpd` (the paper's progressive distillation), a sum of losses (`sft+0.5*kl`), or `none`.
         recover_data: samples to train on; default: those of `data` that are not evaluated with.
         data_fraction: seeded share of them that is used.
-        validation_samples: so many are held out, by image, to choose the best state.
+        validation_samples: so many are held out, by image, to choose the best state; None: at most 256, and so few that
+            validations read at most 15 % of what the training reads.
         teacher: checkpoint to learn from; default: the dense model.
         train: `lora`, `projector`, `lora+projector` or `full`.
         rank, recall_rank, alpha, dropout, targets: of the low-rank layers; no targets: every linear that can be cut.
@@ -50,7 +51,7 @@ class RecoverOptions:
     recover: str = "lpd"
     recover_data: Path | None = None
     data_fraction: float = 1.0
-    validation_samples: int = 256
+    validation_samples: int | None = None
     teacher: str | None = None
     train: str = "lora"
     rank: int = 8

@@ -290,15 +290,22 @@ def compare(
     )
 
 
-def untold(dense: Quality, blind: Quality | None, seed: int = 0) -> tuple[str, ...]:
-    """The tasks that tell nothing of a cut: the dense model is not measurably better there than without its image.
+def untold(dense: Quality, blind: Quality | None, slim: Quality | None = None, seed: int = 0) -> tuple[str, ...]:
+    """The tasks that tell nothing of a cut: the dense model is not measurably better there than without its image, nor
+    measurably other than the slim one.
 
     Args:
         blind: the dense model with images shuffled, on the same questions; None: nothing is known.
     """
-    if blind is None:
-        return ()
-    return tuple(task for task in dense.tasks if compare(blind.of_task(task), dense.of_task(task), seed).low <= 0)
+    return () if blind is None else tuple(task for task in dense.tasks if not _tells(task, dense, blind, slim, seed))
+
+
+def _tells(task: str, dense: Quality, blind: Quality, slim: Quality | None, seed: int) -> bool:
+    asked = dense.of_task(task)
+    if compare(blind.of_task(task), asked, seed).low > 0:
+        return True
+    change = None if slim is None else compare(asked, slim.of_task(task), seed)
+    return change is not None and (change.low > 0 or change.high < 0)
 
 
 def image_numbers(rows: Sequence[Row]) -> np.ndarray:

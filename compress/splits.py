@@ -15,6 +15,10 @@ from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.samples import BadSample, Sample, SampleSet, digest_of, load_samples
 
 HELD_OUT = 512  # samples of --data kept for the comparison when no --eval-data is given
+# To validate a sample (its right answer read, its own answer generated) costs about what it costs to train on it.
+VALIDATED = 0.15  # samples validated, over all validations, for every sample trained on
+VALIDATIONS, VALIDATION_SAMPLES = 8, 256  # at most, besides those before and after the training
+FEW = 64  # samples, below which there are rather fewer validations than smaller ones
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Trained:
     """Samples to train on, and samples to choose the best state with.
 
     Attributes:
+        validations: during the training; one before it and one of the merged weights come on top.
         left_out: samples not used because the evaluation shows their image.
     """
 
@@ -47,6 +52,7 @@ class Trained:
     validation: Sequence[Sample]
     digest: str
     bad: tuple[BadSample, ...]
+    validations: int = VALIDATIONS
     left_out: int = 0
 
 
@@ -87,10 +93,11 @@ def read_trained(options: CompressOptions, measured: Measured) -> Trained:
     """
     limit = None
     if options.steps is not None and options.data_fraction == 1:  # more cannot be used
-        limit = options.steps * options.train_batch_size + options.validation_samples + len(measured.evaluation)
+        limit = options.steps * options.train_batch_size + VALIDATION_SAMPLES + len(measured.evaluation)
     read = _load(options, options.recover_data or options.data, limit)
     usable = _without(read.samples, measured.evaluation if measured.held_out else ())
-    training, validation = hold_out(usable, min(options.validation_samples, max(1, len(usable) // 4)))
+    size, validations = validation_of(options, len(usable))
+    training, validation = hold_out(usable, min(size, max(1, len(usable) // 4)))
     if not validation:
         raise SampleError(
             f"the {len(usable)} samples to train on show fewer than two images, and one is held out to choose the best "
@@ -104,7 +111,27 @@ def read_trained(options: CompressOptions, measured: Measured) -> Trained:
             "--train-batch-size, or leave the recovery out with --recover none"
         )
     left_out = len(read.samples) - len(usable)
-    return Trained(_drawn(training, count, options.seed), validation, read.digest, read.bad, left_out)
+    return Trained(_drawn(training, count, options.seed), validation, read.digest, read.bad, validations, left_out)
+
+
+def validation_of(options: CompressOptions, usable: int) -> tuple[int, int]:
+    """(samples of a validation, validations during the training): what was asked for, else so few that all validations
+    together read at most VALIDATED of what the training reads. Counted, not timed, so the same every time.
+
+    Args:
+        usable: samples there are to train on and to validate with.
+    """
+    read = options.epochs * options.data_fraction * usable
+    if options.steps is not None:
+        read = options.steps * options.train_batch_size
+    room = VALIDATED * read
+    if options.validate_every is not None:
+        steps = max(1, round(read / options.train_batch_size))
+        times = -(-steps // options.validate_every)
+    else:
+        each = options.validation_samples or FEW
+        times = min(max(int(room / each) - 2, 1), VALIDATIONS)
+    return options.validation_samples or min(max(int(room / (times + 2)), 1), VALIDATION_SAMPLES), times
 
 
 def hold_out(samples: Sequence[Sample], count: int) -> tuple[list[Sample], list[Sample]]:

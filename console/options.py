@@ -121,7 +121,7 @@ recover_options = together(
     recover_option,
     option("--recover-data", type=FILE_OR_FOLDER, help="Samples to train on; else those of --data not evaluated."),
     option("--data-fraction", type=RATIO_OR_ALL, help="Train on this share of them, drawn by --seed."),
-    option("--validation-samples", type=COUNT, help="Held out, by image, to keep the best state."),
+    option("--validation-samples", type=COUNT, help="Held out, by image, to keep the best state; else by the steps."),
     option("--teacher", type=NAME, metavar="MODEL", help="Learn from this checkpoint; else from the dense model."),
     option("--train", type=click.Choice(TRAINED), help="What is trained."),
     option("--rank", type=COUNT, help="Of the low-rank update."),
@@ -153,7 +153,7 @@ recover_options = together(
     option("--precision", type=click.Choice(PRECISIONS), help="Of matrix products in training."),
     option("--gradient-checkpointing", is_flag=True, help="Less memory for more time."),
     option("--checkpoint-every", type=COUNT, help="Steps between states that --resume continues from."),
-    option("--validate-every", type=COUNT, help="Steps between validations; else an eighth of all."),
+    option("--validate-every", type=COUNT, help="Steps between validations; else at least an eighth of all."),
     option("--patience", type=COUNT, help="Stop after so many validations without improvement."),
     option("--teacher-cache", type=Size(), metavar="SIZE", help="Keep so much of the teacher's outputs on disk."),
 )

@@ -62,6 +62,7 @@ def percent(fraction: float) -> str:
 def show_compression(result: Result, *, as_json: bool) -> None:
     """What `compress` gave: sizes and quality before and after, seconds per stage, and where the files are."""
     plan, comparison = result.plan, result.comparison
+    untold = _untold(result.dense, result.blind, result.slim, comparison.seed if comparison else 0)
     if as_json:
         quality = comparison.to_dict() if comparison else None
         print_json(
@@ -71,7 +72,7 @@ def show_compression(result: Result, *, as_json: bool) -> None:
                 "quality": quality,
                 "quality_before_recovery": result.cut.score if result.cut else None,
                 "blind": result.blind.score if result.blind else None,
-                "tasks_that_tell_nothing": list(_untold(result.dense, result.blind, comparison)),
+                "tasks_that_tell_nothing": list(untold),
                 "recovery": result.recovery,
                 "export": result.export,
                 "speed": [
@@ -92,7 +93,6 @@ def show_compression(result: Result, *, as_json: bool) -> None:
     if comparison:
         rows.append(_quality_row(comparison))
     if comparison and result.dense and result.slim:
-        untold = _untold(result.dense, result.blind, comparison)
         rows.extend(_task_rows(result.dense, result.slim, comparison.metric, untold))
     print_table(("", "before", "after", "change"), rows)
     _print_removed(plan)
@@ -157,7 +157,7 @@ def show_plan(plan: Plan, written: Path, *, as_json: bool) -> None:
 def show_quality(evaluation: Evaluation, seed: int, *, as_json: bool) -> None:
     """Scores per task, their mean, the difference to another model where one was given, and what needs no image."""
     quality, against, comparison, blind = evaluation
-    untold = _untold(against or quality, blind, comparison, seed)
+    untold = _untold(against or quality, blind, quality if against else None, seed)
     if as_json:
         documents = {"quality": quality, "comparison": comparison, "blind": blind}
         found = {name: None if one is None else one.to_dict() for name, one in documents.items()}
@@ -277,19 +277,17 @@ def _quality_row(comparison: Comparison) -> tuple[str, ...]:
     return name, *(percent(figure) for figure in figures), "{:+.1f} points ({:+.1f} to {:+.1f})".format(*points)
 
 
-def _untold(
-    dense: Quality | None, blind: Quality | None, comparison: Comparison | None, seed: int = 0
-) -> Sequence[str]:
+def _untold(dense: Quality | None, blind: Quality | None, slim: Quality | None, seed: int) -> Sequence[str]:
     from slimvlm.compress.quality import untold
 
-    return untold(dense, blind, comparison.seed if comparison else seed) if dense else ()
+    return untold(dense, blind, slim, seed) if dense else ()
 
 
 def _print_blind(blind: Quality, untold: Sequence[str]) -> None:
     print_line(f"blind    {percent(blind.score)}: what the dense model gets right with the images shuffled")
     if untold:
         tasks = ", ".join(untold) if len(blind.tasks) > 1 else "the evaluation"
-        print_line(f"         {tasks}: tells nothing, for there it is not measurably better with its own image")
+        print_line(f"         {tasks}: tells nothing, for there it is not measurably better with its own images")
 
 
 def _task_rows(dense: Quality, slim: Quality, metric: str, untold: Sequence[str]) -> list[tuple[str, ...]]:

@@ -60,6 +60,9 @@ def test_the_run_says_what_the_recovery_did(recovered) -> None:
     facts = json.loads((options.out / "run.json").read_text())["stages"]["recover"]
     assert facts["steps"] == 12
     assert facts["merged_difference"] <= 1e-5
+    assert facts["validations"] == 3
+    assert facts["validation_samples"] == pytest.approx(24, abs=4)  # whole images
+    assert 0 < facts["validation_seconds"] < facts["seconds"]
     assert facts["reload_difference"] == 0
     lines = [json.loads(line) for line in (options.out / "recovery.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))

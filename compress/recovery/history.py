@@ -35,6 +35,7 @@ class History:
         helped: whether training improved the validation; if not, the student has its starting weights again.
         peak_memory_bytes: of this process: resident memory on a CPU (since it started), allocated on a GPU.
         stages: name, steps, seconds, tokens, first and last loss of each stage that was reached.
+        validations, validation_seconds: how many there were (before, during and at the end), and how long they took.
     """
 
     steps: int
@@ -50,6 +51,8 @@ class History:
     helped: bool
     peak_memory_bytes: int
     stages: tuple[dict[str, Any], ...]
+    validations: int
+    validation_seconds: float
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -75,6 +78,8 @@ class Facts:
     streak: int = 0
     stale: int = 0
     validated: int = -1
+    validations: int = 0
+    validation_seconds: float = 0.0
     best_step: int = 0
     best_file: str = ""
     best: Score | None = None
@@ -116,6 +121,8 @@ class Facts:
             helped=self.best_step > 0,
             peak_memory_bytes=peak,
             stages=tuple(self.stages),
+            validations=self.validations,
+            validation_seconds=self.validation_seconds,
         )
 
 

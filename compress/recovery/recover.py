@@ -37,7 +37,6 @@ from slimvlm.compress.splits import Trained
 # validation split of the demo set; at a hidden size of 4096 it gives the 1e-4 (LoRA) and 2e-5 (all) of common practice.
 RATE_TIMES_WIDTH = {"lora": 0.5, "projector": 0.5, "lora+projector": 0.5, "full": 0.1}
 EAGER_TOKENS = 512  # on a CPU, eager attention is the faster one to train with up to about so many tokens
-VALIDATIONS = 8
 
 Report = Callable[[dict[str, Any]], None]  # the facts of one step
 
@@ -79,7 +78,7 @@ def recover(
         make_stages(loaded.family, depths, recipe),
         lambda indices: collator.training([data.training[index] for index in indices]),
         len(data.training),
-        _train_options(options, recipe, loaded, len(data.training)),
+        _train_options(options, recipe, loaded, data),
         folder,
         validate=lambda: _score(options, distiller.student, collator, data.validation),
         progress=report,
@@ -181,14 +180,14 @@ def _cache(options: CompressOptions, data: Trained, loaded: Loaded) -> TeacherCa
     if options.teacher_cache is None:
         return None
     _, digest = locate(options.teacher or options.model)
-    drawn = f"{options.seed} {options.data_fraction} {options.validation_samples}"
+    drawn = f"{options.seed} {options.data_fraction} {len(data.validation)}"
     collation = f"{digest} {data.digest} {drawn} {options.dtype} {_precision(options.precision, _device(loaded))}"
     name = hashlib.sha256(collation.encode()).hexdigest()[:16]
     return TeacherCache(options.out / "teacher" / name, options.teacher_cache)
 
 
-def _train_options(options: CompressOptions, recipe: Recipe, loaded: Loaded, count: int) -> TrainOptions:
-    steps = options.steps or max(1, round(options.epochs * count / options.train_batch_size))
+def _train_options(options: CompressOptions, recipe: Recipe, loaded: Loaded, data: Trained) -> TrainOptions:
+    steps = options.steps or max(1, round(options.epochs * len(data.training) / options.train_batch_size))
     width = loaded.model.config.get_text_config().hidden_size
     return TrainOptions(
         steps=steps,
@@ -201,7 +200,7 @@ def _train_options(options: CompressOptions, recipe: Recipe, loaded: Loaded, cou
         clip=options.clip,
         mixed_precision=_precision(options.precision, _device(loaded)),
         checkpoint_every=options.checkpoint_every,
-        validate_every=options.validate_every or max(1, -(-steps // VALIDATIONS)),
+        validate_every=options.validate_every or max(1, -(-steps // data.validations)),
         patience=options.patience,
         gradient_checkpointing=options.gradient_checkpointing,
         seed=options.seed,

@@ -207,6 +207,8 @@ class _Run:
         last_stage = facts.step > 0 and self.schedule.index(facts.step - 1) == len(self.job.stages) - 1
         facts.stale = 0 if better else facts.stale + last_stage
         seconds = round(time.perf_counter() - began, 6)
+        facts.validations += 1
+        facts.validation_seconds += seconds
         shown = (None, None) if score == WORST else score
         self.journal.write({"step": facts.step, "validation": shown, "best": better, "seconds": seconds})
 

@@ -55,7 +55,8 @@ def recover_stage(
     with _kept_if_refused(run, earlier, asked), run.stage("recover", options=asked) as facts:
         recovered = recover(options, plan, start, trained, folder, lambda fact: _tell(progress, fact))
         facts.update(recovered.history.to_dict(), merged_difference=recovered.merged_difference)
-        facts.update(samples=len(trained.training), left_out_samples=trained.left_out, data_digest=trained.digest)
+        facts.update(samples=len(trained.training), validation_samples=len(trained.validation))
+        facts.update(left_out_samples=trained.left_out, data_digest=trained.digest)
         if run.writer:
             facts["reload_difference"] = _save_recovered(run, options, plan, recovered.loaded, data)
             (folder / JOURNAL).replace(options.out / JOURNAL)

@@ -25,7 +25,7 @@ def quality_section(files: RunFiles) -> Section:
         return Section("quality", TITLE, (text,), findings=(Finding(text, "run.json: stages.evaluate", bad=True),))
     models, comparison = measured.models, measured.comparison
     by_task = {name: {task: one.of_task(task) for task in one.tasks} for name, one in models.items()}
-    nothing = untold(models["dense"], measured.blind, comparison.seed)
+    nothing = untold(models["dense"], measured.blind, models["slim"], comparison.seed)
     changes = _changes(by_task["dense"], by_task["slim"], comparison)
     estimates = {task: {name: _estimate(found[task]) for name, found in by_task.items()} for task in changes}
     return Section(

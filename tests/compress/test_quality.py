@@ -217,6 +217,8 @@ def test_a_task_tells_nothing_where_the_dense_model_is_no_better_with_its_image(
     blind = quality_of({"seen": [0.0] * 40, "guessed": [0.0, 1.0] * 20, "unable": [0.0] * 40})
     assert untold(dense, blind) == ("guessed", "unable")
     assert untold(dense, None) == ()
+    worse = quality_of({"seen": [0.0] * 40, "guessed": [0.0] * 40, "unable": [0.0] * 40})
+    assert untold(dense, blind, worse) == ("unable",)  # that guesses are lost is told
 
 
 def test_more_loss_is_a_drop() -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from slimvlm.compress.errors import SampleError
 from slimvlm.compress.evaluate import shuffle_images
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.samples import load_samples
-from slimvlm.compress.splits import hold_out, read_measured, read_trained
+from slimvlm.compress.splits import VALIDATED, hold_out, read_measured, read_trained, validation_of
 
 
 def write(folder: Path, names: Iterable[str]) -> Path:
@@ -82,3 +83,23 @@ def test_a_blind_evaluation_gives_no_sample_a_copy_of_its_own_image(tmp_path: Pa
         for sample, other in zip(samples, shuffle_images(samples, seed), strict=True):
             assert (sample.identity, sample.turns) == (other.identity, other.turns)
             assert sample.image.read_bytes() != other.image.read_bytes()
+
+
+@pytest.mark.parametrize("batch", [1, 16, 32])
+@pytest.mark.parametrize("steps", [2, 12, 60, 300, 5000, None])
+def test_validations_read_at_most_their_share_of_what_the_training_reads(steps: int | None, batch: int) -> None:
+    options = options_in(Path(), Path(), steps=steps, train_batch_size=batch, validation_samples=None)
+    size, times = validation_of(options, usable=4000)
+    read = 4000 if steps is None else steps * batch
+    assert (times + 2) * size <= max(VALIDATED * read, 3)  # three of a single sample are the least
+    assert 1 <= times <= 8
+    assert 1 <= size <= 256
+    assert (size >= 64) == (read >= 3 * 64 / VALIDATED)
+
+
+def test_validations_are_as_many_and_as_large_as_asked() -> None:
+    options = options_in(Path(), Path(), steps=12, validate_every=5, validation_samples=24)
+    assert validation_of(options, usable=1000) == (24, 3)
+    size, times = validation_of(replace(options, validation_samples=None, steps=600), usable=1000)
+    assert (size, times) == (1, 120)
+    assert validation_of(replace(options, validate_every=None), usable=1000) == (24, 1)
