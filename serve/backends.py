@@ -23,11 +23,11 @@ class Generating(Protocol):
     def vision(self) -> Any:
         """Features of the images, as `prefill` takes them; None without images."""
 
-    def prefill(self, features: Any, new_tokens: int) -> Tensor:
-        """First logits [B, V], and a cache that is good for `new_tokens` more."""
+    def prefill(self, features: Any, new_tokens: int) -> Any:
+        """First logits [B, V], a tensor or an array, and a cache that is good for `new_tokens` more."""
 
-    def step(self, token: Tensor) -> Tensor:
-        """Logits [B, V] after one more `token` [B, 1]."""
+    def step(self, token: Any) -> Any:
+        """Logits [B, V] after one more `token` [B, 1]: what `argmax` of the logits before gave."""
 
 
 class Backend(Generating, Protocol):
@@ -99,17 +99,17 @@ def time_generation(backend: Generating, clock: Any, new_tokens: int, images: bo
     marks.append(mark())
     logits = backend.prefill(features, new_tokens)
     marks.append(mark())
-    tokens = [logits.argmax(-1, keepdim=True)]
+    tokens = [logits.argmax(-1, keepdims=True)]  # numpy's name of it, which torch knows too
     marks.append(mark())
     for _ in range(new_tokens - 1):
-        tokens.append(backend.step(tokens[-1]).argmax(-1, keepdim=True))
+        tokens.append(backend.step(tokens[-1]).argmax(-1, keepdims=True))
     marks.append(mark())
     _, vision, prefill, first, last = clock.seconds(marks)
     seconds = {"vision": vision} if images else {}
     seconds |= {"prefill": prefill - vision, "ttft": first, "end_to_end": last}
     if new_tokens > 1:
         seconds["tpot"] = (last - first) / (new_tokens - 1)
-    return TimedGeneration(seconds, torch.cat(tokens, dim=1))
+    return TimedGeneration(seconds, torch.cat([torch.as_tensor(token) for token in tokens], dim=1))
 
 
 @torch.inference_mode()

@@ -8,6 +8,7 @@ import torch
 from exports import export_tiny
 
 from slimvlm.compress.generation import until_end
+from slimvlm.compress.runners import SessionRunner
 from slimvlm.export.sample import read_sample
 from slimvlm.serve.backends import HostClock, time_embedding, time_generation
 from slimvlm.serve.exported import Exported
@@ -80,3 +81,30 @@ def test_an_output_that_onnx_runtime_holds_becomes_a_tensor_without_a_copy(expor
     tensor = torch.from_dlpack(value)
     assert tensor.data_ptr() == value.data_ptr()
     np.testing.assert_array_equal(tensor, value.numpy())
+
+
+class Watched:
+    """A session that keeps the names of the methods that were called."""
+
+    def __init__(self, session, calls):
+        self.session, self.calls = session, calls
+
+    def __getattr__(self, name):
+        self.calls.append(name)
+        return getattr(self.session, name)
+
+
+@pytest.mark.parametrize(("kind", "asked"), [("arrays", "run"), ("bound", "run_with_iobinding")])
+def test_a_later_token_is_two_runs_of_sessions_and_no_question_to_them(exported, kind, asked):
+    export, calls = exported("llava"), []
+    plain = export.runner("onnx", threads=1)
+    runner = SessionRunner(plain.files, lambda path: Watched(plain._open(path), calls))
+    graphs = OnnxGraphs(runner) if kind == "arrays" else BoundOnnxGraphs(runner, CPU)
+    backend = GraphBackend(graphs, export.prompting, CPU)
+    backend.place(read_sample(export.folder)[0])
+    with torch.inference_mode():
+        token = backend.prefill(backend.vision(), 6).argmax(-1, keepdims=True)
+        calls.clear()
+        for _ in range(5):
+            token = backend.step(token).argmax(-1, keepdims=True)
+    assert calls == 10 * [asked]
