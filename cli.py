@@ -387,6 +387,7 @@ def selfcheck(device: str, as_json: bool) -> None:
 
         slimvlm selfcheck --device cuda:0
     """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as for the demo: it is the same small model
     from slimvlm.selfcheck.run import selfcheck as run_all
 
     report = run_all(device, None if as_json else show_selfcheck.show_outcome)

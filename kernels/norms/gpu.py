@@ -10,7 +10,7 @@ from torch import Tensor
 from slimvlm.kernels.launching import VECTOR_BYTES, aligned, launch
 
 LONG_ROWS = {"BLOCK_T": 1, "BLOCK_C": 2048, "num_warps": 4}
-SHORT_ROWS = {"BLOCK_T": 4, "BLOCK_C": 1024, "num_warps": 4}  # of up to 1024: most of a longer block would idle
+SHORT_ROWS = {"BLOCK_T": 2, "BLOCK_C": 1024, "num_warps": 4}  # of up to 1024: most of a longer block would idle
 
 
 @triton.jit(do_not_specialize=["tokens", "width", "per_token"])
