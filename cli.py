@@ -187,6 +187,7 @@ def apply(model: str, plan_file: Path, out: Path, trust_remote_code: bool, as_js
 @click.argument("run", type=FOLDER)
 @recover_options
 @option("--device", type=Device(), metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
+@remote_code
 @quality_limit
 @formats_option
 @output_options

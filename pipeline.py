@@ -14,6 +14,7 @@ from slimvlm.compress.checkpoint import load_model, save_checkpoint
 from slimvlm.compress.decoding import read, refused_as
 from slimvlm.compress.errors import CheckFailedError, CheckpointError, OutputError, SlimvlmError
 from slimvlm.compress.evaluate import Comparison, Quality, compare
+from slimvlm.compress.folders import require_free, reserved
 from slimvlm.compress.locks import locked_folder
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
@@ -94,16 +95,18 @@ def apply_saved_plan(model: str, plan_file: Path, out: Path, trust_remote_code: 
     Raises:
         CheckpointError: the plan is unreadable, or was made for other weights.
     """
+    require_free(out)
     plan = read(plan_file, Plan, advice="make the plan again")
-    loaded = load_model(model, trust_remote_code=trust_remote_code)
-    if loaded.digest != plan.model_digest:
-        raise CheckpointError(
-            f"{plan_file} was made for other weights than {model} "
-            f"({plan.model_digest[:12]} is not {loaded.digest[:12]}); make a plan for this checkpoint"
-        )
-    apply_plan(loaded.model, plan)
-    save_checkpoint(out, loaded.model, loaded.processor, plan, plan.layout)
-    return plan
+    with reserved(out):
+        loaded = load_model(model, trust_remote_code=trust_remote_code)
+        if loaded.digest != plan.model_digest:
+            raise CheckpointError(
+                f"{plan_file} was made for other weights than {model} "
+                f"({plan.model_digest[:12]} is not {loaded.digest[:12]}); make a plan for this checkpoint"
+            )
+        apply_plan(loaded.model, plan)
+        save_checkpoint(out, loaded.model, loaded.processor, plan, plan.layout)
+        return plan
 
 
 def recover_run(out: Path, changes: Mapping[str, Any], progress: Progress | None = None) -> Result:

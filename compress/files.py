@@ -11,7 +11,7 @@ import os
 import stat
 import sys
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,8 +42,8 @@ def written_file(path: Path) -> Iterator[Path]:
     """
     path = Path(os.path.abspath(path))  # noqa: PTH100 (a name for `.`, but no links followed)
     require_kind(path, stat.S_ISREG, "a file")
-    beside = path.with_name(f".{path.name}{PARTIAL}")
     with reported_as_output_errors(path):
+        beside = path.with_name(f".{path.name}{PARTIAL}")
         try:
             beside.unlink(missing_ok=True)
             with beside.open("xb") as file:  # never through a link that somebody put there
@@ -54,6 +54,20 @@ def written_file(path: Path) -> Iterator[Path]:
             beside.replace(path)
         finally:
             beside.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Find out before a long measurement that its result could not be written.
+
+    Raises:
+        OutputError: as `written_file`.
+    """
+    with suppress(_DryRunError), written_file(path):
+        raise _DryRunError
+
+
+class _DryRunError(Exception):
+    """Leaves nothing of a file that was begun."""
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any, TypedDict
 
 from slimvlm.compress.decoding import content_of, decode, parse
-from slimvlm.compress.errors import OutputError
+from slimvlm.compress.errors import OutputError, UnsuitableOptionError
 from slimvlm.compress.files import PARTIAL, reported_as_output_errors, require_kind, sync
 from slimvlm.compress.locks import LOCK, locked_folder
 
@@ -36,13 +36,42 @@ def listed_files(folder: Path) -> tuple[str, ...]:
     return (*inside, MANIFEST)
 
 
+def other_files(folder: Path, ours: Collection[str] = ()) -> Iterator[Path]:
+    """What is in `folder` besides `ours` and what a killed process left."""
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder)
+        if (path.is_symlink() or not path.is_dir()) and name.as_posix() not in ours and not _is_passing(name):
+            yield path
+
+
 def holds_others(folder: Path, ours: Collection[str] = ()) -> bool:
-    """Whether there is anything in `folder` besides `ours` and what a killed process left."""
-    return any(
-        path.relative_to(folder).as_posix() not in ours
-        for path in folder.rglob("*")
-        if not path.is_dir() and not _is_passing(path.relative_to(folder))
-    )
+    """Whether there is anything else in `folder`; see `other_files`."""
+    return any(other_files(folder, ours))
+
+
+def require_free(folder: Path) -> None:
+    """Refuse to write a folder where there is anything already.
+
+    Raises:
+        OutputError: there is.
+    """
+    require_kind(folder, stat.S_ISDIR, "a folder")
+    with reported_as_output_errors(folder):
+        if folder.exists() and holds_others(folder):
+            raise OutputError(f"{folder} is not an empty folder; choose another name or remove it first")
+
+
+def refuse_inside(out: Path, read: Mapping[str, str | Path | None]) -> None:
+    """Refuse to write into a folder that what is `read`, by the names of options, lies in.
+
+    Raises:
+        UnsuitableOptionError: it does.
+    """
+    for name, given in read.items():
+        if given is not None and Path(given).expanduser().resolve().is_relative_to(out.expanduser().resolve()):
+            raise UnsuitableOptionError(
+                f"{name.replace('_', '-')} {given} lies in {out}, where the result would go; choose another folder"
+            )
 
 
 def _is_passing(path: Path) -> bool:
@@ -60,13 +89,13 @@ def written_folder(folder: Path, earlier: Collection[str] = ()) -> Iterator[Path
         OutputError: `folder` is there and no folder, or not empty and nothing is `earlier`; a new file has the name of
             one that stays; another process writes it; it cannot be written, or the disk is full.
     """
-    folder = Path(os.path.abspath(folder))  # noqa: PTH100 (a name for `.`, but no links followed)
-    require_kind(folder, stat.S_ISDIR, "a folder")
-    there = folder.exists()  # perhaps a mount point or somebody's current folder: filled, not replaced
-    beside = folder / PARTIAL if there else folder.with_name(f".{folder.name}{PARTIAL}")
-    with reported_as_output_errors(folder), locked_folder(beside):
-        if folder.exists() and not earlier and holds_others(folder):
-            raise OutputError(f"{folder} is not an empty folder; choose another name or remove it first")
+    with reported_as_output_errors(folder), reserved(folder) as beside:
+        folder = Path(os.path.abspath(folder))  # noqa: PTH100 (a name for `.`, but no links followed)
+        there = folder.exists()
+        if earlier:
+            require_kind(folder, stat.S_ISDIR, "a folder")
+        else:
+            require_free(folder)
         try:
             _clear(beside)
             yield beside
@@ -80,6 +109,20 @@ def written_folder(folder: Path, earlier: Collection[str] = ()) -> Iterator[Path
             sync(folder.parent)
         finally:
             _clear(beside)
+
+
+@contextmanager
+def reserved(folder: Path) -> Iterator[Path]:
+    """Hold the place of a folder that will be written; where its files are made.
+
+    Raises:
+        OutputError: another process holds it (named), or nothing can be written there.
+    """
+    folder = Path(os.path.abspath(folder))  # noqa: PTH100 (as written_folder)
+    there = folder.exists()  # perhaps a mount point or somebody's current folder: filled, not replaced
+    beside = folder / PARTIAL if there else folder.with_name(f".{folder.name}{PARTIAL}")
+    with locked_folder(beside, folder):
+        yield beside
     _drop_empty(beside, beside.parent)  # of a killed process
 
 

@@ -38,10 +38,13 @@ class Holder:
 
 
 @contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
+def locked_folder(folder: Path, what: Path | None = None) -> Iterator[None]:
     """Hold a folder until the block ends; it is made if it is not there, and goes again if nothing is put into it.
 
     The lock is the system's (flock) and ends with the process, however that ends: none is ever left behind.
+
+    Args:
+        what: named in messages instead of `folder`.
 
     Raises:
         OutputError: another process holds it (named), or nothing can be written there.
@@ -51,7 +54,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
         was_there = folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
     try:
-        with _locked(folder / LOCK, folder):
+        with _locked(folder / LOCK, what or folder):
             yield
     finally:
         if not was_there:

@@ -14,9 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from slimvlm.compress.decoding import dump, parse
-from slimvlm.compress.errors import CheckFailedError, OutputError, UnsuitableOptionError
+from slimvlm.compress.errors import CheckFailedError, OutputError
 from slimvlm.compress.files import PARTIAL, installed_versions, reported_as_output_errors, write_text
-from slimvlm.compress.folders import EARLIER, holds_others, listed_files, put_aside, put_back, remove_files
+from slimvlm.compress.folders import (
+    EARLIER,
+    holds_others,
+    listed_files,
+    other_files,
+    put_aside,
+    put_back,
+    refuse_inside,
+    remove_files,
+)
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.run_record import RECORD, SCHEMA, read_record, record_text
 
@@ -50,14 +59,8 @@ def check_places(options: CompressOptions) -> None:
     Raises:
         UnsuitableOptionError: the model, its teacher or samples lie in the run folder.
     """
-    out = options.out.expanduser().resolve()
-    for name in ("model", "data", "eval_data", "recover_data", "teacher"):
-        given = getattr(options, name)
-        if given is not None and Path(given).expanduser().resolve().is_relative_to(out):
-            raise UnsuitableOptionError(
-                f"{name.replace('_', '-')} {given} lies in {options.out}, where this run would write; choose another "
-                "folder for the run"
-            )
+    names = ("model", "data", "eval_data", "recover_data", "teacher")
+    refuse_inside(options.out, {name: getattr(options, name) for name in names})
 
 
 class RunFolder:
@@ -87,7 +90,7 @@ class RunFolder:
         options = parse(dump(options))
         with reported_as_output_errors(path):
             earlier = self._read_earlier(resume, overwrite)
-        self._replaced = run_files(path) if overwrite and earlier is not None else []
+            self._replaced = _replaceable(path) if overwrite and earlier is not None else []
         if earlier is not None and not overwrite:
             _check_same_options(earlier["options"], options, path)
             self.record = earlier
@@ -182,6 +185,14 @@ class RunFolder:
         """Remove the run's files in these folders of it; others stay."""
         names = [name for name in run_files(self.path) if name.partition("/")[0] in parts]
         remove_files(names, self.path)
+
+
+def _replaceable(path: Path) -> list[str]:
+    """The files of the run in `path`, if another one can take its place."""
+    for name in (MODEL, CUT, EXPORT):
+        for other in other_files(path / name, listed_files(path / name)):
+            raise OutputError(f"{other} is not of the run that is to be replaced; move it away first")
+    return run_files(path)
 
 
 def _check_same_options(earlier: Mapping[str, Any], options: Mapping[str, Any], path: Path) -> None:

@@ -6,6 +6,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+from slimvlm.compress.decoding import LARGEST_FILE, decode, parse
 from slimvlm.compress.files import written_file
 from slimvlm.compress.manifest import NAME, Manifest
 
@@ -28,6 +29,16 @@ def write_tar(folder: Path, manifest: Manifest) -> Path:
         for name in (*manifest.files, NAME):
             archive.add(folder / name, f"{folder.name}/{name}", filter=_anonymous)
     return target
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether a file is what `write_tar` writes: a tar whose one folder has the manifest of an export."""
+    try:
+        with tarfile.open(path, "r:") as archive:
+            member = archive.extractfile(f"{path.stem}/{NAME}")
+            return member is not None and bool(decode(parse(member.read(LARGEST_FILE)), Manifest))
+    except (OSError, KeyError, ValueError, tarfile.TarError):
+        return False
 
 
 def tar_name(folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -14,10 +15,11 @@ import torch
 from slimvlm.compress.checkpoint import load_model
 from slimvlm.compress.collate import Collator
 from slimvlm.compress.errors import CheckFailedError, CheckpointError, OutputError
-from slimvlm.compress.folders import written_folder
-from slimvlm.compress.manifest import NAME, Artifact, Manifest, inside
+from slimvlm.compress.files import reported_as_output_errors
+from slimvlm.compress.folders import holds_others, listed_files, refuse_inside, reserved, written_folder
+from slimvlm.compress.manifest import Artifact, Manifest
 from slimvlm.compress.samples import Sample
-from slimvlm.export.bundle import tar_name, write_readme, write_tar
+from slimvlm.export.bundle import is_bundle, tar_name, write_readme, write_tar
 from slimvlm.export.checks import check_graphs
 from slimvlm.export.client_files import name_external_data, write_client_files
 from slimvlm.export.genai import genai_graphs, write_genai
@@ -63,13 +65,17 @@ class _Source:
 def run_export(checkpoint: str, out: Path, options: ExportOptions, progress: Progress | None = None) -> ExportResult:
     """See `slimvlm.export.export_checkpoint`."""
     options = options.checked()
+    refuse_inside(out, {"model": checkpoint, "data": options.data})
     refuse_occupied(out, options.overwrite)
     if options.bundle:
         refuse_occupied(tar_name(out), options.overwrite)
-    loaded = load_model(checkpoint, trust_remote_code=options.trust_remote_code, dtype=torch.float32, attention="sdpa")
-    collator = Collator(loaded.processor, loaded.family, loaded.model.config)
-    origin = {"source": str(checkpoint), "digest": loaded.digest, "family": loaded.family.name}
-    return export_model(loaded.model, collator, out, options, progress or _silent, origin)
+    with reserved(out):
+        loaded = load_model(
+            checkpoint, trust_remote_code=options.trust_remote_code, dtype=torch.float32, attention="sdpa"
+        )
+        collator = Collator(loaded.processor, loaded.family, loaded.model.config)
+        origin = {"source": str(checkpoint), "digest": loaded.digest, "family": loaded.family.name}
+        return export_model(loaded.model, collator, out, options, progress or _silent, origin)
 
 
 def export_model(
@@ -124,22 +130,21 @@ def _to_fp16(model: torch.nn.Module) -> torch.nn.Module:
 
 def refuse_occupied(out: Path, overwrite: bool) -> None:
     """Raises OutputError unless `out` is absent, an empty folder, or an export or bundle that may be replaced."""
-    if not out.exists():
-        return
-    if out.is_file():
-        if not (overwrite and out.suffix == ".tar"):
+    with reported_as_output_errors(out):
+        if out.is_dir():
+            if holds_others(out) and not (overwrite and earlier_export(out)):
+                raise OutputError(f"{out} is not empty; choose another name, or --overwrite an earlier export")
+        elif os.path.lexists(out) and not (overwrite and is_bundle(out)):
             raise OutputError(f"{out} is there already; choose another name, or --overwrite an earlier bundle")
-    elif any(out.iterdir()) and not (overwrite and earlier_export(out)):
-        raise OutputError(f"{out} is not empty; choose another name, or --overwrite an earlier export")
 
 
 def earlier_export(folder: Path) -> tuple[str, ...]:
     """The files of the export in `folder`, by its manifest; none where there is no export."""
     try:
-        files = Manifest.read(folder).files
-        return (*(name for name in files if inside(folder, name)), NAME)
+        Manifest.read(folder)
     except CheckpointError:  # a checkpoint has a manifest too, but of another kind
         return ()
+    return listed_files(folder)
 
 
 def _stated(options: ExportOptions) -> dict[str, Any]:

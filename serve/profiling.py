@@ -10,8 +10,11 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from slimvlm.compress import manifest, runs
-from slimvlm.compress.errors import CheckFailedError, DeviceError, UnsuitableOptionError
+from slimvlm.compress import manifest
+from slimvlm.compress.decoding import read
+from slimvlm.compress.errors import CheckFailedError, DeviceError, OutputError, UnsuitableOptionError
+from slimvlm.compress.files import VERSIONED, check_writable, installed_versions, write_text
+from slimvlm.compress.locks import locked_file
 from slimvlm.compress.processes import pick_device
 from slimvlm.serve.bench import Source
 from slimvlm.serve.device import available_cores, measure_device
@@ -78,16 +81,28 @@ def profile_models(
     check_installed(options.backend)
     device = pick_device(options.device)
     _provider(options.provider, device)
-    with TemporaryDirectory(prefix="slimvlm-profile-") as scratch:
+    refuse_occupied(options.written)
+    with locked_file(options.written), TemporaryDirectory(prefix="slimvlm-profile-") as scratch:
         job = _prepare(options, device, Path(scratch), progress, exporter)
         profile = _measure(job, progress)
     limits = check_limits(options, profile)
     profile = replace(profile, limits=limits)
-    runs.write_text(options.written, profile.to_json())
+    write_text(options.written, profile.to_json())
     if crossed := [limit for limit in limits if limit.crossed]:
         said = "; ".join(limit_words(limit) for limit in crossed)
         raise CheckFailedError(f"{said}; every figure is in {options.written}", profile)
     return profile
+
+
+def refuse_occupied(path: Path) -> None:
+    """Refuse to write a profile where none can be, or in the place of anything but a profile.
+
+    Raises:
+        OutputError: so it is.
+    """
+    check_writable(path)
+    if path.exists():
+        read(path, Profile, OutputError, "only a profile is replaced by one; choose another name with --out")
 
 
 def _prepare(
@@ -144,7 +159,7 @@ def _measure(job: _Job, progress: Progress) -> Profile:
     dtypes = {"fp32", "bf16", SHORT.get(options.dtype, "fp32")} | ({"fp16"} if job.device.type == "cuda" else set())
     device = measure_device(job.device, job.threads, sorted(dtypes))
     profile = _started(job, device)
-    runs.write_text(options.written, profile.to_json())
+    write_text(options.written, profile.to_json())
     effort = Effort(options.warmup, options.starts, options.rounds, options.cell_seconds, options.seed)
     done = 1
     for backend in job.backends:
@@ -154,13 +169,13 @@ def _measure(job: _Job, progress: Progress) -> Profile:
             cell, verdicts = _judged(measure_cell(sources, inputs, effort), inputs, job, device)
             done += 1
             profile = replace(profile, cells=(*profile.cells, cell), verdicts=(*profile.verdicts, *verdicts))
-            runs.write_text(options.written, profile.to_json())
+            write_text(options.written, profile.to_json())
         if job.tests:
             progress("profile", done, total, f"{backend}, {', '.join(job.tests)}")
             tests = measure_decoder(sources, job.tests, effort)
             done += 1
             profile = replace(profile, decoder_tests=(*profile.decoder_tests, *tests))
-            runs.write_text(options.written, profile.to_json())
+            write_text(options.written, profile.to_json())
     progress("profile", total, total)
     return profile
 
@@ -171,7 +186,7 @@ def _started(job: _Job, device: Device) -> Profile:
     dtype = SHORT.get(options.dtype, "fp32")
     return Profile(
         command=(Path(sys.argv[0]).name, *sys.argv[1:]),
-        versions={**runs.installed_versions(), **manifest.installed_versions()},
+        versions=installed_versions((*VERSIONED, *manifest.VERSIONED)),
         seed=options.seed,
         device=device,
         settings={

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from slimvlm.compress.files import write_text
+from slimvlm.compress.locks import locked_file
 from slimvlm.serve.report.answers import answers_section
 from slimvlm.serve.report.checks import parity_section, repeat_section
 from slimvlm.serve.report.document import Report
@@ -31,8 +32,9 @@ def write_report(run: Path) -> Path:
     Raises:
         OutputError: `run` holds no run, a file of it is damaged, or the folder cannot be written.
     """
-    files = read_run(run)
-    report = Report(f"Compression of {files.record['options']['model']}", tuple(build(files) for build in SECTIONS))
-    write_text(run / TEXT, markdown(report))
-    write_text(run / PAGE, page(report))
-    return run / PAGE
+    with locked_file(run / PAGE):
+        files = read_run(run)
+        report = Report(f"Compression of {files.record['options']['model']}", tuple(build(files) for build in SECTIONS))
+        write_text(run / TEXT, markdown(report))
+        write_text(run / PAGE, page(report))
+        return run / PAGE
