@@ -27,6 +27,7 @@ from slimvlm.console.options import (
     RATIO,
     SEED,
     TEXT,
+    again_options,
     evaluation_options,
     export_options,
     folder_options,
@@ -186,8 +187,7 @@ def apply(model: str, plan_file: Path, out: Path, trust_remote_code: bool, as_js
 @main.command()
 @click.argument("run", type=FOLDER)
 @recover_options
-@option("--device", type=Device(), metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
-@remote_code
+@again_options
 @quality_limit
 @formats_option
 @output_options
@@ -311,8 +311,7 @@ def profile(as_json: bool, quiet: bool, **values: Any) -> None:
     "--backend", type=TEXT, metavar="NAME", help="Of an export: onnx, onnx:int8, torchscript; else its first."
 )
 @click.option("--max-new-tokens", type=COUNT, default=64, help="Longest answer.")
-@click.option("--device", type=Device(), default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
-@remote_code
+@again_options
 @click.option("--quiet", "-q", is_flag=True, help="No speed on stderr.")
 def chat(
     folder: str, image: Path, question: str | None, against: str | None, max_new_tokens: int, quiet: bool, **values: Any

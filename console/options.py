@@ -157,6 +157,10 @@ recover_options = together(
     option("--patience", type=COUNT, help="Stop after so many validations without improvement."),
     option("--teacher-cache", type=Size(), metavar="SIZE", help="Keep so much of the teacher's outputs on disk."),
 )
+again_options = together(  # what a run does not remember
+    option("--device", type=Device(), metavar="DEVICE", help="auto, cpu, cuda or cuda:N."),
+    remote_code,
+)
 evaluation_options = together(
     option(
         "--eval-data",
