@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 
+import psutil
 import torch
 
 from slimvlm.demo import MODEL, SAMPLES
@@ -13,7 +16,7 @@ from slimvlm.selfcheck.ground import Ground
 from slimvlm.selfcheck.job import Job
 from slimvlm.selfcheck.outcome import SkippedError, WrongError
 
-SECONDS = 180  # after which two processes that wait for each other have failed
+SECONDS = 240  # after which two processes that wait for each other have failed
 SHARED = "run of two"
 STRAY = 64 << 20  # bytes a process may come to hold on a GPU it was not told to use
 
@@ -48,12 +51,31 @@ def check_two_processes(ground: Ground) -> str:
     out = ground.folder / SHARED
     given = [str(part) for pair in options.items() for part in pair]
     command = [*launcher, "-m", "slimvlm.cli", "compress", str(MODEL), str(out), *given, "--no-profile", "--quiet"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        raise WrongError(f"two processes did not end within {SECONDS} s") from None
-    if done.returncode:
-        said = [line for line in done.stderr.splitlines() if "Error" in line] or [f"exit code {done.returncode}"]
-        raise WrongError(f"two processes failed: {said[0].strip()}")
+    code, said = run_or_end(command, SECONDS)
+    if code:
+        lines = [line for line in said.splitlines() if "Error" in line] or [f"exit code {code}"]
+        raise WrongError(f"two processes failed: {lines[0].strip()}")
     return f"two processes planned and trained 2 steps together ({'nccl' if ground.gpu else 'gloo'})"
+
+
+def run_or_end(command: Sequence[str], seconds: float) -> tuple[int, str]:
+    """Exit code and stderr of a launcher.
+
+    Raises:
+        WrongError: it did not end within so many seconds; then it and the processes it started are ended.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as process:
+        try:
+            _, said = process.communicate(timeout=seconds)
+        except BaseException as error:
+            # By their descent: the launcher gives each a session of its own.
+            for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise WrongError(f"two processes did not end within {seconds:g} s") from None
+            raise
+    return process.returncode, said

@@ -1,12 +1,14 @@
 """`slimvlm selfcheck`: every check has a verdict, none ends the others, and the last line says it all."""
 
 import json
+import sys
 
+import psutil
 import pytest
 from click.testing import CliRunner
 
 from slimvlm.cli import main
-from slimvlm.selfcheck import machine, run
+from slimvlm.selfcheck import machine, run, several
 from slimvlm.selfcheck.outcome import FAIL, PASS, SKIP, SkippedError, WrongError
 
 ON_GPUS = {"energy", "triton", "clock torch", "clock onnx", "other GPU"}
@@ -78,6 +80,17 @@ def test_what_an_earlier_check_should_have_made_is_asked_for(monkeypatch):
         "needs what the check `slice and refit` makes",
         "needs what the check `recovery` makes",
     ]
+
+
+def test_processes_that_wait_for_each_other_are_ended_with_all_they_started(tmp_path):
+    said = tmp_path / "child"
+    child = "import os, time; os.write(1, str(os.getpid()).encode()); time.sleep(600)"
+    start = "subprocess.run([sys.executable, '-c', sys.argv[1]], start_new_session=True, stdout=open(sys.argv[2], 'w'))"
+    with pytest.raises(WrongError, match="two processes did not end within 2 s"):
+        several.run_or_end([sys.executable, "-c", f"import subprocess, sys; {start}", child, str(said)], 2)
+    with pytest.raises(psutil.NoSuchProcess):
+        psutil.Process(int(said.read_text())).wait(5)
+        psutil.Process(int(said.read_text()))
 
 
 def test_a_device_that_is_not_there_is_refused():
