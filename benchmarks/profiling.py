@@ -35,7 +35,7 @@ from slimvlm.serve.bench import Bench, Source
 from slimvlm.serve.exported import Exported
 from slimvlm.serve.options import BACKENDS, ProfileOptions
 from slimvlm.serve.profiling import profile_models
-from slimvlm.serve.sessions import open_session
+from slimvlm.serve.sessions import open_session, providers_of
 from slimvlm.serve.statistics import paired_ratio
 from slimvlm.serve.targets import find_target
 from slimvlm.serve.workload import InputMaker, Workload
@@ -114,7 +114,7 @@ class Bare:
     def __init__(self, folder: str, threads: int, read: Callable[[], float]) -> None:
         export = Exported.open(Path(folder))
         files = {artifact.graph: export.folder / artifact.file for artifact in export.graphs["onnx"]}
-        self.runner = SessionRunner(files, partial(open_session, threads=threads))
+        self.runner = SessionRunner(files, partial(open_session, providers=providers_of("", "cpu"), threads=threads))
         self.prompting: Any = export.prompting
         self.read = read
         self.embed, self.decoder = (self.runner.session(name) for name in ("embed_tokens", "decoder_model_merged"))

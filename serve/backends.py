@@ -53,23 +53,26 @@ class HostClock:
 
 
 class CudaClock:
-    """Marks in the stream of a GPU; they are read when all work before the last one is done."""
+    """Marks in the stream of one GPU; they are read when all work before the last one is done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
 
     def mark(self) -> torch.cuda.Event:
         """A mark behind all work that was asked for so far."""
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
     def seconds(self, marks: Sequence[torch.cuda.Event]) -> list[float]:
         """Since the first mark."""
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self.device)
         return [marks[0].elapsed_time(mark) / 1000 for mark in marks]
 
 
 def clock_of(device: torch.device) -> Any:
     """The clock that a device's work is timed with."""
-    return CudaClock() if device.type == "cuda" else HostClock()
+    return CudaClock(device) if device.type == "cuda" else HostClock()
 
 
 @dataclass(frozen=True, slots=True)

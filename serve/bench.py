@@ -15,6 +15,7 @@ from slimvlm.compress.computing import DTYPES, cast
 from slimvlm.compress.errors import DeviceError, UnsuitableOptionError
 from slimvlm.compress.generation import Arrays
 from slimvlm.serve.backends import Backend, Timed, clock_of, time_embedding, time_generation
+from slimvlm.serve.device import claim
 from slimvlm.serve.exported import FULL, Exported
 from slimvlm.serve.graph_backend import BoundOnnxGraphs, GraphBackend, OnnxGraphs, TorchGraphs
 from slimvlm.serve.memory import Gpu, Held, held_bytes, peak_bytes, reset_peak
@@ -35,6 +36,7 @@ class Source:
         device: torch's name of it; `provider`: that of ONNX Runtime's device (`cpu`, `cuda:0`, `tensorrt:0`).
         dtype: of the torch model, as `options.DTYPES`.
         gpu: NVML's name of the device, if it is one.
+        engines: folder for what TensorRT builds of this model.
     """
 
     folder: str
@@ -45,6 +47,7 @@ class Source:
     dtype: str
     trust_remote_code: bool = False
     gpu: str | None = None
+    engines: str | None = None
 
 
 class Bench:
@@ -63,6 +66,7 @@ class Bench:
     def load(self) -> dict[str, Any]:
         """Opens the model; gives `seconds`, the checks of its files included, and its `dtype`."""
         torch.set_num_threads(self.source.threads)
+        claim(self.device)
         _import_all(self.source)
         reset_peak()
         self._before = held_bytes()
@@ -161,7 +165,10 @@ def open_backend(source: Source) -> tuple[Backend, bool, str]:
     key = graphs_of(export, source.backend)
     if name != ONNX and device.type != "cpu":
         raise DeviceError(f"{key} graphs were traced on the CPU and run there only; use --device cpu")
-    runner: Any = export.runner(key, device=source.provider if name == ONNX else "cpu", threads=source.threads)
+    where = source.provider if name == ONNX else "cpu"
+    if source.engines is not None and where.startswith("tensorrt"):
+        Path(source.engines).mkdir(parents=True, exist_ok=True)
+    runner: Any = export.runner(key, where, source.threads, source.engines)
     graphs: Any = TorchGraphs(runner)
     if name == ONNX:
         graphs = OnnxGraphs(runner) if device.type == "cpu" else BoundOnnxGraphs(runner, device)

@@ -10,7 +10,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ COPIED = {"cpu": (MIB, 8 * MIB, 32 * MIB, 256 * MIB), "cuda": (8 * MIB, 64 * MIB
 MATRICES = {"cpu": (256, 512, 1024, 2048), "cuda": (2048, 4096, 8192)}
 COPY_SECONDS, MATMUL_SECONDS, LAUNCH_SECONDS = 0.05, 0.3, 0.05  # of measuring, per figure
 LAUNCHES = 100
+NO_TF32 = "NVIDIA_TF32_OVERRIDE"
 ISA = ("sse4_2", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx", "asimd", "sve")
 CPU, CACHES = Path("/proc/cpuinfo"), Path("/sys/devices/system/cpu/cpu0/cache")
 MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -45,7 +46,7 @@ def measure_device(device: torch.device, threads: int, dtypes: Sequence[str] = (
     rates: dict[str, float] = {}
     launches = []
     for count in counts:
-        with _threads(count), torch.inference_mode():
+        with _settled(device, count), torch.inference_mode():
             for size in COPIED[device.type]:
                 copies[str(size)] = max(_copy_rate(device, size), copies.get(str(size), 0.0))
             for name in (name for name in dtypes if name in DTYPES):
@@ -74,14 +75,29 @@ def available_cores() -> int:
     return min(psutil.cpu_count(logical=False) or allowed, allowed)
 
 
+def claim(device: torch.device) -> None:
+    """Make a GPU the current one of this process, which is to compute on no other, and let fp32 mean fp32 in every
+    library on it: ONNX Runtime, TensorRT and cuDNN would round to TF32 where torch does not. Nothing for a CPU.
+    """
+    if device.type == "cuda":
+        os.environ[NO_TF32] = "0"  # read by NVIDIA's libraries when they are first used
+        torch.backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
+        torch.cuda.set_device(device)
+
+
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
+def _settled(device: torch.device, threads: int) -> Iterator[None]:
+    """With so many threads, fp32 as it is, and `device` the current one; afterwards all is as it was."""
+    before = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(before[0])
+        torch.set_float32_matmul_precision(before[1])
 
 
 # ------------------------------------------------------------------ what it is
@@ -207,7 +223,7 @@ def _launch_seconds(device: torch.device) -> float:
 
 def _least_seconds(run: Callable[[], object], device: torch.device, budget: float) -> float:
     """Least time of `run` over repetitions that take about `budget` seconds, after one to warm up; at least one."""
-    clock = _cuda_seconds if device.type == "cuda" else _cpu_seconds
+    clock = _cuda_seconds if device.type == "cuda" else _cpu_seconds  # the GPU is the current one here
     clock(run)
     least, end = math.inf, time.perf_counter() + budget
     while True:

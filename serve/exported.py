@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from slimvlm.compress.checkpoint import INDEX, SINGLE, load_processor, read_config
@@ -12,7 +11,7 @@ from slimvlm.compress.errors import CheckpointError, DeviceError, UnsuitableOpti
 from slimvlm.compress.generation import Prompting, Runner
 from slimvlm.compress.manifest import NAME, Artifact, Manifest, check_files, inside
 from slimvlm.compress.runners import SessionRunner, torch_files
-from slimvlm.serve.sessions import open_session
+from slimvlm.serve.sessions import open_session, providers_of
 
 FULL = "fp32"  # the variant that needs no name
 
@@ -64,8 +63,13 @@ class Exported:
         config, family = read_config(self.folder)
         return Collator(load_processor(self.folder), family, config)
 
-    def runner(self, backend: str | None = None, device: str = "cpu", threads: int = 0) -> Runner:
+    def runner(
+        self, backend: str | None = None, device: str = "cpu", threads: int = 0, engines: str | None = None
+    ) -> Runner:
         """The graphs of one backend, by default the first, after a look at their files.
+
+        Args:
+            device, engines: of ONNX graphs, as `providers_of` takes them.
 
         Raises:
             UnsuitableOptionError: the export does not hold this backend.
@@ -82,7 +86,9 @@ class Exported:
             raise CheckpointError(f"{self.folder}: {wrong[0]}; copy the export again")
         files = {artifact.graph: inside(self.folder, artifact.file) for artifact in artifacts}
         if artifacts[0].format == "onnx":
-            return SessionRunner(files, partial(open_session, device=device, threads=threads))
+            half = artifacts[0].variant == "fp16"
+            providers = {path: providers_of(graph, device, half, engines) for graph, path in files.items()}
+            return SessionRunner(files, lambda path: open_session(path, providers[path], threads))
         if device != "cpu":
             raise DeviceError(f"{backend} graphs were traced on the CPU and run there only; use --device cpu")
         return torch_files(files, artifacts)

@@ -25,6 +25,7 @@ from slimvlm.serve.memory import gpu_name
 from slimvlm.serve.options import TORCH, TORCHSCRIPT, ProfileOptions, split_backend
 from slimvlm.serve.profile import MEASURED, Cell, Device, Profile, Verdict
 from slimvlm.serve.roofline import Sizes, count_costs, rate_run
+from slimvlm.serve.sessions import NO_TENSORRT
 from slimvlm.serve.statistics import RULE
 from slimvlm.serve.targets import Exporter, Target, check_installed, find_target, with_graphs
 from slimvlm.serve.verdict import Judged, judge_cell
@@ -45,6 +46,7 @@ class _Job:
     backends: tuple[str, ...]
     skipped: tuple[str, ...]
     inputs: tuple[Inputs, ...]
+    engines: Path
     tests: Mapping[str, tuple[Inputs, str, int]]
 
     def sources(self, backend: str) -> dict[str, Source]:
@@ -60,6 +62,7 @@ class _Job:
                 self.options.dtype if name == TORCH else "auto",
                 self.options.trust_remote_code,
                 gpu_name(self.device),
+                str(self.engines / model / name),
             )
             for model, target in self.targets.items()
         }
@@ -134,7 +137,9 @@ def _prepare(
         tests[f"tg{write.new_tokens - 1}"] = write, "tpot", write.new_tokens - 1
     threads = options.threads or min(available_cores(), torch.get_num_threads())  # which OMP_NUM_THREADS may lower
     inputs = tuple(maker.make(workload) for workload in grid(options))
-    return _Job(options, device, threads, targets, backends, skipped, inputs, tests)
+    if options.provider == "tensorrt" and maker.kind != "dual-encoder":
+        skipped = (*skipped, NO_TENSORRT)
+    return _Job(options, device, threads, targets, backends, skipped, inputs, scratch / "engines", tests)
 
 
 def _measurable(backends: Sequence[str], device: torch.device) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -194,6 +199,7 @@ def _started(job: _Job, device: Device) -> Profile:
             "provider": _provider(options.provider, job.device),
             "threads": job.threads,
             "dtype": options.dtype,
+            "tf32": False,
             "warmup": options.warmup,
             "starts": options.starts,
             "rounds": options.rounds,
@@ -227,7 +233,7 @@ def _judged(cell: Cell, inputs: Inputs, job: _Job, device: Device) -> tuple[Cell
 
 
 def _provider(asked: str, device: torch.device) -> str:
-    """The device of ONNX Runtime, as `open_session` takes it.
+    """The device of ONNX Runtime, as `providers_of` takes it.
 
     Raises:
         DeviceError: a provider of another device than the one that is measured.
