@@ -14,16 +14,17 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
+from slimvlm.compress.decoding import read
 from slimvlm.compress.errors import CheckpointError, one_line
 from slimvlm.compress.families import Family
 from slimvlm.compress.files import file_digest, write_text
-from slimvlm.compress.folders import written_folder
+from slimvlm.compress.folders import Listing, written_folder
 from slimvlm.compress.loaders import (
     build_empty,
     build_loaded,
@@ -48,6 +49,12 @@ CARRIED = (
     *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
     *("chat_template.jinja", "chat_template.json", "LICENSE*", "NOTICE*"),
 )
+
+
+class Shards(TypedDict):
+    """`model.safetensors.index.json`: which file holds a weight."""
+
+    weight_map: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,14 +167,14 @@ def check_weights(folder: Path) -> str:
     """
     refuse_adapter(folder)
     files = weight_files(folder)
-    manifest = _read_json(folder / MANIFEST)["files"] if (folder / MANIFEST).is_file() else {}
+    listed = read(folder / MANIFEST, Listing)["files"] if (folder / MANIFEST).is_file() else {}
     total = hashlib.sha256()
     for path in files:
         if not path.is_file():
             raise CheckpointError(f"{folder}: weight file {path.name} is missing; copy or download it again")
         check_types(path)
         digest = file_digest(path)
-        if path.name in manifest and manifest[path.name]["sha256"] != digest:
+        if path.name in listed and listed[path.name]["sha256"] != digest:
             raise CheckpointError(
                 f"{path} is not what {MANIFEST} says; copy it again, or delete {MANIFEST} if you changed it on purpose"
             )
@@ -184,10 +191,12 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if (folder / INDEX).is_file():
-        index = _read_json(folder / INDEX)
-        if not isinstance(index.get("weight_map"), dict):
-            raise CheckpointError(f"{folder / INDEX} has no weight_map; copy or download it again")
-        return [folder / name for name in sorted(set(index["weight_map"].values()))]
+        names = sorted(set(read(folder / INDEX, Shards)["weight_map"].values()))
+        for name in names:
+            if Path(name).name != name or not name.endswith(".safetensors"):  # "../a", "/etc/passwd", ".."
+                raise CheckpointError(f"{folder / INDEX} names {name!r}, which is no file of its folder; do not use it")
+        if names:
+            return [folder / name for name in names]
     raise CheckpointError(f"{folder} holds no {SINGLE} (pickled weights are not read); save it as safetensors")
 
 
@@ -203,16 +212,6 @@ def _check_room(folder: Path, empty: PreTrainedModel) -> None:
             f"{folder}: config.json describes a model of {asked} weights, but the weight files hold {held}; they do "
             "not belong together"
         )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({one_line(error)}); copy or download it again") from error
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{path} is not a JSON object; copy or download it again")
-    return document
 
 
 def _local_folder(name: str, patterns: Sequence[str]) -> Path:

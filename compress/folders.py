@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from slimvlm.compress.decoding import content_of, decode, parse
 from slimvlm.compress.errors import OutputError, UnsuitableOptionError
@@ -20,10 +20,17 @@ EARLIER = ".earlier"  # begins the names of folders that hold what is being repl
 MANIFEST = "manifest.json"  # of a checkpoint or an export
 
 
+class FileEntry(TypedDict):
+    """Size and digest of a file."""
+
+    bytes: int
+    sha256: str
+
+
 class Listing(TypedDict):
     """What every manifest has: the files of its folder by name."""
 
-    files: dict[str, dict[str, Any]]
+    files: dict[str, FileEntry]
 
 
 def listed_files(folder: Path) -> tuple[str, ...]:
@@ -92,20 +99,19 @@ def written_folder(folder: Path, earlier: Collection[str] = ()) -> Iterator[Path
     with reported_as_output_errors(folder), reserved(folder) as beside:
         folder = Path(os.path.abspath(folder))  # noqa: PTH100 (a name for `.`, but no links followed)
         there = folder.exists()
-        if earlier:
-            require_kind(folder, stat.S_ISDIR, "a folder")
-        else:
+        if not earlier:
             require_free(folder)
+        new = beside / "new"
         try:
-            _clear(beside)
-            yield beside
-            for path in (*beside.rglob("*"), beside):
+            _clear(beside)  # of what a killed process left
+            new.mkdir()
+            yield new
+            for path in (*new.rglob("*"), new):
                 sync(path)
             if there:
-                _fill(folder, beside, earlier)
+                _fill(folder, new, earlier)
             else:
-                beside.replace(folder)
-                (folder / LOCK).unlink(missing_ok=True)
+                new.replace(folder)
             sync(folder.parent)
         finally:
             _clear(beside)
@@ -119,6 +125,7 @@ def reserved(folder: Path) -> Iterator[Path]:
         OutputError: another process holds it (named), or nothing can be written there.
     """
     folder = Path(os.path.abspath(folder))  # noqa: PTH100 (as written_folder)
+    require_kind(folder, stat.S_ISDIR, "a folder")
     there = folder.exists()  # perhaps a mount point or somebody's current folder: filled, not replaced
     beside = folder / PARTIAL if there else folder.with_name(f".{folder.name}{PARTIAL}")
     with locked_folder(beside, folder):
@@ -137,7 +144,7 @@ def _clear(folder: Path) -> None:
 
 def _fill(folder: Path, new: Path, earlier: Collection[str]) -> None:
     """Move the files of `new` into `folder`, in the place of the `earlier` ones; after an error all is as before."""
-    names = [path.relative_to(new).as_posix() for path in new.rglob("*") if not path.is_dir() and path.name != LOCK]
+    names = [path.relative_to(new).as_posix() for path in new.rglob("*") if not path.is_dir()]
     with set_aside(folder, earlier):
         moved: list[str] = []
         try:

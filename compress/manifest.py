@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypedDict
 from slimvlm.compress.decoding import content_of, decode, dump, parse, refused_as
 from slimvlm.compress.errors import CheckpointError
 from slimvlm.compress.files import file_digest, installed_versions, write_text
+from slimvlm.compress.folders import FileEntry
 from slimvlm.compress.generation import Prompting
 
 NAME = "manifest.json"
@@ -76,13 +77,6 @@ class ForClients(TypedDict, total=False):
     image: dict[str, Any]
     why_not: str
     note: str
-
-
-class FileEntry(TypedDict):
-    """Size and digest of a file."""
-
-    bytes: int
-    sha256: str
 
 
 @dataclass(slots=True)

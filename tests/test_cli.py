@@ -105,6 +105,7 @@ def test_every_option_of_recover_is_one_of_the_recovery_with_the_same_default(tm
     values = command.make_context("recover", [str(tmp_path)]).params
     values = {name: value for name, value in values.items() if name not in NOT_OPTIONS | {"run", "device"}}
     assert (values.pop("max_quality_drop"), values.pop("export")) == (None, None)
+    assert values.pop("trust_remote_code") is False  # a run does not remember it
     assert values == asdict(RecoverOptions())
 
 

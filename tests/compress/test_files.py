@@ -96,7 +96,7 @@ def test_a_folder_is_whole_or_absent(tmp_path, there):
     with written_folder(out) as beside:
         (beside / "part").mkdir()
         (beside / "part" / "a").write_text("a")
-        assert tree(out) == ({f"{PARTIAL}/part/a": "a"} if there else {})
+        assert tree(out) == ({f"{PARTIAL}/new/part/a": "a"} if there else {})
     assert tree(tmp_path) == {"deep/out/part/a": "a"}
     with pytest.raises(OutputError, match="not an empty folder"), written_folder(out):
         pass
