@@ -168,6 +168,7 @@ def measure(arguments: argparse.Namespace) -> None:
         if (method, None, None) not in done:
             write(method, None, None, {**score(dense(), study, seed), "versions": installed_versions()})
     plans: dict[tuple, tuple[Plan | None, float]] = {}
+    scores: dict[tuple, dict] = {}  # the letter of the paper, and magnitudes, give the same plan more than once
     for method in arguments.methods:
         options = replace(METHODS[method][1], batch_size=arguments.batch_size)
         for index, samples in enumerate(study.sets):
@@ -182,8 +183,10 @@ def measure(arguments: argparse.Namespace) -> None:
                 plan, seconds = plans[*same, ratio]
                 facts = {"plan_seconds": round(seconds, 1), "score": None}
                 if plan is not None:
-                    facts |= {**score(cut(plan, options, samples), study), "removed": round(plan.removed_fraction, 5)}
-                    facts |= {"rescued": plan.options["rescued_groups"]}
+                    cell = repr(plan.keep), index if options.refit else None
+                    if cell not in scores:
+                        scores[cell] = score(cut(plan, options, samples), study)
+                    facts |= {**scores[cell], "removed": round(plan.removed_fraction, 5)}
                 write(method, ratio, index, facts)
 
 

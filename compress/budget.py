@@ -19,7 +19,7 @@ from slimvlm.compress.bundles import Line, lines_of, pool_of, stock_lines_of
 from slimvlm.compress.criteria import Scores
 from slimvlm.compress.errors import InfeasibleBudgetError
 from slimvlm.compress.families import Family, find_family
-from slimvlm.compress.groups import Group, count_parameters
+from slimvlm.compress.groups import Dead, Group, count_parameters, dead_blocks
 from slimvlm.compress.plan import Plan, TowerCount
 
 KINDS = ("attention", "mlp")
@@ -95,6 +95,7 @@ class Facts:
         macs: tower -> multiply-accumulates per token of the linears of its groups.
         kinds: kind -> prunable parameters.
         sizes: group key -> indices.
+        dead: the blocks nobody reads, by tower; they leave before anything else.
         dense: the same of the dense model, if this one is already partly cut.
         identity: further fields of the Plan (digests, attention unit, seed, rounds).
     """
@@ -105,6 +106,7 @@ class Facts:
     macs: Mapping[str, int]
     kinds: Mapping[str, int]
     sizes: Mapping[str, int]
+    dead: Mapping[str, Dead] = field(default_factory=dict)
     dense: Facts | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
 
@@ -119,7 +121,8 @@ def facts_of(model: nn.Module, groups: Sequence[Group], dense: Facts | None = No
         identity: fields of the Plan: model_digest, calibration_digest, attention_unit, seed, rounds.
     """
     family = find_family(model.config)
-    macs = dict.fromkeys((tower.name for tower in family.towers), 0)
+    dead = dead_blocks(model, family)
+    macs = {tower.name: dead[tower.name].macs if tower.name in dead else 0 for tower in family.towers}
     kinds = dict.fromkeys(KINDS, 0)
     for group in groups:
         linears = {member.path for member in group.members if not member.norm}
@@ -132,6 +135,7 @@ def facts_of(model: nn.Module, groups: Sequence[Group], dense: Facts | None = No
         macs=macs,
         kinds=kinds,
         sizes={group.key: group.size for group in groups},
+        dead=dead,
         dense=dense,
         identity=identity,
     )
@@ -148,15 +152,16 @@ def make_plan(groups: Sequence[Group], scores: Scores, budget: Budget, facts: Fa
     else:
         lines = lines_of(groups, scores, budget.round_channels)
     removed = {group.key: np.zeros(0, dtype=np.int64) for group in groups}
-    rescued = 0
+    rescued = []
     for line, bundles in zip(lines, _allocate(lines, budget, facts), strict=True):
         goes = np.repeat(bundles, line.widths)
         if goes.all():  # only the faithful loop empties a group; a layer needs one unit
             goes[-1] = False
-            rescued += 1
+            rescued += [group.key for group in line.groups]
         for group, order in zip(line.groups, line.ranks, strict=True):
             removed[group.key] = order[goes]
     lost = {group.key: len(removed[group.key]) * group.parameters_per_unit for group in groups}
+    free = sum(one.parameters for one in facts.dead.values())
     return Plan(
         family=facts.family.name,
         criterion=scores.criterion.name,
@@ -164,11 +169,14 @@ def make_plan(groups: Sequence[Group], scores: Scores, budget: Budget, facts: Fa
         layout=budget.layout,
         ratio=budget.ratio,
         parameters_before=facts.parameters,
-        parameters_after=facts.parameters - sum(lost.values()),
+        parameters_after=facts.parameters - free - sum(lost.values()),
         towers=_tower_counts(groups, removed, lost, facts),
         sizes={group.key: group.size for group in groups},
         keep={group.key: _kept(group, scores, removed[group.key]) for group in groups},
-        options=_options(scores, budget, rescued),
+        options=_options(scores, budget),
+        dropped={tower: one.blocks for tower, one in facts.dead.items()},
+        dropped_parameters=free,
+        rescued=tuple(rescued),
         **{**UNIDENTIFIED, **facts.identity},
     )
 
@@ -179,7 +187,7 @@ def _kept(group: Group, scores: Scores, removed: Integers) -> tuple[int, ...]:
     return tuple(np.flatnonzero(stays).tolist())
 
 
-def _options(scores: Scores, budget: Budget, rescued: int) -> dict[str, Any]:
+def _options(scores: Scores, budget: Budget) -> dict[str, Any]:
     return {
         "saliency": scores.criterion.saliency,
         "threshold": scores.criterion.threshold,
@@ -189,7 +197,6 @@ def _options(scores: Scores, budget: Budget, rescued: int) -> dict[str, Any]:
         "round_channels": budget.round_channels,
         "floor": budget.floor,
         "faithful": budget.faithful,
-        "rescued_groups": rescued,
     }
 
 
@@ -199,8 +206,10 @@ def _tower_counts(
     counts = {}
     for tower, before in facts.towers.items():
         members = [group for group in groups if group.tower == tower]
-        macs = facts.macs[tower] - sum(len(removed[group.key]) * group.macs_per_unit for group in members)
-        counts[tower] = TowerCount(before, before - sum(lost[group.key] for group in members), facts.macs[tower], macs)
+        dead = facts.dead.get(tower, Dead(0, 0, 0))
+        after = before - dead.parameters - sum(lost[group.key] for group in members)
+        macs = facts.macs[tower] - dead.macs - sum(len(removed[group.key]) * group.macs_per_unit for group in members)
+        counts[tower] = TowerCount(before, after, facts.macs[tower], macs)
     return counts
 
 
@@ -225,13 +234,14 @@ def _allocate(lines: Sequence[Line], budget: Budget, facts: Facts) -> list[Flags
     """Per line the bundles that go: for the kinds, then the towers with a ratio of their own, then for the whole."""
     done: dict[int, Flags] = {}
     slack = 0  # a ratio is met within one bundle, so the ones after it may be missed by as much
+    gone = sum(one.parameters for one in (facts.dense or facts).dead.values())  # however little was asked for
     for share in _shares(lines, budget, facts):
         covered = [index for index, line in enumerate(lines) if share.covers(line)]
         free = [index for index in covered if index not in done]
         lost = sum(int(lines[index].cost[done[index]].sum()) for index in covered if index in done)
         target = share.ratio * share.base - (share.base - share.present) - lost
         slack += max((int(lines[index].cost.max()) for index in covered), default=0)
-        if target < -slack:
+        if target < -slack - gone:
             least = share.ratio - target / share.base
             raise InfeasibleBudgetError(
                 f"{share} is less than the other ratios remove already; raise it to {least:.4f} or lower those"
@@ -258,7 +268,7 @@ def _of_tower(tower: str, line: Line) -> bool:
 
 
 def _shares(lines: Sequence[Line], budget: Budget, facts: Facts) -> list[_Share]:
-    dense = facts.dense or facts
+    dense, dead = facts.dense or facts, {tower: one.parameters for tower, one in facts.dead.items()}
     shares = [
         _Share(f"{kind} ratio", ratio, dense.kinds[kind], facts.kinds[kind], partial(_of_kind, kind))
         for kind, ratio in sorted(budget.kind_ratio.items())
@@ -272,9 +282,10 @@ def _shares(lines: Sequence[Line], budget: Budget, facts: Facts) -> list[_Share]
                 f"layout stock: {' and '.join(shared[0])} share their widths, so {tower} cannot have a ratio of "
                 "its own; leave it out or use --layout per-layer"
             )
-        base, present = dense.towers[tower], facts.towers[tower]
+        base, present = dense.towers[tower], facts.towers[tower] - dead.get(tower, 0)
         shares.append(_Share(f"{tower} ratio", ratio, base, present, partial(_of_tower, tower)))
-    return [*shares, _Share("ratio", budget.ratio, dense.parameters, facts.parameters, lambda line: True)]
+    present = facts.parameters - sum(dead.values())
+    return [*shares, _Share("ratio", budget.ratio, dense.parameters, present, lambda line: True)]
 
 
 def _take(lines: list[Line], share: _Share, target: float, context: tuple[Budget, Facts]) -> list[Flags]:

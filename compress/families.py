@@ -51,13 +51,22 @@ class Mlp:
 
 @dataclass(frozen=True, slots=True)
 class Tower:
-    """One stack of blocks; `config` is the attribute path of its config, `modality` is `vision` or `language`."""
+    """One stack of blocks.
+
+    Attributes:
+        modality: `vision` or `language`.
+        config: attribute path of its config; `depth`: the field of it that holds the number of blocks.
+        states: field of the model's config with the index (or indices) of the hidden states that are read, 0 what goes
+            into the first block; blocks behind the last of them are dead. None: the output of the last block is.
+    """
 
     name: str
     modality: str
     config: str
     blocks: str
     parts: tuple[Attention | Mlp, ...]
+    states: str | None = None
+    depth: str = "num_hidden_layers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +145,8 @@ ENCODER = Attention("self_attn", SEPARATE, "out_proj", patch=(("num_heads", "hea
 FUSED = Attention("attn", ("qkv",), "proj", patch=(("num_heads", "heads"),))
 
 
-def _vision(blocks: str, *parts: Attention | Mlp) -> Tower:
-    return Tower("vision", "vision", "vision_config", blocks, parts or (ENCODER, PLAIN_MLP))
+def _vision(blocks: str, *parts: Attention | Mlp, states: str | None = None) -> Tower:
+    return Tower("vision", "vision", "vision_config", blocks, parts or (ENCODER, PLAIN_MLP), states)
 
 
 def _language(blocks: str, attention: Attention = GQA) -> Tower:
@@ -163,6 +172,7 @@ INTERNVL_VISION = _vision(
         patch=(("num_heads", "heads"), ("embed_dim", "width")),
     ),
     PLAIN_MLP,
+    states="vision_feature_layer",
 )
 OPT = Tower(
     "language",
@@ -213,6 +223,7 @@ T5_DECODER = Tower(
 )
 DUAL_TEXT = Tower("language", "language", "text_config", "text_model.encoder.layers", (ENCODER, PLAIN_MLP))
 # SigLIP's pooling head has the width of the vision MLPs: one config field for both, so no stock cut.
+SELECTED_VISION = _vision(VISION_TOWER, states="vision_feature_layer")
 HEADED_VISION = _vision("vision_model.encoder.layers", ENCODER, Mlp(("mlp.fc1",), "mlp.fc2"))
 
 PROJECTOR = ("model.multi_modal_projector",)
@@ -226,7 +237,7 @@ FAMILIES: tuple[Family, ...] = (
         "llava",
         "llava",
         "decoder",
-        (_vision(VISION_TOWER), _language(LANGUAGE_MODEL)),
+        (SELECTED_VISION, _language(LANGUAGE_MODEL)),
         export=Export("select"),
         projector=PROJECTOR,
     ),
@@ -234,7 +245,7 @@ FAMILIES: tuple[Family, ...] = (
         "llava_next",
         "llava_next",
         "decoder",
-        (_vision(VISION_TOWER), _language(LANGUAGE_MODEL)),
+        (SELECTED_VISION, _language(LANGUAGE_MODEL)),
         export=Export("tiles"),
         projector=PROJECTOR,
     ),
@@ -242,7 +253,7 @@ FAMILIES: tuple[Family, ...] = (
         "llava_onevision",
         "llava_onevision",
         "decoder",
-        (_vision(VISION_TOWER), _language(LANGUAGE_MODEL)),
+        (SELECTED_VISION, _language(LANGUAGE_MODEL)),
         export=Export("tiles"),
         projector=PROJECTOR,
     ),

@@ -46,6 +46,15 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
+class Dead:
+    """Blocks at the end of a tower whose output nobody reads: their number, parameters, and weights of linears."""
+
+    blocks: int
+    parameters: int
+    macs: int
+
+
+@dataclass(frozen=True, slots=True)
 class Group:
     """Units that must be cut together.
 
@@ -86,7 +95,7 @@ class Group:
 
 
 def find_groups(model: nn.Module, family: Family, attention_unit: str = "auto") -> tuple[Group, ...]:
-    """All prunable groups of `model`, in table order. Reads shapes only, so the meta device is enough.
+    """All prunable groups of `model`, in table order; dead blocks have none. Reads shapes only: meta is enough.
 
     Args:
         attention_unit: `kv-group`, `query-slot`, or `auto` (query slots where there are fewer than four KV heads).
@@ -100,7 +109,7 @@ def find_groups(model: nn.Module, family: Family, attention_unit: str = "auto") 
         raise ValueError(f"attention unit {attention_unit!r} is unknown; choose one of {', '.join(ATTENTION_UNITS)}")
     groups = []
     for tower in family.towers:
-        for layer, block in enumerate(resolve(model, tower.blocks, family)):
+        for layer, block in enumerate(resolve(model, tower.blocks, family)[: live_blocks(model, family, tower)]):
             path = f"{tower.blocks}.{layer}"
             for part in tower.parts:
                 where = (tower, layer, path)
@@ -109,6 +118,31 @@ def find_groups(model: nn.Module, family: Family, attention_unit: str = "auto") 
                 else:
                     groups.append(_mlp_group(block, family, part, where))
     return tuple(groups)
+
+
+def live_blocks(model: nn.Module, family: Family, tower: Tower) -> int:
+    """Number of blocks of `tower` up to the last one whose output is read."""
+    count = len(resolve(model, tower.blocks, family))
+    states = read_states(model.config, tower, count)
+    return min(max(1, *states), count) if states else count
+
+
+def read_states(config: Any, tower: Tower, blocks: int) -> list[int]:
+    """Indices of the hidden states of `tower` that are read, 0 to `blocks`; empty: the output of the last block is."""
+    states = getattr(config, tower.states) if tower.states else []
+    return [state if state >= 0 else blocks + 1 + state for state in ([states] if isinstance(states, int) else states)]
+
+
+def dead_blocks(model: nn.Module, family: Family) -> dict[str, Dead]:
+    """The dead blocks by tower; towers without any are left out."""
+    found = {}
+    for tower in family.towers:
+        blocks = resolve(model, tower.blocks, family)[live_blocks(model, family, tower) :]
+        if len(blocks):
+            linears = [module for module in blocks.modules() if isinstance(module, nn.Linear)]
+            weights = sum(linear.weight.numel() for linear in linears)
+            found[tower.name] = Dead(len(blocks), count_parameters(blocks), weights)
+    return found
 
 
 def resolve(model: nn.Module, path: str, family: Family) -> Any:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from slimvlm.compress.checkpoint import build_meta
-from slimvlm.compress.groups import Group, count_parameters, find_groups
+from slimvlm.compress.groups import Dead, Group, count_parameters, dead_blocks, find_groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +26,13 @@ class PartSummary:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """A model's family, parameters, and prunable parts."""
+    """A model's family, parameters, prunable parts, and by tower the blocks that nobody reads (they leave for free)."""
 
     family: str
     model_class: str
     parameters: int
     prunable_parameters: int
+    dead: Mapping[str, Dead]
     parts: tuple[PartSummary, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,6 +60,7 @@ def inspect_model(
         type(model).__name__,
         count_parameters(model),
         sum(part.prunable_parameters for part in parts),
+        dead_blocks(model, family),
         tuple(parts),
     )
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from slimvlm.compress.decoding import decode, parse
 
 SCHEMA = 1
+OVERSHOOT = 0.01  # of all parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,9 @@ class Plan:
         towers: the same per tower, with MACs.
         sizes: indices each group had (channels, or query heads).
         keep: per group the sorted indices that stay; groups that keep everything are listed too.
+        dropped: tower -> blocks at its end that nobody reads and that leave whole.
+        dropped_parameters: of them; they leave for free.
+        rescued: groups that the faithful loop would have emptied, and that keep one unit.
     """
 
     family: str
@@ -54,6 +58,9 @@ class Plan:
     sizes: Mapping[str, int]
     keep: Mapping[str, tuple[int, ...]]
     options: Mapping[str, Any]
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    dropped_parameters: int = 0
+    rescued: tuple[str, ...] = ()
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
@@ -66,15 +73,23 @@ class Plan:
                 raise ValueError(f"plan: group {key} must keep sorted, unique indices below {self.sizes[key]}")
         if not 0 < self.parameters_after <= self.parameters_before:
             raise ValueError(f"plan: {self.parameters_after} of {self.parameters_before} parameters are left")
+        if min(self.dropped.values(), default=1) < 1 or not 0 <= self.dropped_parameters < self.parameters_before:
+            raise ValueError(f"plan: {dict(self.dropped)} blocks with {self.dropped_parameters} parameters are dropped")
 
     @property
     def removed_fraction(self) -> float:
         """Removed fraction of all parameters."""
         return 1 - self.parameters_after / self.parameters_before
 
+    @property
+    def overshoots(self) -> bool:
+        """Whether more than a point above the asked fraction is removed, units and not only dead blocks."""
+        free = self.dropped_parameters / self.parameters_before
+        return self.removed_fraction - max(self.ratio, free) > OVERSHOOT
+
     def to_json(self) -> str:
         """Sorted JSON, one line per group."""
-        document = {field.name: getattr(self, field.name) for field in fields(self)}
+        document = {one.name: getattr(self, one.name) for one in fields(self)}
         document["towers"] = {name: asdict(count) for name, count in self.towers.items()}
         keep = document.pop("keep")
         head = json.dumps(document, indent=2, sort_keys=True)
@@ -115,4 +130,7 @@ class Plan:
             towers=towers,
             sizes=self.sizes,
             keep=keep,
+            dropped={**self.dropped, **later.dropped},
+            dropped_parameters=self.dropped_parameters + later.dropped_parameters,
+            rescued=(*self.rescued, *later.rescued),
         )

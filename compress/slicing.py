@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,8 +18,16 @@ from transformers import PreTrainedModel
 
 from slimvlm import kernels
 from slimvlm.compress.errors import CheckpointError
-from slimvlm.compress.families import Attention, Family, find_family
-from slimvlm.compress.groups import Group, count_parameters, find_groups, kept_kv_heads, member_indices
+from slimvlm.compress.families import Attention, Family, Tower, find_family
+from slimvlm.compress.groups import (
+    Group,
+    count_parameters,
+    dead_blocks,
+    find_groups,
+    kept_kv_heads,
+    member_indices,
+    read_states,
+)
 from slimvlm.compress.modeling_slim import RECORD, SCHEMA, replace_forward, resize, slim_class
 from slimvlm.compress.plan import Plan
 
@@ -45,9 +54,11 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """
     family = find_family(model.config)
     groups = matching_groups(model, family, plan)
+    dead = dead_blocks(model, family)
     kept = {group.key: torch.tensor(plan.keep[group.key], dtype=torch.int64) for group in groups}
     cuts = [cut for group in groups for cut in find_cuts(group, kept[group.key])]
-    after = count_parameters(model) - sum(_removed(model, cut) for cut in cuts)
+    after = count_parameters(model) - sum(one.parameters for one in dead.values())
+    after -= sum(_removed(model, cut) for cut in cuts)
     if after != plan.parameters_after:
         raise CheckpointError(
             f"the plan says {plan.parameters_after} parameters remain, cutting this model leaves {after}; "
@@ -56,6 +67,9 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     record = copy.deepcopy(getattr(model.config, RECORD, None)) or {
         "schema": SCHEMA, "shapes": {}, "attributes": {}, "forwards": {}, "per_layer_config": {}
     }  # fmt: skip
+    for tower in family.towers:
+        if tower.name in dead:
+            _drop(model, tower, dead[tower.name].blocks)
     for cut in cuts:
         _cut(model.get_submodule(cut.path), cut)
         record["shapes"][cut.path] = list(model.get_parameter(f"{cut.path}.weight").shape)
@@ -121,6 +135,12 @@ def matching_groups(model: nn.Module, family: Family, plan: Plan) -> tuple[Group
     if plan.family != family.name:
         raise CheckpointError(f"the plan is for family {plan.family!r}, this model is {family.name!r}")
     groups = find_groups(model, family, plan.attention_unit)
+    dead = {tower: one.blocks for tower, one in dead_blocks(model, family).items()}
+    if dead != dict(plan.dropped):
+        raise CheckpointError(
+            f"the plan drops {dict(plan.dropped)} blocks that nobody reads, this model has {dead}; "
+            "apply the plan to the checkpoint it was made for"
+        )
     if unknown := sorted(set(plan.keep) ^ {group.key for group in groups}):
         raise CheckpointError(f"the plan and the model do not have the same groups; first difference: {unknown[0]}")
     for group in groups:
@@ -141,6 +161,19 @@ def _removed(model: nn.Module, cut: Cut) -> int:
     if cut.rows is None:
         return 0
     return (weight.shape[0] - len(cut.rows)) * (weight[0].numel() + (bias is not None))
+
+
+def _drop(model: PreTrainedModel, tower: Tower, dead: int) -> None:
+    """Take the last `dead` blocks out of `tower`, and say so in the config of the stock class.
+
+    The states that are read are then counted from the front: -1 is what InternVL normalises first.
+    """
+    blocks: Any = model.get_submodule(tower.blocks)
+    states = read_states(model.config, tower, len(blocks))
+    del blocks[len(blocks) - dead :]
+    setattr(attrgetter(tower.config)(model.config), tower.depth, len(blocks))
+    one = isinstance(getattr(model.config, str(tower.states)), int)
+    setattr(model.config, str(tower.states), states[0] if one else states)
 
 
 def _cut(module: nn.Module, cut: Cut) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.families import Attention, Family, find_family
-from slimvlm.compress.groups import resolve
+from slimvlm.compress.groups import live_blocks, resolve
 from slimvlm.compress.recovery.recipe import Recipe
 
 
@@ -63,8 +63,8 @@ def check_states(recipe: Recipe, model: nn.Module, family: Family) -> None:
 
 
 def depths_of(model: nn.Module, family: Family) -> dict[str, int]:
-    """Tower name -> number of blocks."""
-    return {tower.name: len(resolve(model, tower.blocks, family)) for tower in family.towers}
+    """Tower name -> number of blocks, without those whose output nobody reads."""
+    return {tower.name: live_blocks(model, family, tower) for tower in family.towers}
 
 
 def _vocabulary(model: nn.Module) -> int:

@@ -83,12 +83,18 @@ def _findings(plan: Plan) -> tuple[Finding, ...]:
         f"({percent(plan.ratio)} was asked for).",
         f"{PLAN}: parameters_before, parameters_after, ratio",
     )
-    rescued = plan.options.get("rescued_groups")
-    if not rescued:
-        return (removed,)
-    return removed, Finding(
-        f"{rescued} groups would have been emptied and keep one unit.", f"{PLAN}: options.rescued_groups", bad=True
-    )
+    found = [removed]
+    for tower, blocks in plan.dropped.items():
+        text = f"The last {blocks} blocks of {shown(tower)} left whole and for free: nothing reads their output."
+        found.append(Finding(text, f"{PLAN}: dropped, dropped_parameters ({whole(plan.dropped_parameters)})"))
+    if plan.overshoots:
+        text = f"That is {percent(plan.removed_fraction - plan.ratio)} of all parameters more than was asked for."
+        found.append(Finding(text, f"{PLAN}: parameters_after, ratio", bad=True))
+    if plan.rescued:
+        groups = ", ".join(map(shown, plan.rescued))
+        text = f"{groups} would have been emptied and keep one unit each."
+        found.append(Finding(text, f"{PLAN}: rescued", bad=True))
+    return tuple(found)
 
 
 def _parts(plan: Plan) -> list[_Part]:

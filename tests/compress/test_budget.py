@@ -30,6 +30,8 @@ def dense_llava() -> tuple[tuple[Group, ...], Facts]:
 
 def prepared(name: str, attention_unit: str = "auto", seed: int = 0) -> tuple[nn.Module, tuple[Group, ...], Scores]:
     model = tiny_model(name).model
+    if hasattr(model.config, "vision_feature_layer"):
+        model.config.vision_feature_layer = -1  # test_dead_blocks.py is about what nobody reads
     groups = find_groups(model, find_family(model.config), attention_unit)
     return model, groups, score_groups(groups, CRITERIA["random"], seed=seed)
 
@@ -247,9 +249,9 @@ def test_an_unknown_tower_is_refused_with_the_known_ones():
 def test_the_faithful_loop_may_empty_a_group_and_the_plan_keeps_its_best_unit():
     groups, scores, facts = single_mlp([1, 1, 1, 1, 5, 5])
     literal = make_plan(groups, scores, Budget(0.7, faithful=True), facts)
-    assert literal.keep["language.0.mlp"] == (5,) and literal.options["rescued_groups"] == 1
+    assert literal.keep["language.0.mlp"] == (5,) and literal.rescued == ("language.0.mlp",)
     product = make_plan(groups, scores, Budget(0.7), facts)
-    assert product.keep["language.0.mlp"] == (5,) and product.options["rescued_groups"] == 0
+    assert product.keep["language.0.mlp"] == (5,) and product.rescued == ()
 
 
 def test_the_steps_of_the_faithful_loop_can_be_in_proportion_to_the_model():

@@ -288,7 +288,11 @@ def test_model_is_left_as_it_was_even_after_an_error() -> None:
 
 def test_weights_the_loss_does_not_reach_score_zero() -> None:
     tiny = tiny_model("llava")  # the features come from the last but one vision block
-    seen = run(tiny, [tiny.inputs(2)])
+    tiny.model.config.vision_feature_layer = -1
+    groups = find_groups(tiny.model, find_family(tiny.model.config))
+    tiny.model.config.vision_feature_layer = -2
+    options = CalibrationOptions(criterion=UKMI)
+    seen = collect(tiny.model, find_family(tiny.model.config), groups, [tiny.inputs(2)], options)
     assert not seen.saliency["model.vision_tower.encoder.layers.2.mlp.fc1:0"].any()
     assert seen.saliency["model.vision_tower.encoder.layers.1.mlp.fc1:0"].all()
 

@@ -52,7 +52,7 @@ def test_no_output_projection_loses_more_than_by_the_cut_alone(name: str) -> Non
 def test_the_new_weight_is_the_ridge_solution_over_the_tokens_seen() -> None:
     tiny = tiny_model("llava")
     found, plan, _ = refitted(tiny)
-    path, key = "model.language_model.layers.1.mlp.down_proj", "language.1.mlp"
+    path, key = "model.language_model.layers.0.mlp.down_proj", "language.0.mlp"
     module, seen = tiny.model.get_submodule(path), []
     handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().flatten(0, 1)))
     with torch.no_grad():

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterable
 
 from slimvlm.compress.families import find_family
-from slimvlm.compress.groups import Group, count_parameters, find_groups
+from slimvlm.compress.groups import Group, count_parameters, dead_blocks, find_groups
 from slimvlm.compress.plan import Plan, TowerCount
 
 
@@ -18,6 +18,8 @@ def make_plan(
     groups = find_groups(model, family, attention_unit)
     keep = {group.key: tuple(sorted(choose(group))) for group in groups}
     before = count_parameters(model)
+    dead = dead_blocks(model, family)
+    free = sum(one.parameters for one in dead.values())
     removed = {tower.name: 0 for tower in family.towers}
     total = {tower.name: 0 for tower in family.towers}
     for group in groups:
@@ -36,7 +38,9 @@ def make_plan(
         ratio=sum(removed.values()) / before,
         calibration_digest="",
         parameters_before=before,
-        parameters_after=before - sum(removed.values()),
+        parameters_after=before - free - sum(removed.values()),
+        dropped={name: one.blocks for name, one in dead.items()},
+        dropped_parameters=free,
         towers={name: TowerCount(total[name], total[name] - removed[name], 0, 0) for name in total},
         sizes={group.key: group.size for group in groups},
         keep=keep,

@@ -126,7 +126,7 @@ def _plan(story: Story) -> Plan:
         towers={tower: TowerCount(900_000, 400_000, 800_000, 300_000) for tower in story.towers},
         sizes=sizes,
         keep={key: tuple(range(kept[".".join(key.rsplit(".", 2)[1:])])) for key in sizes},
-        options={"rescued_groups": 0},
+        options={},
     )
 
 
