@@ -6,9 +6,16 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from tiny_models import tiny_model
 
 from slimvlm.cli import main
+from slimvlm.compress.budget import Budget, facts_of
+from slimvlm.compress.budget import make_plan as plan_units
+from slimvlm.compress.criteria import CRITERIA, score_groups
+from slimvlm.compress.families import find_family
+from slimvlm.compress.groups import find_groups
 from slimvlm.compress.plan import Plan
+from slimvlm.console import show
 from slimvlm.demo import MODEL, SAMPLES
 
 # No calibration and few questions: seconds.
@@ -109,3 +116,22 @@ def test_inspect_counts_what_can_be_removed() -> None:
     printed = run("inspect", MODEL).stdout
     assert "llava" in printed
     assert "kv-group" in printed
+
+
+def test_a_plan_of_the_faithful_loop_warns_of_what_a_small_model_makes_of_it(capsys):
+    model = tiny_model("llava").model
+    groups = find_groups(model, find_family(model.config))
+    scores, facts = score_groups(groups, CRITERIA["random"]), facts_of(model, groups)
+    literal = plan_units(groups, scores, Budget(0.3, faithful=True), facts)
+    assert literal.removed_fraction > 0.4 and "vision.0.mlp" in literal.rescued
+    show.show_plan(literal, Path("plan.json"), as_json=True)
+    printed = capsys.readouterr()
+    assert "% of all parameters go where 30.0 % was asked for: the paper's loop takes whole steps" in printed.err
+    assert (
+        f"empties {len(literal.rescued)} groups, which keep one unit each: {', '.join(literal.rescued)}" in printed.err
+    )
+    assert json.loads(printed.out)["rescued"] == list(literal.rescued)
+    show.show_plan(plan_units(groups, scores, Budget(0.3), facts), Path("plan.json"), as_json=False)
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert "7.50 k of them for free: blocks that nobody reads, the last 1 in vision" in printed.out
