@@ -41,6 +41,7 @@ from slimvlm.console.options import (
     quality_limit,
     recover_option,
     recover_options,
+    refit_data_options,
     remote_code,
     sample_options,
     steps_option,
@@ -169,18 +170,23 @@ def plan(as_json: bool, quiet: bool, **values: Any) -> None:
 @click.argument("model", type=NAME)
 @click.argument("plan_file", metavar="PLAN", type=FILE)
 @click.argument("out", type=PATH)
-@remote_code
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
-def apply(model: str, plan_file: Path, out: Path, trust_remote_code: bool, as_json: bool) -> None:
+@refit_data_options
+@model_options
+@output_options
+def apply(model: str, plan_file: Path, out: Path, as_json: bool, quiet: bool, **values: Any) -> None:
     """Cut MODEL as a saved PLAN says.
 
-    Needs no samples; writes the checkpoint folder OUT:
+    Writes the checkpoint folder OUT. With the samples of `slimvlm plan` it is what `compress --recover none` gives;
+    without any, nothing is refitted:
 
-        slimvlm apply ./my-vlm out/plan.json smaller
+        slimvlm apply ./my-vlm out/plan.json smaller --data samples.jsonl
     """
     from slimvlm import pipeline
 
-    plan = pipeline.apply_saved_plan(model, plan_file, out, trust_remote_code)
+    with progress(quiet) as report:
+        plan = pipeline.apply_saved_plan(model, plan_file, out, progress=report, **values)
+    if plan.refit and values["data"] is None:
+        show.print_warning("the plan wants a refit, and nothing was: give the samples of `slimvlm plan` with --data")
     show.show_plan(plan, out, as_json=as_json)
 
 

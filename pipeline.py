@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from slimvlm.compress import processes
-from slimvlm.compress.checkpoint import load_model, save_checkpoint
+from slimvlm.compress.checkpoint import save_checkpoint
+from slimvlm.compress.computing import cast, load_to_compute
 from slimvlm.compress.decoding import read, refused_as
-from slimvlm.compress.errors import CheckFailedError, CheckpointError, OutputError, SlimvlmError
+from slimvlm.compress.errors import CheckFailedError, CheckpointError, OutputError, SampleError, SlimvlmError
 from slimvlm.compress.evaluate import Comparison, Quality, compare
 from slimvlm.compress.folders import require_free, reserved
 from slimvlm.compress.locks import locked_folder
@@ -21,12 +22,13 @@ from slimvlm.compress.plan import Plan
 from slimvlm.compress.recovery.checks import check_models, recipe_of
 from slimvlm.compress.run_record import ADVICE, RECORD, read_record
 from slimvlm.compress.runs import AGAIN, EXPORT, RunFolder, check_places
+from slimvlm.compress.samples import Sample
 from slimvlm.compress.slicing import apply_plan
 from slimvlm.compress.splits import Measured, Trained, read_evaluation, read_measured, read_trained
 from slimvlm.compress.stages.evaluate import evaluate_model, evaluate_seeing_and_blind, evaluate_stage
 from slimvlm.compress.stages.plan import check_plan, chosen_criterion, plan_stage
 from slimvlm.compress.stages.recover import recover_stage
-from slimvlm.compress.stages.slice import slice_stage
+from slimvlm.compress.stages.slice import save_cut, slice_stage
 from slimvlm.export import ExportOptions, export_checkpoint
 from slimvlm.export.packages import installed_formats, require_packages
 from slimvlm.serve.options import BACKENDS, TORCH, ProfileOptions
@@ -89,23 +91,46 @@ def _joined(options: CompressOptions, progress: Progress | None, plan_only: bool
         processes.leave()
 
 
-def apply_saved_plan(model: str, plan_file: Path, out: Path, trust_remote_code: bool = False) -> Plan:
-    """Cut `model` by the plan in `plan_file` and save the checkpoint in `out`.
+def apply_saved_plan(
+    model: str, plan_file: Path, out: Path, data: Path | None = None, progress: Progress | None = None, **changes: Any
+) -> Plan:
+    """Cut `model` by the plan in `plan_file` and save the checkpoint in `out`: with the `data` of the plan what
+    `compress --recover none` gives; without, the units are cut and nothing is refitted.
+
+    Args:
+        changes: further options: eval_data, device, dtype, max_bad_samples, trust_remote_code.
 
     Raises:
         CheckpointError: the plan is unreadable, or was made for other weights.
+        SampleError: `data` is not what the plan was calibrated on.
     """
     require_free(out)
     plan = read(plan_file, Plan, advice="make the plan again")
+    options = CompressOptions(model=model, out=out, data=data or out, seed=plan.seed, refit=False, **changes)
+    samples: Sequence[Sample] = ()
+    if data is not None and plan.refit is not None:
+        options = replace(options, refit=True, **asdict(plan.refit))
+        measured = read_measured(options)
+        samples = measured.calibration
+        if measured.digest != plan.calibration_digest:
+            raise SampleError(
+                f"{plan_file} was calibrated on other samples than {data} gives "
+                f"({plan.calibration_digest[:12]} is not {measured.digest[:12]}); give --data and --eval-data as they "
+                "were given to plan, or leave --data out: then nothing is refitted"
+            )
     with reserved(out):
-        loaded = load_model(model, trust_remote_code=trust_remote_code)
+        loaded = load_to_compute(options, model)
         if loaded.digest != plan.model_digest:
             raise CheckpointError(
                 f"{plan_file} was made for other weights than {model} "
                 f"({plan.model_digest[:12]} is not {loaded.digest[:12]}); make a plan for this checkpoint"
             )
-        apply_plan(loaded.model, plan)
-        save_checkpoint(out, loaded.model, loaded.processor, plan, plan.layout)
+        if samples:
+            save_cut(out, loaded, options, plan, samples, progress or _silent)
+        else:
+            stored: Any = loaded.model.config.dtype  # a dtype once loaded
+            apply_plan(cast(loaded.model, stored), plan)
+            save_checkpoint(out, loaded.model, loaded.processor, plan, plan.layout)
         return plan
 
 

@@ -24,6 +24,21 @@ class TowerCount:
 
 
 @dataclass(frozen=True, slots=True)
+class Refitting:
+    """That what is left is to be refitted, and how the samples for it are found again in the data of the plan.
+
+    Attributes:
+        samples, eval_samples, prefix_split: the options of `plan` that chose among the data.
+        batch_size: samples per batch.
+    """
+
+    samples: int
+    eval_samples: int | None
+    prefix_split: bool
+    batch_size: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """A replayable pruning decision.
 
@@ -40,6 +55,7 @@ class Plan:
         dropped: tower -> blocks at its end that nobody reads and that leave whole.
         dropped_parameters: of them; they leave for free.
         rescued: groups that the faithful loop would have emptied, and that keep one unit.
+        refit: what the cut model is to be refitted with; None: it is not.
     """
 
     family: str
@@ -61,6 +77,7 @@ class Plan:
     dropped: Mapping[str, int] = field(default_factory=dict)
     dropped_parameters: int = 0
     rescued: tuple[str, ...] = ()
+    refit: Refitting | None = None
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
@@ -91,6 +108,7 @@ class Plan:
         """Sorted JSON, one line per group."""
         document = {one.name: getattr(self, one.name) for one in fields(self)}
         document["towers"] = {name: asdict(count) for name, count in self.towers.items()}
+        document["refit"] = self.refit and asdict(self.refit)
         keep = document.pop("keep")
         head = json.dumps(document, indent=2, sort_keys=True)
         lines = ",\n".join(f"    {json.dumps(key)}: {json.dumps(list(keep[key]))}" for key in sorted(keep))

@@ -34,7 +34,7 @@ class Planning:
         budget: on the dense model.
         calibration: criterion and memory bounds of each calibration.
         rounds: calibrations, each on the model as cut so far.
-        identity: digests for the plan: model_digest, calibration_digest.
+        identity: further fields of the plan: model_digest, calibration_digest, refit.
     """
 
     budget: Budget

@@ -169,6 +169,10 @@ evaluation_options = together(
     ),
     option("--eval-samples", type=COUNT, help="At most so many of them."),
 )
+refit_data_options = together(
+    click.option("--data", type=FILE_OR_FOLDER, help="The samples the plan was made with, to refit what is left."),
+    click.option("--eval-data", type=FILE_OR_FOLDER, help="As given to plan: its images are left out."),
+)
 quality_limit = option(
     "--max-quality-drop",
     type=Number(min=0),

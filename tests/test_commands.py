@@ -83,6 +83,24 @@ def test_apply_replays_the_plan_of_compress(finished: tuple[Path, Result], tmp_p
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
+def test_apply_with_the_samples_of_the_plan_gives_what_compress_gives(tmp_path: Path) -> None:
+    out, again = tmp_path / "out", tmp_path / "again"
+    cut = run("compress", MODEL, out, *CHEAP, *ONLY_CUT[1:], "--ratio", 0.4, "--eval-samples", 12)
+    assert cut.exit_code == 0, cut.stderr
+    plan = Plan.from_json((out / "plan.json").read_text(encoding="utf-8"))
+    assert plan.refit and plan.refit.samples == 8
+    result = run("apply", MODEL, out / "plan.json", again, "--data", SAMPLES / "train.jsonl")
+    assert result.exit_code == 0, result.stderr
+    assert "Warning" not in result.stderr
+    weights = [folder / "model.safetensors" for folder in (out / "model", again)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    unfitted = run("apply", MODEL, out / "plan.json", tmp_path / "unfitted")
+    assert "Warning: the plan wants a refit, and nothing was: give the samples of `slimvlm plan`" in unfitted.stderr
+    other = run("apply", MODEL, out / "plan.json", tmp_path / "never", "--data", SAMPLES / "val.jsonl")
+    assert other.exit_code == 3 and "calibrated on other samples than" in other.stderr
+    assert not (tmp_path / "never").exists()
+
+
 def test_plan_writes_the_plan_that_compress_goes_on_from(finished: tuple[Path, Result], tmp_path: Path) -> None:
     options = (*CHEAP, "--no-refit", "--ratio", 0.6, "--eval-samples", 12, "--json", "--quiet")
     planned = run("plan", MODEL, tmp_path / "out", *options)

@@ -19,7 +19,7 @@ from slimvlm.compress.errors import OutputError, UnsuitableOptionError
 from slimvlm.compress.files import write_text
 from slimvlm.compress.groups import find_groups
 from slimvlm.compress.options import CompressOptions
-from slimvlm.compress.plan import Plan
+from slimvlm.compress.plan import Plan, Refitting
 from slimvlm.compress.processes import pick_device
 from slimvlm.compress.rounds import Planned, Planning, check_budget, plan_in_rounds
 from slimvlm.compress.runs import AGAIN, ROUNDS, RunFolder
@@ -68,6 +68,7 @@ def chosen_criterion(options: CompressOptions) -> Criterion:
 def planning_of(options: CompressOptions, **identity: str) -> Planning:
     """The options of the plan stage in the library's terms."""
     criterion = chosen_criterion(options)
+    refit = Refitting(options.samples, options.eval_samples, options.prefix_split, options.batch_size)
     return Planning(
         budget=Budget(
             ratio=options.ratio,
@@ -87,7 +88,7 @@ def planning_of(options: CompressOptions, **identity: str) -> Planning:
         rounds=options.rounds,
         attention_unit=options.attention_unit,
         seed=options.seed,
-        identity=identity,
+        identity={**identity, "refit": refit if options.refit else None},
     )
 
 

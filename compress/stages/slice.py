@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from slimvlm.compress.checkpoint import save_checkpoint
+from slimvlm.compress.checkpoint import Loaded, save_checkpoint
 from slimvlm.compress.collate import Batch, Collator, collated
 from slimvlm.compress.computing import (
     CHECKED_SAMPLES,
@@ -26,6 +26,7 @@ from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.refit import refit
 from slimvlm.compress.runs import CUT, MODEL, RunFolder
+from slimvlm.compress.samples import Sample
 from slimvlm.compress.slicing import apply_plan, mask_plan
 from slimvlm.compress.splits import Measured
 
@@ -39,25 +40,40 @@ def slice_stage(run: RunFolder, options: CompressOptions, plan: Plan, data: Meas
     with run.stage("slice") as facts:
         run.remove(MODEL, CUT)  # of a process that died before it could say finished
         loaded = load_to_compute(options, options.model)
-        model = loaded.model
-        stored: Any = model.config.dtype  # a dtype once loaded
-        computed = model.dtype
-        collator = Collator(loaded.processor, loaded.family, model.config)
-        batch = collator.training(data.calibration[:CHECKED_SAMPLES])
-        fitted = None
-        if options.refit:
-            groups = find_groups(model, loaded.family, plan.attention_unit)
-            work = collated(collator, data.calibration, options.batch_size)
-            fitted = refit(model, loaded.family, groups, plan.keep, work, memory=options.grad_memory, progress=progress)
-            facts.update(output_lost_by_cut=fitted.lost_by_cut, output_lost=fitted.lost)
-        facts["masked_difference"] = masked_difference(model, plan, batch)
-        if fitted is not None:
-            fitted.put_into(model)
-        save_checkpoint(options.out / "model", cast(model, stored), loaded.processor, plan, options.layout)
-        sliced = outputs(cast(model, computed), batch)
-        reloaded = load_to_compute(options, str(options.out / "model"))
-        facts["reload_difference"] = relative_difference(sliced, outputs(reloaded.model, batch))
-        _require_equal(facts, options.out)
+        facts.update(save_cut(options.out / MODEL, loaded, options, plan, data.calibration, progress))
+
+
+def save_cut(
+    out: Path, loaded: Loaded, options: CompressOptions, plan: Plan, samples: Sequence[Sample], progress: Progress
+) -> dict[str, float]:
+    """Cut the dense `loaded`, refit it where the options say so, save it in `out`, and check what was done.
+
+    Returns:
+        How far the cut model is from the masked one, the saved one from that, and what the refit won.
+
+    Raises:
+        CheckFailedError: a difference is no rounding.
+    """
+    facts, fitted = {}, None
+    model = loaded.model
+    stored: Any = model.config.dtype  # a dtype once loaded
+    computed = model.dtype
+    collator = Collator(loaded.processor, loaded.family, model.config)
+    batch = collator.training(samples[:CHECKED_SAMPLES])
+    if options.refit:
+        groups = find_groups(model, loaded.family, plan.attention_unit)
+        work = collated(collator, samples, options.batch_size)
+        fitted = refit(model, loaded.family, groups, plan.keep, work, memory=options.grad_memory, progress=progress)
+        facts = {"output_lost_by_cut": fitted.lost_by_cut, "output_lost": fitted.lost}
+    facts["masked_difference"] = masked_difference(model, plan, batch)
+    if fitted is not None:
+        fitted.put_into(model)
+    save_checkpoint(out, cast(model, stored), loaded.processor, plan, plan.layout)
+    sliced = outputs(cast(model, computed), batch)
+    reloaded = load_to_compute(options, str(out))
+    facts["reload_difference"] = relative_difference(sliced, outputs(reloaded.model, batch))
+    _require_equal(facts, out)
+    return facts
 
 
 def masked_difference(model: PreTrainedModel, plan: Plan, batch: Batch) -> float:
@@ -77,14 +93,14 @@ def masked_difference(model: PreTrainedModel, plan: Plan, batch: Batch) -> float
     return relative_difference(*found)
 
 
-def _require_equal(facts: dict[str, Any], out: Path) -> None:
+def _require_equal(facts: dict[str, float], out: Path) -> None:
     if not facts["masked_difference"] <= TOLERANCE[torch.float32]:
         raise CheckFailedError(
-            f"{out / 'model'}: the cut model differs from the masked dense model by {facts['masked_difference']:.2e} "
+            f"{out}: the cut model differs from the masked dense model by {facts['masked_difference']:.2e} "
             f"(relative, in fp32; accepted {TOLERANCE[torch.float32]:.0e}); please report this model"
         )
     if facts["reload_difference"] != 0:
         raise CheckFailedError(
-            f"{out / 'model'}: the reloaded checkpoint differs from what was saved by "
+            f"{out}: the reloaded checkpoint differs from what was saved by "
             f"{facts['reload_difference']:.2e}; please report this model"
         )
