@@ -20,7 +20,6 @@ from slimvlm.console.commands import Commands, Interrupted
 from slimvlm.console.options import (
     ATTENTION_UNITS,
     COUNT,
-    FILE,
     FOLDER,
     NAME,
     PATH,
@@ -28,6 +27,7 @@ from slimvlm.console.options import (
     SEED,
     TEXT,
     again_options,
+    apply_options,
     evaluation_options,
     export_options,
     folder_options,
@@ -41,7 +41,6 @@ from slimvlm.console.options import (
     quality_limit,
     recover_option,
     recover_options,
-    refit_data_options,
     remote_code,
     sample_options,
     steps_option,
@@ -167,17 +166,11 @@ def plan(as_json: bool, quiet: bool, **values: Any) -> None:
 
 
 @main.command()
-@click.argument("model", type=NAME)
-@click.argument("plan_file", metavar="PLAN", type=FILE)
-@click.argument("out", type=PATH)
-@refit_data_options
-@model_options
-@output_options
+@apply_options
 def apply(model: str, plan_file: Path, out: Path, as_json: bool, quiet: bool, **values: Any) -> None:
     """Cut MODEL as a saved PLAN says.
 
-    Writes the checkpoint folder OUT. With the samples of `slimvlm plan` it is what `compress --recover none` gives;
-    without any, nothing is refitted:
+    Without the samples of `slimvlm plan` nothing is refitted; with them OUT is what `compress --recover none` gives:
 
         slimvlm apply ./my-vlm out/plan.json smaller --data samples.jsonl
     """

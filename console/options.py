@@ -169,10 +169,6 @@ evaluation_options = together(
     ),
     option("--eval-samples", type=COUNT, help="At most so many of them."),
 )
-refit_data_options = together(
-    click.option("--data", type=FILE_OR_FOLDER, help="The samples the plan was made with, to refit what is left."),
-    click.option("--eval-data", type=FILE_OR_FOLDER, help="As given to plan: its images are left out."),
-)
 quality_limit = option(
     "--max-quality-drop",
     type=Number(min=0),
@@ -236,4 +232,13 @@ profile_options = together(
 output_options = together(
     click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
     click.option("--quiet", "-q", is_flag=True, help="No progress on stderr."),
+)
+apply_options = together(
+    click.argument("model", type=NAME),
+    click.argument("plan_file", metavar="PLAN", type=FILE),
+    click.argument("out", type=PATH),
+    click.option("--data", type=FILE_OR_FOLDER, help="The samples the plan was made with, to refit what is left."),
+    click.option("--eval-data", type=FILE_OR_FOLDER, help="As given to plan: its images are left out."),
+    model_options,
+    output_options,
 )
