@@ -180,6 +180,29 @@ def collect(
     )
 
 
+def bytes_kept(
+    model: nn.Module, family: Family, groups: Sequence[Group], batch: Batch, options: CalibrationOptions
+) -> int:
+    """Bytes that a forward over `batch` keeps for its backward pass, weights aside; 0 if no sample can count."""
+    question = ask(model, family, batch)
+    if question is None:
+        return 0
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # the tensor itself would hold the graph that holds it
+
+    collector = COLLECTORS[options.criterion.saliency](_sides(model, groups), options.criterion.saliency)
+    with _frozen(model), collector, torch.enable_grad():
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            value, _ = loss(model, question, options.criterion.threshold)
+        del value  # until here nothing was freed, so no address came twice
+    return sum(size for place, size in kept.items() if place not in weights)
+
+
 class _Run:
     """The batches of this process, and the sums over all processes."""
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -24,7 +27,11 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}
 
 
 def load_to_compute(options: CompressOptions, name: str, attention: str | None = None) -> Loaded:
-    """The model in the dtype to compute in, and the dtype it is stored in as `config.dtype`."""
+    """The model in the dtype to compute in, and the dtype it is stored in as `config.dtype`.
+
+    What earlier models have left is given back to the system first.
+    """
+    give_back_memory()
     loaded = load_model(
         name,
         trust_remote_code=options.trust_remote_code,
@@ -33,6 +40,17 @@ def load_to_compute(options: CompressOptions, name: str, attention: str | None =
     )
     cast(loaded.model, _compute_dtype(options.dtype, loaded.model))
     return loaded
+
+
+def give_back_memory() -> None:
+    """Free what nobody refers to any more, also what allocators keep for later: the next model needs it elsewhere."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with suppress(
+        AttributeError, OSError, TypeError
+    ):  # another C library than glibc keeps little, and has no such call
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

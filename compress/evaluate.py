@@ -30,6 +30,7 @@ from slimvlm.compress.samples import Sample, batches
 
 __all__ = ["Comparison", "Quality", "Row", "compare", "evaluate", "shuffle_images"]
 
+WIDENED = 64 * 2**20  # bytes of logits that are looked at in fp32 at once
 MARGIN = 4  # tokens a generated answer may be longer than the longest right one, before it is cut
 LEAD, HALF_LEAD = 1e-2, 0.5  # of a logit over the runner-up that batching and caching cannot turn over: fp32, half
 GREEDY = {  # said in full: what is left out is filled in from the generation settings of the model
@@ -226,10 +227,21 @@ def _teach(run: _Run, questions: Sequence[Sample]) -> list[_Taught]:
             logits = run.model(**batch, logits_to_keep=needed, use_cache=False).logits
         else:
             logits = run.model(**batch).logits[:, needed]
+    alike = _asked_alike(run, questions, given)
+    step = max(1, WIDENED // (4 * logits[0].numel()))
+    return [
+        taught
+        for start in range(0, len(questions), step)
+        for taught in _judge(run, *(rows[start : start + step] for rows in (logits, targets, alike)))
+    ]
+
+
+def _judge(run: _Run, logits: torch.Tensor, targets: torch.Tensor, alike: torch.Tensor) -> list[_Taught]:
+    """What the logits [B, L, V] say of the targets [B, L]; `alike` [B]: whether generation starts from the same."""
     logits = logits.float()
     losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none").sum(1)
     counts = (targets != IGNORED).sum(1)
-    sure = (_first_by_far(logits, targets, run.model.dtype) & _asked_alike(run, questions, given)).tolist()
+    sure = (_first_by_far(logits, targets, run.model.dtype) & alike).tolist()
     texts = (
         run.collator.decode(targets.masked_fill(targets == IGNORED, end_ids(run.model, run.collator)[0]))
         if any(sure)

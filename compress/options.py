@@ -96,7 +96,8 @@ class CompressOptions(RecoverOptions):
             its losses, weights and schedule in the recovery.
         rounds: re-calibrations on the partly cut model while the ratio grows.
         samples: calibration samples per round.
-        grad_memory: bound in bytes on the sums held at once, of gradients or of the refit; None: none, or 4 GiB.
+        grad_memory: bound in bytes on the sums held at once, of gradients or of the refit; None: none, or
+            (refit) a quarter of the fp32 weights.
         host_sums: keep gradient sums in host memory while the model is on a GPU.
         threshold, entropy, taylor: ablations; None: what the criterion says. A threshold of 1 selects all tokens.
         refit: fit the kept columns of output projections to the dense outputs, by least squares.

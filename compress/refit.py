@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from slimvlm.compress.collate import Batch
 from slimvlm.compress.errors import CalibrationError
 from slimvlm.compress.families import Family
-from slimvlm.compress.groups import Group
+from slimvlm.compress.groups import Group, count_parameters
 from slimvlm.compress.objective import Question, ask, stream_of
 from slimvlm.compress.slicing import Cut, find_cuts
 
 DAMPING = 0.01  # of the mean of C's diagonal; 1e-4 to 1e-1 differ little on the demo model
-MEMORY = 4 * 2**30
+MOST, LEAST = 4 * 2**30, 128 * 2**20  # bytes of sums held at once; between them, a quarter of the fp32 weights
 Progress = Callable[[str, int, int], None]
 
 
@@ -70,7 +70,8 @@ def refit(  # noqa: PLR0913 (the model with what is known of it, what is kept, w
 
     Args:
         batches: functions that make a padded training batch; called once per pass.
-        memory: bound in bytes on the sums held at once (a single projection may need more); default 4 GiB.
+        memory: bound in bytes on the sums held at once (a single projection may need more); default: a quarter of the
+            fp32 weights, from 128 MiB to 4 GiB.
 
     Raises:
         CalibrationError: a sum is not finite, or there are no tokens.
@@ -82,7 +83,7 @@ def refit(  # noqa: PLR0913 (the model with what is known of it, what is kept, w
         if cut.columns is not None
     ]
     weights, losses = {}, []
-    passes = list(_passes(wanted, memory or MEMORY))
+    passes = list(_passes(wanted, memory or min(MOST, max(LEAST, count_parameters(model)))))
     for number, chosen in enumerate(passes):
         for index, question in enumerate(_read(model, family, batches, chosen)):
             for projection in chosen:

@@ -17,6 +17,7 @@ from slimvlm.compress.collate import Batch, Collator
 from slimvlm.compress.computing import CHECKED_SAMPLES, TOLERANCE, cast, load_to_compute, outputs, relative_error
 from slimvlm.compress.errors import CheckFailedError, CheckpointError
 from slimvlm.compress.evaluate import evaluate
+from slimvlm.compress.fitting import evaluation_batch
 from slimvlm.compress.groups import resolve
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
@@ -223,5 +224,6 @@ def _score(
     options: CompressOptions, model: nn.Module, collator: Collator, samples: Sequence[Sample]
 ) -> tuple[float, float]:
     """(share of right answers, minus the loss of the right answers' tokens) on the validation samples."""
-    quality = evaluate(model, collator, samples, batch_size=options.batch_size * 4)
+    device = next(model.parameters()).device
+    quality = evaluate(model, collator, samples, batch_size=evaluation_batch(device, options.batch_size))
     return quality.score, -quality.scores.get("token_loss", 0.0)

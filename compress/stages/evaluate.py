@@ -11,6 +11,7 @@ from slimvlm.compress.decoding import dump, read
 from slimvlm.compress.errors import OutputError
 from slimvlm.compress.evaluate import compare, evaluate
 from slimvlm.compress.files import write_text
+from slimvlm.compress.fitting import evaluation_batch
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.quality import Quality, QualityFileOfRun
 from slimvlm.compress.runs import AGAIN, CUT, RunFolder
@@ -79,7 +80,7 @@ def _qualities(
             loaded.model,
             collator,
             samples,
-            batch_size=options.batch_size * 4,
+            batch_size=evaluation_batch(loaded.model.device, options.batch_size),
             progress=lambda done, total: progress("evaluate", done, total),
             blind_seed=seed,
         )

@@ -17,6 +17,7 @@ from slimvlm.compress.criteria import CRITERIA, Criterion
 from slimvlm.compress.decoding import dump, read
 from slimvlm.compress.errors import OutputError, UnsuitableOptionError
 from slimvlm.compress.files import write_text
+from slimvlm.compress.fitting import calibration_batch
 from slimvlm.compress.groups import find_groups
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan, Refitting
@@ -114,6 +115,8 @@ def plan_stage(run: RunFolder, options: CompressOptions, data: Measured, progres
         loaded = load_to_compute(options, options.model)
         collator = Collator(loaded.processor, loaded.family, loaded.model.config)
         done = _finished_rounds(partial)
+        planning = planning_of(options, model_digest=loaded.digest, calibration_digest=data.digest)
+        size = calibration_batch(loaded, collator, data.calibration, planning.calibration, options.batch_size)
 
         def keep(planned: Planned) -> None:
             if planned.round < options.rounds and run.writer:
@@ -121,14 +124,14 @@ def plan_stage(run: RunFolder, options: CompressOptions, data: Measured, progres
 
         planned = plan_in_rounds(
             loaded.model,
-            lambda _: collated(collator, data.calibration, options.batch_size),
-            planning_of(options, model_digest=loaded.digest, calibration_digest=data.digest),
+            lambda _: collated(collator, data.calibration, size),
+            planning,
             done=done,
             on_round=keep,
             progress=progress,
         )
         facts.update(model_digest=loaded.digest, data_digest=data.digest, calibration_samples=len(data.calibration))
-        facts["left_out_samples"] = data.left_out
+        facts.update(left_out_samples=data.left_out, batch_size=size)
         facts["bad_samples"] = [f"{bad.name}: {bad.reason}" for bad in data.bad]
         if run.writer:
             planned.scores.save(options.out / "scores.safetensors")
