@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64, "tensor(bool)": bool}
@@ -25,7 +25,9 @@ def tiled(image, spec):
 
 def pixels(image, spec):
     """The image as the vision graph takes it; `spec` is manifest.json's run.image."""
-    image, arrays = image.convert("RGB"), []
+    deep = {"F": 255, "I": 1 / 257}.get(image.mode[0])  # grey in floats up to 1, or in 16 bits
+    image = Image.fromarray((np.asarray(image) * deep).round().astype(np.uint8)) if deep else image
+    image, arrays = ImageOps.exif_transpose(image).convert("RGB"), []
     if spec["resize_first"]:
         image = image.resize(spec["resize_first"][::-1], Image.Resampling.BICUBIC)
     for view in spec["views"] if "views" in spec else tiled(image, spec):

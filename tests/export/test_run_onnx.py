@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optim
 
 from slimvlm.compress.collate import Collator
 from slimvlm.compress.families import find_family
+from slimvlm.compress.images import decode_image
 from slimvlm.compress.samples import open_image
 from slimvlm.export import ExportOptions, run_onnx
 from slimvlm.export.job import export_model
@@ -96,3 +98,22 @@ def test_an_image_cut_into_tiles_runs_as_in_torch_and_the_example_shows_the_whol
     assert "whole image only" in result.manifest.run["note"]
     assert run_onnx.Model(result.out).answer(open_image(generated_sample(0, seed=0)), "What is it?", 4)
     assert images.do_image_splitting
+
+
+@pytest.mark.parametrize("kind", ["16-bit grey", "float grey", "turned"])
+def test_the_example_sees_an_image_as_the_command_does(exported, kind):
+    """Deep grey keeps its brightness, and an image lies as its EXIF record says."""
+    ramp = np.linspace(0, 1, 320).reshape(16, 20)
+    options = {}
+    if kind == "turned":
+        image, options["exif"] = Image.fromarray((ramp * 255).astype(np.uint8)), Image.Exif()
+        options["exif"][0x0112] = 6
+    else:
+        values = (ramp * 65535).astype(np.uint16) if kind == "16-bit grey" else ramp.astype(np.float32)
+        image = Image.fromarray(values)
+    buffer = io.BytesIO()
+    image.save(buffer, "TIFF", **options)
+    spec = exported("llava").manifest.run["image"]
+    seen = run_onnx.pixels(Image.open(buffer), spec)
+    assert np.abs(seen - run_onnx.pixels(decode_image(buffer.getvalue()), spec)).max() < 0.02
+    assert np.ptp(seen) > 1

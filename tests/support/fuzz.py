@@ -3,7 +3,7 @@
 Of its modules `fuzz_values` holds what is put in the place of a value, `fuzz_damage` what is done to a file,
 `fuzz_workshop` the sound files cases begin from, `fuzz_cases` how a case is drawn, `fuzz_running` how it is run.
 
-    python tests/support/fuzz.py [--cases 2000] [--first 0] [--jobs 2] [--show]
+    python tests/support/fuzz.py [--cases 2000] [--first 0] [--jobs 2] [--families llava,clip] [--show]
 
 `--first N --cases 1 --show` runs case N alone and prints what it said.
 """
@@ -32,16 +32,18 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=2000)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--families", default=",".join(workshop.FAMILIES), metavar="NAMES")
     parser.add_argument("--show", action="store_true", help="print every case")
     given = parser.parse_args()
     started = time.monotonic()
     running.prepare()
     with tempfile.TemporaryDirectory(prefix="fuzz-base-") as name:
-        base = workshop.build(Path(name) / "base")
+        families = given.families.split(",")
+        base = workshop.build(Path(name) / "base", families)
         print(f"sound files after {time.monotonic() - started:.0f} s", flush=True)
         seeds = range(given.first, given.first + given.cases)
         outcomes = []
-        for outcome in running.run_all(seeds, base, workshop.FAMILIES, given.jobs):
+        for outcome in running.run_all(seeds, base, families, given.jobs):
             outcomes.append(outcome)
             if outcome.fault or given.show:
                 _show(outcome)

@@ -76,7 +76,7 @@ def _recovered(random: Random) -> list[str]:
 
 EXPORTED = shlex.split("--exporter torchscript --samples 1 --max-new-tokens 2 --quiet")
 MEASURED = shlex.split(
-    "--rounds 1 --cell-seconds 0.1 --new-tokens 2 --batch-sizes 1 --no-decoder-tests --threads 1 --quiet"
+    "--rounds 1 --starts 1 --cell-seconds 0.1 --new-tokens 2 --batch-sizes 1 --no-decoder-tests --threads 1 --quiet"
 )
 
 SOUND: dict[str, Sound] = {
@@ -140,7 +140,7 @@ def draw(seed: int, base: Path, folder: Path, families: Sequence[str]) -> Case:
     case = Case(seed, random.choice(known), [name, *sound.words(random)])
     workshop.lay_out(base, folder, case.family, sound.parts)
     for _ in range(random.choice((1, 1, 1, 2, 3))):
-        way = random.choices((_file, _option, _path, _around, _typed), (10, 6, 3, 1.2, 0.6))[0]
+        way = random.choices((_file, _option, _path, _around, _typed), (14, 5, 2, 1.2, 0.6))[0]
         if said := way(case, sound, folder, random):
             case.wrong.append(said)
     return case
