@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig
 
 from slimvlm.compress.collate import IGNORED, Batch, Collator
+from slimvlm.compress.errors import foreign
 from slimvlm.compress.quality import (
     UNNAMED_TASK,
     Comparison,
@@ -277,7 +278,8 @@ def _asked_alike(run: _Run, questions: Sequence[Sample], given: Batch) -> torch.
 def _generate(run: _Run, questions: Sequence[Sample]) -> list[str]:
     inputs = placed(run.model, run.collator.prompts(questions))
     longest = max(map(run.collator.answer_length, questions)) + MARGIN
-    ids = run.model.generate(**inputs, generation_config=greedy(run.model, run.collator, longest))
+    with foreign("the model cannot answer", "check its config.json and generation_config.json"):
+        ids = run.model.generate(**inputs, generation_config=greedy(run.model, run.collator, longest))
     prompt = inputs["input_ids"]
     if ids.shape[1] >= prompt.shape[1] and torch.equal(ids[:, : prompt.shape[1]], prompt):
         ids = ids[:, prompt.shape[1] :]

@@ -34,6 +34,7 @@ FLOATING = ("F16", "BF16", "F32", "F64")  # types of weights, as safetensors cal
 COUNTED = ("_ids", "_index", "_tracked")  # ends of names of buffers that older checkpoints keep, and that are integers
 MODULES = ("layer", "depth", "block", "expert", "stage")  # in names of config fields that count modules
 AGAIN = "copy or download it again"
+SIZES = ("num_", "hidden_size", "intermediate_size", "image_size", "patch_size", "vocab_size")
 MOST_MODULES = 1024  # eight times the deepest model there is; building more takes minutes
 
 
@@ -179,10 +180,14 @@ def _check_numbers(folder: Path, document: Any, place: str) -> None:
             )
         for name, value in document.items():
             where = f"{place}.{name}" if place else str(name)
-            counts = any(word in str(name) for word in MODULES)
-            if counts and isinstance(value, int) and value > MOST_MODULES:
+            number = value if isinstance(value, int) else 0
+            if number > MOST_MODULES and any(word in str(name) for word in MODULES):
                 raise CheckpointError(
-                    f"{folder}: config.json says {where} = {value:.3g}; accepted is at most {MOST_MODULES}. Correct it"
+                    f"{folder}: config.json says {where} = {number:.3g}; accepted is at most {MOST_MODULES}. Correct it"
+                )
+            if number < 0 and str(name).startswith(SIZES):
+                raise CheckpointError(
+                    f"{folder}: config.json says {where} = {number}; accepted is 0 or more. Correct it"
                 )
             _check_numbers(folder, value, where)
 

@@ -19,6 +19,7 @@ from slimvlm.compress.files import reported_as_output_errors
 from slimvlm.compress.folders import holds_others, listed_files, refuse_inside, reserved, written_folder
 from slimvlm.compress.manifest import Artifact, Manifest
 from slimvlm.compress.samples import Sample
+from slimvlm.compress.soundness import check_computes
 from slimvlm.export.bundle import is_bundle, tar_name, write_readme, write_tar
 from slimvlm.export.checks import check_graphs
 from slimvlm.export.client_files import name_external_data, write_client_files
@@ -89,6 +90,7 @@ def export_model(
     """As `run_export`, of a model in memory (fp32, in eval mode; `options.dtype` fp16 casts its weights)."""
     started = time.perf_counter()
     samples = export_samples(collator, model, options)
+    check_computes(model, collator, samples[0], origin.get("source", "the model"))
     graphs = _graphs(model, collator, samples)
     progress("reference", 0, 1)
     reference = make_reference(model, collator, graphs, samples, options.max_new_tokens)

@@ -8,10 +8,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from tokenizers.decoders import DecodeStream
 from transformers.generation.streamers import BaseStreamer
 
@@ -24,6 +26,7 @@ from slimvlm.compress.images import BadImageError, check_image, read_content
 from slimvlm.compress.processes import pick_device
 from slimvlm.compress.records import Turn
 from slimvlm.compress.samples import Sample, resized
+from slimvlm.compress.soundness import check_answers
 from slimvlm.serve.exported import Exported, is_export
 
 TORCH = "torch"  # the backend of a checkpoint
@@ -134,7 +137,15 @@ def open_chat(name: str, *, backend: str | None = None, device: str = "auto", tr
     if loaded.family.kind == "dual-encoder":
         raise _answers_nothing(name)
     collator = Collator(loaded.processor, loaded.family, loaded.model.config)
+    check_answers(loaded.model, collator, _probe(), name)
     return Chat(name, collator, _of_torch(loaded, collator))
+
+
+def _probe() -> Sample:
+    """A grey image and a word."""
+    buffer = BytesIO()
+    Image.new("RGB", (64, 64), (128, 128, 128)).save(buffer, "PNG")
+    return Sample(Path("grey.png"), (Turn("What?", ("",)),), "a grey image", content=buffer.getvalue())
 
 
 def open_image(path: Path) -> Sample:

@@ -16,6 +16,7 @@ from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.quality import Quality, QualityFileOfRun
 from slimvlm.compress.runs import AGAIN, CUT, RunFolder
 from slimvlm.compress.samples import Sample
+from slimvlm.compress.soundness import check_computes
 from slimvlm.compress.splits import Measured
 
 Progress = Callable[..., None]  # stage, done, total, note
@@ -74,6 +75,7 @@ def _qualities(
     """One evaluation per seed of `evaluate`, with the model loaded once."""
     loaded = load_to_compute(options, name)
     collator = Collator(loaded.processor, loaded.family, loaded.model.config)
+    check_computes(loaded.model, collator, samples[0], name)
     alone = len({sample.image_key for sample in samples}) < 2
     return [
         evaluate(

@@ -24,6 +24,7 @@ from slimvlm.compress.plan import Plan, Refitting
 from slimvlm.compress.processes import pick_device
 from slimvlm.compress.rounds import Planned, Planning, check_budget, plan_in_rounds
 from slimvlm.compress.runs import AGAIN, ROUNDS, RunFolder
+from slimvlm.compress.soundness import check_computes
 from slimvlm.compress.splits import Measured
 
 
@@ -114,6 +115,7 @@ def plan_stage(run: RunFolder, options: CompressOptions, data: Measured, progres
     with run.stage("plan") as facts:
         loaded = load_to_compute(options, options.model)
         collator = Collator(loaded.processor, loaded.family, loaded.model.config)
+        check_computes(loaded.model, collator, data.calibration[0], options.model)
         done = _finished_rounds(partial)
         planning = planning_of(options, model_digest=loaded.digest, calibration_digest=data.digest)
         size = calibration_batch(loaded, collator, data.calibration, planning.calibration, options.batch_size)

@@ -76,6 +76,11 @@ def test_so_many_layers_that_building_takes_forever_are_refused(folder):
     refused(folder, "at most 1024", load=build_meta)
 
 
+def test_a_negative_count_is_refused(folder):
+    change_config(folder, lambda config: config["vision_config"].update(num_attention_heads=-1, num_heads=-1))
+    refused(folder, r"config.json says vision_config\.num_(attention_)?heads = -1; accepted is 0 or more", build_meta)
+
+
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 def test_an_adapter_beside_the_weights_is_refused_with_how_to_merge_it(folder, name):
     (folder / name).write_text("{}")

@@ -108,7 +108,7 @@ SOUND: dict[str, Sound] = {
         True,
     ),
     "profile": Sound(
-        5,
+        3,
         lambda random: [
             random.choice(("model", "run", "exported")), "--out", "profile.json", *MEASURED,
             "--backend", random.choice(("torch", "onnx", "torchscript")),
