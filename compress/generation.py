@@ -93,12 +93,17 @@ def generate(runner: Runner, prompting: Prompting, batch: Mapping[str, np.ndarra
 
 
 def steps(
-    runner: Runner, prompting: Prompting, batch: Mapping[str, np.ndarray], max_new_tokens: int
+    runner: Runner,
+    prompting: Prompting,
+    batch: Mapping[str, np.ndarray],
+    max_new_tokens: int,
+    follow: np.ndarray | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The next most probable token of every row [B] and the logits [B, V] it was chosen by, until every row ended.
 
     Args:
         batch: left-padded `input_ids` [B, S] and `attention_mask`, and what the vision graph takes.
+        follow: tokens [B, T] to go on with, whatever was most probable.
     """
     ids, mask = batch["input_ids"], batch["attention_mask"].astype(np.int64)
     embeds = embed_prompt(runner, prompting, batch)
@@ -114,6 +119,7 @@ def steps(
         logits = outputs["logits"][:, -1]
         chosen = np.where(done, prompting.pad, logits.argmax(-1))
         yield chosen, logits
+        chosen = chosen if follow is None else follow[:, step - 1]
         done |= np.isin(chosen, prompting.end)
         if done.all() or step == max_new_tokens:
             return

@@ -40,8 +40,18 @@ class Parity(TypedDict):
     cosine: float | None
 
 
-class Check(TypedDict):
-    """Generations of one format and variant against torch's."""
+class Logits(TypedDict, total=False):
+    """Logits of the answers; exports made before 0.1.0 was released say nothing of them."""
+
+    loss: float
+    torch_loss: float
+    max_relative: float | None
+    cosine: float | None
+    long_prompt: int
+
+
+class Check(Logits):
+    """Greedy answers of one format and variant against torch's."""
 
     format: str
     variant: str

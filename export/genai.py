@@ -21,7 +21,10 @@ PIXELS = 3
 
 
 class Merge(nn.Module):
-    """Token ids [B, S] and image features [N, C] -> embeddings [B, S, C]; the n-th image token takes the n-th row."""
+    """Token ids [B, S] and image features [N, C] -> embeddings [B, S, C]; the n-th image token takes the n-th row.
+
+    An image token beyond the N-th has its own embedding, as in the model: it may also be one that the model gave.
+    """
 
     def __init__(self, embedding: Any, width: int, image_token: int) -> None:
         super().__init__()
@@ -33,7 +36,8 @@ class Merge(nn.Module):
         embeds = self.embed(input_ids)
         rows = torch.cat([torch.zeros_like(embeds[:1, 0]), image_features])  # row 0 is for text
         place = image.flatten().long().cumsum(0).view(image.shape) * image
-        return torch.where(image[..., None], rows[place], embeds)
+        filled = image & (place < rows.shape[0])
+        return torch.where(filled[..., None], rows[place * filled], embeds)
 
 
 def genai_graphs(model: Any, family: Family) -> tuple[Graph, ...]:

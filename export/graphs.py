@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from slimvlm.compress.errors import UnsupportedModelError
 from slimvlm.compress.families import Family
 from slimvlm.export.vision import Patches, vision_encoder
+from slimvlm.export.windows import refuse_windows
 
 BATCH, SEQUENCE, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
 PATCHES = "num_patches"
+EMBEDDING = "embed_tokens"
 # Per kind of vision graph: the axes of its inputs, and the first axis of its features.
 VISION_AXES = {
     "patches": ({0: PATCHES}, "num_features"),
@@ -69,7 +70,7 @@ def build_graphs(model: Any, family: Family, batch: Mapping[str, Tensor]) -> tup
     Raises:
         UnsupportedModelError: the model has a part that cannot be exported (named).
     """
-    _refuse_sliding_windows(model)
+    refuse_windows(model.config)
     if family.kind == "dual-encoder":
         return _dual_encoder(model, family, batch)
     first = (vision_graph(model, family, batch), _embed_graph(model, embedding_width(model)))
@@ -220,9 +221,7 @@ def _embed_graph(model: Any, width: int) -> Graph:
     embedding = model.get_input_embeddings()
     ids = torch.arange(SAMPLE_BATCH * SAMPLE_SEQUENCE).view(SAMPLE_BATCH, SAMPLE_SEQUENCE) % embedding.weight.shape[0]
     axes = {0: BATCH, 1: SEQUENCE}
-    return Graph(
-        "embed_tokens", Embed(embedding, width).eval(), (Port("input_ids", ids, axes),), {"inputs_embeds": axes}
-    )
+    return Graph(EMBEDDING, Embed(embedding, width).eval(), (Port("input_ids", ids, axes),), {"inputs_embeds": axes})
 
 
 def _decoder_graph(model: Any, family: Family) -> Graph:
@@ -252,15 +251,6 @@ def _cache_sizes(decoder: Decoder, embeds: Tensor, positions: Tensor) -> list[tu
     """(K, D) of every layer, measured: after a cut no config states them."""
     outputs = decoder(embeds, torch.ones(embeds.shape[:2], dtype=torch.long), positions)
     return [(keys.shape[1], keys.shape[3]) for keys in outputs[1::2]]
-
-
-def _refuse_sliding_windows(model: Any) -> None:
-    text: Any = getattr(model.config, "text_config", None)
-    if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} attends through sliding windows of {text.sliding_window} tokens, which "
-            "the exported cache does not keep; export a model with full attention, or use the torch checkpoint"
-        )
 
 
 class Encoder(nn.Module):

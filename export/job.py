@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from slimvlm.compress.checkpoint import load_model
+from slimvlm.compress.checkpoint import build_meta, load_model
 from slimvlm.compress.collate import Collator
 from slimvlm.compress.errors import CheckFailedError, CheckpointError, OutputError
 from slimvlm.compress.files import reported_as_output_errors
@@ -24,7 +24,7 @@ from slimvlm.export.bundle import is_bundle, tar_name, write_readme, write_tar
 from slimvlm.export.checks import check_graphs
 from slimvlm.export.client_files import name_external_data, write_client_files
 from slimvlm.export.genai import genai_graphs, write_genai
-from slimvlm.export.graphs import Graph, build_graphs
+from slimvlm.export.graphs import EMBEDDING, Graph, build_graphs
 from slimvlm.export.options import ExportOptions
 from slimvlm.export.recipe import NoRecipeError, check_recipe, make_recipe, one_tile, single_batches
 from slimvlm.export.reference import (
@@ -37,6 +37,7 @@ from slimvlm.export.reference import (
 )
 from slimvlm.export.sample import write_sample
 from slimvlm.export.torch_writer import compiled_name, write_pt2, write_torchscript
+from slimvlm.export.windows import refuse_windows
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 EXAMPLE = "run_onnx.py"
@@ -70,6 +71,7 @@ def run_export(checkpoint: str, out: Path, options: ExportOptions, progress: Pro
     refuse_occupied(out, options.overwrite)
     if options.bundle:
         refuse_occupied(tar_name(out), options.overwrite)
+    refuse_windows(build_meta(checkpoint, options.trust_remote_code)[0].config)
     with reserved(out):
         loaded = load_model(
             checkpoint, trust_remote_code=options.trust_remote_code, dtype=torch.float32, attention="sdpa"
@@ -169,6 +171,8 @@ def _write_graphs(
             artifact.inputs = [asdict(port) for port in graph_ports(graph)]
             manifest.artifacts.append(artifact)
     progress("export", len(todo), len(todo))
+    if "onnx" in options.formats:
+        _share_embeddings(folder, options, manifest)
     external = {
         artifact.file.removeprefix("onnx/"): 1
         for artifact in manifest.artifacts
@@ -176,6 +180,19 @@ def _write_graphs(
     }
     if external:
         manifest.run["external_data"] = external
+
+
+def _share_embeddings(folder: Path, options: ExportOptions, manifest: Manifest) -> None:
+    """Int8 has no part in it: table and head are quantized along other axes."""
+    from slimvlm.export.sharing import share_table
+
+    files = {
+        artifact.graph: folder / artifact.file
+        for artifact in manifest.artifacts
+        if artifact.format == "onnx" and artifact.variant == options.dtype
+    }
+    if (owner := files.pop(EMBEDDING, None)) is not None:
+        share_table(owner, list(files.values()), options.external_bytes)
 
 
 def _onnx(folder: Path, graph: Graph, options: ExportOptions) -> list[Artifact]:

@@ -14,6 +14,7 @@ from typing import Any
 import onnx_ir
 import torch
 import torch.nn.functional as F
+from onnx_ir import ExternalTensor
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -22,6 +23,8 @@ from slimvlm.compress.quiet import quiet
 from slimvlm.export.graphs import Graph
 from slimvlm.export.options import DYNAMO, TORCHSCRIPT, OnnxSettings
 from slimvlm.export.tracing import dynamic_shapes, first_line
+
+INSIDE_BYTES = 256  # smaller weights stand in the graph
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +65,19 @@ def save_onnx(model: onnx_ir.Model, path: Path, external_bytes: int) -> None:
     """Saves a model, with its weights in `<name>.onnx_data` beside it (the name transformers.js expects) if large.
 
     Of a weight only the tensor is written, not its shape a second time: int8 transposes weights and then finds the
-    second one wrong.
+    second one wrong. Weights that are in another file already stay there.
     """
     for value in model.graph.initializers.values():
         value.shape = value.type = None
         value.metadata_props.clear()
-    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-    onnx_ir.save(model, path, external_data=data_name(path) if weights >= external_bytes else None)
+    own = [value for value in model.graph.initializers.values() if not isinstance(value.const_value, ExternalTensor)]
+    large = [value for value in own if value.const_value is not None and value.const_value.nbytes > INSIDE_BYTES]
+    tensors = [value.const_value for value in large if value.const_value is not None]
+    if tensors and sum(tensor.nbytes for tensor in tensors) >= external_bytes:
+        beside = onnx_ir.external_data.convert_tensors_to_external(tensors, path.parent, data_name(path))
+        for value, tensor in zip(large, beside, strict=True):
+            value.const_value = tensor
+    onnx_ir.save(model, path)
 
 
 def data_name(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Is a written graph the model? Outputs against torch at two sizes of every axis, and tokens against `generate`."""
+"""Is a written graph the model? Outputs against torch at two sizes of every axis, and answers against `generate`."""
 
 from __future__ import annotations
 
@@ -13,22 +13,29 @@ from slimvlm.compress.generation import Arrays
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """What is accepted of a variant: error relative to the largest output, cosine of outputs, share of equal tokens."""
+    """What is accepted of a variant: error relative to the largest output, cosine of outputs, and what it may cost.
+
+    Attributes:
+        loss: rise of the mean cross-entropy of torch's answers, in nats a token.
+        right: fall of the share of right answers; one sample is always accepted.
+    """
 
     relative: float
     cosine: float
-    tokens: float
+    loss: float
+    right: float = 0.02
 
     def to_dict(self) -> dict[str, float]:
         """As stored in manifest.json."""
         return asdict(self)
 
 
-# fp32: what reordered sums give. fp16 and int8 are other numbers: close in direction; their tokens are counted.
+# fp32: what reordered sums give. fp16 and int8 are other numbers: close in direction, and measured by what they cost.
+# The demo model in int8 loses 0.0008 nats a token on 400 samples, 0.003 on 16, and no right answer (docs/export.md).
 TOLERANCES = {
-    "fp32": Tolerance(1e-4, 0.99999, 1.0),
-    "fp16": Tolerance(5e-2, 0.999, 0.9),
-    "int8": Tolerance(0.5, 0.98, 0.5),
+    "fp32": Tolerance(1e-4, 0.99999, 1e-3),
+    "fp16": Tolerance(5e-2, 0.999, 0.01),
+    "int8": Tolerance(0.5, 0.98, 0.02),
 }
 
 
@@ -83,22 +90,54 @@ def _cosine(left: np.ndarray, right: np.ndarray) -> float:
     return float(left @ right / norms) if norms > 0 else 1.0
 
 
+def cross_entropy(logits: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
+    """Losses [T] of tokens by their logits [T, V], in nats."""
+    wide = logits.astype(np.float64)
+    top = wide.max(axis=-1, keepdims=True)
+    total = np.log(np.exp(wide - top).sum(axis=-1)) + top[:, 0]
+    return total - wide[np.arange(len(tokens)), list(tokens)]
+
+
 @dataclass(frozen=True, slots=True)
 class TokenCheck:
-    """Greedy generation of a runtime against torch: rows that are equal, tokens that are equal, right answers."""
+    """Greedy answers of a runtime against torch, along torch's tokens.
+
+    Attributes:
+        equal: answers of which every token is the runtime's own choice, too.
+        token_share: of the tokens.
+        loss, torch_loss: mean cross-entropy of torch's answers in the runtime and in torch, nats a token.
+        max_relative, cosine: worst logits of a step, see Difference; `long_prompt` tokens have the longest prompt.
+        accuracy: right answers by the runtime's own tokens.
+    """
 
     samples: int
     equal: int
     token_share: float
+    loss: float
+    torch_loss: float
+    max_relative: float
+    cosine: float
+    long_prompt: int
     accuracy: float | None
     torch_accuracy: float | None
+
+    def wrong(self, tolerance: Tolerance) -> str | None:
+        """What is not within the tolerance, if anything."""
+        if not self.max_relative <= tolerance.relative or not self.cosine >= tolerance.cosine:
+            return (
+                f"logits of answers differ from torch (prompts of up to {self.long_prompt} tokens): relative error "
+                f"{self.max_relative:.1e}, cosine {self.cosine:.6f}"
+            )
+        if not self.loss - self.torch_loss <= tolerance.loss:
+            return (
+                f"torch's answers cost {self.loss - self.torch_loss:.3f} nats a token more than in torch, "
+                f"{tolerance.loss} are accepted"
+            )
+        fallen = (self.torch_accuracy or 0.0) - (self.accuracy or 0.0)
+        if fallen > max(tolerance.right, 1 / self.samples) + 1e-9:
+            return f"{self.accuracy:.1%} of the answers are right, in torch {self.torch_accuracy:.1%}"
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         """As stored in manifest.json."""
         return asdict(self)
-
-
-def token_share(found: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]) -> float:
-    """Share of the wanted tokens that stand at the same place."""
-    same = sum(left == right for row, other in zip(found, wanted, strict=True) for left, right in zip(row, other))  # noqa: B905
-    return same / max(1, sum(map(len, wanted)))

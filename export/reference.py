@@ -14,15 +14,16 @@ from PIL import Image
 
 from slimvlm.compress.collate import Batch, Collator
 from slimvlm.compress.errors import UnsuitableOptionError
-from slimvlm.compress.evaluate import end_ids, greedy, pad_id
+from slimvlm.compress.evaluate import end_ids, pad_id
 from slimvlm.compress.generation import Arrays, PortInfo, Prompting, Runner, generate, until_end
 from slimvlm.compress.quality import exact_match
 from slimvlm.compress.records import Turn
 from slimvlm.compress.runners import TorchRunner
 from slimvlm.compress.samples import Sample, batches, load_samples, resized
+from slimvlm.export.answers import Answers, long_prompt, retell, shares, torch_answers
 from slimvlm.export.graphs import Graph
 from slimvlm.export.options import ExportOptions
-from slimvlm.export.parity import Case, TokenCheck, token_share
+from slimvlm.export.parity import Case, TokenCheck
 from slimvlm.export.runners import Recorder
 
 ROWS = 4  # samples generated for at once, left-padded
@@ -32,18 +33,21 @@ DEFAULT_SIDE = 448  # of images for families that take any size, where no size w
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """The samples, their batches, torch's answers (tokens up to the end, at most `most`) and graph outputs.
+    """The samples, the cases of every graph, and torch's answers of at most `most` tokens; none of dual encoders.
 
-    `first` is the batch that is stored beside the files, with what torch gives for it.
+    Attributes:
+        answers: batch by batch, last of all to one long prompt, which is not one of the samples.
+        tokens: of the answers to the samples, up to their end; `accuracy`: how many of them are right.
+        first: the batch that is stored beside the files, with what torch gives for it.
     """
 
     collator: Collator
     most: int
     samples: Sequence[Sample]
-    batches: Sequence[Arrays]
     cases: Sequence[Case]
     prompting: Prompting | None
-    answers: Sequence[Sequence[int]]
+    answers: Sequence[Answers]
+    tokens: Sequence[Sequence[int]]
     accuracy: float | None
     first: Arrays
     expected: Arrays
@@ -157,13 +161,11 @@ def make_reference(
         return _embeddings(runner, collator, samples)
     prompting = prompting_of(model, collator)
     prompts = [_arrays(collator.prompts(part)) for part in batches(samples, ROWS)]
-    answers: list[list[int]] = []
-    right: list[float] = []
-    for part, prompt in zip(batches(samples, ROWS), prompts, strict=True):
-        tokens = torch_tokens(model, collator, prompt, prompting, most)
-        answers += [until_end(row, prompting.end) for row in tokens]
-        texts = collator.decode(torch.from_numpy(tokens))
-        right += [exact_match(text, sample.turns[-1].answers) for text, sample in zip(texts, part, strict=True)]
+    prompts.append(_arrays(long_prompt(collator, samples[0], most)))
+    answers = [torch_answers(model, collator, prompt, prompting, most) for prompt in prompts]
+    tokens = [until_end(row, prompting.end) for one in answers[:-1] for row in one.tokens]
+    texts = [collator.decode(torch.tensor([row]))[0] for row in tokens]
+    accuracy = _right(texts, samples) if any(sample.turns[-1].target for sample in samples) else None
     single, pair = (_arrays(collator.prompts(part)) for part in (samples[-1:], (list(samples) * 2)[:2]))
     cases = _random_cases(runner, graphs)
     for what, batch in (("two samples", pair), ("one sample", single)):
@@ -171,13 +173,16 @@ def make_reference(
         generate(recorder, prompting, batch, 2)
         cases += [Case(graph, what, feeds, outputs) for graph, feeds, outputs in recorder.calls]
         if "embedding" in runner.modules:  # only onnxruntime-genai runs it
-            features = next(outputs for graph, _, outputs in recorder.calls if graph == "vision_encoder")
-            feeds = {"input_ids": batch["input_ids"], **features}
-            cases.append(Case("embedding", what, feeds, runner.run("embedding", feeds)))
-    given = generate(runner, prompting, single, most)
-    accuracy = sum(right) / len(right) if any(sample.turns[-1].target for sample in samples) else None
-    expected = {"tokens": given.tokens, "first_logits": given.first_logits}
-    return Reference(collator, most, samples, prompts, cases, prompting, answers, accuracy, single, expected)
+            features = next(one["image_features"] for graph, _, one in recorder.calls if graph == "vision_encoder")
+            feeds = {"input_ids": batch["input_ids"], "image_features": features}
+            token = np.full((len(batch["input_ids"]), 1), prompting.image_token)
+            given = {"input_ids": token, "image_features": features[:0]}
+            for case, fed in ((what, feeds), (f"{what}, an image token given by the model", given)):
+                cases.append(Case("embedding", case, fed, runner.run("embedding", fed)))
+    stored = torch_answers(model, collator, single, prompting, most)
+    losses = retell(runner, prompting, stored, "stored").torch_losses[0]
+    expected = {"tokens": stored.tokens, "first_logits": stored.logits[:, 0], "losses": losses}
+    return Reference(collator, most, samples, cases, prompting, answers, tokens, accuracy, single, expected)
 
 
 def prompting_of(model: Any, collator: Collator) -> Prompting:
@@ -195,35 +200,43 @@ def prompting_of(model: Any, collator: Collator) -> Prompting:
     )
 
 
-def torch_tokens(model: Any, collator: Collator, prompt: Arrays, prompting: Prompting, most: int) -> np.ndarray:
-    """Greedy answers [B, T] of `generate`, without the prompt."""
-    tensors = {name: torch.from_numpy(array) for name, array in prompt.items()}
-    with torch.inference_mode():
-        ids = model.generate(**tensors, generation_config=greedy(model, collator, most)).numpy()
-    asked = prompt["input_ids"]
-    if prompting.kind == "encoder-decoder":
-        return ids[:, 1:]  # the start token
-    if ids.shape[1] >= asked.shape[1] and np.array_equal(ids[:, : asked.shape[1]], asked):
-        return ids[:, asked.shape[1] :]
-    return ids
-
-
 def check_tokens(runner: Runner, reference: Reference) -> TokenCheck:
-    """Greedy answers of a runtime against torch's, on all samples in left-padded batches."""
-    prompting, collator = reference.prompting, reference.collator
+    """Torch's answers retold by a runtime, on all samples in left-padded batches and on one long prompt."""
+    prompting = reference.prompting
     if prompting is None:
         raise ValueError("a dual encoder gives no tokens to check")
-    found: list[list[int]] = []
-    for batch in reference.batches:
-        found += [until_end(row, prompting.end) for row in generate(runner, prompting, batch, reference.most).tokens]
-    equal = sum(left == list(right) for left, right in zip(found, reference.answers, strict=True))
-    accuracy = None
-    if reference.accuracy is not None:
-        texts = [collator.decode(torch.tensor([row]))[0] for row in found]
-        pairs = zip(texts, reference.samples, strict=True)
-        accuracy = sum(exact_match(text, sample.turns[-1].answers) for text, sample in pairs) / len(texts)
-    share = token_share(found, reference.answers)
-    return TokenCheck(len(found), equal, share, accuracy, reference.accuracy)
+    retold = [retell(runner, prompting, answers, "answers") for answers in reference.answers]
+    *asked, _ = retold
+    equal, share = shares([row for one in asked for row in one.choices], reference.tokens)
+    worst = [one.difference for one in retold]
+    return TokenCheck(
+        samples=len(reference.tokens),
+        equal=equal,
+        token_share=share,
+        loss=float(np.concatenate([row for one in asked for row in one.losses]).mean()),
+        torch_loss=float(np.concatenate([row for one in asked for row in one.torch_losses]).mean()),
+        max_relative=max(one.max_relative for one in worst),
+        cosine=min(one.cosine for one in worst),
+        long_prompt=reference.answers[-1].prompts["input_ids"].shape[1],
+        accuracy=_accuracy(runner, prompting, reference, equal),
+        torch_accuracy=reference.accuracy,
+    )
+
+
+def _accuracy(runner: Runner, prompting: Prompting, reference: Reference, equal: int) -> float | None:
+    """Right answers of a runtime's own tokens; those of torch where all are equal."""
+    if reference.accuracy is None or equal == len(reference.tokens):
+        return reference.accuracy
+    texts: list[str] = []
+    for answers in reference.answers[:-1]:
+        found = generate(runner, prompting, answers.prompts, reference.most).tokens
+        texts += [reference.collator.decode(torch.tensor([until_end(row, prompting.end)]))[0] for row in found]
+    return _right(texts, reference.samples)
+
+
+def _right(texts: Sequence[str], samples: Sequence[Sample]) -> float:
+    right = [exact_match(text, sample.turns[-1].answers) for text, sample in zip(texts, samples, strict=True)]
+    return sum(right) / len(right)
 
 
 def _embeddings(runner: TorchRunner, collator: Collator, samples: Sequence[Sample]) -> Reference:
@@ -240,7 +253,7 @@ def _embeddings(runner: TorchRunner, collator: Collator, samples: Sequence[Sampl
     first = _arrays(parts["one sample"])
     last = [case for case in cases if case.what == "one sample"]
     expected = {f"{case.graph}.{name}": array for case in last for name, array in case.outputs.items()}
-    return Reference(collator, 0, samples, [], cases, None, [], None, first, expected)
+    return Reference(collator, 0, samples, cases, None, [], [], None, first, expected)
 
 
 def _random_cases(runner: TorchRunner, graphs: Sequence[Graph]) -> list[Case]:

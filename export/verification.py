@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from slimvlm.compress.errors import CheckFailedError, MissingDependencyError
-from slimvlm.compress.generation import Arrays, Prompting, Runner, generate, until_end
+from slimvlm.compress.generation import Arrays, Prompting, Runner, steps, until_end
 from slimvlm.compress.manifest import Artifact, Manifest, check_files, inside
-from slimvlm.export.parity import TOLERANCES, Case, measure, token_share
+from slimvlm.export.parity import TOLERANCES, Case, cross_entropy, measure
 from slimvlm.export.runners import runner_of
 from slimvlm.export.sample import read_sample
 
@@ -71,13 +71,16 @@ def _check(runner: Runner, manifest: Manifest, variant: str, given: Arrays, expe
     if manifest.generation is None:
         return _check_embeddings(runner, manifest.artifacts, variant, given, expected)
     prompting = Prompting.from_dict(manifest.generation)
-    result = generate(runner, prompting, given, manifest.options["max_new_tokens"])
+    told = list(steps(runner, prompting, given, expected["tokens"].shape[1], follow=expected["tokens"]))
     case = Case("decoder_model_merged", "sample", {}, {"first_logits": expected["first_logits"]})
-    difference = measure(case, {"first_logits": result.first_logits})
-    rows = [[until_end(row, prompting.end) for row in tokens] for tokens in (result.tokens, expected["tokens"])]
-    share = token_share(*rows)
-    ok = difference.within(tolerance) and share >= tolerance.tokens
-    return {"ok": bool(ok), "max_relative": difference.max_relative, "cosine": difference.cosine, "token_share": share}
+    difference = measure(case, {"first_logits": told[0][1]})
+    tokens = until_end(expected["tokens"][0], prompting.end)
+    logits = np.stack([logits[0] for _, logits in told])[: len(tokens)]
+    loss, torch_loss = float(cross_entropy(logits, tokens).mean()), float(expected["losses"].mean())
+    ok = difference.within(tolerance) and loss - torch_loss <= tolerance.loss
+    share = float(np.mean(logits.argmax(-1) == tokens))
+    found = {"max_relative": difference.max_relative, "cosine": difference.cosine, "token_share": share}
+    return {"ok": bool(ok), **found, "loss": loss, "torch_loss": torch_loss}
 
 
 def _check_embeddings(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import resource
 import shutil
@@ -9,14 +10,18 @@ import signal
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import transformers as tf
 from exports import cut_model, export_tiny
-from tiny_models import ROPE, TEXT
+from tiny_models import FACTORIES, IMAGE_TOKEN, TEXT, VISION, tiny_model
+from tiny_processors import tiny_processor
 
 from slimvlm.compress.checkpoint import save_checkpoint
+from slimvlm.compress.collate import Collator
 from slimvlm.compress.errors import (
     CheckFailedError,
     CheckpointError,
@@ -25,10 +30,12 @@ from slimvlm.compress.errors import (
     UnsuitableOptionError,
     UnsupportedModelError,
 )
+from slimvlm.compress.families import find_family
 from slimvlm.export import ExportOptions, export_checkpoint, verify
-from slimvlm.export.graphs import build_graphs
-from slimvlm.export.job import refuse_occupied
+from slimvlm.export.job import export_model, refuse_occupied
+from slimvlm.export.parity import TOLERANCES, TokenCheck
 from slimvlm.export.reference import image_size
+from slimvlm.export.windows import refuse_windows
 
 
 @pytest.mark.parametrize(
@@ -83,12 +90,112 @@ def test_a_family_nobody_knows_is_refused_by_name(tmp_path):
         export_checkpoint(tmp_path / "m", tmp_path / "out", ExportOptions())
 
 
-def test_sliding_windows_are_refused_by_name():
-    text = {**TEXT, "rope_parameters": ROPE, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
-    model, collator = cut_model("qwen2_vl")
-    model.config.text_config = tf.Qwen2VLTextConfig(**text)
-    with pytest.raises(UnsupportedModelError, match="sliding windows of 8 tokens"):
-        build_graphs(model, collator.family, {})
+ONE_OF_TWO = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+WINDOWS = {
+    "mistral": (tf.MistralConfig, {"sliding_window": 8}, "sliding_window is 8"),
+    "mistral, a switch it does not read": (
+        tf.MistralConfig,
+        {"sliding_window": 8, "use_sliding_window": False},
+        "sliding_window is 8",
+    ),
+    "phi3": (tf.Phi3Config, {"sliding_window": 8}, "sliding_window is 8"),
+    "starcoder2": (tf.Starcoder2Config, {"sliding_window": 8}, "sliding_window is 8"),
+    "qwen2, from its second layer": (tf.Qwen2Config, ONE_OF_TWO, "layer_types is 'sliding_attention'"),
+    "gemma2": (tf.Gemma2Config, {"sliding_window": 8, "head_dim": 8}, "layer_types is 'sliding_attention'"),
+    "gemma3": (tf.Gemma3TextConfig, {"sliding_window": 8, "head_dim": 8}, "layer_types is 'sliding_attention'"),
+    "llama4": (tf.Llama4TextConfig, {"attention_chunk_size": 8}, "layer_types is 'chunked_attention'"),
+    "a field that only its code reads": (tf.LlamaConfig, {"attention_chunk_size": 8}, "attention_chunk_size is 8"),
+    "linear": (tf.Qwen2Config, {"layer_types": ["linear_attention"] * 2}, "layer_types is 'linear_attention'"),
+}
+FULL = {
+    "mistral": (tf.MistralConfig, {"sliding_window": None}),
+    "qwen2, switched off": (tf.Qwen2Config, {"sliding_window": 8}),
+    "qwen2, behind its last layer": (tf.Qwen2Config, {**ONE_OF_TWO, "max_window_layers": 2}),
+    "gemma3": (tf.Gemma3TextConfig, {"sliding_window": 8, "layer_types": ["full_attention"] * 2, "head_dim": 8}),
+}
+
+
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_windows_are_refused_however_a_config_says_them(kind):
+    make, fields, words = WINDOWS[kind]
+    with pytest.raises(UnsupportedModelError, match=f"text_config.{words}.*full attention"):
+        refuse_windows(tf.LlavaConfig(text_config=make(**TEXT, **fields)))
+
+
+def test_a_window_inside_a_nested_config_is_refused():
+    inner = tf.LlavaConfig(text_config=tf.MistralConfig(**TEXT, sliding_window=8))
+    with pytest.raises(UnsupportedModelError, match="text_config.text_config.sliding_window is 8"):
+        refuse_windows(tf.LlavaConfig(text_config=inner))
+
+
+@pytest.mark.parametrize("kind", FULL)
+def test_a_window_that_no_layer_uses_is_none(kind):
+    make, fields = FULL[kind]
+    refuse_windows(tf.LlavaConfig(text_config=make(**TEXT, **fields)))
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_no_family_has_windows_of_itself(name):
+    refuse_windows(tiny_model(name).model.config)
+
+
+def test_windows_are_refused_before_the_weights_are_read(tmp_path):
+    config = tf.LlavaConfig(
+        vision_config=tf.CLIPVisionConfig(**VISION), text_config=tf.MistralConfig(**TEXT, sliding_window=8)
+    )
+    config.architectures = ["LlavaForConditionalGeneration"]
+    config.save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"not read")
+    with pytest.raises(UnsupportedModelError, match="sliding_window is 8"):
+        export_checkpoint(tmp_path / "m", tmp_path / "out", ExportOptions())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_window_that_no_config_names_is_found_by_a_long_prompt(tmp_path):
+    """The language model has its own copy of the config, with a window longer than the samples' prompts."""
+    model, collator = llava_with_hidden_window(64)
+    options = ExportOptions(exporter="torchscript", samples=3, max_new_tokens=3)
+    with pytest.raises(CheckFailedError, match="logits of answers differ.*prompts of up to 2.. tokens"):
+        export_model(model, collator, tmp_path / "export", options, lambda *_: None, {"family": "llava"})
+
+
+def llava_with_hidden_window(window):
+    """A tiny LLaVA with a Mistral that attends through a window, and a config that does not say so."""
+    torch.manual_seed(0)
+    text = tf.MistralConfig(**TEXT, sliding_window=window)
+    config = tf.LlavaConfig(
+        vision_config=tf.CLIPVisionConfig(**VISION), text_config=text, image_token_index=IMAGE_TOKEN
+    )
+    model = tf.LlavaForConditionalGeneration(config).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(10 if parameter.ndim > 1 else 1)  # attention that is not nearly even
+    model.config = copy.deepcopy(model.config)
+    model.config.text_config.sliding_window = None
+    return model, Collator(tiny_processor("llava"), find_family(model.config), model.config)
+
+
+GOOD = TokenCheck(100, 100, 1.0, 0.5, 0.5, 1e-6, 1.0, 400, 0.9, 0.9)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    (
+        ({"loss": 0.53}, "cost 0.030 nats a token more than in torch, 0.02 are accepted"),
+        ({"loss": float("nan")}, "cost nan nats"),
+        ({"accuracy": 0.87}, "87.0% of the answers are right, in torch 90.0%"),
+        ({"max_relative": 0.6}, "relative error 6.0e-01"),
+        ({"cosine": 0.9}, "cosine 0.900000"),
+        ({"max_relative": float("nan")}, "relative error nan"),
+    ),
+)
+def test_an_int8_export_that_costs_quality_is_not_accepted(change, words):
+    assert GOOD.wrong(TOLERANCES["int8"]) is None
+    assert words in replace(GOOD, **change).wrong(TOLERANCES["int8"])
+
+
+def test_one_wrong_answer_more_is_accepted_of_a_few():
+    assert replace(GOOD, samples=16, accuracy=0.9 - 1 / 16).wrong(TOLERANCES["int8"]) is None
+    assert replace(GOOD, samples=16, accuracy=0.9 - 2 / 16).wrong(TOLERANCES["int8"]) is not None
 
 
 def test_an_occupied_folder_is_not_touched(tmp_path):

@@ -7,10 +7,12 @@ import json
 import numpy as np
 import onnx
 import pytest
+from exports import cut_model
 from tiny_models import FACTORIES
 
+from slimvlm.compress.families import FAMILIES
 from slimvlm.compress.generation import Prompting, empty_cache
-from slimvlm.export.runners import runner_of
+from slimvlm.export.runners import OnnxRunner, runner_of
 
 DUAL = ("clip", "siglip")
 GENERATIVE = [name for name in FACTORIES if name not in DUAL]
@@ -25,10 +27,12 @@ def dims(value):
 
 
 @pytest.mark.parametrize("name", GENERATIVE)
-def test_generation_through_the_runtime_equals_torch_token_for_token(exported, name):
+def test_generation_through_the_runtime_gives_torchs_logits_at_every_token(exported, name):
     [check] = exported(name).manifest.checks
-    assert check["equal"] == check["samples"] == 5  # in batches of four, left-padded, and one
-    assert check["token_share"] == 1.0
+    assert check["samples"] == 5  # in batches of four, left-padded, and one
+    assert check["max_relative"] < 1e-5  # of every logit on torch's way, so no tie decides
+    assert check["cosine"] > 1 - 1e-9
+    assert check["long_prompt"] > (100 if name == "blip2_opt" else 200)
 
 
 @pytest.mark.parametrize("name", FACTORIES)
@@ -106,6 +110,45 @@ def test_features_of_later_layers_travel_in_the_embedding(exported):
     """Qwen3-VL adds vision features after its first decoder layers; the embedding is as wide as all of them."""
     embed = next(artifact for artifact in exported("qwen3_vl").manifest.artifacts if artifact.graph == "embed_tokens")
     assert embed.outputs[0]["shape"] == ["batch_size", "sequence_length", 64]
+
+
+@pytest.mark.parametrize("name", [family.name for family in FAMILIES if family.export.genai])
+def test_an_image_token_that_the_model_gives_itself_has_its_own_embedding(exported, name):
+    """onnxruntime-genai puts every new token through the graph that merges features into a prompt, then without any."""
+    result = exported(name)
+    runner = OnnxRunner({graph: result.out / "onnx" / f"{graph}.onnx" for graph in ("embedding", "embed_tokens")})
+    token = result.manifest.generation["image_token"]
+    ids = np.array([[3, token, token, 4]])
+    own = runner.run("embed_tokens", {"input_ids": ids})["inputs_embeds"]
+    features = np.ones((1, own.shape[-1]), np.float32)
+    found = runner.run("embedding", {"input_ids": ids, "image_features": features})["inputs_embeds"]
+    assert np.array_equal(found[0, 1], features[0])
+    assert np.array_equal(np.delete(found, 1, axis=1), np.delete(own, 1, axis=1))
+    found = runner.run("embedding", {"input_ids": ids, "image_features": features[:0]})["inputs_embeds"]
+    assert np.array_equal(found, own)
+
+
+@pytest.mark.parametrize("name", GENERATIVE)
+def test_an_embedding_that_several_graphs_read_is_stored_once(exported, name):
+    """Of a head that is tied to it, and of the graph in which onnxruntime-genai merges."""
+    out, (model, collator) = exported(name).out / "onnx", cut_model(name)
+    table = model.get_input_embeddings().weight
+    tied = np.array_equal(model.get_output_embeddings().weight.detach(), table.detach())
+    readers = ["decoder_model_merged.onnx"] * tied + ["embedding.onnx"] * (collator.family.export.genai is not None)
+    assert [path.name for path in out.glob("*_data")] == ["embed_tokens.onnx_data"] * bool(readers)
+    for file in readers:
+        weights = onnx.load(out / file, load_external_data=False).graph.initializer
+        same = [weight for weight in weights if sorted(weight.dims) == sorted(table.shape)]
+        apart = [weight for weight in same if weight.data_location == onnx.TensorProto.EXTERNAL]
+        assert [{entry.key: entry.value for entry in weight.external_data} for weight in apart] == [
+            {"location": "embed_tokens.onnx_data", "offset": "0", "length": str(table.nbytes)}
+        ]
+        assert len(same) == 1
+
+
+def test_some_families_tie_their_head():
+    tied = {name for name in GENERATIVE if getattr(cut_model(name)[0].config, "tie_word_embeddings", False)}
+    assert len(tied) >= 2
 
 
 def test_an_empty_cache_takes_the_batch_and_no_positions(exported):

@@ -75,7 +75,7 @@ def test_fp16_graphs_have_fp16_caches_and_fp32_outputs(tmp_path):
     assert dtypes["inputs_embeds"] == dtypes["logits"] == "float32"
     assert min(difference["cosine"] for difference in decoder.parity) > 0.999
     [check] = result.manifest.checks
-    assert check["token_share"] >= 0.9
+    assert check["loss"] - check["torch_loss"] < 0.01
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
