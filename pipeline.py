@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from slimvlm.compress import processes
 from slimvlm.compress.checkpoint import save_checkpoint
 from slimvlm.compress.computing import cast, load_to_compute
-from slimvlm.compress.decoding import read, refused_as
+from slimvlm.compress.decoding import read
 from slimvlm.compress.errors import CheckFailedError, CheckpointError, OutputError, SampleError, SlimvlmError
 from slimvlm.compress.evaluate import Comparison, Quality, compare
 from slimvlm.compress.folders import require_free, reserved
@@ -20,7 +20,7 @@ from slimvlm.compress.locks import locked_folder
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.recovery.checks import check_models, recipe_of
-from slimvlm.compress.run_record import ADVICE, RECORD, read_record
+from slimvlm.compress.run_record import options_of, read_record
 from slimvlm.compress.runs import AGAIN, EXPORT, RunFolder, check_places
 from slimvlm.compress.samples import Sample
 from slimvlm.compress.slicing import apply_plan
@@ -147,9 +147,7 @@ def recover_run(out: Path, changes: Mapping[str, Any], progress: Progress | None
     if changes.get("export") is None and "export" in record["stages"]:
         changes["export"] = tuple(record["stages"]["export"]["formats"])
     changes["profile"] = bool(record["stages"].get("profile", {}).get("backends"))
-    with refused_as(out / RECORD, OutputError, ADVICE):
-        options = CompressOptions.of_run(out, record["options"], **changes)
-    return compress(options, progress)
+    return compress(options_of(out, record, **changes), progress)
 
 
 class Evaluation(NamedTuple):

@@ -195,8 +195,9 @@ def weight_files(folder: Path) -> list[Path]:
         for name in names:
             if Path(name).name != name or not name.endswith(".safetensors"):  # "../a", "/etc/passwd", ".."
                 raise CheckpointError(f"{folder / INDEX} names {name!r}, which is no file of its folder; do not use it")
-        if names:
-            return [folder / name for name in names]
+        if not names:
+            raise CheckpointError(f"{folder / INDEX} names no file; copy or download it again")
+        return [folder / name for name in names]
     raise CheckpointError(f"{folder} holds no {SINGLE} (pickled weights are not read); save it as safetensors")
 
 

@@ -63,16 +63,21 @@ class Check(Logits):
     torch_accuracy: float | None
 
 
-class Origin(TypedDict, total=False):
-    """What was exported."""
+class Family(TypedDict):
+    """What every export says of its model."""
 
-    source: str
-    digest: str
     family: str
     type: str
 
 
-class Stated(TypedDict, total=False):
+class Origin(Family, total=False):
+    """What was exported."""
+
+    source: str
+    digest: str
+
+
+class Stated(TypedDict):
     """The options of the export, as far as a reader needs them."""
 
     max_new_tokens: int
@@ -81,7 +86,7 @@ class Stated(TypedDict, total=False):
 class ForClients(TypedDict, total=False):
     """What a client needs besides the graphs; `prompt` and `image` are the recipe of `run_onnx.py`."""
 
-    image_size: list[int]
+    image_size: tuple[int, int]
     external_data: dict[str, int]
     prompt: dict[str, Any]
     image: dict[str, Any]

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypedDict
 from slimvlm.compress.decoding import MisfitError, content_of, decode, dump, parse, refused_as
 from slimvlm.compress.errors import OutputError
 from slimvlm.compress.manifest import Check
+from slimvlm.compress.options import CompressOptions
 
 RECORD = "run.json"
 SCHEMA = 1
@@ -161,6 +162,16 @@ def read_record(path: Path) -> dict[str, Any]:
         if record.pop("digest") != _digest(record):
             raise MisfitError("it was changed since it was written (its digest differs)")
     return record
+
+
+def options_of(path: Path, record: Mapping[str, Any], **changes: Any) -> CompressOptions:
+    """The options of the run in `path`, with `changes`, to go on with it.
+
+    Raises:
+        OutputError: its record holds others (the field is named).
+    """
+    with refused_as(path / RECORD, OutputError, ADVICE):
+        return CompressOptions.of_run(path, record["options"], **changes)
 
 
 def _digest(record: Mapping[str, Any]) -> str:

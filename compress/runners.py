@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from slimvlm.compress.errors import CheckpointError
 from slimvlm.compress.generation import Arrays, PortInfo
 from slimvlm.compress.manifest import Artifact
 from slimvlm.compress.quiet import quiet
@@ -37,6 +38,8 @@ class SessionRunner:
 
     def session(self, graph: str) -> Any:
         """The InferenceSession of a graph."""
+        if graph not in self.files:
+            raise CheckpointError(f"this export has no graph {graph}; it holds {', '.join(self.files)}")
         if graph not in self._sessions:
             self._sessions[graph] = self._open(self.files[graph])
         return self._sessions[graph]

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from slimvlm.compress.errors import CheckFailedError, MissingDependencyError
+from slimvlm.compress.errors import CheckFailedError, CheckpointError, MissingDependencyError
 from slimvlm.compress.generation import Arrays, Prompting, Runner, steps, until_end
 from slimvlm.compress.manifest import Artifact, Manifest, check_files, inside
 from slimvlm.export.parity import TOLERANCES, Case, cross_entropy, measure
@@ -54,7 +54,10 @@ def verify_folder(folder: Path) -> Verification:
         if importlib.util.find_spec(RUNTIMES[form]) is None:
             skipped.append(f"{form} {variant}: {RUNTIMES[form]} is not installed")
             continue
-        check = _check(runner_of(folder, artifacts), manifest, variant, given, expected)
+        try:
+            check = _check(runner_of(folder, artifacts), manifest, variant, given, expected)
+        except KeyError as missing:
+            raise CheckpointError(f"{folder} holds no {missing} for {form} {variant}; copy the export again") from None
         checks.append({"format": form, "variant": variant, **check})
         if not check["ok"]:
             failures.append(f"{form} {variant} differs from torch here: {_shown(check)}")

@@ -10,6 +10,7 @@ from typing import Any
 
 from slimvlm.compress.checkpoint import PLAN, load_processor, locate, read_config, weight_files
 from slimvlm.compress.collate import Collator
+from slimvlm.compress.decoding import read
 from slimvlm.compress.errors import CheckpointError, MissingDependencyError, UnsuitableOptionError
 from slimvlm.compress.manifest import Manifest, inside
 from slimvlm.compress.plan import Plan
@@ -69,7 +70,7 @@ class Target:
     def subject(self, dtype: str) -> Subject:
         """As it stands in the profile; `dtype` is that of its cache."""
         plan = (self.checkpoint or Path()) / PLAN
-        layout = Plan.from_json(plan.read_text()).layout if self.checkpoint and plan.is_file() else "dense"
+        layout = read(plan, Plan).layout if self.checkpoint and plan.is_file() else "dense"
         return Subject(
             source=self.given,
             family=self.family,

@@ -116,7 +116,7 @@ def plan_stage(run: RunFolder, options: CompressOptions, data: Measured, progres
         loaded = load_to_compute(options, options.model)
         collator = Collator(loaded.processor, loaded.family, loaded.model.config)
         check_computes(loaded.model, collator, data.calibration[0], options.model)
-        done = _finished_rounds(partial)
+        done = finished_rounds(partial)
         planning = planning_of(options, model_digest=loaded.digest, calibration_digest=data.digest)
         size = calibration_batch(loaded, collator, data.calibration, planning.calibration, options.batch_size)
 
@@ -143,7 +143,12 @@ def plan_stage(run: RunFolder, options: CompressOptions, data: Measured, progres
     return planned.plan
 
 
-def _finished_rounds(partial: Path) -> tuple[int, Plan] | None:
+def finished_rounds(partial: Path) -> tuple[int, Plan] | None:
+    """What `plan.partial.json` holds, if it is there.
+
+    Raises:
+        OutputError: it cannot be read.
+    """
     if not partial.is_file():
         return None
     found = read(partial, FinishedRounds, OutputError, f"remove {partial} to plan from the start")

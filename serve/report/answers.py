@@ -11,8 +11,8 @@ from dataclasses import replace
 from PIL import Image
 
 from slimvlm.compress.errors import SlimvlmError
-from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.quality import Quality, Row, exact_match
+from slimvlm.compress.run_record import options_of
 from slimvlm.compress.samples import Sample, open_image
 from slimvlm.compress.splits import read_evaluation, read_measured
 from slimvlm.serve.report.document import Example, Section, Table, percent, shown, whole
@@ -73,7 +73,7 @@ def _chosen(dense: Quality, cases: dict[tuple[bool, bool], list[int]], files: Ru
 
 def _evaluated(files: RunFiles, measured: Measured) -> dict[str, tuple[Sample, int]]:
     """Identity of a row -> its sample and the number of the turn it asks, checked against what was recorded."""
-    options = CompressOptions.of_run(files.folder, files.record["options"])
+    options = options_of(files.folder, files.record)
     if options.eval_data:
         samples: Sequence[Sample] = read_evaluation(replace(options, data=options.eval_data))
     else:

@@ -49,5 +49,5 @@ def test_an_index_or_manifest_that_does_not_fit_is_refused_by_field(folder, name
 
 def test_an_index_of_nothing_holds_no_weights(folder):
     (folder / INDEX).write_text('{"weight_map": {}}')
-    with pytest.raises(CheckpointError, match=r"holds no model\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"index\.json names no file"):
         check_weights(folder)
