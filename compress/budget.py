@@ -20,11 +20,11 @@ from slimvlm.compress.criteria import Scores
 from slimvlm.compress.errors import InfeasibleBudgetError
 from slimvlm.compress.families import Family, find_family
 from slimvlm.compress.groups import Dead, Group, count_parameters, dead_blocks
+from slimvlm.compress.options import LITTLE_RATIO
 from slimvlm.compress.plan import Plan, TowerCount
 
 KINDS = ("attention", "mlp")
 LAYOUTS = ("per-layer", "stock")
-FINE_RATIO = 0.2  # up to this ratio the paper's loop takes its small step from the start
 UNIDENTIFIED: Mapping[str, Any] = {
     "model_digest": "", "calibration_digest": "", "attention_unit": "auto", "seed": 0, "rounds": 1
 }  # fmt: skip
@@ -302,7 +302,7 @@ def _take(lines: list[Line], share: _Share, target: float, context: tuple[Budget
             f"largest possible here is {largest:.4f}; ask for that or less{others}"
         )
     steps = budget.steps or (PAPER_STEPS if budget.faithful else None)
-    if steps and budget.faithful and budget.ratio <= FINE_RATIO:
+    if steps and budget.faithful and budget.ratio <= LITTLE_RATIO:  # its small step from the start
         steps = (steps[1], steps[1])
     try:
         flags = ALLOCATORS[budget.allocator](pool, target, faithful=budget.faithful, steps=steps)

@@ -14,9 +14,16 @@ STAGES = ("plan", "slice", "recover", "evaluate", "export", "profile")
 NOT_IDENTITY = (  # not what the model is made of
     "out", "device", "resume", "overwrite", "max_quality_drop", "export", "profile", "trust_remote_code"
 )  # fmt: skip
-PAPER_RECOVERY: Mapping[str, Any] = {  # UKMP's 50 % script
-    "learning_rate": 2e-5, "schedule": "constant", "warmup": 50, "train_batch_size": 20, "reset_optimizer": True
+NOT_GIVEN: Any = None  # an option that was not given has the value of one of these, by `faithful`
+OURS: Mapping[str, Any] = {
+    "samples": 512, "schedule": "cosine", "warmup": 10, "train_batch_size": 16, "clip": 1.0
 }  # fmt: skip
+PAPER: Mapping[str, Any] = {  # UKMP's 50 % script; it bounds no gradient
+    "samples": 1000, "schedule": "constant", "warmup": 50, "train_batch_size": 20, "clip": 0.0, "learning_rate": 2e-5,
+    "reset_optimizer": True,
+}  # fmt: skip
+PAPER_LITTLE = {**PAPER, "warmup": 100, "train_batch_size": 10, "learning_rate": 1e-5}  # its 20 % script
+LITTLE_RATIO = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +45,11 @@ class RecoverOptions:
         temperature: of the kl and rkl losses.
         hidden_states: which states of the language model the hidden loss compares, -1 the last, 0 the embeddings.
         steps: optimiser steps; None: what `epochs` passes over the data are.
-        train_batch_size: samples per optimiser step, over all processes.
+        train_batch_size: samples per optimiser step, over all processes; 16, or with `faithful` the paper's.
         accumulate: parts a batch is computed in.
-        learning_rate: None: chosen by what is trained and the model's width.
-        warmup: steps of linear warm-up.
+        learning_rate: None: chosen by what is trained and the model's width, or with `faithful` the paper's.
+        schedule, warmup: of the learning rate, and its linear warm-up in steps; cosine and 10, or the paper's.
+        clip: largest norm of a gradient, 0 for any; 1, or the paper's 0.
         reset_optimizer: start every stage with a fresh optimiser, warm-up and schedule; None: where there are stages.
         precision: of the matrix products in training; auto: bf16 where the device has it.
         patience: stop after so many validations without improvement.
@@ -66,13 +74,13 @@ class RecoverOptions:
     hidden_states: tuple[int, ...] = (-1,)
     epochs: float = 1.0
     steps: int | None = None
-    train_batch_size: int = 16
+    train_batch_size: int = NOT_GIVEN
     accumulate: int = 1
     learning_rate: float | None = None
-    schedule: str = "cosine"
-    warmup: int = 10
+    schedule: str = NOT_GIVEN
+    warmup: int = NOT_GIVEN
     weight_decay: float = 0.05
-    clip: float = 1.0
+    clip: float = NOT_GIVEN
     reset_optimizer: bool | None = None
     precision: str = "auto"
     gradient_checkpointing: bool = False
@@ -93,9 +101,10 @@ class CompressOptions(RecoverOptions):
         eval_data: samples for the before/after comparison; default: those of `data` that were not calibrated on.
         ratio: fraction of ALL parameters to remove.
         faithful: the paper's method to the letter: UKMI, the balanced loop with its ties and without floors, one round;
-            its losses, weights and schedule in the recovery.
+            its losses, weights and schedule in the recovery. Give it when the options are made: what is asked of the
+            training besides it stays, also where it is our default.
         rounds: re-calibrations on the partly cut model while the ratio grows.
-        samples: calibration samples per round.
+        samples: calibration samples per round; 512, or with `faithful` the paper's 1000.
         grad_memory: bound in bytes on the sums held at once, of gradients or of the refit; None: none, or
             (refit) a quarter of the fp32 weights.
         host_sums: keep gradient sums in host memory while the model is on a GPU.
@@ -121,7 +130,7 @@ class CompressOptions(RecoverOptions):
     attention_unit: str = "auto"
     layout: str = "per-layer"
     refit: bool = True
-    samples: int = 512
+    samples: int = NOT_GIVEN
     batch_size: int = 16
     seed: int = 0
     device: str = "auto"
@@ -142,14 +151,18 @@ class CompressOptions(RecoverOptions):
     export: tuple[str, ...] | None = None
     profile: bool = True
 
+    def __post_init__(self) -> None:
+        paper = PAPER_LITTLE if self.ratio <= LITTLE_RATIO else PAPER
+        for name, value in (paper if self.faithful else OURS).items():
+            if getattr(self, name) is NOT_GIVEN:
+                object.__setattr__(self, name, value)
+
     def resolved(self) -> CompressOptions:
-        """The same options with `faithful` spelled out; what was asked of the training otherwise stays."""
+        """The same options with what `faithful` says of the plan spelled out."""
         if not self.faithful:
             return self
         plan: dict[str, Any] = {"criterion": "ukmi", "allocator": "balanced", "rounds": 1, "attention_unit": "kv-group"}
-        default = {field.name: field.default for field in fields(RecoverOptions)}
-        training = {name: value for name, value in PAPER_RECOVERY.items() if getattr(self, name) == default[name]}
-        return replace(self, **plan, round_channels=1, refit=False, **training)
+        return replace(self, **plan, round_channels=1, refit=False)
 
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same run; the recovery is apart, a finished run can be recovered again otherwise."""
