@@ -62,6 +62,10 @@ METHODS: dict[str, tuple[str, CompressOptions]] = {
     "magnitude": ("Magnitude, per layer", replace(LOCAL, criterion="magnitude")),
     "random": ("Random", replace(ONE_SHOT, criterion="random")),
 }
+README = (
+    "default", "gate-refit", "ukmi-refit", "taylor-refit", "no-refit", "ukmi-steps", "ukmi", "gate", "taylor",
+    "random",
+)  # fmt: skip
 PROPORTIONAL = ("ukmi-steps", "ukmi-refit")  # the paper's steps are made for 233 times as many units
 COMPARABLE = 0.01  # of all parameters: a model that lost more or less than its column says is not compared
 RATIOS = (0.2, 0.35, 0.5, 0.6)
@@ -194,8 +198,8 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def table(rows: list[dict]) -> str:
-    """Markdown: one row per method, one column per ratio; mean (lowest-highest) and the chance-corrected mean."""
+def table(rows: list[dict], methods: Sequence[str] = tuple(METHODS)) -> str:
+    """Markdown: one row for each of the methods, one column per ratio; mean (lowest-highest) and the chance-corrected mean."""
     base = {row["method"]: row["score"] for row in rows if row["ratio"] is None}
     cells: dict[tuple[str, float], list[dict]] = defaultdict(list)
     for row in rows:
@@ -210,14 +214,14 @@ def table(rows: list[dict]) -> str:
         + " | removed, % | seconds per plan |",
         "|---|" + "---|" * (len(ratios) + 2),
     ]
-    for method, (title, _) in METHODS.items():
+    for method in methods:
         found = [cells.get((method, ratio), []) for ratio in ratios]
         if not any(found):
             continue
         columns = [_cell(cell, ratio, base) for ratio, cell in zip(ratios, found, strict=True)]
         removed = ", ".join(f"{100 * mean(row['removed'] for row in cell):.1f}" if cell else "-" for cell in found)
         seconds = mean(row["plan_seconds"] for cell in found for row in cell)
-        lines.append(f"| {title} | " + " | ".join(columns) + f" | {removed} | {seconds:.0f} |")
+        lines.append(f"| {METHODS[method][0]} | " + " | ".join(columns) + f" | {removed} | {seconds:.0f} |")
     return "\n".join(lines)
 
 
@@ -247,9 +251,10 @@ def main() -> None:
     run.add_argument("--threads", type=int, default=2)
     show = commands.add_parser("table")
     show.add_argument("file", type=Path)
+    show.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     arguments = parser.parse_args()
     if arguments.command == "table":
-        print(table(read(arguments.file)))
+        print(table(read(arguments.file), arguments.methods))
         return
     torch.set_num_threads(arguments.threads)
     measure(arguments)
