@@ -199,7 +199,7 @@ def read(path: Path) -> list[dict]:
 
 
 def table(rows: list[dict], methods: Sequence[str] = tuple(METHODS)) -> str:
-    """Markdown: one row for each of the methods, one column per ratio; mean (lowest-highest) and the chance-corrected mean."""
+    """Markdown: a row per method, a column per ratio; mean (lowest-highest) and the chance-corrected mean."""
     base = {row["method"]: row["score"] for row in rows if row["ratio"] is None}
     cells: dict[tuple[str, float], list[dict]] = defaultdict(list)
     for row in rows:
