@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from slimvlm.compress.errors import UnsuitableOptionError
 
@@ -11,6 +14,16 @@ BACKENDS = TORCH, ONNX, TORCHSCRIPT = ("torch", "onnx", "torchscript")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 NAME = "profile.json"
 PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")
+COUNTED = 2**31 - 1  # which every library counts to
+RANGES = {
+    **dict.fromkeys(("batch_sizes", "prompt_tokens", "new_tokens", "starts", "rounds"), (1, COUNTED)),
+    "image_sizes": (1, 8192),
+    "threads": (1, 1024),
+    "warmup": (0, COUNTED),
+    "seed": (0, 2**32 - 1),
+    "max_memory": (1, 2**63 - 1),
+}
+AMOUNTS = ("cell_seconds", "max_ttft_ms", "max_tpot_ms")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,17 +95,29 @@ class ProfileOptions:
         for name, accepted in {"dtype": DTYPES, "provider": PROVIDERS}.items():
             if (value := getattr(self, name)) not in accepted:
                 raise UnsuitableOptionError(f"--{name} {value} is unknown; choose one of {', '.join(accepted)}")
-        counts = {name: getattr(self, name) for name in ("batch_sizes", "prompt_tokens", "new_tokens")}
-        counts |= {"image_sizes": [side for size in self.image_sizes for side in size]}
-        counts |= {name: (getattr(self, name),) for name in ("starts", "rounds")}
-        if self.threads is not None:
-            counts["threads"] = (self.threads,)
-        for name, values in counts.items():
-            if any(value < 1 for value in values):
-                raise UnsuitableOptionError(f"--{name.replace('_', '-')} {min(values)}: accepted is 1 or more")
+        for name, (least, most) in RANGES.items():
+            for value in _numbers(getattr(self, name)):
+                if not least <= value <= most:
+                    raise UnsuitableOptionError(f"{_flag(name)} {value}: accepted is {least} to {most}")
+        for name in AMOUNTS:
+            for value in _numbers(getattr(self, name)):
+                if not 0 < value < math.inf:
+                    raise UnsuitableOptionError(f"{_flag(name)} {value}: accepted is a finite number above 0")
         if not self.batch_sizes or not self.new_tokens:
             raise UnsuitableOptionError("--batch-sizes and --new-tokens must name at least one number each")
         return self
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """All numbers of an option: none, one, or those of a list, in pairs or not."""
+    if isinstance(value, tuple):
+        yield from (number for one in value for number in _numbers(one))
+    elif value is not None:
+        yield value
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def split_backend(backend: str) -> tuple[str, str | None]:

@@ -11,11 +11,13 @@ import json
 import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from typing import Any
 
 from slimvlm.compress.decoding import decode, parse
 
 SCHEMA = 2
+LARGEST = 1e18  # of a time, a rate or a ratio
 MODELS = ("dense", "slim")
 PHASES = {
     "vision": "pixels to features of the language model",
@@ -33,6 +35,20 @@ BOUNDS = ("memory", "compute", "overhead")
 def _one_of(what: str, value: str, accepted: typing.Iterable[str]) -> None:
     if value not in accepted:
         raise ValueError(f"{what} is {value!r}; accepted is one of {', '.join(accepted)}")
+
+
+def _positive(what: str, values: typing.Iterable[float]) -> None:
+    for value in values:
+        if not 0 < value <= LARGEST:
+            raise ValueError(f"{what} is {value!r}; accepted is more than 0 and at most {LARGEST:g}")
+
+
+def _slim_first(what: str, runs: typing.Collection[str]) -> None:
+    """Whatever was measured, the slim model was."""
+    for name in runs:
+        _one_of(f"{what}: model", name, MODELS)
+    if runs and "slim" not in runs:
+        raise ValueError(f"{what}: the dense model alone was measured; accepted are slim, or both")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +80,12 @@ class Device:
     copy_bytes_per_second: Mapping[str, float]
     matmul_flops_per_second: Mapping[str, float]
     launch_seconds: float
+
+    def __post_init__(self) -> None:
+        if wrong := [size for size in self.copy_bytes_per_second if not size.isdecimal()]:
+            raise ValueError(f"copy_bytes_per_second has the key {wrong[0]!r}; accepted are numbers of bytes")
+        _positive("a rate", (*self.copy_bytes_per_second.values(), *self.matmul_flops_per_second.values()))
+        _positive("launch_seconds", (self.launch_seconds,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +153,15 @@ class Run:
     mfu: Mapping[str, float] | None = None
     mbu: Mapping[str, float] | None = None
 
+    def __post_init__(self) -> None:
+        for phase, starts in self.seconds.items():
+            if not all(starts):
+                raise ValueError(f"seconds.{phase} has a start without a round")
+            _positive(f"seconds.{phase}", chain.from_iterable(starts))
+        _positive("a median", self.medians.values())
+        if self.medians and (missing := sorted(set(self.seconds) - set(self.medians))):
+            raise ValueError(f"medians has no {missing[0]}, of which there are seconds")
+
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
@@ -145,6 +176,9 @@ class Ratio:
 
     def __post_init__(self) -> None:
         _one_of("ratio: verdict", self.verdict, RELATIONS)
+        _positive("ratio", (self.slim, self.dense, self.value, self.low, self.high))
+        if not self.low <= self.value <= self.high:
+            raise ValueError(f"ratio: {self.value!r} lies outside of its interval, {self.low!r} to {self.high!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,10 +206,13 @@ class Cell:
 
     def __post_init__(self) -> None:
         _one_of("cell: status", self.status, STATUSES)
-        for name in self.runs:
-            _one_of("cell: model", name, MODELS)
+        _slim_first("cell", self.runs)
         for phase in {*self.ratios, *(phase for run in self.runs.values() for phase in run.seconds)}:
             _one_of("cell: phase", phase, PHASES)
+        if "dense" in self.runs and (
+            missing := sorted(set(self.runs["slim"].medians) - set(self.runs["dense"].medians))
+        ):
+            raise ValueError(f"cell: the dense model has no median of {missing[0]}, the slim one has")
 
     @property
     def starts(self) -> int:
@@ -215,6 +252,7 @@ class DecoderTest:
 
     def __post_init__(self) -> None:
         _one_of("decoder test: status", self.status, STATUSES)
+        _slim_first("decoder test", self.runs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,8 @@ MIN_ROUNDS = 6
 # A process keeps its memory layout and cores for as long as it lives: rounds of one say nothing of the next.
 MIN_STARTS = 3
 NORMAL = 1.95996  # quantile of the normal distribution at LEVEL, two-sided
-STUDENT = (12.7062, 4.30265, 3.18245, 2.77645, 2.57058, 2.44691, 2.36462, 2.306, 2.26216)  # 1 to 9 degrees of freedom
+WIDEST = 12.0  # of an interval, as a logarithm to either side: a factor of 160,000
+STUDENT = (4.30265, 3.18245, 2.77645, 2.57058, 2.44691, 2.36462, 2.306, 2.26216)  # 2 to 9 degrees of freedom
 RESOLUTION = 0.01  # what the profiler's own work may change in a median
 EQUAL = 0.05  # an interval within 5 % of 1, either way, is no difference
 RULE = (
@@ -69,7 +70,7 @@ def paired_ratio(dense: Starts, slim: Starts, seed: int = 0) -> Ratio:
     value = before / after
     # Quantiles of the logarithm: swapping the models gives the reciprocal interval.
     found = np.quantile(_drawn(dense, slim, seed), [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) - math.log(value)
-    low, high = value * np.exp(_widening(len(dense)) * found)
+    low, high = value * np.exp(np.clip(_widening(len(dense)) * found, -WIDEST, WIDEST))
     low, high = min(low, value), max(high, value)
     return Ratio(after, before, value, float(low), float(high), _relation(low, high, counts[0]))
 
@@ -87,13 +88,13 @@ def _drawn(dense: Starts, slim: Starts, seed: int) -> np.ndarray:
 
 
 def _widening(starts: int) -> float:
-    """How much too narrow a bootstrap of so few starts is: it divides by n, not n - 1, and knows no Student's t. Of one
-    start it knows nothing, and no statement is made.
+    """How much too narrow a bootstrap of so few starts is: it divides by n, not n - 1, and knows no Student's t.
+    Of fewer than MIN_STARTS no statement is made.
     """
-    if starts == 1:
+    if starts < MIN_STARTS:
         return 1.0
     freedom = starts - 1
-    student = STUDENT[freedom - 1] if freedom <= len(STUDENT) else NORMAL + (NORMAL**3 + NORMAL) / (4 * freedom)
+    student = STUDENT[freedom - 2] if freedom - 2 < len(STUDENT) else NORMAL + (NORMAL**3 + NORMAL) / (4 * freedom)
     return student / NORMAL * math.sqrt(starts / (starts - 1))
 
 

@@ -43,6 +43,15 @@ def test_a_profile_survives_its_file() -> None:
         ("cells/0/batch_size", True, "batch_size: True is not of type int"),
         ("cells/0/image_size", [1, 2, 3], "image_size: 3 entries; accepted is 2"),
         ("cells/0/status", "done", r"cells\[0\]: cell: status is 'done'; accepted is one of measured"),
+        ("cells/0/runs/slim", ..., "cell: the dense model alone was measured"),
+        ("cells/0/runs/slim/seconds/tpot/0", [], r"seconds\.tpot has a start without a round"),
+        ("cells/0/runs/slim/seconds/tpot/0/0", -1.0, r"seconds\.tpot is -1\.0; accepted is more than 0"),
+        ("cells/0/runs/slim/medians/tpot", ..., "medians has no tpot, of which there are seconds"),
+        ("cells/0/ratios/tpot/low", 3.0, r"ratio: 2\.0 lies outside of its interval"),
+        ("cells/0/ratios/tpot/high", 1e300, "ratio is 1e\\+300; accepted is more than 0 and at most 1e\\+18"),
+        ("decoder_tests/0/runs/slim", ..., "decoder test: the dense model alone was measured"),
+        ("device/copy_bytes_per_second/x", 1.0, "the key 'x'; accepted are numbers of bytes"),
+        ("device/launch_seconds", 0.0, "launch_seconds is 0.0; accepted is more than 0"),
         ("cells", {}, "profile.cells: {} is not a list"),
         ("device", [], r"profile\.device: \[\] is not an object"),
         ("device/launch_seconds", ..., "profile.device: key 'launch_seconds' is missing"),
@@ -61,7 +70,7 @@ def test_text_that_is_no_profile_is_refused() -> None:
 
 def test_a_figure_that_is_not_finite_is_not_written() -> None:
     profile = example_profile()
-    broken = replace(profile, device=replace(profile.device, launch_seconds=float("inf")))
+    broken = replace(profile, settings={"cell_seconds": float("inf")})
     with pytest.raises(ValueError, match="not JSON compliant"):
         broken.to_json()
 
