@@ -26,8 +26,8 @@ def numbered(name: str, default: int) -> int:
     Raises:
         UnsuitableOptionError: it is none.
     """
-    text = os.environ.get(name, "").strip()
-    if not text:
+    text = os.environ.get(name)
+    if text is None:
         return default
     if not re.fullmatch("[0-9]{1,6}", text):
         raise UnsuitableOptionError(f"the environment says {name}={text[:40]!r}, which is no number; {LAUNCH}")

@@ -123,7 +123,7 @@ def test_an_ablation_of_a_criterion_that_sees_no_data_is_refused_at_once(
         assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("value", ["x", "-1", "1.5", "nan", "9" * 30])
+@pytest.mark.parametrize("value", ["x", "", "-1", "1.5", "nan", "9" * 30])
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_RANK"])
 def test_an_environment_of_garbage_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)

@@ -24,7 +24,8 @@ from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
-from slimvlm.compress.errors import DeviceError, UnsuitableOptionError
+from slimvlm.compress.errors import DeviceError, UnsuitableOptionError, foreign
+from slimvlm.compress.processes import LAUNCH
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 KNOWN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
@@ -169,20 +170,22 @@ def _accelerator(distiller: nn.Module, mixed_precision: str) -> Accelerator:
     on_cpu = next(distiller.parameters()).device.type == "cpu" and not (shards and torch.cuda.is_available())
     if mixed_precision == "fp16" and on_cpu:
         raise DeviceError("mixed precision fp16 needs a GPU; use bf16 or no on a CPU")
-    plugin = FullyShardedDataParallelPlugin() if shards else None
+    with foreign("accelerate's configuration cannot be read", LAUNCH, UnsuitableOptionError):
+        plugin = FullyShardedDataParallelPlugin() if shards else None
     if plugin is not None and plugin.fsdp_version != 2:
         raise UnsuitableOptionError("this accelerate configuration asks for FSDP 1; set fsdp_version: 2 in it")
     if plugin is not None and plugin.mixed_precision_policy is None and mixed_precision in DTYPES:
         # accelerate's own would also round the loss to 16 bits, and add up gradients in them.
         plugin.mixed_precision_policy = MixedPrecisionPolicy(DTYPES[mixed_precision], torch.float32)
-    accelerator = Accelerator(
-        cpu=on_cpu,
-        mixed_precision=mixed_precision,
-        fsdp_plugin=plugin,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # parts are weighed here, by tokens
-        # Which weights a stage reaches changes from stage to stage.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
-    )
+    with foreign("accelerate cannot start here", LAUNCH, UnsuitableOptionError):
+        accelerator = Accelerator(
+            cpu=on_cpu,
+            mixed_precision=mixed_precision,
+            fsdp_plugin=plugin,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # parts are weighed here, by tokens
+            # Which weights a stage reaches changes from stage to stage.
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
+        )
     if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # accelerate shards on accelerators only; on CPUs the same code works when told so.
         accelerator.state.distributed_type = DistributedType.FSDP
