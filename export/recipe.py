@@ -137,6 +137,13 @@ def _plain(collator: Collator, batch: Arrays, size: tuple[int, int] | None) -> d
     return {"views": [{"size": [height, width]}]}
 
 
+def _twice(collator: Collator, batch: Arrays, size: tuple[int, int] | None) -> dict[str, Any]:
+    """First to one longest side, then to a square: two steps lose more of an image than one (Idefics3)."""
+    layout, images = _plain(collator, batch, size), collator.processor.image_processor
+    longest = dict(images.size).get("longest_edge") if images.do_resize else None
+    return layout if longest is None else {**layout, "longest_edge": longest}
+
+
 def _grids(images: Any, shape: list[int]) -> dict[str, Any]:
     """As many tiles as the shape of the image asks for, by columns within equal numbers, then the whole (InternVL)."""
     counts = range(1, images.max_patches + 1)
@@ -172,4 +179,4 @@ def _patches(collator: Collator, batch: Arrays, size: tuple[int, int] | None) ->
     }
 
 
-LAYOUTS = {"pooled": _plain, "select": _plain, "masked_tiles": _plain, "tiles": _tiles, "patches": _patches}
+LAYOUTS = {"pooled": _plain, "select": _plain, "masked_tiles": _twice, "tiles": _tiles, "patches": _patches}

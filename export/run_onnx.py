@@ -30,6 +30,9 @@ def pixels(image, spec):
     image, arrays = ImageOps.exif_transpose(image).convert("RGB"), []
     if spec["resize_first"]:
         image = image.resize(spec["resize_first"][::-1], Image.Resampling.BICUBIC)
+    if longest := spec.get("longest_edge"):  # the other side is made even
+        sides = [int(side * longest / max(image.size)) for side in image.size]
+        image = image.resize([side if side == longest else max(1, side + side % 2) for side in sides], spec["resample"])
     for view in spec["views"] if "views" in spec else tiled(image, spec):
         size = view.get("size") or [int(side * view["shortest_edge"] / min(image.size)) for side in image.size[::-1]]
         part = image.resize(size[::-1], spec["resample"])

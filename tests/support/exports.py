@@ -41,7 +41,8 @@ def cut_model(name, seed=1):
 def shallow_model(name):
     """As `cut_model`, with the first block of every tower only: for exporters that take seconds."""
     model, collator = cut_model(name)
-    for tower in collator.family.towers:
+    selects = hasattr(model.config, "vision_feature_layer")  # by number: those blocks stay
+    for tower in collator.family.towers[selects:]:
         del model.get_submodule(tower.blocks)[1:]
         config = getattr(model.config, tower.config)
         for field in DEPTHS & set(vars(config)):
