@@ -23,6 +23,7 @@ from slimvlm.compress.slicing import apply_plan
 
 SCHEDULE_POWER = 1.5
 
+Progress = Callable[[str, int, int, str], None]  # stage, done, total, note
 Batches = Sequence[Batch | Callable[[], Batch]]
 
 
@@ -79,7 +80,7 @@ def plan_in_rounds(
     *,
     done: tuple[int, Plan] | None = None,
     on_round: Callable[[Planned], None] | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Planned:
     """Decide what to cut from the dense `model`, which is left partly cut (all rounds but the last are applied to it).
 
@@ -87,6 +88,7 @@ def plan_in_rounds(
         batches: calibration batches of a round (0-based), with labels.
         done: (round, composed plan) of an interrupted run; the model must be dense all the same.
         on_round: called after every round.
+        progress: called after every batch, with the batches done and to do in all rounds.
 
     Raises:
         InfeasibleBudgetError: no plan meets the budget; found before any calibration.
@@ -108,7 +110,8 @@ def plan_in_rounds(
         groups = find_groups(model, family, planning.attention_unit)
         calibration = None
         if criterion.saliency in GRADIENT_SALIENCIES:
-            calibration = collect(model, family, groups, batches(number - 1), planning.calibration, progress)
+            told = progress and _over_rounds(progress, number, first, planning.rounds)
+            calibration = collect(model, family, groups, batches(number - 1), planning.calibration, told)
         scores = score_groups(groups, criterion, calibration, model, planning.seed)
         facts = facts_of(model, groups, dense=dense if composed is not None else None, **identity)
         later = make_plan(groups, scores, planning.budget.scaled(round_share(number, planning.rounds)), facts)
@@ -119,3 +122,14 @@ def plan_in_rounds(
         if number < planning.rounds:
             apply_plan(model, later)
     return planned
+
+
+def _over_rounds(progress: Progress, number: int, first: int, rounds: int) -> Callable[[str, int, int], None]:
+    """Tells of a batch of round `number` how far all rounds after `first` are, so that the first batches tell what is
+    left of the whole plan.
+    """
+
+    def tell(stage: str, done: int, total: int) -> None:
+        progress(stage, (number - first - 1) * total + done, (rounds - first) * total, f"round {number} of {rounds}")
+
+    return tell

@@ -14,6 +14,7 @@ import click
 
 Progress = Callable[..., None]  # stage, done, total, note
 QUIET_SECONDS = 30  # at most so long nothing is said where there is no terminal
+SURE_SECONDS = 2  # of steps tell how long the others take
 
 
 def print_anything() -> None:
@@ -41,20 +42,34 @@ def progress(quiet: bool) -> Iterator[Progress]:
 
 
 class _Lines:
-    """One line per finished stage, with the seconds since the one before, and now and then one of a long stage, with
-    those that are left."""
+    """One line per finished stage, with the seconds since the one before. A long stage has one as soon as its first
+    steps tell how long it will take, and then now and then one, with what is left."""
 
     def __init__(self) -> None:
         self.since = self.spoke = time.perf_counter()
+        self.first: tuple[str, int, float] | None = None  # stage, steps done and time at its first report
+        self.estimated = False
 
     def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
         now = time.perf_counter()
-        if done >= total or now - self.spoke > QUIET_SECONDS:
-            left = f"about {(now - self.since) * (total - done) / done:.0f} s left  " if 0 < done < total else ""
-            click.echo(f"{stage:<24}{done:>8}/{total}  {now - self.since:8.1f} s  {left}{note}".rstrip(), err=True)
+        if self.first is None or self.first[0] != stage:
+            self.first, self.estimated = (stage, done, now), False
+        _, begun, began = self.first
+        # The first step warms up, and what is before it is no step: it counts only while there is no other.
+        rate = (now - began) / (done - begun) if done > begun else (now - self.since) / max(done, 1)
+        left = rate * (total - done)
+        estimates = not self.estimated and begun < done and now - began > SURE_SECONDS and left > QUIET_SECONDS
+        if done >= total or estimates or now - self.spoke > QUIET_SECONDS:
+            self.estimated |= estimates
+            rest = f"about {_duration(left)} left  " if 0 < done < total else ""
+            click.echo(f"{stage:<24}{done:>8}/{total}  {now - self.since:8.1f} s  {rest}{note}".rstrip(), err=True)
             self.spoke = now
         if done >= total:
-            self.since = now
+            self.since, self.first = now, None
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 2 * 60 else f"{seconds / 60:.0f} min"
 
 
 @contextmanager

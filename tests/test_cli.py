@@ -257,6 +257,19 @@ def test_without_a_terminal_a_long_stage_says_how_long_it_still_takes(
     assert "left" not in last
 
 
+def test_the_minutes_of_a_long_stage_are_said_after_its_first_steps(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 100.0, 101.0, 102.5, 104.0, 106.0, 420.0])  # loading takes 100 s, a step 1.5 s
+    monkeypatch.setattr("slimvlm.console.progress.time.perf_counter", lambda: next(clock))
+    with progress(quiet=False) as report:
+        for done in (1, 2, 3, 4, 256):
+            report("calibrate", done, 256, "round 1 of 8")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in lines] == ["1/256", "3/256", "256/256"]
+    assert "about 5 min left  round 1 of 8" in lines[1]
+
+
 @pytest.mark.parametrize("quieten", [lambda patch: True, lambda patch: patch.setenv("RANK", "1")])
 def test_quiet_and_other_processes_print_nothing(
     quieten: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -45,24 +45,26 @@ def kill_when_it_says(out: Path, stage: str, times: int) -> None:
     assert process.returncode == -signal.SIGKILL
 
 
-def kill_in_training(out: Path) -> None:
-    """Start the command and send SIGKILL after the fourth step of the recovery."""
-    journal = out / "recovery" / "recovery.jsonl"
+def kill_when_written(out: Path, file: str, words: str, times: int) -> None:
+    """Start the command and send SIGKILL once `file` holds `words` so many times."""
     with subprocess.Popen(command(out), env=ENVIRONMENT, stderr=subprocess.DEVNULL) as process:
-        while not (journal.exists() and journal.read_text().count('"loss"') >= 4):
+        while not ((out / file).exists() and (out / file).read_text().count(words) >= times):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(0.02)
-                pytest.fail("the command ended before it trained")
+                pytest.fail(f"the command ended before {file} held {words}")
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
-    assert not (out / "recovery.jsonl").exists()  # the training was not over
 
 
-@pytest.mark.parametrize(("stage", "times"), [("calibrate", 1), ("calibrate", 3), ("training", 4), ("evaluate", 1)])
+@pytest.mark.parametrize(("stage", "times"), [("round", 1), ("calibrate", 1), ("training", 4), ("evaluate", 1)])
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, uninterrupted, stage, times):
     out = tmp_path / "out"
-    if stage == "training":
-        kill_in_training(out)
+    if stage == "round":  # the first of three
+        kill_when_written(out, "plan.partial.json", '"round"', times)
+        assert not (out / "plan.json").exists()
+    elif stage == "training":
+        kill_when_written(out, "recovery/recovery.jsonl", '"loss"', times)
+        assert not (out / "recovery.jsonl").exists()  # the training was not over
     else:
         kill_when_it_says(out, stage, times)
     subprocess.run(command(out, "--resume"), check=True, env=ENVIRONMENT, capture_output=True, timeout=120)

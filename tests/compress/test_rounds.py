@@ -1,0 +1,30 @@
+"""Planning in rounds tells how far all rounds are, not only the one at hand."""
+
+from tiny_models import tiny_model
+
+from slimvlm.compress.budget import Budget
+from slimvlm.compress.calibrate import CalibrationOptions
+from slimvlm.compress.criteria import CRITERIA
+from slimvlm.compress.rounds import Planning, plan_in_rounds
+
+
+def told(**begun) -> list[tuple]:
+    tiny, seen = tiny_model("llava"), []
+    planning = Planning(Budget(0.3), CalibrationOptions(criterion=CRITERIA["gate"]), rounds=2)
+    planned = []
+    plan_in_rounds(
+        tiny.model,
+        lambda _: [tiny.inputs(1), tiny.inputs(2)],
+        planning,
+        on_round=planned.append,
+        progress=lambda *facts: seen.append(facts),
+        **begun,
+    )
+    return [seen, planned]
+
+
+def test_progress_counts_the_batches_of_all_rounds_that_are_left():
+    seen, planned = told()
+    assert seen == [("calibrate", number, 4, f"round {1 + number // 3} of 2") for number in (1, 2, 3, 4)]
+    seen, _ = told(done=(1, planned[0].plan))
+    assert seen == [("calibrate", 1, 2, "round 2 of 2"), ("calibrate", 2, 2, "round 2 of 2")]
