@@ -1,10 +1,13 @@
 """What a training keeps on disk."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
 from torch import nn
 
 from slimvlm.compress.errors import OutputError, RecoveryError
+from slimvlm.compress.recovery.history import WORST, Facts
 from slimvlm.compress.recovery.state import STATE, StateFolder, load_best, moments, set_moments
 
 
@@ -12,15 +15,20 @@ def tensors(value: float) -> dict[str, torch.Tensor]:
     return {"weight": torch.full((3, 2), value)}
 
 
+def facts_of(facts: Facts) -> dict[str, object]:
+    """What a checkpoint says."""
+    return {"facts": asdict(facts), "training": {"seed": 3}, "scaler": None}
+
+
 def names(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path) -> None:
-    facts = {"step": 7, "loss": 0.1 + 0.2, "worst": float("-inf"), "file": "x"}
-    StateFolder(tmp_path).save(tensors(0.1), facts, best="")
+    facts = Facts(step=7, seconds=0.1 + 0.2, best=WORST, best_file="x")
+    StateFolder(tmp_path).save(tensors(0.1), facts_of(facts), best="")
     saved = StateFolder(tmp_path).load()
-    assert saved is not None and saved.facts == {**facts, "best_file": ""}
+    assert saved is not None and saved.facts == {**facts_of(facts), "facts": facts, "best_file": ""}
     assert torch.equal(saved.tensors["weight"], tensors(0.1)["weight"])
 
 
@@ -86,7 +94,7 @@ def test_the_best_weights_of_another_student_are_refused(tmp_path) -> None:
     with pytest.raises(RecoveryError, match="no training"):
         load_best(nn.Linear(2, 3), tmp_path)
     files = StateFolder(tmp_path)
-    files.save({}, {}, files.save_best(tensors(1), 1))
+    files.save({}, facts_of(Facts()), files.save_best(tensors(1), 1))
     with pytest.raises(RecoveryError, match="weight does not fit"):
         load_best(nn.Linear(3, 3), tmp_path)
     student = nn.Linear(2, 3)
