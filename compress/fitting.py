@@ -17,8 +17,8 @@ from slimvlm.compress.groups import count_parameters, find_groups
 from slimvlm.compress.samples import Sample
 
 APART = ("first", "vectorized", "gate")  # saliencies that come to the same however samples are batched
-LEAST = 192 * 2**20  # bytes of activations that are never too many
-ACTIVATIONS = 1.5  # bytes of activations per parameter: three eighths of the fp32 weights
+LEAST = 128 * 2**20  # bytes of activations that are never too many
+ACTIVATIONS = 1  # bytes of activations per parameter: a quarter of the fp32 weights
 FORWARD_ON_GPU = 4  # times the samples of a calibration batch, where nothing is kept for a backward pass
 
 
@@ -31,7 +31,7 @@ def calibration_batch(
         return wanted
     longest = max(samples, key=lambda sample: sum(len(turn.prompt) + len(turn.target) for turn in sample.turns))
     kept = bytes_kept(model, family, find_groups(model, family), collator.training([longest]), options)
-    return max(1, min(wanted, int(max(LEAST, ACTIVATIONS * count_parameters(model)) / max(kept, 1))))
+    return max(1, min(wanted, max(LEAST, ACTIVATIONS * count_parameters(model)) // max(kept, 1)))
 
 
 def evaluation_batch(device: torch.device, wanted: int) -> int:

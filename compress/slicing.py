@@ -81,10 +81,20 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
         if group.kind == "attention" and len(kept[group.key]) < group.size:
             part = attentions[group.tower, group.key.split(".", 2)[2]]
             _patch_attention(model.get_submodule(group.path), group, part, kept[group.key], record)
+    _leave_file(model)
     setattr(model.config, RECORD, record)
     model.__class__ = slim_class(type(model))  # type: ignore[arg-type]  # a class is hashable
     assert count_parameters(model) == plan.parameters_after
     return model
+
+
+def _leave_file(model: nn.Module) -> None:
+    """Copy one tensor after the other: weights on a CPU are pages of the checkpoint's file, and as long as one of them
+    is used, say a bias that was not cut, all of it stays mapped, the dense weights included.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
 
 
 def mask_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:

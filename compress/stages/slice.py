@@ -68,6 +68,7 @@ def save_cut(
     facts["masked_difference"] = masked_difference(model, plan, batch)
     if fitted is not None:
         fitted.put_into(model)
+        del fitted  # as large as what it replaced
     save_checkpoint(out, cast(model, stored), loaded.processor, plan, plan.layout)
     sliced = outputs(cast(model, computed), batch)
     reloaded = load_to_compute(options, str(out))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from outputs import greedy_tokens, logits, sure_tokens
 from plans import make_plan, random_choice, random_plan
 from tiny_models import FACTORIES, tiny_model
 
+from slimvlm.compress.checkpoint import load_model, save_checkpoint
 from slimvlm.compress.errors import CheckpointError
 from slimvlm.compress.families import find_family
 from slimvlm.compress.groups import count_parameters, find_groups
@@ -180,6 +183,17 @@ def test_the_dense_tensors_are_freed():
     old = [weakref.ref(model.get_parameter(f"model.language_model.layers.{n}.mlp.up_proj.weight")) for n in range(2)]
     apply_plan(model, make_plan(model, lambda group: range((group.size + 1) // 2)))
     assert [reference() for reference in old] == [None, None]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="mappings are listed in /proc")
+@pytest.mark.parametrize("name", sorted(FACTORIES))
+def test_the_dense_file_is_not_mapped_once_its_model_is_cut(name, tmp_path):
+    save_checkpoint(tmp_path / "dense", tiny_model(name).model, None, None)
+    model = load_model(tmp_path / "dense").model
+    assert str(tmp_path / "dense") in Path("/proc/self/maps").read_text()
+    apply_plan(model, random_plan(model))
+    gc.collect()
+    assert str(tmp_path / "dense") not in Path("/proc/self/maps").read_text()
 
 
 def test_head_counts_on_the_modules_follow_the_cut():
