@@ -39,6 +39,7 @@ def test_times_and_speedups_are_the_profiles(tmp_path: Path) -> None:
         "0.5",
         "none",
     ]
+    assert table(text, "Workloads")[0][-2:] == ["3", "3"]  # starts, and rounds of each
     assert table(text, "Sizes of the measured models")[0] == ["parameters", "2,000,000", "1,000,000", "-50.0 %"]
     tests = table(text, "The language model alone, as llama-bench names its tests, on a processor")
     assert tests[1][:3] == ["slim", "torch fp32", "tg128"]
