@@ -1,14 +1,20 @@
 """`slimvlm selfcheck`: every check has a verdict, none ends the others, and the last line says it all."""
 
 import json
+import shutil
 import sys
+import time
 
 import psutil
 import pytest
+import torch
 from click.testing import CliRunner
 
 from slimvlm.cli import main
-from slimvlm.selfcheck import machine, run, several
+from slimvlm.demo import MODEL
+from slimvlm.kernels.dispatch import why_not_triton
+from slimvlm.kernels.workloads import Shape
+from slimvlm.selfcheck import kernels, machine, run, running, several
 from slimvlm.selfcheck.outcome import FAIL, PASS, SKIP, SkippedError, WrongError
 
 ON_GPUS = {"energy", "triton", "clock torch", "clock onnx", "other GPU"}
@@ -80,6 +86,48 @@ def test_what_an_earlier_check_should_have_made_is_asked_for(monkeypatch):
         "needs what the check `slice and refit` makes",
         "needs what the check `recovery` makes",
     ]
+
+
+class HostEvent:
+    """An event of a device that has done its work when a call returns."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self, stream: object) -> None:
+        self.seconds = time.perf_counter()
+
+    def elapsed_time(self, later: "HostEvent") -> float:
+        return 1000 * (later.seconds - self.seconds)
+
+
+def test_a_gpu_is_checked_by_its_own_counters_and_clock_and_without_triton_by_torch(monkeypatch):
+    """On the second of two pretended ones, which Triton cannot launch on."""
+    two_devices = pytest.importorskip("pretended_cuda").two_devices
+
+    def recovery(ground):
+        shutil.copytree(MODEL, ground.folder / running.RUN)
+        return "the dense model stands for the recovered one"
+
+    monkeypatch.setattr(machine, "recovery", recovery, raising=False)
+    monkeypatch.setattr(torch.cuda, "Event", HostEvent)
+    monkeypatch.setattr(kernels, "shapes_of", lambda names: [Shape("tiny", "gate", 48, 32)])
+    monkeypatch.setattr(running, "TOKENS", 2)
+    monkeypatch.setattr(running, "REPEATS", 2)
+    names = ("device", "memory", "energy", "triton", "kernel norms", "clock torch", "clock onnx")
+    checks = {name: run.CHECKS[name] for name in names}
+    monkeypatch.setattr(run, "CHECKS", {"recovery": ("machine", "recovery"), **checks})
+    why_not_triton.cache_clear()
+    with two_devices(), pytest.warns(RuntimeWarning, match="triton's first launch failed"):
+        report = run.selfcheck("cuda:1")
+    why_not_triton.cache_clear()
+    details = {outcome.name: outcome.detail for outcome in report.outcomes}
+    assert report.named(FAIL) == ["triton"] and report.named(SKIP) == ["energy", "clock onnx"], details
+    assert details["triton"].endswith("plain torch takes the kernels' place")
+    assert "pretended 1, sm_90" in details["device"] and "blocked torch" in details["kernel norms"]
+    assert details["memory"] == "the driver's count grew by 256 of 256 MiB"
+    assert "ms by the device's events" in details["clock torch"]
+    assert report.summary().startswith("slimvlm selfcheck on cuda:1: 5 PASS, 1 FAIL (triton), 2 SKIP")
 
 
 def test_processes_that_wait_for_each_other_are_ended_with_all_they_started(tmp_path):
