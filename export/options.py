@@ -76,6 +76,8 @@ class ExportOptions:
             raise UnsuitableOptionError(f"--quantize {self.quantize} starts from fp32 graphs; leave --dtype at fp32")
         if self.aoti and "pt2" not in self.formats:
             raise UnsuitableOptionError("--aoti compiles torch.export programs; add pt2 to --format")
+        if self.seed < 0 or (self.image_size is not None and min(self.image_size) < 1):
+            raise UnsuitableOptionError("--seed must be 0 or more, and the sides of --image-size 1 or more")
         if self.samples < 1 or self.max_new_tokens < 1:
             raise UnsuitableOptionError("--samples and --max-new-tokens must be 1 or more: an export is always checked")
         return self

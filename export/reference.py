@@ -161,6 +161,12 @@ def make_reference(
         return _embeddings(runner, collator, samples)
     prompting = prompting_of(model, collator)
     prompts = [_arrays(collator.prompts(part)) for part in batches(samples, ROWS)]
+    longest = max(prompt["input_ids"].shape[1] for prompt in prompts)
+    if prompting.kind == "decoder" and longest + most > collator.max_text_tokens:
+        raise UnsuitableOptionError(
+            f"--max-new-tokens {most}: after a prompt of {longest} tokens this model takes at most "
+            f"{max(0, collator.max_text_tokens - longest)}; ask for fewer, or give shorter --data"
+        )
     prompts.append(_arrays(long_prompt(collator, samples[0], most)))
     answers = [torch_answers(model, collator, prompt, prompting, most) for prompt in prompts]
     tokens = [until_end(row, prompting.end) for one in answers[:-1] for row in one.tokens]

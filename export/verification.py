@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from slimvlm.compress.errors import CheckFailedError, CheckpointError, MissingDependencyError
+from slimvlm.compress.errors import CheckFailedError, CheckpointError, MissingDependencyError, SlimvlmError
 from slimvlm.compress.generation import Arrays, Prompting, Runner, steps, until_end
 from slimvlm.compress.manifest import Artifact, Manifest, check_files, inside
 from slimvlm.export.parity import TOLERANCES, Case, cross_entropy, measure
@@ -58,10 +58,16 @@ def verify_folder(folder: Path) -> Verification:
             check = _check(runner_of(folder, artifacts), manifest, variant, given, expected)
         except KeyError as missing:
             raise CheckpointError(f"{folder} holds no {missing} for {form} {variant}; copy the export again") from None
+        except SlimvlmError:
+            raise
+        except Exception as error:  # a runtime on files and a sample of others
+            line = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+            failures.append(f"{form} {variant} does not run here ({line})")
+            continue
         checks.append({"format": form, "variant": variant, **check})
         if not check["ok"]:
             failures.append(f"{form} {variant} differs from torch here: {_shown(check)}")
-    if not checks:
+    if not checks and not failures:
         raise MissingDependencyError(f"nothing here can run this export ({skipped[0]}): pip install onnxruntime")
     result = Verification(folder, len(manifest.files), tuple(checks), tuple(skipped))
     if failures:

@@ -13,10 +13,12 @@ import tarfile
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers as tf
 from exports import cut_model, export_tiny
+from safetensors.numpy import load_file, save_file
 from tiny_models import FACTORIES, IMAGE_TOKEN, TEXT, VISION, tiny_model
 from tiny_processors import tiny_processor
 
@@ -31,6 +33,7 @@ from slimvlm.compress.errors import (
     UnsupportedModelError,
 )
 from slimvlm.compress.families import find_family
+from slimvlm.compress.manifest import Manifest
 from slimvlm.export import ExportOptions, export_checkpoint, verify
 from slimvlm.export.job import export_model, refuse_occupied
 from slimvlm.export.parity import TOLERANCES, TokenCheck
@@ -49,6 +52,8 @@ from slimvlm.export.windows import refuse_windows
         ({"quantize": "int8", "formats": ("torchscript",)}, "add onnx to --format"),
         ({"aoti": True}, "add pt2 to --format"),
         ({"samples": 0}, "always checked"),
+        ({"seed": -1}, "--seed must be 0 or more"),
+        ({"image_size": (0, 32)}, "sides of --image-size 1 or more"),
     ),
 )
 def test_options_that_do_not_fit_are_refused(tmp_path, options, words):
@@ -81,6 +86,13 @@ def test_an_image_size_that_the_tower_cannot_take_is_refused(name, size, words):
     model, collator = cut_model(name)
     with pytest.raises(UnsuitableOptionError, match=words):
         image_size(collator, model.config, ExportOptions(image_size=size))
+
+
+@pytest.mark.parametrize("name", ("llava", "blip2_opt"))
+def test_more_new_tokens_than_the_model_has_places_for_are_refused(tmp_path, name):
+    with pytest.raises(UnsuitableOptionError, match="--max-new-tokens 300: after a prompt of .* takes at most"):
+        export_tiny(name, tmp_path / "export", max_new_tokens=300)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_family_nobody_knows_is_refused_by_name(tmp_path):
@@ -281,6 +293,26 @@ def test_a_link_out_of_the_folder_is_refused(folder, tmp_path):
     (folder / "manifest.json").write_text(json.dumps(document))
     with pytest.raises(CheckpointError, match="outside its folder"):
         verify(folder)
+
+
+@pytest.mark.parametrize("content", (b"", b"no graph", b"\x08\x07" * 50))
+def test_a_graph_that_no_runtime_loads_fails_the_check_in_one_sentence(folder, content):
+    """Its digest in the manifest is right: whoever made the folder wrote it so."""
+    (folder / "onnx" / "vision_encoder.onnx").write_bytes(content)
+    Manifest.read(folder).write(folder)
+    with pytest.raises(CheckFailedError, match="onnx fp32 does not run here") as caught:
+        verify(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ("given.input_ids", "expected.tokens", "given.pixel_values"))
+def test_a_sample_of_another_shape_fails_the_check_in_one_sentence(folder, name):
+    tensors = load_file(folder / "sample.safetensors")
+    save_file({**tensors, name: np.zeros((1, 2, 3), np.int64)}, folder / "sample.safetensors")
+    Manifest.read(folder).write(folder)
+    with pytest.raises(CheckFailedError, match="onnx fp32") as caught:
+        verify(folder)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_folder_that_is_no_export_is_refused(tmp_path):
