@@ -83,12 +83,8 @@ def _joined(options: CompressOptions, progress: Progress | None, plan_only: bool
     if options.export:
         require_packages(ExportOptions(formats=options.export).checked())
     check_places(options)
-    processes.join()
-    try:
-        with locked_folder(options.out) if processes.rank() == 0 else nullcontext():
-            return _compress(options, progress or _silent, plan_only)
-    finally:
-        processes.leave()
+    with processes.joined(), locked_folder(options.out) if processes.rank() == 0 else nullcontext():
+        return _compress(options, progress or _silent, plan_only)
 
 
 def apply_saved_plan(

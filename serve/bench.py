@@ -14,6 +14,7 @@ from slimvlm.compress.checkpoint import build_meta, load_model
 from slimvlm.compress.computing import DTYPES, cast
 from slimvlm.compress.errors import DeviceError, UnsuitableOptionError
 from slimvlm.compress.generation import Arrays
+from slimvlm.compress.processes import pick_device
 from slimvlm.serve.backends import Backend, Timed, clock_of, time_embedding, time_generation
 from slimvlm.serve.device import claim
 from slimvlm.serve.exported import FULL, Exported
@@ -55,7 +56,7 @@ class Bench:
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self.device = torch.device(source.device)
+        self.device = pick_device(source.device)
         self.gpu = Gpu(self.device, source.gpu)
         self.backend: Any = None
         self.dual = False

@@ -135,8 +135,11 @@ def test_several_processes_that_nobody_started_are_refused(monkeypatch: pytest.M
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(UnsuitableOptionError, match="RANK expected.*torchrun"):
-        processes.join()
+    with pytest.raises(UnsuitableOptionError, match="RANK=nothing.*torchrun"), processes.joined():
+        pass
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UnsuitableOptionError, match="MASTER_ADDR expected.*torchrun"), processes.joined():
+        pass
 
 
 def test_too_little_memory_is_one_sentence(tmp_path: Path) -> None:
