@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from transformers import PreTrainedModel
 from slimvlm.compress import processes
 from slimvlm.compress.checkpoint import Loaded, load_model
 from slimvlm.compress.collate import IGNORED
+from slimvlm.compress.errors import CheckFailedError
 from slimvlm.compress.options import CompressOptions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -24,6 +27,23 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 CHECKED_SAMPLES = 4  # so many samples two models are compared on
 HALVES = (torch.float16, torch.bfloat16)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}
+
+Given, Made = ParamSpec("Given"), TypeVar("Made")
+
+
+def frees_memory(stage: Callable[Given, Made]) -> Callable[Given, Made]:
+    """A stage whose models are gone when it returns, also from a GPU that other processes are to use next: modules that
+    hold each other stay until they are looked for, and torch keeps what was freed.
+    """
+
+    @wraps(stage)
+    def run(*args: Given.args, **kwargs: Given.kwargs) -> Made:
+        made = stage(*args, **kwargs)
+        if torch.cuda.is_available():
+            give_back_memory()
+        return made
+
+    return run
 
 
 def load_to_compute(options: CompressOptions, name: str, attention: str | None = None) -> Loaded:
@@ -103,6 +123,28 @@ def outputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
 def relative_difference(expected: Tensor, found: Tensor) -> float:
     """Largest difference, relative to the largest expected value (at least 1); NaN where a value is no number."""
     return ((expected - found).abs().max() / expected.abs().max().clamp(min=1)).item()
+
+
+def reload_difference(
+    saved: PreTrainedModel, reloaded: PreTrainedModel, batch: Mapping[str, Tensor], folder: Path
+) -> float:
+    """`relative_difference` of the outputs of a model and of what its checkpoint in `folder` gives: of the same weights
+    and shapes, it is 0 where a device always adds in the same order.
+
+    Raises:
+        CheckFailedError: a weight is not bit for bit what was saved, or the outputs differ by more than rounding.
+    """
+    there = dict(reloaded.named_parameters())
+    for name, weight in saved.named_parameters():
+        if name not in there or there[name].dtype != weight.dtype or not torch.equal(weight, there[name]):
+            raise CheckFailedError(f"{folder}: {name} is not reloaded as it was saved; please report this model")
+    difference = relative_difference(outputs(saved, batch), outputs(reloaded, batch))
+    if not difference <= TOLERANCE[saved.dtype]:
+        raise CheckFailedError(
+            f"{folder}: the outputs of the reloaded checkpoint differ from those of what was saved by {difference:.2e} "
+            f"(relative; accepted {TOLERANCE[saved.dtype]:.0e}); please report this model"
+        )
+    return difference
 
 
 def relative_error(expected: Tensor, found: Tensor) -> float:

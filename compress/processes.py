@@ -142,7 +142,7 @@ def _join(count: int) -> None:
                 timeout=PATIENCE,
             )
     except UnsuitableOptionError as error:
-        raise _told() or error  # who refuses before the others are there has gone when they come
+        raise (_told() or error) from None  # who refuses before the others are there has gone when they come
 
 
 def _tell(error: SlimvlmError) -> None:

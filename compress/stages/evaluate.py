@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from slimvlm.compress.collate import Collator
-from slimvlm.compress.computing import load_to_compute
+from slimvlm.compress.computing import frees_memory, load_to_compute
 from slimvlm.compress.decoding import dump, read
 from slimvlm.compress.errors import OutputError
 from slimvlm.compress.evaluate import compare, evaluate
@@ -31,6 +31,7 @@ class Evaluated(NamedTuple):
     blind: Quality | None
 
 
+@frees_memory
 def evaluate_stage(run: RunFolder, options: CompressOptions, data: Measured, progress: Progress) -> Evaluated:
     """Quality of the dense, the cut (where a recovery followed) and the slim model, and of the dense one blind."""
     path = options.out / "quality.json"

@@ -12,7 +12,7 @@ from slimvlm.compress.budget import Budget
 from slimvlm.compress.calibrate import GRADIENT_SALIENCIES, CalibrationOptions
 from slimvlm.compress.checkpoint import build_meta
 from slimvlm.compress.collate import Collator, collated
-from slimvlm.compress.computing import load_to_compute
+from slimvlm.compress.computing import frees_memory, load_to_compute
 from slimvlm.compress.criteria import CRITERIA, Criterion
 from slimvlm.compress.decoding import dump, read
 from slimvlm.compress.errors import OutputError, UnsuitableOptionError
@@ -106,6 +106,7 @@ def check_plan(options: CompressOptions) -> None:
     check_budget(model, find_groups(model, family, planning.attention_unit), planning.budget)
 
 
+@frees_memory
 def plan_stage(run: RunFolder, options: CompressOptions, data: Measured, progress: Progress) -> Plan:
     """The plan of this or an earlier process. Every process of the run calls it."""
     path = options.out / "plan.json"

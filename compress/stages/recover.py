@@ -11,8 +11,8 @@ from typing import Any
 from slimvlm.compress import processes
 from slimvlm.compress.checkpoint import Loaded, save_checkpoint
 from slimvlm.compress.collate import Collator
-from slimvlm.compress.computing import CHECKED_SAMPLES, cast, load_to_compute, outputs, relative_difference
-from slimvlm.compress.errors import CheckFailedError, SlimvlmError
+from slimvlm.compress.computing import CHECKED_SAMPLES, cast, frees_memory, load_to_compute, reload_difference
+from slimvlm.compress.errors import SlimvlmError
 from slimvlm.compress.folders import move_folder
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
@@ -22,6 +22,7 @@ from slimvlm.compress.splits import Measured, Trained
 Progress = Callable[..., None]  # stage, done, total, note
 
 
+@frees_memory
 def recover_stage(
     run: RunFolder,
     options: CompressOptions,
@@ -96,9 +97,7 @@ def _save_recovered(run: RunFolder, options: CompressOptions, plan: Plan, loaded
     reloaded = load_to_compute(replace(options, device=str(model.device)), str(folder)).model
     model.set_attn_implementation(reloaded.config._attn_implementation)
     batch = Collator(loaded.processor, loaded.family, model.config).training(data.calibration[:CHECKED_SAMPLES])
-    difference = relative_difference(outputs(cast(model, reloaded.dtype), batch), outputs(reloaded, batch))
-    if difference != 0:
-        raise CheckFailedError(f"{folder}: the reloaded checkpoint differs from what was saved by {difference:.2e}")
+    difference = reload_difference(cast(model, reloaded.dtype), reloaded, batch, folder)
     if not (options.out / CUT).is_dir():
         move_folder(options.out / MODEL, options.out / CUT)
     run.remove(MODEL)

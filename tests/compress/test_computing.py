@@ -10,7 +10,8 @@ from tiny_models import FACTORIES, tiny_model
 from tiny_processors import tiny_image, tiny_processor
 
 from slimvlm.compress.collate import Collator
-from slimvlm.compress.computing import outputs, relative_difference, relative_error
+from slimvlm.compress.computing import TOLERANCE, outputs, relative_difference, relative_error, reload_difference
+from slimvlm.compress.errors import CheckFailedError
 from slimvlm.compress.families import find_family
 from slimvlm.compress.records import Turn
 from slimvlm.compress.samples import Sample
@@ -58,3 +59,25 @@ def test_an_error_is_that_of_the_norms() -> None:
 @pytest.mark.parametrize("measure", [relative_difference, relative_error])
 def test_a_value_that_is_no_number_equals_nothing(measure: Callable[[torch.Tensor, torch.Tensor], float]) -> None:
     assert math.isnan(measure(torch.ones(2), torch.tensor([1.0, math.nan])))
+
+
+def test_a_device_that_adds_in_another_order_reloads_what_was_saved(tmp_path: Path) -> None:
+    model, batch = batch_of("llava", tmp_path)
+    reloaded = tiny_model("llava").model
+    reloaded.lm_head.register_forward_hook(lambda module, inputs, output: output * (1 + 1e-7) + 1e-6)
+    assert 0 < reload_difference(model, reloaded, batch, tmp_path) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("what", ["last bit", "shape", "outputs"])
+def test_a_weight_that_is_not_what_was_saved_is_found_though_the_outputs_agree(what: str, tmp_path: Path) -> None:
+    model, batch = batch_of("llava", tmp_path)
+    reloaded = tiny_model("llava").model
+    weight = reloaded.lm_head.weight.data
+    if what == "last bit":
+        weight[-1, -1] = weight[-1, -1].nextafter(torch.tensor(9.0))
+    elif what == "shape":
+        reloaded.lm_head.weight.data = torch.cat([weight, weight[-1:]])
+    else:
+        reloaded.lm_head.register_forward_hook(lambda module, inputs, output: output + 1e-3)
+    with pytest.raises(CheckFailedError, match=r"lm_head\.weight is not reloaded|outputs"):
+        reload_difference(model, reloaded, batch, tmp_path)
