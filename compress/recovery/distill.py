@@ -27,6 +27,7 @@ from slimvlm.compress.recovery.recipe import TAUGHT, Recipe, Stage
 Batch = Mapping[str, Any]
 Targets = dict[str, Tensor]
 LOGITS = "logits"
+ROWS, PATCHES = "answer_rows", "patch_mask"  # of a located batch
 EMBEDDINGS = ("image_embeds", "text_embeds")  # the hidden states of a dual encoder
 
 
@@ -199,34 +200,54 @@ class Distiller(nn.Module):
 
     # ---------------------------------------------------------------- batches
 
+    def located(self, batch: Batch) -> dict[str, Any]:
+        """The batch and what is where in it: the positions whose logits count, the patches that hold a pixel.
+
+        How many there are only a look at the values tells, and on a GPU the host would wait for it: this is for the
+        host, before the batch is put on the device. `forward` does without, and then waits.
+        """
+        found = dict(batch)
+        patches = _patch_mask(self.student, batch)
+        if patches is not None:
+            found[PATCHES] = patches
+        if self.family.kind != "dual-encoder":
+            if "labels" not in batch:
+                raise ValueError(
+                    "a batch without labels cannot be learnt from; collate it with answers (training batches)"
+                )
+            found[ROWS] = self._counted(batch["labels"]).flatten().nonzero().flatten()
+        return found
+
+    def _counted(self, labels: Tensor) -> Tensor:
+        """Bool: the positions whose logits count."""
+        if not self.recipe.faithful:
+            return self._aligned(labels) != IGNORED
+        counted = torch.ones_like(labels, dtype=torch.bool)
+        if self.family.kind == "decoder":
+            counted[:, -1] = False  # nothing follows the last token
+        return counted
+
+    def _aligned(self, labels: Tensor) -> Tensor:
+        """The labels at the positions whose logits are to give them."""
+        return F.pad(labels[:, 1:], (0, 1), value=IGNORED) if self.family.kind == "decoder" else labels
+
     def _ask(self, batch: Batch) -> _Question:
-        vision = _patch_mask(self.student, batch)
-        text = batch.get("attention_mask")
+        inputs = dict(batch) if ROWS in batch else self.located(batch)
+        rows, vision, text = inputs.pop(ROWS, None), inputs.pop(PATCHES, None), batch.get("attention_mask")
         masks = {
             tower.name: vision if tower.modality == "vision" else None if text is None else text.bool()
             for tower in self.family.towers
         }
-        inputs = dict(batch)
-        if self.family.kind == "dual-encoder":
+        if rows is None:
             return _Question({**inputs, "return_loss": True}, None, None, masks)
-        if "labels" not in inputs:
-            raise ValueError("a batch without labels cannot be learnt from; collate it with answers (training batches)")
         labels = inputs.pop("labels")
         inputs["use_cache"] = False
-        if self.family.kind == "decoder":
-            labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-            counted = torch.ones_like(labels, dtype=torch.bool)
-            counted[:, -1] = False  # nothing follows the last token
-        else:
+        if self.family.kind == "encoder-decoder":
             last = self.family.towers[-1]
             inputs["decoder_input_ids"] = _decoder_inputs(self.student, last, labels)
             own = batch.get("decoder_attention_mask")
             masks[last.name] = labels != IGNORED if own is None else own.bool()
-            counted = torch.ones_like(labels, dtype=torch.bool)
-        if not self.recipe.faithful:
-            counted = labels != IGNORED
-        rows = counted.flatten().nonzero().flatten()
-        return _Question(inputs, rows, labels.flatten()[rows], masks)
+        return _Question(inputs, rows, self._aligned(labels).flatten()[rows], masks)
 
 
 class _Watch:

@@ -77,7 +77,7 @@ def recover(
     history = train(
         distiller,
         make_stages(loaded.family, depths, recipe),
-        lambda indices: collator.training([data.training[index] for index in indices]),
+        lambda indices: distiller.located(collator.training([data.training[index] for index in indices])),
         len(data.training),
         _train_options(options, recipe, loaded, data),
         folder,
@@ -182,7 +182,7 @@ def _cache(options: CompressOptions, data: Trained, loaded: Loaded) -> TeacherCa
         return None
     _, digest = locate(options.teacher or options.model)
     drawn = f"{options.seed} {options.data_fraction} {len(data.validation)}"
-    collation = f"{digest} {data.digest} {drawn} {options.dtype} {_precision(options.precision, _device(loaded))}"
+    collation = f"{digest} {data.digest} {drawn} {options.dtype} {precision(options.precision, _device(loaded))}"
     name = hashlib.sha256(collation.encode()).hexdigest()[:16]
     return TeacherCache(options.out / "teacher" / name, options.teacher_cache)
 
@@ -199,7 +199,7 @@ def _train_options(options: CompressOptions, recipe: Recipe, loaded: Loaded, dat
         warmup=min(options.warmup, steps // 4),
         weight_decay=options.weight_decay,
         clip=options.clip,
-        mixed_precision=_precision(options.precision, _device(loaded)),
+        mixed_precision=precision(options.precision, _device(loaded)),
         checkpoint_every=options.checkpoint_every,
         validate_every=options.validate_every or max(1, -(-steps // data.validations)),
         patience=options.patience,
@@ -211,12 +211,12 @@ def _train_options(options: CompressOptions, recipe: Recipe, loaded: Loaded, dat
     )
 
 
-def _precision(asked: str, device: torch.device) -> str:
+def precision(asked: str, device: torch.device) -> str:
     """`auto`: bf16 where the device multiplies it faster than fp32."""
     if asked != "auto":
         return asked
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no"
 
 
