@@ -28,7 +28,8 @@ CHECKED_SAMPLES = 4  # so many samples two models are compared on
 HALVES = (torch.float16, torch.bfloat16)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}
 
-Given, Made = ParamSpec("Given"), TypeVar("Made")
+Given = ParamSpec("Given")
+Made = TypeVar("Made")
 
 
 def frees_memory(stage: Callable[Given, Made]) -> Callable[Given, Made]:
