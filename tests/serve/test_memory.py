@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 
+from slimvlm.serve import memory
 from slimvlm.serve.memory import held_bytes
 
 SIZE, SLACK = 2**26, 2**22
@@ -29,3 +30,12 @@ def test_what_a_process_allocates_and_writes_is_its_own():
     assert after.own - before.own > SIZE - SLACK
     assert after.mapped - before.mapped < SLACK
     del kept
+
+
+def test_where_the_system_has_no_status_files_what_is_freed_at_the_end_counts_as_own(tmp_path, monkeypatch):
+    usual = held_bytes()
+    monkeypatch.setattr(memory, "STATUS", tmp_path / "absent")
+    found = held_bytes()
+    assert 0 < found.own <= found.resident
+    assert abs(found.resident - usual.resident) < SIZE
+    assert memory.peak_bytes() is None
