@@ -16,6 +16,7 @@ from slimvlm.compress.decoding import decode
 SCHEMA = 2
 RECALLS = (1, 5, 10)
 UNNAMED_TASK = "all"
+MOST_RESAMPLES = 10**6
 RESAMPLED_AT_ONCE = 2**22
 ARTICLES = frozenset(("a", "an", "the"))
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -232,6 +233,40 @@ class QualityFileOfRun(QualityFile, total=False):
 
     cut: Quality
     blind: Quality
+
+
+def qualities_of(document: Any) -> dict[str, Any]:
+    """What `quality.json` holds, if its parts fit each other.
+
+    Raises:
+        ValueError: the field that does not fit.
+    """
+    found: dict[str, Any] = dict(decode(document, QualityFileOfRun))
+    models = {name: quality for name, quality in found.items() if isinstance(quality, Quality)}
+    for name, quality in models.items():
+        if [(row.identity, row.task) for row in quality.rows] != [
+            (row.identity, row.task) for row in found["dense"].rows
+        ]:
+            raise ValueError(f"{name}.rows: they are not the questions of dense.rows")
+        if quality.kind != found["dense"].kind or quality.kind not in METRICS:
+            raise ValueError(f"{name}.kind: {quality.kind!r} is none, or not that of dense")
+        try:
+            again = summarize(quality.kind, quality.rows, blind=quality.blind, seconds=quality.seconds)
+        except (ValueError, TypeError, ArithmeticError):
+            raise ValueError(f"{name}.rows: they lack what {quality.kind} is scored by") from None
+        for part in ("scores", "tasks", "vendors"):
+            if _names(getattr(quality, part)) != _names(getattr(again, part)):
+                raise ValueError(f"{name}.{part}: it does not follow from the rows")
+    comparison: Comparison = found["comparison"]
+    if comparison.metric not in METRICS[found["dense"].kind]:
+        raise ValueError(f"comparison.metric: {comparison.metric!r} is not one of this kind")
+    if not (0 < comparison.level < 1 and 0 < comparison.resamples <= MOST_RESAMPLES and comparison.seed >= 0):
+        raise ValueError("comparison: its level, resamples or seed is out of range")
+    return found
+
+
+def _names(values: Mapping[str, Any]) -> Any:
+    return {name: _names(value) if isinstance(value, Mapping) else None for name, value in values.items()}
 
 
 def compare(

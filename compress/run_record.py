@@ -59,6 +59,13 @@ class Training(TypedDict):
     last_loss: float | None
 
 
+class RecoverFacts(TypedDict, total=False):
+    """What a finished recovery has besides: how much merging and saving changed the outputs."""
+
+    merged_difference: float
+    reload_difference: float
+
+
 class RecoverBegun(Stage):
     """A recovery under way."""
 
@@ -120,7 +127,7 @@ class ProfileFacts(TypedDict, total=False):
 BEGUN: Mapping[str, tuple[Any, ...]] = {  # stage -> the facts it has as soon as it was begun
     "plan": (PlanFacts,),
     "slice": (SliceFacts,),
-    "recover": (RecoverBegun,),
+    "recover": (RecoverBegun, RecoverFacts),
     "evaluate": (EvaluateFacts,),
     "export": (ExportBegun, ExportFacts),
     "profile": (ProfileBegun, ProfileFacts),

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from slimvlm.compress.collate import Collator
 from slimvlm.compress.computing import frees_memory, load_to_compute
-from slimvlm.compress.decoding import dump, read
+from slimvlm.compress.decoding import content_of, dump, parse, refused_as
 from slimvlm.compress.errors import OutputError
 from slimvlm.compress.evaluate import compare, evaluate
 from slimvlm.compress.files import write_text
 from slimvlm.compress.fitting import evaluation_batch
 from slimvlm.compress.options import CompressOptions
-from slimvlm.compress.quality import Quality, QualityFileOfRun
+from slimvlm.compress.quality import Quality, qualities_of
 from slimvlm.compress.runs import AGAIN, CUT, RunFolder
 from slimvlm.compress.samples import Sample
 from slimvlm.compress.soundness import check_computes
@@ -36,7 +36,8 @@ def evaluate_stage(run: RunFolder, options: CompressOptions, data: Measured, pro
     """Quality of the dense, the cut (where a recovery followed) and the slim model, and of the dense one blind."""
     path = options.out / "quality.json"
     if run.finished("evaluate"):
-        kept: Mapping[str, Any] = read(path, QualityFileOfRun, OutputError, AGAIN)
+        with refused_as(path, OutputError, AGAIN):
+            kept = qualities_of(parse(content_of(path)))
         return Evaluated(kept["dense"], kept.get("cut"), kept["slim"], kept.get("blind"))
     with run.stage("evaluate") as facts:
         facts.update(samples=len(data.evaluation), held_out=data.held_out)

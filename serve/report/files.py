@@ -16,7 +16,7 @@ from slimvlm.compress.errors import CheckpointError, OutputError
 from slimvlm.compress.files import file_digest
 from slimvlm.compress.manifest import Manifest
 from slimvlm.compress.plan import Plan
-from slimvlm.compress.quality import Comparison, Quality, QualityFileOfRun
+from slimvlm.compress.quality import Comparison, Quality, qualities_of
 from slimvlm.compress.run_record import read_record
 from slimvlm.serve.profile import Profile
 
@@ -151,7 +151,7 @@ def _line(line: Any, where: str) -> Mapping[str, Any]:
 
 
 def _read_quality(path: Path) -> Measured:
-    document: Mapping[str, Any] = decode(parse(content_of(path)), QualityFileOfRun)
+    document = qualities_of(parse(content_of(path)))
     models = {name: document[name] for name in MODELS if name in document}
     return Measured(models, document["comparison"], document.get("blind"))
 

@@ -23,7 +23,6 @@ from slimvlm.compress.decoding import read
 from slimvlm.compress.errors import SlimvlmError
 from slimvlm.compress.manifest import Manifest
 from slimvlm.compress.plan import Plan
-from slimvlm.compress.quality import QualityFileOfRun
 from slimvlm.compress.recovery.history import Facts
 from slimvlm.compress.recovery.state import STATE, StateFolder, load_best
 from slimvlm.compress.run_record import options_of, read_record, record_text
@@ -126,7 +125,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "run.json": _resume,
     "plan.json": lambda run: read(run / "plan.json", Plan),
     ROUNDS: lambda run: finished_rounds(run / ROUNDS),
-    "quality.json": lambda run: read(run / "quality.json", QualityFileOfRun),
+    "quality.json": read_run,
     "profile.json": lambda run: refuse_occupied(run / "profile.json"),
     "recovery.jsonl": read_run,
     "export/manifest.json": _open_export,

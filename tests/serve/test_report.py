@@ -183,7 +183,8 @@ def test_parity_of_an_export_is_shown_and_a_failed_check_is_bad_news(run: Path) 
     case = {"case": "a", "shapes": {}, "max_absolute": 1e-3, "max_relative": 2e-6, "cosine": 0.9999999}
     artifact = Artifact("decoder", "onnx", "fp32", "onnx/decoder.onnx", "torch.onnx", 1.0)
     artifact.parity = [case, {**case, "max_relative": 3e-6, "cosine": 0.99995}]
-    manifest = Manifest({}, {}, tolerances={"fp32": {"relative": 1e-4, "cosine": 0.99999, "tokens": 1.0}})
+    tolerances = {"fp32": {"relative": 1e-4, "cosine": 0.99999, "tokens": 1.0}}
+    manifest = Manifest({"family": "llava", "type": "llava"}, {"max_new_tokens": 8}, tolerances=tolerances)
     manifest.artifacts = [artifact]
     manifest.checks = [{"format": "onnx", "variant": "fp32", "ok": False, "samples": 4, "equal": 3}]
     manifest.checks[0] |= {"token_share": 0.75, "accuracy": None, "torch_accuracy": 0.5}
