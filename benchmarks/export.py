@@ -4,6 +4,7 @@
     python benchmarks/export.py large                 a graph of more than 2 GB, its weights beside it, run
     python benchmarks/export.py smolvlm               seconds and peak memory of SmolVLM-256M's configuration
     python benchmarks/export.py families              seconds of a whole checked export per family, tiny models
+    python benchmarks/export.py variants              every exporter and variant of every family, at full depth
 
 One thread. Times are the process's CPU time and the least of several interleaved runs, so that others on the machine
 change them little. Targets: half of heads and channels >= 1.8 x faster in prefill and decode; peak memory <= 3 x the
@@ -29,6 +30,7 @@ import torch
 import transformers
 from torch import nn
 
+from slimvlm.compress.errors import SlimvlmError
 from slimvlm.compress.families import find_family
 from slimvlm.compress.files import installed_versions
 from slimvlm.compress.generation import empty_cache
@@ -191,6 +193,32 @@ def families(exporter: str) -> dict[str, object]:
     return report
 
 
+def variants() -> dict[str, object]:
+    """Every exporter and variant of every tiny model at full depth; in the tests the towers have one block."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
+    from exports import export_tiny
+    from tiny_models import FACTORIES
+
+    ways: list[dict[str, object]] = [
+        {"exporter": exporter, **way}
+        for exporter in ("torchscript", "dynamo")
+        for way in ({"quantize": "int8"}, {"quantize": "int8", "fuse": "cpu"}, {"dtype": "fp16"})
+    ]
+    ways += [{"formats": (form,), "dtype": dtype} for form in ("torchscript", "pt2") for dtype in ("fp32", "fp16")]
+    report: dict[str, object] = {}
+    for name in FACTORIES:
+        for way in ways:
+            with tempfile.TemporaryDirectory() as scratch:
+                try:
+                    export_tiny(name, Path(scratch) / "export", **way)
+                    said = "ok"
+                except SlimvlmError as error:
+                    said = str(error)
+            report[f"{name} {' '.join(map(str, way.values()))}"] = said
+            print(name, way, said, file=sys.stderr)
+    return report
+
+
 class _Peak:
     """Largest resident memory inside the block, sampled."""
 
@@ -214,7 +242,7 @@ def _resident() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("speed", "large", "smolvlm", "families"))
+    parser.add_argument("what", choices=("speed", "large", "smolvlm", "families", "variants"))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--exporter", choices=("auto", "dynamo", "torchscript"), default="auto")
     given = parser.parse_args()
@@ -224,6 +252,7 @@ def main() -> None:
         "large": large,
         "smolvlm": lambda: smolvlm(given.exporter),
         "families": lambda: families(given.exporter),
+        "variants": variants,
     }
     print(json.dumps({given.what: jobs[given.what](), "versions": installed_versions(VERSIONED)}, indent=1))
 
