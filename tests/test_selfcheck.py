@@ -9,6 +9,7 @@ import psutil
 import pytest
 import torch
 from click.testing import CliRunner
+from pretended_cuda import two_devices
 
 from slimvlm.cli import main
 from slimvlm.demo import MODEL
@@ -103,7 +104,6 @@ class HostEvent:
 
 def test_a_gpu_is_checked_by_its_own_counters_and_clock_and_without_triton_by_torch(monkeypatch):
     """On the second of two pretended ones, which Triton cannot launch on."""
-    two_devices = pytest.importorskip("pretended_cuda").two_devices
 
     def recovery(ground):
         shutil.copytree(MODEL, ground.folder / running.RUN)
