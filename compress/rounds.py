@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from slimvlm.compress.budget import Budget, Facts, facts_of, make_plan
 from slimvlm.compress.calibrate import GRADIENT_SALIENCIES, Batch, Calibration, CalibrationOptions, collect
+from slimvlm.compress.computing import give_back_memory
 from slimvlm.compress.criteria import CRITERIA, Scores, score_groups
 from slimvlm.compress.families import find_family
 from slimvlm.compress.groups import Group, find_groups
@@ -120,6 +121,7 @@ def plan_in_rounds(
         if on_round is not None:
             on_round(planned)
         if number < planning.rounds:
+            give_back_memory()  # while it is cut a model is there twice
             apply_plan(model, later)
     return planned
 

@@ -17,6 +17,7 @@ from slimvlm.compress.computing import (
     ComputedInFloat32,
     cast,
     frees_memory,
+    give_back_memory,
     load_to_compute,
     outputs,
     relative_difference,
@@ -68,6 +69,7 @@ def save_cut(
         work = collated(collator, samples, options.batch_size)
         fitted = refit(model, loaded.family, groups, plan.keep, work, memory=options.grad_memory, progress=progress)
         facts = {"output_lost_by_cut": fitted.lost_by_cut, "output_lost": fitted.lost}
+    give_back_memory()
     facts["masked_difference"] = masked_difference(model, plan, batch)
     if fitted is not None:
         fitted.put_into(model)
