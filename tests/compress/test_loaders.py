@@ -117,6 +117,19 @@ def test_one_weight_that_is_not_finite_is_refused_by_name(models, tmp_path, valu
     refused(folder, r"1 weights hold values that are not finite .*layers\.0\.mlp\.fc1\.weight")
 
 
+def test_every_family_is_refused_with_a_weight_that_is_not_finite_or_an_integer(folder):
+    sound = load_file(folder / "model.safetensors")
+    name = next(name for name in sorted(sound) if sound[name].ndim == 2)
+    spoiled = sound[name].clone()
+    spoiled[0, 0] = float("nan")
+    for weight, words in (
+        (spoiled, "1 weights hold values that are not finite"),
+        (sound[name].char(), "1 weights are I8"),
+    ):
+        save_file({**sound, name: weight}, folder / "model.safetensors", {"format": "pt"})
+        refused(folder, words)
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.int64, torch.uint8, torch.float8_e4m3fn])
 def test_weights_that_are_no_floating_point_numbers_are_refused(models, tmp_path, dtype):
     folder = shutil.copytree(models / "qwen2_vl", tmp_path / "model")
