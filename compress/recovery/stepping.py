@@ -83,7 +83,7 @@ class Stepper:
         norm = workers.clip(self.options.clip)
         told = torch.tensor([tokens, told_to_stop], dtype=torch.float32).to(workers.device, non_blocking=True)
         summed = workers.sum(torch.cat([torch.stack(list(losses.values())), told]))
-        # The only wait for the device in a step.
+        # The only wait for the device in a step, but for those in the code of a model.
         *values, counted, stopping, norm_value = torch.cat([summed, norm.reshape(1).to(summed)]).tolist()
         named = dict(zip(losses, values, strict=True))
         loss = named.pop("")
