@@ -116,7 +116,8 @@ def test_every_stage_runs_ends_at_its_deepest_block_and_gives_gradients_up_to_th
         if stage.blocks:
             deepest = max((order.index(block.tower), block.layer) for block in stage.blocks)
             reached = [(tower, layer) for tower, layer in reached if (order.index(tower), layer) <= deepest]
-        assert calls == taught == Counter(reached)
+        read = {key: times for key, times in taught.items() if key[1] < distiller.depths[key[0]]}  # not dead blocks
+        assert calls == read == Counter(reached)
         for key, parameters in block_parameters(student, family).items():
             trained = [parameter for parameter in parameters if parameter.requires_grad]
             assert trained
@@ -349,6 +350,7 @@ def test_the_faithful_losses_count_padding_as_the_paper_does():
 
 def test_layers_of_a_tower_that_lost_whole_layers_follow_the_output_the_next_one_read():
     teacher = dense("llava").model
+    teacher.config.vision_feature_layer = -1  # every block is read
     student = copy.deepcopy(teacher)
     del student.model.vision_tower.encoder.layers[1]
     student.config.vision_config.num_hidden_layers = 2
