@@ -14,7 +14,6 @@ from slimvlm.compress.checkpoint import build_meta, load_model
 from slimvlm.compress.computing import DTYPES, cast
 from slimvlm.compress.errors import DeviceError, UnsuitableOptionError
 from slimvlm.compress.generation import Arrays
-from slimvlm.compress.processes import pick_device
 from slimvlm.serve.backends import Backend, Timed, clock_of, time_embedding, time_generation
 from slimvlm.serve.device import claim
 from slimvlm.serve.exported import FULL, Exported
@@ -56,7 +55,7 @@ class Bench:
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self.device = pick_device(source.device)
+        self.device = torch.device(source.device)  # picked by the caller; `claim` makes it the current one
         self.gpu = Gpu(self.device, source.gpu)
         self.backend: Any = None
         self.dual = False

@@ -13,7 +13,7 @@ from pretended import waits
 from pretended_cuda import two_devices
 from torch import nn
 
-from slimvlm.compress.errors import DeviceError
+from slimvlm.compress.errors import DeviceError, SlimvlmError
 from slimvlm.compress.processes import pick_device
 from slimvlm.compress.recovery.recover import precision
 from slimvlm.serve.bench import Bench, Source
@@ -112,9 +112,12 @@ def test_the_device_that_is_picked_becomes_the_current_one(monkeypatch: pytest.M
                 pick_device(text)
 
 
-def test_what_is_profiled_watches_its_own_device() -> None:
+def test_what_is_profiled_watches_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     with two_devices():
-        Bench(Source("nowhere", "torch", "cuda:1", "cuda:1", 1, "auto"))
+        with pytest.raises(SlimvlmError, match="nowhere"):
+            Bench(Source("nowhere", "torch", "cuda:1", "cuda:1", 1, "auto")).load()
         assert torch.cuda.current_device() == 1
 
 
