@@ -94,12 +94,15 @@ class Group:
         return self.size // self.kv_heads if self.kv_heads else 1
 
 
-def find_groups(model: nn.Module, family: Family, attention_unit: str = "auto") -> tuple[Group, ...]:
-    """All prunable groups of `model`, in table order; dead blocks have none. Reads shapes only: meta is enough.
+def find_groups(
+    model: nn.Module, family: Family, attention_unit: str = "auto", dead: bool = False
+) -> tuple[Group, ...]:
+    """All prunable groups of `model`, in table order. Reads shapes only: meta is enough.
 
     Args:
         attention_unit: `kv-group`, `query-slot`, or `auto` (query slots where there are fewer than four KV heads).
             Attention without grouped queries always has single heads as units.
+        dead: those of dead blocks too, which run all the same.
 
     Raises:
         ValueError: unknown attention unit.
@@ -109,7 +112,8 @@ def find_groups(model: nn.Module, family: Family, attention_unit: str = "auto") 
         raise ValueError(f"attention unit {attention_unit!r} is unknown; choose one of {', '.join(ATTENTION_UNITS)}")
     groups = []
     for tower in family.towers:
-        for layer, block in enumerate(resolve(model, tower.blocks, family)[: live_blocks(model, family, tower)]):
+        blocks = resolve(model, tower.blocks, family)
+        for layer, block in enumerate(blocks if dead else blocks[: live_blocks(model, family, tower)]):
             path = f"{tower.blocks}.{layer}"
             for part in tower.parts:
                 where = (tower, layer, path)

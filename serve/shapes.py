@@ -27,7 +27,7 @@ def checkpoint_shapes(folder: str | os.PathLike[str], trust_remote_code: bool = 
 
 def model_shapes(model: nn.Module, family: Family) -> Shapes:
     """The shapes of `model` (the meta device is enough)."""
-    groups = find_groups(model, family)
+    groups = find_groups(model, family, dead=True)
     places = tuple(_places(family))
     products = [found for path, module in model.named_modules() for found in _products(path, module, places, family)]
     attended = [_tower_attention(group, model, family) for group in groups if group.kind == "attention"]
