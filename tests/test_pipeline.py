@@ -174,8 +174,9 @@ def test_an_unknown_format_is_refused_before_anything_is_computed(formats, says,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_failed_check_of_the_export_fails_a_run_whose_files_are_all_there(finished):
-    options, result = finished
+def test_a_failed_check_of_the_export_fails_a_run_whose_files_are_all_there(finished, tmp_path):
+    result = finished[1]
+    options = replace(finished[0], out=shutil.copytree(finished[0].out, tmp_path / "out"))
     facts = {"status": "finished", "formats": [], "seconds": 1.0, "failed": "the graph decoder differs from torch"}
     edit_record(options.out, lambda record: record["stages"].update(export=facts))
     with pytest.raises(CheckFailedError, match="decoder differs") as failed:
