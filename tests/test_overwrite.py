@@ -198,7 +198,13 @@ def test_apply_writes_into_an_empty_folder_only_and_says_so_first(run, tmp_path)
         assert tree(run) == before
 
 
-EVIL = "from pathlib import Path\nPath({marker!r}).touch()\nfrom transformers import LlavaConfig as EvilConfig\n"
+EVIL = """
+from pathlib import Path
+from transformers import LlavaConfig
+Path({marker!r}).touch()
+class EvilConfig(LlavaConfig):  # of its own: transformers marks the class it finds as foreign, for the whole process
+    pass
+"""
 
 
 @pytest.mark.parametrize("flag", (False, True), ids=("without", "with"))
