@@ -202,7 +202,7 @@ def _after_plan(
     processes.wait_for_all()
     recovery = recover_stage(run, options, plan, data, training, progress)
     if not run.writer:
-        return Result(options.out, plan, None, {}, len(data.bad))
+        return Result(options.out, plan, None, {}, len(data.bad), data.left_out)
     dense, cut, slim, blind = evaluate_stage(run, options, data, progress)
     exported = _export_stage(run, options, progress)
     profile = _profile_stage(run, options, progress)

@@ -200,12 +200,13 @@ def _check_loading(folder: Path, info: dict[str, Any]) -> None:
 
 
 def _check_finite(folder: Path, model: PreTrainedModel) -> None:
-    """One pass over the weights, without a copy of any: the extremes of a tensor are not finite if a value is not."""
-    wrong = [
-        name
-        for name, weight in model.named_parameters()
-        if weight.numel() and not all(bool(extreme.isfinite()) for extreme in torch.aminmax(weight.detach()))
-    ]
+    """One pass over the weights, without a copy of any: the extremes of a tensor are not finite if a value is not. A
+    GPU is waited for once.
+    """
+    names = [name for name, weight in model.named_parameters() if weight.numel()]
+    extremes = (torch.stack(torch.aminmax(model.get_parameter(name).detach())) for name in names)
+    finite = torch.stack([found.isfinite().all() for found in extremes]).tolist()
+    wrong = [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
     if wrong:
         raise CheckpointError(
             f"{folder}: {len(wrong)} weights hold values that are not finite ({_some(wrong)}); nothing can be computed "
