@@ -93,7 +93,8 @@ def read_trained(options: CompressOptions, measured: Measured) -> Trained:
     """
     limit = None
     if options.steps is not None and options.data_fraction == 1:  # more cannot be used
-        limit = options.steps * options.train_batch_size + VALIDATION_SAMPLES + len(measured.evaluation)
+        held = options.validation_samples or VALIDATION_SAMPLES
+        limit = options.steps * options.train_batch_size + held + len(measured.evaluation)
     read = _load(options, options.recover_data or options.data, limit)
     usable = _without(read.samples, measured.evaluation if measured.held_out else ())
     size, validations = validation_of(options, len(usable))
