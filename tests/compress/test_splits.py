@@ -103,3 +103,11 @@ def test_validations_are_as_many_and_as_large_as_asked() -> None:
     size, times = validation_of(replace(options, validation_samples=None, steps=600), usable=1000)
     assert (size, times) == (1, 120)
     assert validation_of(replace(options, validate_every=None), usable=1000) == (24, 1)
+
+
+def test_a_large_validation_that_was_asked_for_is_read_on_top_of_what_the_steps_need(tmp_path: Path) -> None:
+    names = [f"{number % 256}-{number}" for number in range(1000)]
+    options = options_in(tmp_path, write(tmp_path / "data", names), samples=2, eval_samples=2, steps=2)
+    options = replace(options, validation_samples=400)
+    # A quarter of what is read at most, so of the 4 + 400 + 2 that are asked for.
+    assert len(read_trained(options, read_measured(options)).validation) in range(96, 104)
