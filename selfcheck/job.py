@@ -99,7 +99,6 @@ def check_recovery(ground: Ground) -> str:
 def check_reload(ground: Ground) -> str:
     """The saved model, loaded afresh on the CPU, answers as on the device."""
     ground.need("recovery")
-    ground.need("recovery")
     options = ground.job.options
     with full_precision():
         loaded = load_to_compute(options, str(options.out / "model"))
