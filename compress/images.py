@@ -6,6 +6,7 @@ import hashlib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 
@@ -84,7 +85,14 @@ def _in_bytes(image: Image.Image) -> Image.Image:
     largest = 1 if image.mode == "F" else 65535  # 32-bit integers hold 16 of a PNG or PPM, as a rule
     if not (low >= 0 and high <= largest):
         raise BadImageError(f"has values from {low:g} to {high:g} in mode {image.mode}; accepted is 0 to {largest}")
+    _say_scaled(image.mode, largest)
     return Image.fromarray((values * (255 / largest)).round().astype(np.uint8))
+
+
+@cache
+def _say_scaled(mode: str, largest: int) -> None:
+    """Once per kind and process; Python's own "once" forgets whenever warnings are caught."""
+    warnings.warn(f"grey images of mode {mode} are read with {largest} as white, and rounded to 8 bits", stacklevel=4)
 
 
 def read_content(path: Path) -> bytes:

@@ -1,6 +1,7 @@
 """The one-shot job on the packaged demo model: results, refusals, and the same plan from any number of processes."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.stages.plan import planning_of
 from slimvlm.demo import MODEL, SAMPLES
-from slimvlm.pipeline import apply_saved_plan, compress, evaluate_checkpoint, make_plan
+from slimvlm.pipeline import _check, apply_saved_plan, compress, evaluate_checkpoint, make_plan
 from slimvlm.serve.profile import Profile
 
 
@@ -107,6 +108,14 @@ def test_a_crossed_quality_limit_fails_the_check_and_keeps_the_files(finished):
     with pytest.raises(CheckFailedError, match="--max-quality-drop"):
         compress(replace(options, resume=True, max_quality_drop=-1000.0))
     assert (options.out / "model" / "config.json").is_file()
+
+
+def test_a_drop_that_is_no_number_fails_the_quality_limit(finished):
+    options, result = finished
+    unknown = replace(result, comparison=replace(result.comparison, difference=math.nan))
+    assert math.isnan(unknown.comparison.drop)
+    with pytest.raises(CheckFailedError, match="--max-quality-drop 50"):
+        _check(replace(options, max_quality_drop=50.0), unknown)
 
 
 def test_a_ratio_no_plan_can_reach_is_refused_before_any_calibration(tmp_path):

@@ -13,7 +13,7 @@ from fuzz_damage import RECORDS
 from PIL import Image
 
 from slimvlm.compress.errors import SampleError
-from slimvlm.compress.images import BadImageError, decode_image
+from slimvlm.compress.images import BadImageError, _say_scaled, decode_image
 from slimvlm.compress.samples import load_samples
 
 GOOD = '{"image": "0.png", "question": "what", "answer": "red"}'
@@ -95,6 +95,15 @@ def test_a_deep_grey_image_keeps_its_brightness(name: str) -> None:
 def test_a_float_image_whose_brightness_nothing_tells_is_refused(values: np.ndarray) -> None:
     with pytest.raises(BadImageError, match="accepted is 0 to 1$"):
         decode_image(encoded(Image.fromarray(values.astype(np.float32)), "TIFF"))
+
+
+def test_what_is_done_to_deep_grey_images_is_said_once() -> None:
+    _say_scaled.cache_clear()
+    content = encoded(Image.fromarray(RAMP.astype(np.float32)), "TIFF")
+    with pytest.warns(UserWarning, match="mode F are read with 1 as white") as said:
+        for _ in range(3):
+            decode_image(content)
+    assert len(said) == 1
 
 
 def test_32_bits_of_unknown_range_are_refused() -> None:
