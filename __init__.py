@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from slimvlm.compress.checkpoint import load
+    from slimvlm.compress.models.checkpoint import load
 
 __all__ = ["load"]
 
@@ -13,6 +13,6 @@ __all__ = ["load"]
 def __getattr__(name: str) -> Any:
     if name != "load":  # imported on first use: importing slimvlm must not import torch
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from slimvlm.compress.checkpoint import load
+    from slimvlm.compress.models.checkpoint import load
 
     return load

@@ -47,8 +47,8 @@ from slimvlm.console.options import (
 )
 from slimvlm.console.progress import print_anything, progress
 from slimvlm.console.values import Device
+from slimvlm.export.running.runtimes import installed_runtimes, runtime_conflict
 from slimvlm.serve.options import ProfileOptions
-from slimvlm.serve.runtimes import installed_runtimes, runtime_conflict
 
 
 @click.group(
@@ -237,7 +237,7 @@ def inspect(model: str, attention_unit: str, trust_remote_code: bool, as_json: b
 
         slimvlm inspect ./my-vlm
     """
-    from slimvlm.compress.inspection import inspect_model
+    from slimvlm.compress.models.inspection import inspect_model
 
     show.show_inspection(inspect_model(model, attention_unit, trust_remote_code), as_json=as_json)
 

@@ -10,21 +10,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from slimvlm.compress import processes
-from slimvlm.compress.checkpoint import save_checkpoint
-from slimvlm.compress.computing import cast, load_to_compute
-from slimvlm.compress.decoding import read
+from slimvlm.compress.data.samples import Sample
+from slimvlm.compress.data.splits import Measured, Trained, read_evaluation, read_measured, read_trained
 from slimvlm.compress.errors import CheckFailedError, CheckpointError, OutputError, SampleError, SlimvlmError
-from slimvlm.compress.evaluate import Comparison, Quality, compare
-from slimvlm.compress.folders import require_free, reserved
-from slimvlm.compress.locks import locked_folder
+from slimvlm.compress.evaluation.evaluate import Comparison, Quality, compare
+from slimvlm.compress.files.decoding import read
+from slimvlm.compress.files.folders import require_free, reserved
+from slimvlm.compress.files.locks import locked_folder
+from slimvlm.compress.models.checkpoint import save_checkpoint
+from slimvlm.compress.models.computing import cast, load_to_compute
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.recovery.checks import check_models, recipe_of
 from slimvlm.compress.run_record import options_of, read_record
 from slimvlm.compress.runs import AGAIN, EXPORT, RunFolder, check_places
-from slimvlm.compress.samples import Sample
-from slimvlm.compress.slicing import apply_plan
-from slimvlm.compress.splits import Measured, Trained, read_evaluation, read_measured, read_trained
+from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.compress.stages.evaluate import evaluate_model, evaluate_seeing_and_blind, evaluate_stage
 from slimvlm.compress.stages.plan import check_plan, chosen_criterion, plan_stage
 from slimvlm.compress.stages.recover import recover_stage

@@ -31,15 +31,15 @@ import transformers
 from torch import nn
 
 from slimvlm.compress.errors import SlimvlmError
-from slimvlm.compress.families import find_family
-from slimvlm.compress.files import installed_versions
-from slimvlm.compress.generation import empty_cache
-from slimvlm.compress.manifest import VERSIONED
-from slimvlm.export.graphs import Embed, Graph, Port, build_graphs
-from slimvlm.export.onnx_rewriting import fuse, quantize_int8
-from slimvlm.export.onnx_writer import write_onnx
+from slimvlm.compress.files.writing import installed_versions
+from slimvlm.compress.models.families import find_family
+from slimvlm.export.graphs.decoder import Embed, Graph, Port, build_graphs
 from slimvlm.export.options import EXTERNAL_BYTES, OnnxSettings
-from slimvlm.export.runners import OnnxRunner
+from slimvlm.export.running.generation import empty_cache
+from slimvlm.export.running.manifest import VERSIONED
+from slimvlm.export.running.recorded import OnnxRunner
+from slimvlm.export.writers.onnx_rewriting import fuse, quantize_int8
+from slimvlm.export.writers.onnx_writer import write_onnx
 
 PROMPT, VOCABULARY, IMAGE_TOKEN = 128, 8000, 7999
 

@@ -21,13 +21,13 @@ from transformers import (
     T5Config,
 )
 
-from slimvlm.compress.budget import Budget, facts_of, make_plan
-from slimvlm.compress.criteria import CRITERIA, score_groups
-from slimvlm.compress.families import find_family
-from slimvlm.compress.files import installed_versions
-from slimvlm.compress.groups import find_groups
+from slimvlm.compress.allocate.budget import Budget, facts_of, make_plan
+from slimvlm.compress.criteria.scoring import CRITERIA, score_groups
+from slimvlm.compress.files.writing import installed_versions
+from slimvlm.compress.models.families import find_family
+from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.plan import Plan
-from slimvlm.compress.slicing import apply_plan
+from slimvlm.compress.slicing.apply import apply_plan
 
 REPEATS = 5
 

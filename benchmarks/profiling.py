@@ -26,19 +26,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from slimvlm.compress.generation import Arrays, empty_cache, prompt_positions
-from slimvlm.compress.runners import SessionRunner
 from slimvlm.demo import MODEL
 from slimvlm.export import ExportOptions, export_checkpoint
-from slimvlm.serve import backends
-from slimvlm.serve.bench import Bench, Source
-from slimvlm.serve.exported import Exported
+from slimvlm.export.running.exported import Exported
+from slimvlm.export.running.generation import Arrays, empty_cache, prompt_positions
+from slimvlm.export.running.runners import SessionRunner
+from slimvlm.export.running.sessions import open_session, providers_of
+from slimvlm.serve.backends import backend as backends
+from slimvlm.serve.judging.intervals import paired_ratio
+from slimvlm.serve.measuring.bench import Bench, Source
+from slimvlm.serve.measuring.workload import InputMaker, Workload
 from slimvlm.serve.options import BACKENDS, ProfileOptions
 from slimvlm.serve.profiling import profile_models
-from slimvlm.serve.sessions import open_session, providers_of
-from slimvlm.serve.statistics import paired_ratio
 from slimvlm.serve.targets import find_target
-from slimvlm.serve.workload import InputMaker, Workload
 
 ACCEPTED = 0.01
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}

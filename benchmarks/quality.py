@@ -21,23 +21,23 @@ from statistics import mean
 
 import torch
 
-from slimvlm.compress.allocate import proportional_steps
-from slimvlm.compress.budget import facts_of, make_plan
-from slimvlm.compress.calibrate import GRADIENT_SALIENCIES, collect
-from slimvlm.compress.checkpoint import Loaded, load_model
-from slimvlm.compress.collate import Collator
-from slimvlm.compress.criteria import score_groups
+from slimvlm.compress.allocate.balanced import proportional_steps
+from slimvlm.compress.allocate.budget import facts_of, make_plan
+from slimvlm.compress.criteria.scoring import score_groups
+from slimvlm.compress.data.collate import Collator
+from slimvlm.compress.data.samples import Sample, batches, load_samples
 from slimvlm.compress.errors import InfeasibleBudgetError
-from slimvlm.compress.evaluate import evaluate
-from slimvlm.compress.files import installed_versions
-from slimvlm.compress.groups import find_groups
+from slimvlm.compress.evaluation.evaluate import evaluate
+from slimvlm.compress.files.writing import installed_versions
+from slimvlm.compress.models.checkpoint import Loaded, load_model
+from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
-from slimvlm.compress.refit import refit
 from slimvlm.compress.rounds import plan_in_rounds
-from slimvlm.compress.samples import Sample, batches, load_samples
-from slimvlm.compress.slicing import apply_plan
+from slimvlm.compress.slicing.apply import apply_plan
+from slimvlm.compress.slicing.refit import refit
 from slimvlm.compress.stages.plan import planning_of
+from slimvlm.compress.statistics.collect import GRADIENT_SALIENCIES, collect
 from slimvlm.demo import MODEL, SAMPLES
 
 DEFAULT = CompressOptions(model=str(MODEL), out=Path("unused"), data=SAMPLES / "train.jsonl")

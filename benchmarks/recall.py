@@ -29,17 +29,17 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
-from slimvlm.compress.budget import Budget, facts_of, make_plan
-from slimvlm.compress.checkpoint import save_checkpoint
-from slimvlm.compress.criteria import CRITERIA, score_groups
-from slimvlm.compress.families import find_family
-from slimvlm.compress.files import installed_versions
-from slimvlm.compress.groups import find_groups
+from slimvlm.compress.allocate.budget import Budget, facts_of, make_plan
+from slimvlm.compress.criteria.scoring import CRITERIA, score_groups
+from slimvlm.compress.files.writing import installed_versions
+from slimvlm.compress.models.checkpoint import save_checkpoint
+from slimvlm.compress.models.families import find_family
+from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.plan import Plan
-from slimvlm.compress.recovery.recall import attach
-from slimvlm.compress.recovery.slices import Slices
-from slimvlm.compress.recovery.targets import LowRank, find_targets
-from slimvlm.compress.slicing import apply_plan
+from slimvlm.compress.recovery.adapters.recall import attach
+from slimvlm.compress.recovery.adapters.slices import Slices
+from slimvlm.compress.recovery.adapters.targets import LowRank, find_targets
+from slimvlm.compress.slicing.apply import apply_plan
 
 VOCABULARY, IMAGE_TOKEN = 4096, 4000
 IMAGE_SIZE, PATCH, ANSWER_TOKENS = 336, 14, 20

@@ -33,16 +33,16 @@ from typing import Any
 import torch
 from quality import METHODS, calibration_sets, cut, one_shot_plans, plan_of_rounds
 
-from slimvlm.compress.checkpoint import Loaded, save_checkpoint
-from slimvlm.compress.collate import Collator
-from slimvlm.compress.evaluate import evaluate
-from slimvlm.compress.files import installed_versions
+from slimvlm.compress.data.collate import Collator
+from slimvlm.compress.data.records import Turn
+from slimvlm.compress.data.samples import Sample, load_samples
+from slimvlm.compress.data.splits import Trained, hold_out
+from slimvlm.compress.evaluation.evaluate import evaluate
+from slimvlm.compress.files.writing import installed_versions
+from slimvlm.compress.models.checkpoint import Loaded, save_checkpoint
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
-from slimvlm.compress.records import Turn
 from slimvlm.compress.recovery.recover import recover
-from slimvlm.compress.samples import Sample, load_samples
-from slimvlm.compress.splits import Trained, hold_out
 from slimvlm.demo import MODEL, SAMPLES
 from slimvlm.demo.scenes import TRAIN_MIX, questions, scenes
 from slimvlm.demo.sources import fetch, load_sprites

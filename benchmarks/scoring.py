@@ -27,12 +27,12 @@ from calibration import make_batches, make_model
 from torch import Tensor
 
 from slimvlm import kernels
-from slimvlm.compress import slicing
-from slimvlm.compress import statistics as collectors
-from slimvlm.compress.calibrate import CalibrationOptions, collect
-from slimvlm.compress.criteria import CRITERIA
-from slimvlm.compress.families import find_family
-from slimvlm.compress.groups import find_groups
+from slimvlm.compress.criteria.scoring import CRITERIA
+from slimvlm.compress.models.families import find_family
+from slimvlm.compress.models.groups import find_groups
+from slimvlm.compress.slicing import apply as slicing
+from slimvlm.compress.statistics import gradients as collectors
+from slimvlm.compress.statistics.collect import CalibrationOptions, collect
 from slimvlm.kernels.histogram import reference
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}

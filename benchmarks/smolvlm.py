@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, SmolVLMConfig, SmolVLMForConditionalGeneration
 
-from slimvlm.compress.budget import Budget
-from slimvlm.compress.calibrate import CalibrationOptions
-from slimvlm.compress.checkpoint import load, save_checkpoint
-from slimvlm.compress.criteria import CRITERIA
-from slimvlm.compress.files import installed_versions
-from slimvlm.compress.groups import count_parameters
+from slimvlm.compress.allocate.budget import Budget
+from slimvlm.compress.criteria.scoring import CRITERIA
+from slimvlm.compress.files.writing import installed_versions
+from slimvlm.compress.models.checkpoint import load, save_checkpoint
+from slimvlm.compress.models.groups import count_parameters
 from slimvlm.compress.rounds import Planning, plan_in_rounds
-from slimvlm.compress.slicing import apply_plan
+from slimvlm.compress.slicing.apply import apply_plan
+from slimvlm.compress.statistics.collect import CalibrationOptions
 
 IMAGE_TOKEN = 49190
 IMAGE_TOKENS = 64  # one 512-pixel tile: 32 x 32 patches, shuffled 4 x 4

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from slimvlm.compress.decoding import decode, parse
+from slimvlm.compress.files.decoding import decode, parse
 
 SCHEMA = 1
 OVERSHOOT = 0.01  # of all parameters

@@ -13,14 +13,14 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from slimvlm.compress.budget import Budget, Facts, facts_of, make_plan
-from slimvlm.compress.calibrate import GRADIENT_SALIENCIES, Batch, Calibration, CalibrationOptions, collect
-from slimvlm.compress.computing import give_back_memory
-from slimvlm.compress.criteria import CRITERIA, Scores, score_groups
-from slimvlm.compress.families import find_family
-from slimvlm.compress.groups import Group, find_groups
+from slimvlm.compress.allocate.budget import Budget, Facts, facts_of, make_plan
+from slimvlm.compress.criteria.scoring import CRITERIA, Scores, score_groups
+from slimvlm.compress.models.computing import give_back_memory
+from slimvlm.compress.models.families import find_family
+from slimvlm.compress.models.groups import Group, find_groups
 from slimvlm.compress.plan import Plan
-from slimvlm.compress.slicing import apply_plan
+from slimvlm.compress.slicing.apply import apply_plan
+from slimvlm.compress.statistics.collect import GRADIENT_SALIENCIES, Batch, Calibration, CalibrationOptions, collect
 
 SCHEDULE_POWER = 1.5
 

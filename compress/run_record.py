@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from slimvlm.compress.decoding import MisfitError, content_of, decode, dump, parse, refused_as
 from slimvlm.compress.errors import OutputError
-from slimvlm.compress.manifest import Check
+from slimvlm.compress.files.decoding import MisfitError, content_of, decode, dump, parse, refused_as
 from slimvlm.compress.options import CompressOptions
+from slimvlm.export.running.manifest import Check
 
 RECORD = "run.json"
 SCHEMA = 1

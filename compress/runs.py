@@ -13,10 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from slimvlm.compress.decoding import dump, parse
 from slimvlm.compress.errors import CheckFailedError, OutputError
-from slimvlm.compress.files import PARTIAL, installed_versions, reported_as_output_errors, write_text
-from slimvlm.compress.folders import (
+from slimvlm.compress.files.decoding import dump, parse
+from slimvlm.compress.files.folders import (
     EARLIER,
     holds_others,
     listed_files,
@@ -26,6 +25,7 @@ from slimvlm.compress.folders import (
     refuse_inside,
     remove_files,
 )
+from slimvlm.compress.files.writing import PARTIAL, installed_versions, reported_as_output_errors, write_text
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.run_record import RECORD, SCHEMA, read_record, record_text
 

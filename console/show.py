@@ -14,11 +14,11 @@ import click
 from slimvlm.console.progress import is_first_process
 
 if TYPE_CHECKING:
-    from slimvlm.compress.inspection import Inspection
+    from slimvlm.compress.evaluation.quality import Comparison, Quality
+    from slimvlm.compress.models.inspection import Inspection
     from slimvlm.compress.plan import Plan
-    from slimvlm.compress.quality import Comparison, Quality
+    from slimvlm.export.checks.verification import Verification
     from slimvlm.export.job import ExportResult
-    from slimvlm.export.verification import Verification
     from slimvlm.kernels.bench import Report as KernelReport
     from slimvlm.pipeline import Evaluation, Result
     from slimvlm.serve.profile import Cell
@@ -300,7 +300,7 @@ def _quality_row(comparison: Comparison) -> tuple[str, ...]:
 
 
 def _untold(dense: Quality | None, blind: Quality | None, slim: Quality | None, seed: int) -> Sequence[str]:
-    from slimvlm.compress.quality import untold
+    from slimvlm.compress.evaluation.quality import untold
 
     return untold(dense, blind, slim, seed) if dense else ()
 

@@ -32,7 +32,7 @@ def show_profile(profile: Profile, written: Path, *, as_json: bool) -> None:
     print_line()
     for backend in dict.fromkeys(one.backend for one in profile.verdicts):
         print_line(f"{backend}: {_bounds([one for one in profile.verdicts if one.backend == backend])}")
-    from slimvlm.serve.verdict import nothing_faster  # numpy takes a moment to import
+    from slimvlm.serve.judging.verdict import nothing_faster  # numpy takes a moment to import
 
     if nothing := nothing_faster(profile):
         print_line(nothing)
@@ -44,7 +44,7 @@ def show_profile(profile: Profile, written: Path, *, as_json: bool) -> None:
 
 
 def _show_cell(cell: Cell, kind: str) -> None:
-    from slimvlm.serve.limits import peak_memory
+    from slimvlm.serve.judging.limits import peak_memory
 
     print_line()
     print_line(f"{cell.backend} {cell.dtype}, {cell.workload}{f', {cell.starts} starts' if cell.runs else ''}")

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from slimvlm.export.options import ExportOptions
 
 if TYPE_CHECKING:
+    from slimvlm.export.checks.verification import Verification
     from slimvlm.export.job import ExportResult
-    from slimvlm.export.verification import Verification
 
 __all__ = ["ExportOptions", "export_checkpoint", "verify"]
 
@@ -48,6 +48,6 @@ def verify(folder: str | os.PathLike[str]) -> Verification:
         CheckpointError: no export, or one whose manifest names files outside it.
         CheckFailedError: a file changed, or this machine's answers are not torch's.
     """
-    from slimvlm.export.verification import verify_folder
+    from slimvlm.export.checks.verification import verify_folder
 
     return verify_folder(Path(folder))

@@ -12,22 +12,15 @@ from typing import Any
 
 import torch
 
-from slimvlm.compress.checkpoint import build_meta, load_model
-from slimvlm.compress.collate import Collator
+from slimvlm.compress.data.collate import Collator
+from slimvlm.compress.data.samples import Sample
 from slimvlm.compress.errors import CheckFailedError, CheckpointError, OutputError
-from slimvlm.compress.files import reported_as_output_errors
-from slimvlm.compress.folders import holds_others, listed_files, refuse_inside, reserved, written_folder
-from slimvlm.compress.manifest import Artifact, Manifest
-from slimvlm.compress.samples import Sample
-from slimvlm.compress.soundness import check_computes
-from slimvlm.export.bundle import is_bundle, tar_name, write_readme, write_tar
-from slimvlm.export.checks import check_graphs
-from slimvlm.export.client_files import name_external_data, write_client_files
-from slimvlm.export.genai import genai_graphs, write_genai
-from slimvlm.export.graphs import EMBEDDING, Graph, build_graphs
-from slimvlm.export.options import ExportOptions
-from slimvlm.export.recipe import NoRecipeError, check_recipe, make_recipe, one_tile, single_batches
-from slimvlm.export.reference import (
+from slimvlm.compress.evaluation.soundness import check_computes
+from slimvlm.compress.files.folders import holds_others, listed_files, refuse_inside, reserved, written_folder
+from slimvlm.compress.files.writing import reported_as_output_errors
+from slimvlm.compress.models.checkpoint import build_meta, load_model
+from slimvlm.export.checks.files import check_graphs
+from slimvlm.export.checks.reference import (
     Reference,
     export_samples,
     first_batch,
@@ -35,9 +28,16 @@ from slimvlm.export.reference import (
     image_size,
     make_reference,
 )
-from slimvlm.export.sample import write_sample
-from slimvlm.export.torch_writer import compiled_name, write_pt2, write_torchscript
-from slimvlm.export.windows import refuse_windows
+from slimvlm.export.checks.sample import write_sample
+from slimvlm.export.client.bundle import is_bundle, tar_name, write_readme, write_tar
+from slimvlm.export.client.client_files import name_external_data, write_client_files
+from slimvlm.export.client.genai import genai_graphs, write_genai
+from slimvlm.export.client.preprocessing import NoRecipeError, check_recipe, make_recipe, one_tile, single_batches
+from slimvlm.export.graphs.decoder import EMBEDDING, Graph, build_graphs
+from slimvlm.export.graphs.windows import refuse_windows
+from slimvlm.export.options import ExportOptions
+from slimvlm.export.running.manifest import Artifact, Manifest
+from slimvlm.export.writers.torch_writer import compiled_name, write_pt2, write_torchscript
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 EXAMPLE = "run_onnx.py"
@@ -184,7 +184,7 @@ def _write_graphs(
 
 def _share_embeddings(folder: Path, options: ExportOptions, manifest: Manifest) -> None:
     """Int8 has no part in it: table and head are quantized along other axes."""
-    from slimvlm.export.sharing import share_table
+    from slimvlm.export.writers.sharing import share_table
 
     files = {
         artifact.graph: folder / artifact.file
@@ -196,8 +196,8 @@ def _share_embeddings(folder: Path, options: ExportOptions, manifest: Manifest) 
 
 
 def _onnx(folder: Path, graph: Graph, options: ExportOptions) -> list[Artifact]:
-    from slimvlm.export.onnx_rewriting import fuse, quantize_int8
-    from slimvlm.export.onnx_writer import write_onnx
+    from slimvlm.export.writers.onnx_rewriting import fuse, quantize_int8
+    from slimvlm.export.writers.onnx_writer import write_onnx
 
     started = time.perf_counter()
     path = folder / _file("onnx", graph.name, options.dtype)

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 import slimvlm
-from slimvlm.compress.collate import Collator
-from slimvlm.compress.computing import CHECKED_SAMPLES, cast, load_to_compute, outputs, relative_error
+from slimvlm.compress.data.collate import Collator
+from slimvlm.compress.data.splits import read_measured, read_trained
+from slimvlm.compress.models.computing import CHECKED_SAMPLES, cast, load_to_compute, outputs, relative_error
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.runs import RunFolder
-from slimvlm.compress.splits import read_measured, read_trained
 from slimvlm.compress.stages.plan import plan_stage
 from slimvlm.compress.stages.recover import recover_stage
 from slimvlm.compress.stages.slice import slice_stage

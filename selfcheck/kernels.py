@@ -8,13 +8,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from slimvlm.compress.calibrate import Calibration, CalibrationOptions, collect
-from slimvlm.compress.checkpoint import load_model
-from slimvlm.compress.collate import Collator, collated
-from slimvlm.compress.computing import cast, relative_error
-from slimvlm.compress.criteria import CRITERIA
-from slimvlm.compress.groups import find_groups
-from slimvlm.compress.samples import load_samples
+from slimvlm.compress.criteria.scoring import CRITERIA
+from slimvlm.compress.data.collate import Collator, collated
+from slimvlm.compress.data.samples import load_samples
+from slimvlm.compress.models.checkpoint import load_model
+from slimvlm.compress.models.computing import cast, relative_error
+from slimvlm.compress.models.groups import find_groups
+from slimvlm.compress.statistics.collect import Calibration, CalibrationOptions, collect
 from slimvlm.demo import MODEL, SAMPLES
 from slimvlm.kernels.bench import check_workload
 from slimvlm.kernels.dispatch import why_not_triton

@@ -10,12 +10,12 @@ import time
 import psutil
 import torch
 
-from slimvlm.compress.files import installed_versions
+from slimvlm.compress.files.writing import installed_versions
+from slimvlm.export.running.runtimes import installed_runtimes, runtime_conflict
 from slimvlm.selfcheck.ground import Ground
 from slimvlm.selfcheck.outcome import SkippedError, WrongError
-from slimvlm.serve.device import MIB, describe_device
-from slimvlm.serve.memory import Gpu, gpu_name, held_bytes, peak_bytes
-from slimvlm.serve.runtimes import installed_runtimes, runtime_conflict
+from slimvlm.serve.measuring.device import MIB, describe_device
+from slimvlm.serve.measuring.memory import Gpu, gpu_name, held_bytes, peak_bytes
 
 PACKAGES = (
     "slimvlm", "torch", "transformers", "triton", "peft", "accelerate", "safetensors", "numpy", "onnx", "onnxscript",

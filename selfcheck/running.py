@@ -10,17 +10,17 @@ import torch
 from slimvlm.demo import SAMPLES
 from slimvlm.export import ExportOptions, export_checkpoint
 from slimvlm.export.packages import require_packages
+from slimvlm.export.running.runtimes import installed_runtimes
 from slimvlm.selfcheck.ground import Ground
 from slimvlm.selfcheck.job import RUN
 from slimvlm.selfcheck.outcome import SkippedError, WrongError
-from slimvlm.serve.bench import Bench, Source
-from slimvlm.serve.memory import gpu_name
+from slimvlm.serve.measuring.bench import Bench, Source
+from slimvlm.serve.measuring.memory import gpu_name
+from slimvlm.serve.measuring.workload import InputMaker, grid
 from slimvlm.serve.options import ONNX, TORCH, ProfileOptions
 from slimvlm.serve.profile import MEASURED
 from slimvlm.serve.profiling import profile_models
-from slimvlm.serve.runtimes import installed_runtimes
 from slimvlm.serve.targets import find_target
-from slimvlm.serve.workload import InputMaker, grid
 
 TOKENS, REPEATS = 16, 10
 CLOCKS_AGREE = 0.8, 1.05  # share of the host's seconds that the device's events may count

@@ -17,17 +17,17 @@ from PIL import Image
 from tokenizers.decoders import DecodeStream
 from transformers.generation.streamers import BaseStreamer
 
-from slimvlm.compress.checkpoint import Loaded, load_model
-from slimvlm.compress.collate import Batch, Collator
+from slimvlm.compress.data.collate import Batch, Collator
+from slimvlm.compress.data.images import BadImageError, check_image, read_content
+from slimvlm.compress.data.records import Turn
+from slimvlm.compress.data.samples import Sample, resized
 from slimvlm.compress.errors import CheckpointError, SampleError, UnsuitableOptionError, UnsupportedModelError
-from slimvlm.compress.evaluate import greedy, placed
-from slimvlm.compress.generation import steps
-from slimvlm.compress.images import BadImageError, check_image, read_content
+from slimvlm.compress.evaluation.evaluate import greedy, placed
+from slimvlm.compress.evaluation.soundness import check_answers
+from slimvlm.compress.models.checkpoint import Loaded, load_model
 from slimvlm.compress.processes import pick_device
-from slimvlm.compress.records import Turn
-from slimvlm.compress.samples import Sample, resized
-from slimvlm.compress.soundness import check_answers
-from slimvlm.serve.exported import Exported, is_export
+from slimvlm.export.running.exported import Exported, is_export
+from slimvlm.export.running.generation import steps
 
 TORCH = "torch"  # the backend of a checkpoint
 ANSWERING = {"vision_encoder", "embed_tokens", "encoder_model", "decoder_model_merged"}  # graphs of an answer

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import Any
 
-from slimvlm.compress.decoding import decode, parse
+from slimvlm.compress.files.decoding import decode, parse
 
 SCHEMA = 2
 LARGEST = 1e18  # of a time, a rate or a ratio

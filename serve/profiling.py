@@ -10,26 +10,26 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from slimvlm.compress import manifest
-from slimvlm.compress.decoding import read
 from slimvlm.compress.errors import CheckFailedError, DeviceError, OutputError, UnsuitableOptionError
-from slimvlm.compress.files import VERSIONED, check_writable, installed_versions, write_text
-from slimvlm.compress.locks import locked_file
+from slimvlm.compress.files.decoding import read
+from slimvlm.compress.files.locks import locked_file
+from slimvlm.compress.files.writing import VERSIONED, check_writable, installed_versions, write_text
 from slimvlm.compress.processes import pick_device
-from slimvlm.serve.bench import Source
-from slimvlm.serve.device import available_cores, measure_device
-from slimvlm.serve.exported import Exported
-from slimvlm.serve.limits import check_limits, limit_words
-from slimvlm.serve.measure import TURN_SECONDS, Effort, measure_cell, measure_decoder
-from slimvlm.serve.memory import gpu_name
+from slimvlm.export.running import manifest
+from slimvlm.export.running.exported import Exported
+from slimvlm.export.running.sessions import NO_TENSORRT
+from slimvlm.serve.judging.intervals import RULE
+from slimvlm.serve.judging.limits import check_limits, limit_words
+from slimvlm.serve.judging.roofline import Sizes, count_costs, rate_run
+from slimvlm.serve.judging.verdict import Judged, judge_cell
+from slimvlm.serve.measuring.bench import Source
+from slimvlm.serve.measuring.device import available_cores, measure_device
+from slimvlm.serve.measuring.measure import TURN_SECONDS, Effort, measure_cell, measure_decoder
+from slimvlm.serve.measuring.memory import gpu_name
+from slimvlm.serve.measuring.workload import InputMaker, Inputs, grid
 from slimvlm.serve.options import TORCH, TORCHSCRIPT, ProfileOptions, split_backend
 from slimvlm.serve.profile import MEASURED, Cell, Device, Profile, Verdict
-from slimvlm.serve.roofline import Sizes, count_costs, rate_run
-from slimvlm.serve.sessions import NO_TENSORRT
-from slimvlm.serve.statistics import RULE
 from slimvlm.serve.targets import Exporter, Target, check_installed, find_target, with_graphs
-from slimvlm.serve.verdict import Judged, judge_cell
-from slimvlm.serve.workload import InputMaker, Inputs, grid
 
 Progress = Callable[..., None]  # stage, done, total, note
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slimvlm.compress.checkpoint import PLAN, load_processor, locate, read_config, weight_files
-from slimvlm.compress.collate import Collator
-from slimvlm.compress.decoding import read
+from slimvlm.compress.data.collate import Collator
 from slimvlm.compress.errors import CheckpointError, MissingDependencyError, UnsuitableOptionError
-from slimvlm.compress.manifest import Manifest, inside
+from slimvlm.compress.files.decoding import read
+from slimvlm.compress.models.checkpoint import PLAN, load_processor, locate, read_config, weight_files
 from slimvlm.compress.plan import Plan
-from slimvlm.serve.exported import Exported, is_export
+from slimvlm.export.running.exported import Exported, is_export
+from slimvlm.export.running.manifest import Manifest, inside
+from slimvlm.serve.judging.roofline import kv_bytes_per_token
+from slimvlm.serve.judging.shapes import Shapes, checkpoint_shapes
 from slimvlm.serve.options import ONNX, TORCH, split_backend
 from slimvlm.serve.profile import Subject
-from slimvlm.serve.roofline import kv_bytes_per_token
-from slimvlm.serve.shapes import Shapes, checkpoint_shapes
 
 Exporter = Callable[[str, Path, tuple[str, ...]], Path]  # checkpoint, folder to be, backends -> the export folder
 PACKAGES = {

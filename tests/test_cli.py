@@ -14,11 +14,11 @@ import pytest
 from click.testing import CliRunner
 
 from slimvlm.cli import Commands, main
-from slimvlm.compress.allocate import ALLOCATORS
-from slimvlm.compress.checkpoint import LAYOUTS
-from slimvlm.compress.criteria import CRITERIA
+from slimvlm.compress.allocate.balanced import ALLOCATORS
+from slimvlm.compress.criteria.scoring import CRITERIA
 from slimvlm.compress.errors import CheckFailedError, SampleError
-from slimvlm.compress.groups import ATTENTION_UNITS
+from slimvlm.compress.models.checkpoint import LAYOUTS
+from slimvlm.compress.models.groups import ATTENTION_UNITS
 from slimvlm.compress.options import CompressOptions, RecoverOptions
 from slimvlm.console import options as choices
 from slimvlm.console import show

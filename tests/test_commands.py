@@ -9,11 +9,11 @@ from click.testing import CliRunner, Result
 from tiny_models import tiny_model
 
 from slimvlm.cli import main
-from slimvlm.compress.budget import Budget, facts_of
-from slimvlm.compress.budget import make_plan as plan_units
-from slimvlm.compress.criteria import CRITERIA, score_groups
-from slimvlm.compress.families import find_family
-from slimvlm.compress.groups import find_groups
+from slimvlm.compress.allocate.budget import Budget, facts_of
+from slimvlm.compress.allocate.budget import make_plan as plan_units
+from slimvlm.compress.criteria.scoring import CRITERIA, score_groups
+from slimvlm.compress.models.families import find_family
+from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.plan import Plan
 from slimvlm.console import show
 from slimvlm.demo import MODEL, SAMPLES

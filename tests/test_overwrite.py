@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from run_records import edit_record
 
 from slimvlm.cli import main
-from slimvlm.compress.locks import LOCK, locked_file, locked_folder
+from slimvlm.compress.files.locks import LOCK, locked_file, locked_folder
 from slimvlm.demo import MODEL, SAMPLES
 
 CHEAP = (
@@ -149,7 +149,7 @@ def test_a_second_run_is_told_who_holds_the_folder_and_a_killed_one_holds_nothin
     assert not (out / LOCK).exists()
 
 
-HOLD = "import sys\nfrom pathlib import Path\nfrom slimvlm.compress.locks import {lock}\n"
+HOLD = "import sys\nfrom pathlib import Path\nfrom slimvlm.compress.files.locks import {lock}\n"
 HOLD += "with {lock}(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
 
 

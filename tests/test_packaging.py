@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from slimvlm.serve.runtimes import runtime_conflict
+from slimvlm.export.running.runtimes import runtime_conflict
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

@@ -15,8 +15,8 @@ from run_records import edit_record
 
 import slimvlm
 from slimvlm.compress.errors import CheckFailedError, CheckpointError, InfeasibleBudgetError, UnsuitableOptionError
-from slimvlm.compress.families import find_family
-from slimvlm.compress.groups import find_groups
+from slimvlm.compress.models.families import find_family
+from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.stages.plan import planning_of

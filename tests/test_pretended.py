@@ -16,7 +16,7 @@ from torch import nn
 from slimvlm.compress.errors import DeviceError, SlimvlmError
 from slimvlm.compress.processes import pick_device
 from slimvlm.compress.recovery.recover import precision
-from slimvlm.serve.bench import Bench, Source
+from slimvlm.serve.measuring.bench import Bench, Source
 
 FAMILIES = Path(__file__).parent / "pretended" / "families.py"
 

@@ -18,14 +18,14 @@ from tiny_processors import tiny_image, tiny_processor
 
 import slimvlm
 from slimvlm.cli import main
-from slimvlm.compress.checkpoint import Loaded, load_model, save_checkpoint
+from slimvlm.compress.data.records import Turn
+from slimvlm.compress.data.samples import Sample
+from slimvlm.compress.data.splits import Trained, hold_out, read_measured, read_trained
 from slimvlm.compress.errors import SampleError
+from slimvlm.compress.models.checkpoint import Loaded, load_model, save_checkpoint
 from slimvlm.compress.options import CompressOptions
-from slimvlm.compress.records import Turn
 from slimvlm.compress.recovery.recover import recover
-from slimvlm.compress.samples import Sample
-from slimvlm.compress.slicing import apply_plan
-from slimvlm.compress.splits import Trained, hold_out, read_measured, read_trained
+from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.demo import MODEL
 from slimvlm.pipeline import compress, recover_run
 

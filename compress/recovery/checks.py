@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import fields
 
-from slimvlm.compress.checkpoint import build_meta
 from slimvlm.compress.errors import UnsuitableOptionError
-from slimvlm.compress.families import Family
+from slimvlm.compress.models.checkpoint import build_meta
+from slimvlm.compress.models.families import Family
 from slimvlm.compress.options import CompressOptions, RecoverOptions
-from slimvlm.compress.recovery.fit import check_states, check_teacher
-from slimvlm.compress.recovery.recipe import Recipe, parse_recipe
-from slimvlm.compress.recovery.targets import LowRank, check_rank, find_targets
+from slimvlm.compress.recovery.adapters.targets import LowRank, check_rank, find_targets
+from slimvlm.compress.recovery.distillation.recipe import Recipe, parse_recipe
+from slimvlm.compress.recovery.distillation.teacher_checks import check_states, check_teacher
 
 TRAINED = ("lora", "projector", "lora+projector", "full")
 DEFAULTS = {field.name: field.default for field in fields(RecoverOptions)}

@@ -12,27 +12,27 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from slimvlm.compress.checkpoint import Loaded, locate
-from slimvlm.compress.collate import Batch, Collator
-from slimvlm.compress.computing import CHECKED_SAMPLES, TOLERANCE, cast, load_to_compute, outputs, relative_error
+from slimvlm.compress.data.collate import Batch, Collator
+from slimvlm.compress.data.samples import Sample
+from slimvlm.compress.data.splits import Trained
 from slimvlm.compress.errors import CheckFailedError, CheckpointError
-from slimvlm.compress.evaluate import evaluate
-from slimvlm.compress.fitting import evaluation_batch
-from slimvlm.compress.groups import resolve
+from slimvlm.compress.evaluation.evaluate import evaluate
+from slimvlm.compress.models.checkpoint import Loaded, locate
+from slimvlm.compress.models.computing import CHECKED_SAMPLES, TOLERANCE, cast, load_to_compute, outputs, relative_error
+from slimvlm.compress.models.groups import resolve
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
+from slimvlm.compress.recovery.adapters.recall import attach, merge
+from slimvlm.compress.recovery.adapters.slices import Slices
 from slimvlm.compress.recovery.checks import low_rank, recipe_of, require_projector
-from slimvlm.compress.recovery.distill import Distiller
-from slimvlm.compress.recovery.fit import depths_of
-from slimvlm.compress.recovery.recall import attach, merge
-from slimvlm.compress.recovery.recipe import Recipe, make_stages
-from slimvlm.compress.recovery.slices import Slices
-from slimvlm.compress.recovery.state import load_best
-from slimvlm.compress.recovery.teacher import TeacherCache
-from slimvlm.compress.recovery.trainer import History, TrainOptions, train
-from slimvlm.compress.recovery.workers import sharded
-from slimvlm.compress.samples import Sample
-from slimvlm.compress.splits import Trained
+from slimvlm.compress.recovery.distillation.distiller import Distiller
+from slimvlm.compress.recovery.distillation.recipe import Recipe, make_stages
+from slimvlm.compress.recovery.distillation.teacher_cache import TeacherCache
+from slimvlm.compress.recovery.distillation.teacher_checks import depths_of
+from slimvlm.compress.recovery.training.state import load_best
+from slimvlm.compress.recovery.training.trainer import History, TrainOptions, train
+from slimvlm.compress.recovery.training.workers import sharded
+from slimvlm.compress.statistics.fitting import evaluation_batch
 
 # Adam's best rate falls with the width: the rate is this over the hidden size of the language model. Tuned on the
 # validation split of the demo set; at a hidden size of 4096 it gives the 1e-4 (LoRA) and 2e-5 (all) of common practice.

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from slimvlm.compress.collate import Collator
-from slimvlm.compress.computing import frees_memory, load_to_compute
-from slimvlm.compress.decoding import content_of, dump, parse, refused_as
+from slimvlm.compress.data.collate import Collator
+from slimvlm.compress.data.samples import Sample
+from slimvlm.compress.data.splits import Measured
 from slimvlm.compress.errors import OutputError
-from slimvlm.compress.evaluate import compare, evaluate
-from slimvlm.compress.files import write_text
-from slimvlm.compress.fitting import evaluation_batch
+from slimvlm.compress.evaluation.evaluate import compare, evaluate
+from slimvlm.compress.evaluation.quality import Quality, qualities_of
+from slimvlm.compress.evaluation.soundness import check_computes
+from slimvlm.compress.files.decoding import content_of, dump, parse, refused_as
+from slimvlm.compress.files.writing import write_text
+from slimvlm.compress.models.computing import frees_memory, load_to_compute
 from slimvlm.compress.options import CompressOptions
-from slimvlm.compress.quality import Quality, qualities_of
 from slimvlm.compress.runs import AGAIN, CUT, RunFolder
-from slimvlm.compress.samples import Sample
-from slimvlm.compress.soundness import check_computes
-from slimvlm.compress.splits import Measured
+from slimvlm.compress.statistics.fitting import evaluation_batch
 
 Progress = Callable[..., None]  # stage, done, total, note
 

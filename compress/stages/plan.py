@@ -8,24 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from slimvlm.compress import processes
-from slimvlm.compress.budget import Budget
-from slimvlm.compress.calibrate import GRADIENT_SALIENCIES, CalibrationOptions
-from slimvlm.compress.checkpoint import build_meta
-from slimvlm.compress.collate import Collator, collated
-from slimvlm.compress.computing import frees_memory, load_to_compute
-from slimvlm.compress.criteria import CRITERIA, Criterion
-from slimvlm.compress.decoding import dump, read
+from slimvlm.compress.allocate.budget import Budget
+from slimvlm.compress.criteria.scoring import CRITERIA, Criterion
+from slimvlm.compress.data.collate import Collator, collated
+from slimvlm.compress.data.splits import Measured
 from slimvlm.compress.errors import OutputError, UnsuitableOptionError
-from slimvlm.compress.files import write_text
-from slimvlm.compress.fitting import calibration_batch
-from slimvlm.compress.groups import find_groups
+from slimvlm.compress.evaluation.soundness import check_computes
+from slimvlm.compress.files.decoding import dump, read
+from slimvlm.compress.files.writing import write_text
+from slimvlm.compress.models.checkpoint import build_meta
+from slimvlm.compress.models.computing import frees_memory, load_to_compute
+from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan, Refitting
 from slimvlm.compress.processes import pick_device
 from slimvlm.compress.rounds import Planned, Planning, check_budget, plan_in_rounds
 from slimvlm.compress.runs import AGAIN, ROUNDS, RunFolder
-from slimvlm.compress.soundness import check_computes
-from slimvlm.compress.splits import Measured
+from slimvlm.compress.statistics.collect import GRADIENT_SALIENCIES, CalibrationOptions
+from slimvlm.compress.statistics.fitting import calibration_batch
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from slimvlm.compress import processes
-from slimvlm.compress.checkpoint import Loaded, save_checkpoint
-from slimvlm.compress.collate import Collator
-from slimvlm.compress.computing import CHECKED_SAMPLES, cast, frees_memory, load_to_compute, reload_difference
+from slimvlm.compress.data.collate import Collator
+from slimvlm.compress.data.splits import Measured, Trained
 from slimvlm.compress.errors import SlimvlmError
-from slimvlm.compress.folders import move_folder
+from slimvlm.compress.files.folders import move_folder
+from slimvlm.compress.models.checkpoint import Loaded, save_checkpoint
+from slimvlm.compress.models.computing import CHECKED_SAMPLES, cast, frees_memory, load_to_compute, reload_difference
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.runs import CUT, JOURNAL, MODEL, RECOVERED, TRAINING, RunFolder
-from slimvlm.compress.splits import Measured, Trained
 
 Progress = Callable[..., None]  # stage, done, total, note
 

@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from slimvlm.compress.checkpoint import Loaded, save_checkpoint
-from slimvlm.compress.collate import Batch, Collator, collated
-from slimvlm.compress.computing import (
+from slimvlm.compress.data.collate import Batch, Collator, collated
+from slimvlm.compress.data.samples import Sample
+from slimvlm.compress.data.splits import Measured
+from slimvlm.compress.errors import CheckFailedError
+from slimvlm.compress.models.checkpoint import Loaded, save_checkpoint
+from slimvlm.compress.models.computing import (
     CHECKED_SAMPLES,
     TOLERANCE,
     ComputedInFloat32,
@@ -23,15 +26,12 @@ from slimvlm.compress.computing import (
     relative_difference,
     reload_difference,
 )
-from slimvlm.compress.errors import CheckFailedError
-from slimvlm.compress.groups import find_groups
+from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
-from slimvlm.compress.refit import refit
 from slimvlm.compress.runs import CUT, MODEL, RunFolder
-from slimvlm.compress.samples import Sample
-from slimvlm.compress.slicing import apply_plan, mask_plan
-from slimvlm.compress.splits import Measured
+from slimvlm.compress.slicing.apply import apply_plan, mask_plan
+from slimvlm.compress.slicing.refit import refit
 
 Progress = Callable[..., None]  # stage, done, total, note
 

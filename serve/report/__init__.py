@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from slimvlm.compress.files import write_text
-from slimvlm.compress.locks import locked_file
-from slimvlm.serve.report.answers import answers_section
-from slimvlm.serve.report.checks import parity_section, repeat_section
+from slimvlm.compress.files.locks import locked_file
+from slimvlm.compress.files.writing import write_text
 from slimvlm.serve.report.document import Report
 from slimvlm.serve.report.files import read_run
 from slimvlm.serve.report.markdown import markdown
 from slimvlm.serve.report.page import page
-from slimvlm.serve.report.quality import quality_section
-from slimvlm.serve.report.removed import removed_section, scores_section
-from slimvlm.serve.report.running import running_section
-from slimvlm.serve.report.training import recovery_section
+from slimvlm.serve.report.sections.answers import answers_section
+from slimvlm.serve.report.sections.checks import parity_section, repeat_section
+from slimvlm.serve.report.sections.quality import quality_section
+from slimvlm.serve.report.sections.removed import removed_section, scores_section
+from slimvlm.serve.report.sections.running import running_section
+from slimvlm.serve.report.sections.training import recovery_section
 
 SECTIONS = (
     *(quality_section, answers_section, removed_section, scores_section, recovery_section),

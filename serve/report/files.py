@@ -11,13 +11,13 @@ from typing import Any, TypedDict, TypeVar
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from slimvlm.compress.decoding import content_of, decode, parse
 from slimvlm.compress.errors import CheckpointError, OutputError
-from slimvlm.compress.files import file_digest
-from slimvlm.compress.manifest import Manifest
+from slimvlm.compress.evaluation.quality import Comparison, Quality, qualities_of
+from slimvlm.compress.files.decoding import content_of, decode, parse
+from slimvlm.compress.files.writing import file_digest
 from slimvlm.compress.plan import Plan
-from slimvlm.compress.quality import Comparison, Quality, qualities_of
 from slimvlm.compress.run_record import read_record
+from slimvlm.export.running.manifest import Manifest
 from slimvlm.serve.profile import Profile
 
 PLAN, SCORES, JOURNAL, QUALITY = "plan.json", "scores.safetensors", "recovery.jsonl", "quality.json"

@@ -18,18 +18,18 @@ from run_records import edit_record
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from slimvlm.compress.checkpoint import check_weights
-from slimvlm.compress.decoding import read
 from slimvlm.compress.errors import SlimvlmError
-from slimvlm.compress.manifest import Manifest
+from slimvlm.compress.files.decoding import read
+from slimvlm.compress.models.checkpoint import check_weights
 from slimvlm.compress.plan import Plan
-from slimvlm.compress.recovery.history import Facts
-from slimvlm.compress.recovery.state import STATE, StateFolder, load_best
+from slimvlm.compress.recovery.training.history import Facts
+from slimvlm.compress.recovery.training.state import STATE, StateFolder, load_best
 from slimvlm.compress.run_record import options_of, read_record, record_text
 from slimvlm.compress.runs import ROUNDS, RunFolder
 from slimvlm.compress.stages.plan import finished_rounds
+from slimvlm.export.running.exported import Exported
+from slimvlm.export.running.manifest import Manifest
 from slimvlm.pipeline import recover_run
-from slimvlm.serve.exported import Exported
 from slimvlm.serve.profiling import refuse_occupied
 from slimvlm.serve.report import write_report
 from slimvlm.serve.report.files import read_run

@@ -2,10 +2,10 @@
 
 from tiny_models import tiny_model
 
-from slimvlm.compress.budget import Budget
-from slimvlm.compress.calibrate import CalibrationOptions
-from slimvlm.compress.criteria import CRITERIA
+from slimvlm.compress.allocate.budget import Budget
+from slimvlm.compress.criteria.scoring import CRITERIA
 from slimvlm.compress.rounds import Planning, plan_in_rounds
+from slimvlm.compress.statistics.collect import CalibrationOptions
 
 
 def told(**begun) -> list[tuple]:

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from slimvlm.compress.errors import OutputError
-from slimvlm.compress.files import write_text
+from slimvlm.compress.files.writing import write_text
 from slimvlm.compress.runs import RunFolder
 
 

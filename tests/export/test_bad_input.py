@@ -22,8 +22,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import FACTORIES, IMAGE_TOKEN, TEXT, VISION, tiny_model
 from tiny_processors import tiny_processor
 
-from slimvlm.compress.checkpoint import save_checkpoint
-from slimvlm.compress.collate import Collator
+from slimvlm.compress.data.collate import Collator
 from slimvlm.compress.errors import (
     CheckFailedError,
     CheckpointError,
@@ -32,13 +31,14 @@ from slimvlm.compress.errors import (
     UnsuitableOptionError,
     UnsupportedModelError,
 )
-from slimvlm.compress.families import find_family
-from slimvlm.compress.manifest import Manifest
+from slimvlm.compress.models.checkpoint import save_checkpoint
+from slimvlm.compress.models.families import find_family
 from slimvlm.export import ExportOptions, export_checkpoint, verify
+from slimvlm.export.checks.parity import TOLERANCES, TokenCheck
+from slimvlm.export.checks.reference import image_size
+from slimvlm.export.graphs.windows import refuse_windows
 from slimvlm.export.job import export_model, refuse_occupied
-from slimvlm.export.parity import TOLERANCES, TokenCheck
-from slimvlm.export.reference import image_size
-from slimvlm.export.windows import refuse_windows
+from slimvlm.export.running.manifest import Manifest
 
 
 @pytest.mark.parametrize(

@@ -11,16 +11,16 @@ import pytest
 from exports import answer_of
 from plans import random_plan
 
-from slimvlm.compress.checkpoint import load_model, save_checkpoint
-from slimvlm.compress.families import FAMILIES
-from slimvlm.compress.generation import Prompting, generate
-from slimvlm.compress.samples import load_samples, open_image
-from slimvlm.compress.slicing import apply_plan
+from slimvlm.compress.data.samples import load_samples, open_image
+from slimvlm.compress.models.checkpoint import load_model, save_checkpoint
+from slimvlm.compress.models.families import FAMILIES
+from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.demo import MODEL, SAMPLES
 from slimvlm.export import ExportOptions, export_checkpoint
-from slimvlm.export.reference import generated_sample
-from slimvlm.export.runners import OnnxRunner
-from slimvlm.export.sample import read_sample
+from slimvlm.export.checks.reference import generated_sample
+from slimvlm.export.checks.sample import read_sample
+from slimvlm.export.running.generation import Prompting, generate
+from slimvlm.export.running.recorded import OnnxRunner
 
 CLIENTS = os.environ.get("SLIMVLM_CLIENTS", "")
 JS_TENSORS = ("input_ids", "attention_mask", "pixel_values", "pixel_attention_mask", "image_grid_thw")

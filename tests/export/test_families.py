@@ -10,9 +10,9 @@ import pytest
 from exports import cut_model
 from tiny_models import FACTORIES
 
-from slimvlm.compress.families import FAMILIES
-from slimvlm.compress.generation import Prompting, empty_cache
-from slimvlm.export.runners import OnnxRunner, runner_of
+from slimvlm.compress.models.families import FAMILIES
+from slimvlm.export.running.generation import Prompting, empty_cache
+from slimvlm.export.running.recorded import OnnxRunner, runner_of
 
 DUAL = ("clip", "siglip")
 GENERATIVE = [name for name in FACTORIES if name not in DUAL]

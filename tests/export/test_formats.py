@@ -13,16 +13,17 @@ from exports import cut_model, export_tiny, random_feeds, tiny_samples
 from torch import nn
 
 from slimvlm.compress.errors import CheckFailedError, UnsupportedModelError
-from slimvlm.compress.runners import TorchRunner, load_pt2
-from slimvlm.export import verify, vision
-from slimvlm.export.graphs import BATCH, Graph, Port, build_graphs
-from slimvlm.export.onnx_rewriting import fuse, quantize_int8
-from slimvlm.export.onnx_writer import write_onnx
+from slimvlm.export import verify
+from slimvlm.export.checks.parity import Case, measure
+from slimvlm.export.checks.reference import first_batch, graph_ports, torch_runner
+from slimvlm.export.graphs import vision
+from slimvlm.export.graphs.decoder import BATCH, Graph, Port, build_graphs
 from slimvlm.export.options import EXTERNAL_BYTES, OnnxSettings
-from slimvlm.export.parity import Case, measure
-from slimvlm.export.reference import first_batch, graph_ports, torch_runner
-from slimvlm.export.runners import OnnxRunner
-from slimvlm.export.torch_writer import write_pt2
+from slimvlm.export.running.recorded import OnnxRunner
+from slimvlm.export.running.runners import TorchRunner, load_pt2
+from slimvlm.export.writers.onnx_rewriting import fuse, quantize_int8
+from slimvlm.export.writers.onnx_writer import write_onnx
+from slimvlm.export.writers.torch_writer import write_pt2
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ from exports import SIZES, cut_model
 from outputs import sure_tokens
 from tiny_models import FACTORIES
 
-from slimvlm.compress.evaluate import greedy
+from slimvlm.compress.evaluation.evaluate import greedy
+from slimvlm.export.checks.reference import export_samples
 from slimvlm.export.options import ExportOptions
-from slimvlm.export.reference import export_samples
 
 
 @pytest.mark.parametrize("name", sorted(set(FACTORIES) - {"clip", "siglip"}))

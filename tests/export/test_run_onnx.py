@@ -16,14 +16,15 @@ from tiny_models import FACTORIES
 from tiny_processors import tiny_processor
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
-from slimvlm.compress.collate import Collator
-from slimvlm.compress.families import find_family
-from slimvlm.compress.images import decode_image
-from slimvlm.compress.samples import open_image
-from slimvlm.export import ExportOptions, run_onnx
+from slimvlm.compress.data.collate import Collator
+from slimvlm.compress.data.images import decode_image
+from slimvlm.compress.data.samples import open_image
+from slimvlm.compress.models.families import find_family
+from slimvlm.export import ExportOptions
+from slimvlm.export.checks.reference import generated_sample
+from slimvlm.export.client import run_onnx
+from slimvlm.export.client.preprocessing import check_recipe, make_recipe, one_tile, single_batches
 from slimvlm.export.job import export_model
-from slimvlm.export.recipe import check_recipe, make_recipe, one_tile, single_batches
-from slimvlm.export.reference import generated_sample
 
 FAMILIES = tuple(name for name in FACTORIES if name not in ("clip", "siglip"))
 

@@ -7,12 +7,12 @@ import pytest
 from exports import SIZES, export_tiny, shallow_model, tiny_samples
 from tiny_models import FACTORIES
 
-from slimvlm.export.graphs import build_graphs
-from slimvlm.export.onnx_writer import write_onnx
+from slimvlm.export.checks.parity import TOLERANCES, Case, measure
+from slimvlm.export.checks.reference import first_batch, torch_runner
+from slimvlm.export.graphs.decoder import build_graphs
 from slimvlm.export.options import OnnxSettings
-from slimvlm.export.parity import TOLERANCES, Case, measure
-from slimvlm.export.reference import first_batch, torch_runner
-from slimvlm.export.runners import OnnxRunner
+from slimvlm.export.running.recorded import OnnxRunner
+from slimvlm.export.writers.onnx_writer import write_onnx
 
 DUAL = ("clip", "siglip")
 TORCH_LIKE = 1e-5  # relative error of what is only written differently

@@ -14,14 +14,14 @@ from tiny_models import FACTORIES, tiny_model
 from tiny_processors import tiny_image, tiny_processor
 
 from slimvlm import pipeline
-from slimvlm.compress import checkpoint
-from slimvlm.compress.calibrate import Calibration, CalibrationOptions, collect
-from slimvlm.compress.checkpoint import load_model, save_checkpoint
-from slimvlm.compress.criteria import CRITERIA
-from slimvlm.compress.families import find_family
-from slimvlm.compress.groups import find_groups
+from slimvlm.compress.criteria.scoring import CRITERIA
+from slimvlm.compress.models import checkpoint
+from slimvlm.compress.models.checkpoint import load_model, save_checkpoint
+from slimvlm.compress.models.families import find_family
+from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.options import CompressOptions
-from slimvlm.compress.recovery.stepping import Stepper
+from slimvlm.compress.recovery.training.stepping import Stepper
+from slimvlm.compress.statistics.collect import Calibration, CalibrationOptions, collect
 
 STAGES = ("plan_stage", "slice_stage", "recover_stage", "evaluate_stage")
 INTERPRETED = ("llava", "clip")  # the kernels as Python take seconds

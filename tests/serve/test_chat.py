@@ -13,7 +13,8 @@ from tiny_processors import tiny_processor
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from slimvlm.compress.checkpoint import save_checkpoint
+from slimvlm.compress.data.records import Turn
+from slimvlm.compress.data.samples import open_image as pixels_of
 from slimvlm.compress.errors import (
     CheckpointError,
     DeviceError,
@@ -22,12 +23,11 @@ from slimvlm.compress.errors import (
     UnsuitableOptionError,
     UnsupportedModelError,
 )
-from slimvlm.compress.evaluate import greedy
-from slimvlm.compress.records import Turn
-from slimvlm.compress.samples import open_image as pixels_of
-from slimvlm.compress.slicing import apply_plan
+from slimvlm.compress.evaluation.evaluate import greedy
+from slimvlm.compress.models.checkpoint import save_checkpoint
+from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.demo import MODEL, SAMPLES
-from slimvlm.export.reference import generated_sample
+from slimvlm.export.checks.reference import generated_sample
 from slimvlm.serve.chat import Text, answer, converse, open_chat, open_image
 
 PICTURE = SAMPLES / "images" / "test-000000.webp"

@@ -14,10 +14,10 @@ import pytest
 import torch
 from profiling import save_pair
 
-from slimvlm.serve.backends import clock_of
-from slimvlm.serve.bench import Bench, Source
-from slimvlm.serve.device import NO_TF32, claim
-from slimvlm.serve.memory import Gpu, gpu_name
+from slimvlm.serve.backends.backend import clock_of
+from slimvlm.serve.measuring.bench import Bench, Source
+from slimvlm.serve.measuring.device import NO_TF32, claim
+from slimvlm.serve.measuring.memory import Gpu, gpu_name
 
 SECOND = torch.device("cuda:1")
 MIB = 2**20

@@ -10,8 +10,8 @@ import pytest
 from profiling import save_pair
 
 from slimvlm.compress.errors import CheckpointError, UnsuitableOptionError
-from slimvlm.compress.manifest import NAME
 from slimvlm.export import ExportOptions, export_checkpoint
+from slimvlm.export.running.manifest import NAME
 from slimvlm.serve.options import ProfileOptions
 from slimvlm.serve.targets import find_target, has_graphs, with_graphs
 

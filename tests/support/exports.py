@@ -10,17 +10,17 @@ from plans import random_plan
 from tiny_models import tiny_model
 from tiny_processors import tiny_image, tiny_processor
 
-from slimvlm.compress.collate import Collator
-from slimvlm.compress.families import find_family
-from slimvlm.compress.generation import Arrays, until_end
-from slimvlm.compress.records import Turn
-from slimvlm.compress.samples import Sample
-from slimvlm.compress.slicing import apply_plan
-from slimvlm.export.graphs import Graph
+from slimvlm.compress.data.collate import Collator
+from slimvlm.compress.data.records import Turn
+from slimvlm.compress.data.samples import Sample
+from slimvlm.compress.models.families import find_family
+from slimvlm.compress.slicing.apply import apply_plan
+from slimvlm.export.checks.reference import graph_ports
+from slimvlm.export.checks.sample import read_sample
+from slimvlm.export.graphs.decoder import Graph
 from slimvlm.export.job import ExportResult, export_model
 from slimvlm.export.options import ExportOptions
-from slimvlm.export.reference import graph_ports
-from slimvlm.export.sample import read_sample
+from slimvlm.export.running.generation import Arrays, until_end
 
 SIZES = {
     "tiles": (16, 16),

@@ -57,8 +57,8 @@ def prepare() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import slimvlm.compress.recovery.distill
-    import slimvlm.compress.recovery.trainer
+    import slimvlm.compress.recovery.distillation.distiller
+    import slimvlm.compress.recovery.training.trainer
     import slimvlm.export.job
     import slimvlm.kernels.bench
     import slimvlm.pipeline

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable
 
-from slimvlm.compress.families import find_family
-from slimvlm.compress.groups import Group, count_parameters, dead_blocks, find_groups
+from slimvlm.compress.models.families import find_family
+from slimvlm.compress.models.groups import Group, count_parameters, dead_blocks, find_groups
 from slimvlm.compress.plan import Plan, TowerCount
 
 

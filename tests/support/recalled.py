@@ -12,9 +12,9 @@ from tiny_models import Tiny, tiny_model
 from torch import nn
 
 from slimvlm.compress.plan import Plan
-from slimvlm.compress.recovery.recall import LowRank, attach
-from slimvlm.compress.recovery.slices import Slices
-from slimvlm.compress.slicing import apply_plan
+from slimvlm.compress.recovery.adapters.recall import LowRank, attach
+from slimvlm.compress.recovery.adapters.slices import Slices
+from slimvlm.compress.slicing.apply import apply_plan
 
 SMALL = LowRank(rank=2, recall_rank=3)
 

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from run_records import edit_record
 
-from slimvlm.compress.criteria import CRITERIA, Scores
-from slimvlm.compress.files import write_text
+from slimvlm.compress.criteria.scoring import CRITERIA, Scores
+from slimvlm.compress.evaluation.quality import Row, compare, exact_match, summarize
+from slimvlm.compress.files.writing import write_text
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan, TowerCount
-from slimvlm.compress.quality import Row, compare, exact_match, summarize
-from slimvlm.compress.recovery.history import Facts, Journal
+from slimvlm.compress.recovery.training.history import Facts, Journal
 from slimvlm.compress.runs import RunFolder
 from slimvlm.serve.profile import Profile
 

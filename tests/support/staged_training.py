@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from tiny_models import tiny_model
 
-from slimvlm.compress.families import find_family
-from slimvlm.compress.recovery.distill import Distiller, depths_of
-from slimvlm.compress.recovery.recipe import make_stages, parse_recipe
-from slimvlm.compress.recovery.trainer import TrainOptions, train
+from slimvlm.compress.models.families import find_family
+from slimvlm.compress.recovery.distillation.distiller import Distiller, depths_of
+from slimvlm.compress.recovery.distillation.recipe import make_stages, parse_recipe
+from slimvlm.compress.recovery.training.trainer import TrainOptions, train
 
 COUNT = 4
 

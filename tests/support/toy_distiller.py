@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimvlm.compress.recovery.recipe import Stage
+from slimvlm.compress.recovery.distillation.recipe import Stage
 
 VOCAB, WIDTH, LENGTH = 24, 16, 7
 COUNT = 20

@@ -14,11 +14,11 @@ from tiny_models import FACTORIES, Tiny, tiny_model
 from torch import Tensor, nn
 
 from slimvlm.compress.errors import UnsuitableOptionError
-from slimvlm.compress.families import Family, find_family
-from slimvlm.compress.recovery.distill import Distiller, depths_of
-from slimvlm.compress.recovery.recall import LowRank, attach
-from slimvlm.compress.recovery.recipe import Stage, make_stages, match_blocks, parse_recipe
-from slimvlm.compress.slicing import apply_plan
+from slimvlm.compress.models.families import Family, find_family
+from slimvlm.compress.recovery.adapters.recall import LowRank, attach
+from slimvlm.compress.recovery.distillation.distiller import Distiller, depths_of
+from slimvlm.compress.recovery.distillation.recipe import Stage, make_stages, match_blocks, parse_recipe
+from slimvlm.compress.slicing.apply import apply_plan
 
 NAMES = list(FACTORIES)
 GENERATIVE = [name for name in NAMES if name not in ("clip", "siglip")]

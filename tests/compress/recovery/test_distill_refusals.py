@@ -8,9 +8,9 @@ from tiny_models import tiny_model
 from torch import nn
 
 from slimvlm.compress.errors import UnsuitableOptionError
-from slimvlm.compress.families import find_family
-from slimvlm.compress.recovery.distill import Distiller
-from slimvlm.compress.recovery.recipe import make_stages, parse_recipe
+from slimvlm.compress.models.families import find_family
+from slimvlm.compress.recovery.distillation.distiller import Distiller
+from slimvlm.compress.recovery.distillation.recipe import make_stages, parse_recipe
 
 
 @pytest.fixture(scope="module")

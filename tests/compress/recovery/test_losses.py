@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from slimvlm.compress.recovery import losses
+from slimvlm.compress.recovery.distillation import losses
 
 E_S, E_T = torch.tensor([[1.0, 0], [0, 1]]), torch.tensor([[1.0, 1], [0, 0]])  # G9
 LN = math.log

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slimvlm.compress.recovery.order import batch_indices, divide
+from slimvlm.compress.recovery.training.order import batch_indices, divide
 
 COUNTS, SIZES, SEEDS = st.integers(1, 60), st.integers(1, 20), st.integers(0, 3)
 

@@ -16,21 +16,21 @@ from recalled import SMALL, make_case, randomise, trainable
 from safetensors import safe_open
 from tiny_models import FACTORIES, tiny_model
 
-from slimvlm.compress.checkpoint import Loaded, load_model, save_checkpoint
 from slimvlm.compress.errors import CheckFailedError, CheckpointError, UnsuitableOptionError
-from slimvlm.compress.families import find_family
-from slimvlm.compress.groups import count_parameters
+from slimvlm.compress.models.checkpoint import Loaded, load_model, save_checkpoint
+from slimvlm.compress.models.families import find_family
+from slimvlm.compress.models.groups import count_parameters
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.recovery import recover
-from slimvlm.compress.recovery.recall import (
+from slimvlm.compress.recovery.adapters.recall import (
     LowRank,
     attach,
     find_targets,
     merge,
     recall_layers,
 )
-from slimvlm.compress.recovery.slices import Slices
-from slimvlm.compress.slicing import apply_plan
+from slimvlm.compress.recovery.adapters.slices import Slices
+from slimvlm.compress.slicing.apply import apply_plan
 
 
 @pytest.mark.parametrize("name", FACTORIES)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from slimvlm.compress.errors import UnsuitableOptionError
-from slimvlm.compress.recovery.recall import LowRank, RecallConfig, RecallLinear, hold_slices
-from slimvlm.compress.recovery.slices import Recalled
+from slimvlm.compress.recovery.adapters.recall import LowRank, RecallConfig, RecallLinear, hold_slices
+from slimvlm.compress.recovery.adapters.slices import Recalled
 
 
 def layer(weight, recalled, factors, alpha=2.0, **options):

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slimvlm.compress.errors import UnsuitableOptionError
-from slimvlm.compress.families import FAMILIES
-from slimvlm.compress.recovery.recipe import (
+from slimvlm.compress.models.families import FAMILIES
+from slimvlm.compress.recovery.distillation.recipe import (
     LOSSES,
     BlockTarget,
     Recipe,

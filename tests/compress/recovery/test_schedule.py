@@ -3,8 +3,8 @@
 import pytest
 
 from slimvlm.compress.errors import UnsuitableOptionError
-from slimvlm.compress.recovery.recipe import Stage
-from slimvlm.compress.recovery.schedule import Schedule, TrainOptions
+from slimvlm.compress.recovery.distillation.recipe import Stage
+from slimvlm.compress.recovery.training.schedule import Schedule, TrainOptions
 
 STAGES = (Stage("a", (), {"kl": 1.0}, 0.4), Stage("b", (), {"sft": 1.0}, 0.6))
 

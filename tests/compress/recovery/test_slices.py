@@ -16,13 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_models import FACTORIES, tiny_model
 
-from slimvlm.compress.checkpoint import load, save_checkpoint
 from slimvlm.compress.errors import CheckpointError
-from slimvlm.compress.families import find_family
-from slimvlm.compress.groups import find_groups, member_indices
-from slimvlm.compress.recovery import slices
-from slimvlm.compress.recovery.slices import Slices
-from slimvlm.compress.slicing import Cut, apply_plan
+from slimvlm.compress.models.checkpoint import load, save_checkpoint
+from slimvlm.compress.models.families import find_family
+from slimvlm.compress.models.groups import find_groups, member_indices
+from slimvlm.compress.recovery.adapters import slices
+from slimvlm.compress.recovery.adapters.slices import Slices
+from slimvlm.compress.slicing.apply import Cut, apply_plan
 
 LLAVA = (
     (r"^lm_head\.", "language_model.lm_head."),

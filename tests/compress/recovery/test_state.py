@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from slimvlm.compress.errors import OutputError, RecoveryError
-from slimvlm.compress.recovery.history import WORST, Facts
-from slimvlm.compress.recovery.state import STATE, StateFolder, load_best, moments, set_moments
+from slimvlm.compress.recovery.training.history import WORST, Facts
+from slimvlm.compress.recovery.training.state import STATE, StateFolder, load_best, moments, set_moments
 
 
 def tensors(value: float) -> dict[str, torch.Tensor]:

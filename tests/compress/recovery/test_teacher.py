@@ -14,11 +14,11 @@ from plans import random_plan
 from safetensors import safe_open
 from tiny_models import tiny_model
 
-from slimvlm.compress.families import find_family
-from slimvlm.compress.recovery.distill import Distiller
-from slimvlm.compress.recovery.recipe import make_stages, parse_recipe
-from slimvlm.compress.recovery.teacher import TeacherCache, batch_key
-from slimvlm.compress.slicing import apply_plan
+from slimvlm.compress.models.families import find_family
+from slimvlm.compress.recovery.distillation.distiller import Distiller
+from slimvlm.compress.recovery.distillation.recipe import make_stages, parse_recipe
+from slimvlm.compress.recovery.distillation.teacher_cache import TeacherCache, batch_key
+from slimvlm.compress.slicing.apply import apply_plan
 
 PLENTY = 2**30
 
@@ -137,7 +137,7 @@ FULL_DISK = """
 import resource, sys, warnings
 from pathlib import Path
 import torch
-from slimvlm.compress.recovery.teacher import TeacherCache
+from slimvlm.compress.recovery.distillation.teacher_cache import TeacherCache
 
 folder = Path(sys.argv[1])
 cache = TeacherCache(folder, 2**30)

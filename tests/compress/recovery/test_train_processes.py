@@ -11,8 +11,8 @@ import torch
 from staged_training import staged_training
 from toy_distiller import COUNT, TAUGHT, ToyDistiller, collate
 
-from slimvlm.compress.recovery.state import load_best
-from slimvlm.compress.recovery.trainer import TrainOptions, train
+from slimvlm.compress.recovery.training.state import load_best
+from slimvlm.compress.recovery.training.trainer import TrainOptions, train
 
 SUPPORT = Path(__file__).parents[2] / "support"
 SHARDED = {
@@ -29,7 +29,7 @@ from torch import distributed
 from torch.distributed.tensor import DTensor
 from toy_distiller import COUNT, TAUGHT, ToyDistiller, collate, token_loss
 from slimvlm.compress import processes
-from slimvlm.compress.recovery.trainer import TrainOptions, train
+from slimvlm.compress.recovery.training.trainer import TrainOptions, train
 
 folder, steps, rank = Path(sys.argv[1]), int(sys.argv[2]), int(os.environ["RANK"])
 torch.set_num_threads(1)

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from toy_distiller import COUNT, TASK, TAUGHT, ToyDistiller, collate, token_loss
 
 from slimvlm.compress.errors import DeviceError, OutputError, RecoveryError, UnsuitableOptionError
-from slimvlm.compress.families import find_family
-from slimvlm.compress.recovery.distill import Distiller
-from slimvlm.compress.recovery.recipe import Stage, parse_recipe
-from slimvlm.compress.recovery.state import StateFolder, load_best
-from slimvlm.compress.recovery.teacher import TeacherCache
-from slimvlm.compress.recovery.trainer import History, TrainOptions, train
+from slimvlm.compress.models.families import find_family
+from slimvlm.compress.recovery.distillation.distiller import Distiller
+from slimvlm.compress.recovery.distillation.recipe import Stage, parse_recipe
+from slimvlm.compress.recovery.distillation.teacher_cache import TeacherCache
+from slimvlm.compress.recovery.training.state import StateFolder, load_best
+from slimvlm.compress.recovery.training.trainer import History, TrainOptions, train
 
 SUPPORT = Path(__file__).parents[2] / "support"
 OPTIONS = TrainOptions(steps=12, batch_size=5, lr=1e-2, checkpoint_every=4, validate_every=4, seed=3)
@@ -33,7 +33,7 @@ import os, sys
 from pathlib import Path
 import torch
 from toy_distiller import COUNT, TAUGHT, ToyDistiller, collate, token_loss
-from slimvlm.compress.recovery.trainer import TrainOptions, train
+from slimvlm.compress.recovery.training.trainer import TrainOptions, train
 
 folder, when, which = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 torch.set_num_threads(1)

@@ -1,0 +1,311 @@
+"""From scores to a Plan: how much goes from where.
+
+The ratio counts ALL parameters of the DENSE model, as in UKMP (AAAI 2025), also where a plan is made in rounds on a
+partly cut one. Kinds and towers with a ratio of their own come first; the rest of the model carries what is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from slimvlm.compress.allocate.balanced import ALLOCATORS, PAPER_STEPS, Flags, Integers
+from slimvlm.compress.allocate.bundles import Line, lines_of, pool_of, stock_lines_of
+from slimvlm.compress.criteria.scoring import Scores
+from slimvlm.compress.errors import InfeasibleBudgetError
+from slimvlm.compress.models.families import Family, find_family
+from slimvlm.compress.models.groups import Dead, Group, count_parameters, dead_blocks
+from slimvlm.compress.options import LITTLE_RATIO
+from slimvlm.compress.plan import Plan, TowerCount
+
+KINDS = ("attention", "mlp")
+LAYOUTS = ("per-layer", "stock")
+UNIDENTIFIED: Mapping[str, Any] = {
+    "model_digest": "", "calibration_digest": "", "attention_unit": "auto", "seed": 0, "rounds": 1
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may go. All ratios refer to the dense model.
+
+    Attributes:
+        ratio: fraction of all parameters to remove.
+        tower_ratio: tower -> fraction of the parameters of its blocks to remove.
+        kind_ratio: `attention` or `mlp` -> fraction of its prunable parameters to remove, over all towers.
+        round_channels: every MLP that is cut keeps a multiple of this many channels.
+        floor: fraction of its dense size every group keeps, and at least one unit.
+        allocator: `balanced`, `global` or `local`.
+        faithful: the paper's loop with its ties and without floors (a group it empties keeps its best unit).
+        steps: units per step of a loop before and after 90 % of what goes; None: the paper's if `faithful`, else in
+            proportion. Up to 20 % the faithful loop takes the second from the start, as the paper's does.
+        layout: `per-layer`, or `stock`: only cuts that the unmodified class can be configured to build.
+
+    Raises:
+        InfeasibleBudgetError: a value no plan can have, or a combination that contradicts itself.
+    """
+
+    ratio: float
+    tower_ratio: Mapping[str, float] = field(default_factory=dict)
+    kind_ratio: Mapping[str, float] = field(default_factory=dict)
+    round_channels: int = 1
+    floor: float = 0.1
+    allocator: str = "balanced"
+    faithful: bool = False
+    steps: tuple[int, int] | None = None
+    layout: str = "per-layer"
+
+    def __post_init__(self) -> None:
+        ratios = [("ratio", self.ratio), *self.tower_ratio.items(), *self.kind_ratio.items(), ("floor", self.floor)]
+        for name, value in ratios:
+            if not 0 <= value < 1:
+                raise InfeasibleBudgetError(f"{name} {value:g} is no fraction to remove; accepted are 0 <= value < 1")
+        choices = [("allocator", self.allocator, ALLOCATORS), ("layout", self.layout, LAYOUTS)]
+        for what, name, known in choices + [("kind", kind, KINDS) for kind in self.kind_ratio]:
+            if name not in known:
+                raise InfeasibleBudgetError(f"{what} {name!r} is unknown; choose one of {', '.join(known)}")
+        if self.round_channels < 1:
+            raise InfeasibleBudgetError(f"round_channels {self.round_channels} is no width; accepted is 1 or more")
+        if self.faithful and (self.tower_ratio or self.kind_ratio or self.round_channels > 1 or self.layout == "stock"):
+            raise InfeasibleBudgetError(
+                "the faithful method has one ratio for all parts; leave out tower ratios, kind ratios, rounded "
+                "channels and the stock layout"
+            )
+
+    def scaled(self, share: float) -> Budget:
+        """The budget of an early round: this share of every ratio."""
+        towers = {name: value * share for name, value in self.tower_ratio.items()}
+        kinds = {name: value * share for name, value in self.kind_ratio.items()}
+        return replace(self, ratio=self.ratio * share, tower_ratio=towers, kind_ratio=kinds)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a plan must know of a model besides its groups and scores; see `facts_of`.
+
+    Attributes:
+        family: its row.
+        parameters: of the whole model, tied weights once.
+        towers: tower -> parameters of its blocks (norms and biases included).
+        macs: tower -> multiply-accumulates per token of the linears of its groups.
+        kinds: kind -> prunable parameters.
+        sizes: group key -> indices.
+        dead: the blocks nobody reads, by tower; they leave before anything else.
+        dense: the same of the dense model, if this one is already partly cut.
+        identity: further fields of the Plan (digests, attention unit, seed, rounds).
+    """
+
+    family: Family
+    parameters: int
+    towers: Mapping[str, int]
+    macs: Mapping[str, int]
+    kinds: Mapping[str, int]
+    sizes: Mapping[str, int]
+    dead: Mapping[str, Dead] = field(default_factory=dict)
+    dense: Facts | None = None
+    identity: Mapping[str, Any] = field(default_factory=dict)
+
+
+def facts_of(model: nn.Module, groups: Sequence[Group], dense: Facts | None = None, **identity: Any) -> Facts:
+    """The facts of `model` (real or on the meta device).
+
+    Args:
+        model: the model the groups belong to.
+        groups: all its groups.
+        dense: its facts before any cut, when `model` was cut in an earlier round.
+        identity: fields of the Plan: model_digest, calibration_digest, attention_unit, seed, rounds.
+    """
+    family = find_family(model.config)
+    dead = dead_blocks(model, family)
+    macs = {tower.name: dead[tower.name].macs if tower.name in dead else 0 for tower in family.towers}
+    kinds = dict.fromkeys(KINDS, 0)
+    for group in groups:
+        linears = {member.path for member in group.members if not member.norm}
+        macs[group.tower] += sum(model.get_parameter(f"{path}.weight").numel() for path in linears)
+        kinds[group.kind] += group.num_units * group.parameters_per_unit
+    return Facts(
+        family=family,
+        parameters=count_parameters(model),
+        towers={tower.name: count_parameters(model.get_submodule(tower.blocks)) for tower in family.towers},
+        macs=macs,
+        kinds=kinds,
+        sizes={group.key: group.size for group in groups},
+        dead=dead,
+        dense=dense,
+        identity=identity,
+    )
+
+
+def make_plan(groups: Sequence[Group], scores: Scores, budget: Budget, facts: Facts) -> Plan:
+    """The plan that meets every ratio of `budget` to about half of its finest unit, always with the same bytes.
+
+    Raises:
+        InfeasibleBudgetError: no plan can; the message says what the largest possible ratio is.
+    """
+    if budget.layout == "stock":
+        lines = stock_lines_of(groups, scores, budget.round_channels, facts.family)
+    else:
+        lines = lines_of(groups, scores, budget.round_channels)
+    removed = {group.key: np.zeros(0, dtype=np.int64) for group in groups}
+    rescued = []
+    for line, bundles in zip(lines, _allocate(lines, budget, facts), strict=True):
+        goes = np.repeat(bundles, line.widths)
+        if goes.all():  # only the faithful loop empties a group; a layer needs one unit
+            goes[-1] = False
+            rescued += [group.key for group in line.groups]
+        for group, order in zip(line.groups, line.ranks, strict=True):
+            removed[group.key] = order[goes]
+    lost = {group.key: len(removed[group.key]) * group.parameters_per_unit for group in groups}
+    free = sum(one.parameters for one in facts.dead.values())
+    return Plan(
+        family=facts.family.name,
+        criterion=scores.criterion.name,
+        allocator=budget.allocator,
+        layout=budget.layout,
+        ratio=budget.ratio,
+        parameters_before=facts.parameters,
+        parameters_after=facts.parameters - free - sum(lost.values()),
+        towers=_tower_counts(groups, removed, lost, facts),
+        sizes={group.key: group.size for group in groups},
+        keep={group.key: _kept(group, scores, removed[group.key]) for group in groups},
+        options=_options(scores, budget),
+        dropped={tower: one.blocks for tower, one in facts.dead.items()},
+        dropped_parameters=free,
+        rescued=tuple(rescued),
+        **{**UNIDENTIFIED, **facts.identity},
+    )
+
+
+def _kept(group: Group, scores: Scores, removed: Integers) -> tuple[int, ...]:
+    stays = np.ones(group.size, dtype=bool)
+    stays[scores.members[group.key].numpy()[removed].ravel()] = False
+    return tuple(np.flatnonzero(stays).tolist())
+
+
+def _options(scores: Scores, budget: Budget) -> dict[str, Any]:
+    return {
+        "saliency": scores.criterion.saliency,
+        "threshold": scores.criterion.threshold,
+        "entropy": scores.criterion.entropy,
+        "tower_ratio": dict(budget.tower_ratio),
+        "kind_ratio": dict(budget.kind_ratio),
+        "round_channels": budget.round_channels,
+        "floor": budget.floor,
+        "faithful": budget.faithful,
+    }
+
+
+def _tower_counts(
+    groups: Sequence[Group], removed: Mapping[str, Integers], lost: Mapping[str, int], facts: Facts
+) -> dict[str, TowerCount]:
+    counts = {}
+    for tower, before in facts.towers.items():
+        members = [group for group in groups if group.tower == tower]
+        dead = facts.dead.get(tower, Dead(0, 0, 0))
+        after = before - dead.parameters - sum(lost[group.key] for group in members)
+        macs = facts.macs[tower] - dead.macs - sum(len(removed[group.key]) * group.macs_per_unit for group in members)
+        counts[tower] = TowerCount(before, after, facts.macs[tower], macs)
+    return counts
+
+
+# ------------------------------------------------------------------ ratios
+
+
+@dataclass(frozen=True)
+class _Share:
+    """One ratio: of the `base` parameters in the dense model, `present` are left in the model at hand."""
+
+    name: str
+    ratio: float
+    base: int
+    present: int
+    covers: Callable[[Line], bool]
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.ratio:g}"
+
+
+def _allocate(lines: Sequence[Line], budget: Budget, facts: Facts) -> list[Flags]:
+    """Per line the bundles that go: for the kinds, then the towers with a ratio of their own, then for the whole."""
+    done: dict[int, Flags] = {}
+    slack = 0  # a ratio is met within one bundle, so the ones after it may be missed by as much
+    gone = sum(one.parameters for one in (facts.dense or facts).dead.values())  # however little was asked for
+    for share in _shares(lines, budget, facts):
+        covered = [index for index, line in enumerate(lines) if share.covers(line)]
+        free = [index for index in covered if index not in done]
+        lost = sum(int(lines[index].cost[done[index]].sum()) for index in covered if index in done)
+        target = share.ratio * share.base - (share.base - share.present) - lost
+        slack += max((int(lines[index].cost.max()) for index in covered), default=0)
+        if target < -slack - gone:
+            least = share.ratio - target / share.base
+            raise InfeasibleBudgetError(
+                f"{share} is less than the other ratios remove already; raise it to {least:.4f} or lower those"
+            )
+        if target > 0 and free:
+            flags = _take([lines[index] for index in free], share, target, (budget, facts))
+        elif target > slack:
+            raise InfeasibleBudgetError(
+                f"{share} cannot be reached: nothing is left to remove besides parts that have a ratio of their own, "
+                f"and they leave {int(target):,} parameters too many; raise those or free one part"
+            )
+        else:
+            flags = [np.zeros(len(lines[index].scores), dtype=bool) for index in free]
+        done.update(zip(free, flags, strict=True))
+    return [done[index] for index in range(len(lines))]
+
+
+def _of_kind(kind: str, line: Line) -> bool:
+    return line.kind == kind
+
+
+def _of_tower(tower: str, line: Line) -> bool:
+    return tower in line.towers
+
+
+def _shares(lines: Sequence[Line], budget: Budget, facts: Facts) -> list[_Share]:
+    dense, dead = facts.dense or facts, {tower: one.parameters for tower, one in facts.dead.items()}
+    shares = [
+        _Share(f"{kind} ratio", ratio, dense.kinds[kind], facts.kinds[kind], partial(_of_kind, kind))
+        for kind, ratio in sorted(budget.kind_ratio.items())
+    ]
+    for tower, ratio in sorted(budget.tower_ratio.items()):
+        if tower not in facts.towers:
+            raise InfeasibleBudgetError(f"tower {tower!r} is unknown; this model has {', '.join(facts.towers)}")
+        shared = [line.towers for line in lines if tower in line.towers and len(line.towers) > 1]
+        if shared:
+            raise InfeasibleBudgetError(
+                f"layout stock: {' and '.join(shared[0])} share their widths, so {tower} cannot have a ratio of "
+                "its own; leave it out or use --layout per-layer"
+            )
+        base, present = dense.towers[tower], facts.towers[tower] - dead.get(tower, 0)
+        shares.append(_Share(f"{tower} ratio", ratio, base, present, partial(_of_tower, tower)))
+    present = facts.parameters - sum(dead.values())
+    return [*shares, _Share("ratio", budget.ratio, dense.parameters, present, lambda line: True)]
+
+
+def _take(lines: list[Line], share: _Share, target: float, context: tuple[Budget, Facts]) -> list[Flags]:
+    """Which bundles of each line go so that `target` parameters do."""
+    budget, facts = context
+    pool = pool_of(lines, (facts.dense or facts).sizes, budget.floor)
+    reachable = int(pool.cost[~pool.protected].sum())
+    if reachable < target and not budget.faithful:
+        largest = np.floor((share.ratio - (target - reachable) / share.base) * 1e4) / 1e4
+        others = " or free the parts that have a ratio of their own" if budget.tower_ratio or budget.kind_ratio else ""
+        others += " or use --layout per-layer" if budget.layout == "stock" else ""
+        raise InfeasibleBudgetError(
+            f"{share} cannot be reached: every group keeps {budget.floor:.0%} of its units and at least one, so the "
+            f"largest possible here is {largest:.4f}; ask for that or less{others}"
+        )
+    steps = budget.steps or (PAPER_STEPS if budget.faithful else None)
+    if steps and budget.faithful and budget.ratio <= LITTLE_RATIO:  # its small step from the start
+        steps = (steps[1], steps[1])
+    try:
+        flags = ALLOCATORS[budget.allocator](pool, target, faithful=budget.faithful, steps=steps)
+    except InfeasibleBudgetError as error:
+        raise InfeasibleBudgetError(f"{share} cannot be reached: {error}") from None
+    return np.split(flags, np.cumsum([len(line.scores) for line in lines])[:-1])

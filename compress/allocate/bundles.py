@@ -1,0 +1,127 @@
+"""What the allocators take or leave: bundles of units, ranked by score.
+
+A bundle is usually one unit. For widths that are a multiple of N it is N channels of neighbouring rank; for the stock
+layout it is the i-th lowest unit of every group whose width one config field sets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from slimvlm.compress.allocate.balanced import Floats, Integers, Pool
+from slimvlm.compress.criteria.scoring import Scores
+from slimvlm.compress.errors import InfeasibleBudgetError
+from slimvlm.compress.models.families import Attention, Family
+from slimvlm.compress.models.groups import Group
+
+
+@dataclass(frozen=True)
+class Line:
+    """Groups that are cut alike, with their units ranked from the least important, in bundles of ranks.
+
+    Attributes:
+        groups: they have equally many units.
+        ranks: per group the unit numbers, lowest score first (equal ones by number). [units] each
+        bounds: bundle i holds the ranks bounds[i] .. bounds[i + 1]. [bundles + 1]
+        scores: mean over the weights of a bundle, non-decreasing. [bundles]
+    """
+
+    groups: tuple[Group, ...]
+    ranks: tuple[Integers, ...]
+    bounds: Integers
+    scores: Floats
+
+    @property
+    def kind(self) -> str:
+        return self.groups[0].kind
+
+    @property
+    def towers(self) -> tuple[str, ...]:
+        return tuple(sorted({group.tower for group in self.groups}))
+
+    @property
+    def widths(self) -> Integers:
+        """Units of each of the groups that are in a bundle, int64 [bundles]."""
+        return np.diff(self.bounds)
+
+    @property
+    def cost(self) -> Integers:
+        """Parameters that leave with a bundle, int64 [bundles]."""
+        return self.widths * sum(group.parameters_per_unit for group in self.groups)
+
+    @property
+    def channels(self) -> Integers:
+        """Matrix rows that leave with a bundle, int64 [bundles]."""
+        return self.widths * sum(group.size // group.num_units * group.head_dim for group in self.groups)
+
+
+def lines_of(groups: Sequence[Group], scores: Scores, round_channels: int) -> list[Line]:
+    """One line per group."""
+    return [_line((group,), scores, round_channels) for group in groups]
+
+
+def stock_lines_of(groups: Sequence[Group], scores: Scores, round_channels: int, family: Family) -> list[Line]:
+    """One line per set of config fields of the unmodified class; groups whose width it cannot set are left out.
+
+    Raises:
+        InfeasibleBudgetError: it can set none, or one field would have to set widths that differ already.
+    """
+    classes: dict[tuple[str, ...], list[Group]] = {}
+    for group in groups:
+        if fields := _stock_fields(family, group):
+            classes.setdefault(fields, []).append(group)
+    if not classes:
+        raise InfeasibleBudgetError(
+            f"layout stock: the unmodified class of family {family.name!r} can build no cut; use --layout per-layer"
+        )
+    for fields, members in classes.items():
+        if len({(group.size, group.num_units) for group in members}) > 1:
+            raise InfeasibleBudgetError(
+                f"layout stock: {'.'.join(fields[:2])} holds for layers that have different widths already; "
+                "use --layout per-layer"
+            )
+    return [_line(tuple(members), scores, round_channels) for members in classes.values()]
+
+
+def pool_of(lines: Sequence[Line], dense_sizes: Mapping[str, int], floor: float) -> Pool:
+    """The lines' bundles as the units of an allocation; floors refer to `dense_sizes` (indices per group key)."""
+    counts = [len(line.scores) for line in lines]
+    names = sorted({line.groups[0].modality for line in lines})
+    modality = [names.index(line.groups[0].modality) for line in lines]
+    return Pool(
+        scores=np.concatenate([line.scores for line in lines]),
+        group=np.repeat(np.arange(len(lines)), counts),
+        cost=np.concatenate([line.cost for line in lines]),
+        channels=np.concatenate([line.channels for line in lines]),
+        modality=np.repeat(modality, counts),
+        size=np.array([sum(dense_sizes[group.key] * group.head_dim for group in line.groups) for line in lines]),
+        floor=floor,
+    )
+
+
+def _stock_fields(family: Family, group: Group) -> tuple[str, ...]:
+    """(config path, fields) that set the width of `group` in the unmodified class; empty: nothing does."""
+    tower = next(tower for tower in family.towers if tower.name == group.tower)
+    part = next(part for part in tower.parts if part.key == group.key.split(".", 2)[2])
+    if isinstance(part, Attention):
+        if part.forward:  # the replaced forward is what the unmodified class lacks
+            return ()
+        return (tower.config, *(name for name, _ in part.stock)) if part.stock else ()
+    return (tower.config, part.stock) if part.stock else ()
+
+
+def _line(groups: tuple[Group, ...], scores: Scores, round_channels: int) -> Line:
+    units = groups[0].num_units
+    step = round_channels if groups[0].kind == "mlp" else 1
+    # The first bundle brings the width to a multiple of the step.
+    bounds = np.unique(np.concatenate([[0], np.arange(units % step, units + 1, step)]))
+    values = [scores.values[group.key].double().numpy() for group in groups]
+    ranks = tuple(np.argsort(value, kind="stable") for value in values)
+    weights = np.array([group.weights_per_unit for group in groups], dtype=np.float64)
+    totals = [np.add.reduceat(value[order], bounds[:-1]) for value, order in zip(values, ranks, strict=True)]
+    means = (weights / weights.sum()) @ np.stack(totals) / np.diff(bounds)
+    # Rounding of the means must not reverse the ranks.
+    return Line(groups, ranks, bounds, np.maximum.accumulate(means))

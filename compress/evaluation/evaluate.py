@@ -1,0 +1,335 @@
+"""Evaluate a model on samples: greedy answers and token loss, or retrieval for dual encoders."""
+
+from __future__ import annotations
+
+import inspect
+import random
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
+from transformers import GenerationConfig
+
+from slimvlm.compress.data.collate import IGNORED, Batch, Collator
+from slimvlm.compress.data.samples import Sample, batches
+from slimvlm.compress.errors import foreign
+from slimvlm.compress.evaluation.quality import (
+    UNNAMED_TASK,
+    Comparison,
+    Quality,
+    Row,
+    compare,
+    exact_match,
+    summarize,
+    vqa_accuracy,
+)
+
+__all__ = ["Comparison", "Quality", "Row", "compare", "evaluate", "shuffle_images"]
+
+WIDENED = 64 * 2**20  # bytes of logits that are looked at in fp32 at once
+MARGIN = 4  # tokens a generated answer may be longer than the longest right one, before it is cut
+LEAD, HALF_LEAD = 1e-2, 0.5  # of a logit over the runner-up that batching and caching cannot turn over: fp32, half
+GREEDY = {  # said in full: what is left out is filled in from the generation settings of the model
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+}
+Progress = Callable[[int, int], None]  # done, total
+
+
+def evaluate(
+    model: torch.nn.Module,
+    collator: Collator,
+    samples: Sequence[Sample],
+    *,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+    blind_seed: int | None = None,
+) -> Quality:
+    """Answer every question greedily and take the loss of its right answer; a dual encoder ranks texts and images.
+
+    In a sample of several turns each turn is a question, with the turns before it given.
+
+    Args:
+        progress: called with (done, total) questions after each batch.
+        blind_seed: shuffle the images across samples first, by this seed: what is left needs no image.
+
+    Raises:
+        SampleError: a text is longer than the model can take.
+        ValueError: no samples, or only one image where images are to be shuffled.
+    """
+    if not samples:
+        raise ValueError("an evaluation needs at least one sample")
+    started = time.perf_counter()
+    if blind_seed is not None:
+        samples = shuffle_images(samples, blind_seed)
+    is_dual = collator.family.kind == "dual-encoder"
+    run = _Run(model, collator, batch_size, progress)
+    with _inference(model):
+        rows = _retrieve(run, samples) if is_dual else _answer(run, _questions(samples))
+    kind = "retrieval" if is_dual else "generation"
+    return summarize(kind, rows, blind=blind_seed is not None, seconds=time.perf_counter() - started)
+
+
+def shuffle_images(samples: Sequence[Sample], seed: int) -> list[Sample]:
+    """The samples with images exchanged: every image is replaced, always by the same other one (a derangement).
+
+    Raises:
+        ValueError: fewer than two different images.
+    """
+    images = {sample.image_key: sample for sample in samples}
+    if len(images) < 2:
+        raise ValueError("a blind evaluation needs samples with at least two different images")
+    order = list(images)
+    random.Random(seed).shuffle(order)
+    other = dict(zip(order, order[1:] + order[:1], strict=True))  # one cycle through all: nothing stays
+    return [sample.showing(images[other[sample.image_key]]) for sample in samples]
+
+
+def greedy(model: Any, collator: Collator, max_new_tokens: int) -> GenerationConfig:
+    """What `generate` needs to give the most probable tokens and to end as the tokenizer and the model say."""
+    end = end_ids(model, collator)
+    return GenerationConfig(
+        **GREEDY, max_new_tokens=max_new_tokens, eos_token_id=list(end), pad_token_id=pad_id(model, collator)
+    )
+
+
+def end_ids(model: Any, collator: Collator) -> tuple[int, ...]:
+    """Tokens that end an answer: the tokenizer's own, then those of the model's generation settings."""
+    given = getattr(model.generation_config, "eos_token_id", None)
+    given = given if isinstance(given, list) else [given]
+    return tuple(dict.fromkeys(token for token in (collator.tokenizer.eos_token_id, *given) if token is not None))
+
+
+def pad_id(model: Any, collator: Collator) -> int:
+    """What generation fills a finished row with."""
+    pad = collator.tokenizer.pad_token_id
+    return end_ids(model, collator)[0] if pad is None else pad
+
+
+def placed(model: Any, batch: Batch) -> Batch:
+    """A batch on the model's device, floating point in its dtype."""
+    return {
+        name: tensor.to(device=model.device, dtype=model.dtype if tensor.is_floating_point() else None)
+        for name, tensor in batch.items()
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    model: Any
+    collator: Collator
+    batch_size: int
+    progress: Progress | None
+
+    def report(self, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(done, total)
+
+
+@contextmanager
+def _inference(model: torch.nn.Module) -> Any:
+    """Inference mode, evaluation behaviour; the model's own mode comes back."""
+    training = model.training
+    model.eval()
+    # FSDP keeps the buffers it gathers weights in for the next training step, which cannot use inference tensors.
+    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    try:
+        with torch.no_grad() if sharded else torch.inference_mode():
+            yield
+    finally:
+        model.train(training)
+
+
+def _questions(samples: Sequence[Sample]) -> list[Sample]:
+    return [
+        replace(
+            sample, turns=sample.turns[:count], identity=f"{sample.identity}#{count}" if count > 1 else sample.identity
+        )
+        for sample in samples
+        for count in range(1, len(sample.turns) + 1)
+    ]
+
+
+def _answer(run: _Run, questions: Sequence[Sample]) -> list[Row]:
+    """Batches of similar length, so that little is padding and no short answer waits for a long one.
+
+    Where every token of the right answer is the most probable one by far, greedy generation must give that answer, so
+    only the other questions are generated.
+    """
+
+    def length(index: int) -> tuple[int, int]:
+        turn = questions[index].turns[-1]
+        return len(turn.target.split()), sum(len(turn.prompt) + len(turn.target) for turn in questions[index].turns)
+
+    order = sorted(range(len(questions)), key=length)
+    taught: dict[int, _Taught] = {}
+    answers: dict[int, str] = {}
+    for start in range(0, len(order), run.batch_size):
+        chosen = order[start : start + run.batch_size]
+        taught.update(zip(chosen, _teach(run, [questions[index] for index in chosen]), strict=True))
+        answers.update((index, sure) for index in chosen if (sure := taught[index].answer) is not None)
+        run.report(len(answers), len(order))
+    open_ones = [index for index in order if index not in answers]
+    for start in range(0, len(open_ones), run.batch_size):
+        chosen = open_ones[start : start + run.batch_size]
+        answers.update(zip(chosen, _generate(run, [questions[index] for index in chosen]), strict=True))
+        run.report(len(answers), len(order))
+    images = _numbered([question.image_key for question in questions])
+    return [_row(question, answers[index], taught[index], images[index]) for index, question in enumerate(questions)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Taught:
+    """Summed loss in nats and number of the right answer's tokens; `answer` if greedy generation is sure to give it."""
+
+    loss: float
+    tokens: int
+    answer: str | None
+
+
+def _row(question: Sample, prediction: str, taught: _Taught, image: int) -> Row:
+    answers = question.turns[-1].answers
+    return Row(
+        question.identity,
+        question.task or UNNAMED_TASK,
+        question.vendor,
+        prediction,
+        exact_match(prediction, answers),
+        vqa_accuracy(prediction, answers),
+        taught.loss,
+        taught.tokens,
+        image=image,
+    )
+
+
+def _teach(run: _Run, questions: Sequence[Sample]) -> list[_Taught]:
+    """One forward with the right answers given; logits only where they are needed."""
+    given = run.collator.training(questions, last_turn=True)
+    batch = placed(run.model, given)
+    if run.collator.family.kind == "encoder-decoder":
+        logits, targets = run.model(**batch).logits, batch["labels"]
+    else:
+        targets = batch.pop("labels")[:, 1:]
+        needed = (targets != IGNORED).any(0).nonzero().flatten()
+        targets = targets[:, needed]
+        if "logits_to_keep" in inspect.signature(run.model.forward).parameters:
+            logits = run.model(**batch, logits_to_keep=needed, use_cache=False).logits
+        else:
+            logits = run.model(**batch).logits[:, needed]
+    alike = _asked_alike(run, questions, given)
+    step = max(1, WIDENED // (4 * logits[0].numel()))
+    return [
+        taught
+        for start in range(0, len(questions), step)
+        for taught in _judge(run, *(rows[start : start + step] for rows in (logits, targets, alike)))
+    ]
+
+
+def _judge(run: _Run, logits: torch.Tensor, targets: torch.Tensor, alike: torch.Tensor) -> list[_Taught]:
+    """What the logits [B, L, V] say of the targets [B, L]; `alike` [B]: whether generation starts from the same."""
+    logits = logits.float()
+    losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none").sum(1)
+    counts = (targets != IGNORED).sum(1)
+    sure = (_first_by_far(logits, targets, run.model.dtype) & alike).tolist()
+    texts = (
+        run.collator.decode(targets.masked_fill(targets == IGNORED, end_ids(run.model, run.collator)[0]))
+        if any(sure)
+        else []
+    )
+    return [
+        _Taught(loss, count, texts[place] if sure[place] else None)
+        for place, (loss, count) in enumerate(zip(losses.tolist(), counts.tolist(), strict=True))
+    ]
+
+
+def _first_by_far(logits: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Bool [B]: at every target [B, L] its logit of [B, L, V] leads by more than rounding can change."""
+    own = logits.gather(2, targets.clamp(min=0)[..., None])
+    others = logits.scatter(2, targets.clamp(min=0)[..., None], -torch.inf).amax(2, keepdim=True)
+    lead = LEAD if dtype == torch.float32 else HALF_LEAD
+    return ((own - others > lead).squeeze(2) | (targets == IGNORED)).all(1)
+
+
+def _asked_alike(run: _Run, questions: Sequence[Sample], given: Batch) -> torch.Tensor:
+    """Bool [B]: the tokens before the answer are those that generation starts from (decoder-only models)."""
+    if run.collator.family.kind != "decoder":
+        return torch.zeros(len(questions), dtype=torch.bool, device=run.model.device)
+    prompts = run.collator.prompts(questions)
+    same = []
+    for row, labels in enumerate(given["labels"]):
+        asked = prompts["input_ids"][row][prompts["attention_mask"][row].bool()]
+        start = int((labels != IGNORED).nonzero()[0])
+        same.append(torch.equal(given["input_ids"][row][:start], asked))
+    return torch.tensor(same, device=run.model.device)
+
+
+def _generate(run: _Run, questions: Sequence[Sample]) -> list[str]:
+    inputs = placed(run.model, run.collator.prompts(questions))
+    longest = max(map(run.collator.answer_length, questions)) + MARGIN
+    with foreign("the model cannot answer", "check its config.json and generation_config.json"):
+        ids = run.model.generate(**inputs, generation_config=greedy(run.model, run.collator, longest))
+    prompt = inputs["input_ids"]
+    if ids.shape[1] >= prompt.shape[1] and torch.equal(ids[:, : prompt.shape[1]], prompt):
+        ids = ids[:, prompt.shape[1] :]
+    return run.collator.decode(ids)
+
+
+def _retrieve(run: _Run, samples: Sequence[Sample]) -> list[Row]:
+    """Ranks over all different images and texts of the samples."""
+    images, texts, done = [], [], 0
+    for batch in batches(samples, run.batch_size):
+        inputs = placed(run.model, run.collator.training(batch))
+        inputs.pop("return_loss")
+        output = run.model(**inputs)
+        images.append(output.image_embeds.float())
+        texts.append(output.text_embeds.float())
+        done += len(batch)
+        run.report(done, len(samples))
+    image_ids = _numbered([sample.image_key for sample in samples])
+    text_ids = _numbered([run.collator.caption(sample) for sample in samples])
+    image_at, text_at = (_first_places(ids) for ids in (image_ids, text_ids))
+    similar = F.normalize(torch.cat(texts)[text_at], dim=-1) @ F.normalize(torch.cat(images)[image_at], dim=-1).T
+    right = torch.zeros(similar.shape, dtype=torch.bool, device=similar.device)
+    right[text_ids, image_ids] = True
+    by_text, by_image = _ranks(similar, right), _ranks(similar.T, right.T)
+    return [
+        Row(
+            sample.identity,
+            sample.task or UNNAMED_TASK,
+            sample.vendor,
+            image_to_text=by_image[image],
+            text_to_image=by_text[text],
+            image=image,
+        )
+        for sample, image, text in zip(samples, image_ids, text_ids, strict=True)
+    ]
+
+
+def _numbered(keys: Sequence[Any]) -> list[int]:
+    numbers: dict[Any, int] = {}
+    return [numbers.setdefault(key, len(numbers)) for key in keys]
+
+
+def _first_places(ids: Sequence[int]) -> list[int]:
+    first: dict[int, int] = {}
+    for place, number in enumerate(ids):
+        first.setdefault(number, place)
+    return list(first.values())
+
+
+def _ranks(similar: torch.Tensor, right: torch.Tensor) -> list[int]:
+    """Per row the rank (from 1) of its best right column; a wrong column that ties with it stands before it."""
+    best = similar.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+    return (1 + ((similar >= best) & ~right).sum(1)).tolist()

@@ -1,0 +1,115 @@
+"""One writer of a folder or file at a time: a lock that says who holds it, and that ends with its holder."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from slimvlm.compress.errors import OutputError
+from slimvlm.compress.files.decoding import MisfitError, decode, parse
+from slimvlm.compress.files.writing import reported_as_output_errors
+
+LOCK = ".lock"
+LONGEST = 1000  # bytes of what a holder says of itself
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of file systems that know none: go without
+
+_held = threading.local()  # what a thread holds it may lock again
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lock: process id, name of the machine, and since when."""
+
+    pid: int
+    host: str
+    since: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host} since {self.since}"
+
+
+@contextmanager
+def locked_folder(folder: Path, what: Path | None = None) -> Iterator[None]:
+    """Hold a folder until the block ends; it is made if it is not there, and goes again if nothing is put into it.
+
+    The lock is the system's (flock) and ends with the process, however that ends: none is ever left behind.
+
+    Args:
+        what: named in messages instead of `folder`.
+
+    Raises:
+        OutputError: another process holds it (named), or nothing can be written there.
+    """
+    folder = Path(os.path.realpath(folder))
+    with reported_as_output_errors(folder):
+        was_there = folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with _locked(folder / LOCK, what or folder):
+            yield
+    finally:
+        if not was_there:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+@contextmanager
+def locked_file(path: Path) -> Iterator[None]:
+    """As `locked_folder`, for a file that is to be written."""
+    path = Path(os.path.realpath(path))
+    with _locked(path.with_name(f".{path.name}{LOCK}"), path):
+        yield
+
+
+@contextmanager
+def _locked(lock: Path, what: Path) -> Iterator[None]:
+    holding: set[Path] = _held.__dict__.setdefault("locks", set())
+    if lock in holding:
+        yield
+        return
+    descriptor = _acquire(lock, what)
+    holding.add(lock)
+    try:
+        yield
+    finally:
+        holding.remove(lock)
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _acquire(lock: Path, what: Path) -> int:
+    while True:
+        with reported_as_output_errors(what):
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                said = os.pread(descriptor, LONGEST, 0)
+                os.close(descriptor)
+                raise OutputError(
+                    f"{what} is in use by {_holder(said)}; wait until it is done, or choose another name"
+                ) from None
+        if lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat()):
+            break
+        os.close(descriptor)  # of a holder that took it away just now
+    me = Holder(os.getpid(), socket.gethostname(), datetime.now(UTC).isoformat(" ", "seconds"))
+    os.truncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps(asdict(me)).encode(), 0)
+    return descriptor
+
+
+def _holder(said: bytes) -> str:
+    try:
+        return str(decode(parse(said), Holder))
+    except MisfitError:
+        return "another process"

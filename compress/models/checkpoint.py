@@ -1,0 +1,250 @@
+"""Checkpoints in and out: dense, per-layer (widths differ, see modeling_slim) and stock (unmodified classes load it).
+
+A folder is written beside its final name and renamed when it is complete. Nothing is loaded that does not fit: what is
+missing, left over, of another size, truncated or changed is refused, never initialised at random. No pickle is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+from slimvlm.compress.errors import CheckpointError, one_line
+from slimvlm.compress.files.decoding import read
+from slimvlm.compress.files.folders import Listing, written_folder
+from slimvlm.compress.files.writing import file_digest, write_text
+from slimvlm.compress.models.families import Family
+from slimvlm.compress.models.loaders import (
+    build_empty,
+    build_loaded,
+    check_types,
+    load_processor,
+    read_config,
+    refuse_adapter,
+)
+from slimvlm.compress.models.stock import stock_model
+from slimvlm.compress.plan import Plan
+
+LAYOUTS = ("per-layer", "stock")
+PLAN = "plan.json"
+MANIFEST = "manifest.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SLACK = 2**24  # weights that may be made anew without anybody noticing
+# What a processor may need besides the files it saves itself, and what a licence asks to pass on.
+CARRIED = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
+    *("chat_template.jinja", "chat_template.json", "LICENSE*", "NOTICE*"),
+)
+
+
+class Shards(TypedDict):
+    """`model.safetensors.index.json`: which file holds a weight."""
+
+    weight_map: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model in eval mode and what came with it; `digest` identifies its weight files, `folder` is where they are."""
+
+    model: PreTrainedModel
+    processor: Any | None
+    family: Family
+    digest: str
+    folder: Path
+
+
+def load(folder: str | os.PathLike[str]) -> tuple[PreTrainedModel, Any | None]:
+    """The model (eval mode, its saved dtype, CPU) and the processor (None if there is none) of a checkpoint folder.
+
+    Raises:
+        CheckpointError: the folder is not a complete, unchanged checkpoint.
+        UnsupportedModelError: its model type has no row in the family table.
+    """
+    loaded = load_model(folder)
+    return loaded.model, loaded.processor
+
+
+def load_model(
+    name: str | os.PathLike[str],
+    *,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    attention: str | None = None,
+) -> Loaded:
+    """Loads a dense, per-layer or stock checkpoint. The model is built on the meta device and its weights stream in.
+
+    Args:
+        name: a folder, or the name of a model on the hub (the only case in which the network is used).
+        trust_remote_code: whether code inside the checkpoint may run. slimvlm's own checkpoints do not need it.
+        dtype: of the floating weights; None keeps what was saved.
+        attention: implementation (`sdpa`, `eager`); None is the default of transformers.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: as `load`.
+    """
+    folder, digest = locate(name)
+    config, family = read_config(folder, trust_remote_code)
+    options = {"dtype": dtype or "auto", "device_map": {"": device}, "attn_implementation": attention}
+    _check_room(folder, build_empty(folder, config, family))
+    model = build_loaded(folder, config, family, options)
+    return Loaded(model.eval(), load_processor(folder, trust_remote_code), family, digest, folder)
+
+
+def build_meta(name: str | os.PathLike[str], trust_remote_code: bool = False) -> tuple[PreTrainedModel, Family]:
+    """The model of a checkpoint on the meta device and its family, from the config alone: no weights are read.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: as `load`.
+    """
+    folder = _local_folder(os.fspath(name), ("config.json",))
+    config, family = read_config(folder, trust_remote_code)
+    return build_empty(folder, config, family), family
+
+
+def save_checkpoint(
+    folder: str | os.PathLike[str],
+    model: PreTrainedModel,
+    processor: Any | None,
+    plan: Plan | None,
+    layout: str = "per-layer",
+    max_shard_size: str = "5GB",
+) -> Path:
+    """Writes a checkpoint: weights (safetensors), config, processor, plan.json, manifest.json (sizes and sha256).
+
+    Args:
+        plan: what was cut from the dense model; None for a model that was not cut.
+        layout: `per-layer`, or `stock` (only what the unmodified class can build).
+
+    Raises:
+        OutputError: the folder is not empty, or cannot be written.
+        CheckpointError: layout `stock`, and the model has sizes that the unmodified class cannot build (named).
+        ValueError: unknown layout.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout {layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
+    folder = Path(folder)
+    saved = stock_model(model) if layout == "stock" else model
+    with written_folder(folder) as partial:
+        saved.save_pretrained(partial, max_shard_size=max_shard_size)
+        _save_processor(partial, processor, Path(model.config.name_or_path or partial))
+        if plan is not None:
+            write_text(partial / PLAN, plan.to_json())
+        _write_manifest(partial)
+    return folder
+
+
+def locate(name: str | os.PathLike[str]) -> tuple[Path, str]:
+    """Folder and weight digest of a checkpoint, without building its model.
+
+    Raises:
+        CheckpointError: as `check_weights`.
+    """
+    folder = _local_folder(os.fspath(name), ("*.json", "*.safetensors", *CARRIED))
+    return folder, check_weights(folder)
+
+
+def check_weights(folder: Path) -> str:
+    """Digest of the weight files (sha256 over their sha256 sums in name order), after checking that each is whole.
+
+    Raises:
+        CheckpointError: no safetensors, a missing shard, a damaged file, or one that differs from manifest.json.
+    """
+    refuse_adapter(folder)
+    files = weight_files(folder)
+    listed = read(folder / MANIFEST, Listing)["files"] if (folder / MANIFEST).is_file() else {}
+    total = hashlib.sha256()
+    for path in files:
+        if not path.is_file():
+            raise CheckpointError(f"{folder}: weight file {path.name} is missing; copy or download it again")
+        check_types(path)
+        digest = file_digest(path)
+        if path.name in listed and listed[path.name]["sha256"] != digest:
+            raise CheckpointError(
+                f"{path} is not what {MANIFEST} says; copy it again, or delete {MANIFEST} if you changed it on purpose"
+            )
+        total.update(digest.encode())
+    return total.hexdigest()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: the single one, or the shards its index names.
+
+    Raises:
+        CheckpointError: there is neither, or the index is damaged.
+    """
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if (folder / INDEX).is_file():
+        names = sorted(set(read(folder / INDEX, Shards)["weight_map"].values()))
+        for name in names:
+            if Path(name).name != name or not name.endswith(".safetensors"):  # "../a", "/etc/passwd", ".."
+                raise CheckpointError(f"{folder / INDEX} names {name!r}, which is no file of its folder; do not use it")
+        if not names:
+            raise CheckpointError(f"{folder / INDEX} names no file; copy or download it again")
+        return [folder / name for name in names]
+    raise CheckpointError(f"{folder} holds no {SINGLE} (pickled weights are not read); save it as safetensors")
+
+
+def _check_room(folder: Path, empty: PreTrainedModel) -> None:
+    """Refuse a config that asks for far more weights than are there, before memory is taken for them."""
+    asked = sum(parameter.numel() for parameter in empty.parameters())
+    held = 0
+    for path in weight_files(folder):
+        with safe_open(path, "pt") as file:
+            held += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    if asked > 2 * held + SLACK:
+        raise CheckpointError(
+            f"{folder}: config.json describes a model of {asked} weights, but the weight files hold {held}; they do "
+            "not belong together"
+        )
+
+
+def _local_folder(name: str, patterns: Sequence[str]) -> Path:
+    """The folder itself, or the snapshot of a hub name: those of its files that match `patterns`."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"{folder} has no config.json, so it is not a checkpoint folder")
+        return folder
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise CheckpointError(f"{name} is not a folder; give a checkpoint folder or a hub name such as owner/model")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+        raise CheckpointError(f"{name} is no folder here, and the hub does not give it ({one_line(error)})") from error
+
+
+def _save_processor(folder: Path, processor: Any | None, source: Path) -> None:
+    if processor is not None:
+        processor.save_pretrained(folder)
+    if source.is_dir():
+        for pattern in CARRIED:
+            for path in source.glob(pattern):
+                if not (folder / path.name).exists():
+                    shutil.copyfile(path, folder / path.name)
+
+
+def _write_manifest(folder: Path) -> None:
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in sorted(folder.iterdir())
+    }
+    write_text(folder / MANIFEST, json.dumps({"schema": 1, "files": files}, indent=2) + "\n")

@@ -1,0 +1,298 @@
+"""Which weights must be cut together: the family row and a model (real or on the meta device) give the list of groups.
+
+A group is one attention or one MLP of one block. Its finest *index* is a hidden channel (MLP) or a query head
+(attention; query head h belongs to KV head h // (H / K), so the kept KV heads follow from the kept query heads). What
+an allocator takes or leaves is a *unit*, a set of indices: one channel; one head; a KV group with all its query heads;
+or a query slot, one query head out of every KV group. The residual width is never cut, so every matrix loses either
+rows or columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimvlm.compress.errors import UnsupportedModelError
+from slimvlm.compress.models.families import Attention, Family, Mlp, Tower
+
+ATTENTION_UNITS = ("auto", "kv-group", "query-slot")
+MIN_KV_HEADS = 4  # below this, cutting whole KV groups is too coarse: `auto` cuts query slots
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One tensor side of a group.
+
+    Attributes:
+        path: the linear (or norm) module.
+        dim: 0 if it loses rows (and the bias entries of those rows), 1 if it loses columns.
+        heads: `query`, `kv`, or `channel`: which index list selects.
+        width: rows or columns per index (D for heads, 1 for channels).
+        part, parts: a fused qkv is `parts` = 3 row blocks, one member each.
+        norm: a norm over all heads: its weight loses entries and is rescaled, it carries no score.
+    """
+
+    path: str
+    dim: int
+    heads: str
+    width: int = 1
+    part: int = 0
+    parts: int = 1
+    norm: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Dead:
+    """Blocks at the end of a tower whose output nobody reads: their number, parameters, and weights of linears."""
+
+    blocks: int
+    parameters: int
+    macs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Units that must be cut together.
+
+    Attributes:
+        key: `language.3.attn`.
+        path: attention module, or the block of an MLP.
+        size: indices: channels I of an MLP, query heads H of an attention.
+        kv_heads, head_dim: K and D of an attention; 0 and 1 for an MLP.
+        unit: `channel`, `head`, `kv-group` or `query-slot`; num_units of them.
+        weights_per_unit: weights one unit owns (biases not counted): the divisor of the block-wise normaliser.
+        parameters_per_unit: weights and biases that leave with one unit.
+        macs_per_unit: multiply-accumulates per token of the unit's projections (equals the weights).
+    """
+
+    key: str
+    tower: str
+    modality: str
+    layer: int
+    kind: str
+    path: str
+    size: int
+    kv_heads: int
+    head_dim: int
+    members: tuple[Member, ...]
+    unit: str
+    num_units: int
+    weights_per_unit: int
+    parameters_per_unit: int
+
+    @property
+    def macs_per_unit(self) -> int:
+        return self.weights_per_unit
+
+    @property
+    def heads_per_kv(self) -> int:
+        """Query heads per KV head (1 for plain multi-head attention and MLPs)."""
+        return self.size // self.kv_heads if self.kv_heads else 1
+
+
+def find_groups(
+    model: nn.Module, family: Family, attention_unit: str = "auto", dead: bool = False
+) -> tuple[Group, ...]:
+    """All prunable groups of `model`, in table order. Reads shapes only: meta is enough.
+
+    Args:
+        attention_unit: `kv-group`, `query-slot`, or `auto` (query slots where there are fewer than four KV heads).
+            Attention without grouped queries always has single heads as units.
+        dead: those of dead blocks too, which run all the same.
+
+    Raises:
+        ValueError: unknown attention unit.
+        UnsupportedModelError: a path of the family row does not resolve in this model.
+    """
+    if attention_unit not in ATTENTION_UNITS:
+        raise ValueError(f"attention unit {attention_unit!r} is unknown; choose one of {', '.join(ATTENTION_UNITS)}")
+    groups = []
+    for tower in family.towers:
+        blocks = resolve(model, tower.blocks, family)
+        for layer, block in enumerate(blocks if dead else blocks[: live_blocks(model, family, tower)]):
+            path = f"{tower.blocks}.{layer}"
+            for part in tower.parts:
+                where = (tower, layer, path)
+                if isinstance(part, Attention):
+                    groups.append(_attention_group(model, family, part, where, attention_unit))
+                else:
+                    groups.append(_mlp_group(block, family, part, where))
+    return tuple(groups)
+
+
+def live_blocks(model: nn.Module, family: Family, tower: Tower) -> int:
+    """Number of blocks of `tower` up to the last one whose output is read."""
+    count = len(resolve(model, tower.blocks, family))
+    states = read_states(model.config, tower, count)
+    return min(max(1, *states), count) if states else count
+
+
+def read_states(config: Any, tower: Tower, blocks: int) -> list[int]:
+    """Indices of the hidden states of `tower` that are read, 0 to `blocks`; empty: the output of the last block is."""
+    states = getattr(config, tower.states) if tower.states else []
+    return [state if state >= 0 else blocks + 1 + state for state in ([states] if isinstance(states, int) else states)]
+
+
+def dead_blocks(model: nn.Module, family: Family) -> dict[str, Dead]:
+    """The dead blocks by tower; towers without any are left out."""
+    found = {}
+    for tower in family.towers:
+        blocks = resolve(model, tower.blocks, family)[live_blocks(model, family, tower) :]
+        if len(blocks):
+            linears = [module for module in blocks.modules() if isinstance(module, nn.Linear)]
+            weights = sum(linear.weight.numel() for linear in linears)
+            found[tower.name] = Dead(len(blocks), count_parameters(blocks), weights)
+    return found
+
+
+def resolve(model: nn.Module, path: str, family: Family) -> Any:
+    """The submodule at `path`.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no module {path!r}, which family {family.name!r} needs; "
+            "this transformers version or architecture variant is not supported"
+        ) from None
+
+
+def _attention_group(
+    model: nn.Module, family: Family, attention: Attention, where: tuple[Tower, int, str], attention_unit: str
+) -> Group:
+    tower, layer, block_path = where
+    path = f"{block_path}.{attention.module}"
+    module = resolve(model, path, family)
+    head_dim = getattr(module, attention.head_dim)
+    rows = [resolve(module, name, family) for name in attention.rows]
+    fused = len(rows) == 1
+    heads = rows[0].weight.shape[0] // head_dim // (3 if fused else 1)
+    kv_heads = heads if fused else rows[1].weight.shape[0] // head_dim
+    if fused:
+        names = [(attention.rows[0], part, 3, "query") for part in range(3)]
+    else:
+        names = [(name, 0, 1, "query" if i == 0 else "kv") for i, name in enumerate(attention.rows)]
+    members = [Member(f"{path}.{name}", 0, kind, head_dim, part, parts) for name, part, parts, kind in names]
+    for norm, kind in zip(attention.norms, ("query", "kv"), strict=False):
+        if (
+            isinstance(getattr(module, norm, None), nn.Module)
+            and getattr(getattr(module, norm), "weight", None) is not None
+        ):
+            members.append(Member(f"{path}.{norm}", 0, kind, head_dim, norm=True))
+    members.append(Member(f"{path}.{attention.output}", 1, "query", head_dim))
+    unit = _attention_unit(heads, kv_heads, attention_unit)
+    num_units = {"head": heads, "kv-group": kv_heads, "query-slot": heads // kv_heads}[unit]
+    # A query slot takes query heads only; keys and values stay.
+    owned = [m for m in members if unit != "query-slot" or m.heads == "query"]
+    weights, parameters = _owned(model, owned, num_units)
+    return Group(
+        key=f"{tower.name}.{layer}.{attention.key}",
+        tower=tower.name,
+        modality=tower.modality,
+        layer=layer,
+        kind="attention",
+        path=path,
+        size=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        members=tuple(members),
+        unit=unit,
+        num_units=num_units,
+        weights_per_unit=weights,
+        parameters_per_unit=parameters,
+    )
+
+
+def _attention_unit(heads: int, kv_heads: int, asked: str) -> str:
+    if heads == kv_heads:
+        return "head"
+    if asked == "auto":
+        return "kv-group" if kv_heads >= MIN_KV_HEADS else "query-slot"
+    return asked
+
+
+def _mlp_group(block: nn.Module, family: Family, mlp: Mlp, where: tuple[Tower, int, str]) -> Group:
+    tower, layer, path = where
+    size = resolve(block, mlp.rows[0], family).weight.shape[0]
+    members = [Member(f"{path}.{name}", 0, "channel") for name in mlp.rows] + [
+        Member(f"{path}.{mlp.output}", 1, "channel")
+    ]
+    linears = [resolve(block, name, family) for name in (*mlp.rows, mlp.output)]
+    weights = sum(linear.weight.shape[1 - m.dim] for linear, m in zip(linears, members, strict=True))
+    biases = sum(1 for linear in linears[:-1] if linear.bias is not None)
+    return Group(
+        key=f"{tower.name}.{layer}.{mlp.key}",
+        tower=tower.name,
+        modality=tower.modality,
+        layer=layer,
+        kind="mlp",
+        path=path,
+        size=size,
+        kv_heads=0,
+        head_dim=1,
+        members=tuple(members),
+        unit="channel",
+        num_units=size,
+        weights_per_unit=weights,
+        parameters_per_unit=weights + biases,
+    )
+
+
+def _owned(model: nn.Module, members: list[Member], num_units: int) -> tuple[int, int]:
+    """(weights, weights and biases and norm entries) that one of `num_units` equal units owns."""
+    weights = extras = 0
+    for member in members:
+        module: Any = model.get_submodule(member.path)
+        if member.norm:
+            extras += module.weight.numel()
+            continue
+        weights += module.weight.numel() // member.parts
+        if member.dim == 0 and module.bias is not None:
+            extras += module.bias.numel() // member.parts
+    return weights // num_units, (weights + extras) // num_units
+
+
+def kept_kv_heads(group: Group, kept: Tensor) -> Tensor:
+    """The KV heads that stay when the query heads `kept` (sorted int64) stay.
+
+    Raises:
+        ValueError: the kept KV heads would have different numbers of query heads.
+    """
+    kv, counts = torch.unique(kept // group.heads_per_kv, return_counts=True)
+    if len(set(counts.tolist())) > 1:
+        raise ValueError(
+            f"{group.key}: every kept KV head must keep the same number of query heads, got {counts.tolist()}"
+        )
+    return kv
+
+
+def member_indices(group: Group, member: Member, kept: Tensor) -> Tensor:
+    """Rows (dim 0) or columns (dim 1) of `member`'s tensor that stay, int64, sorted.
+
+    For one part of a fused projection these are the rows of that part only.
+
+    Args:
+        kept: sorted indices of the group that stay (channels or query heads), int64.
+    """
+    index = kept_kv_heads(group, kept) if member.heads == "kv" else kept
+    if member.width > 1:
+        index = (index[:, None] * member.width + torch.arange(member.width)).flatten()
+    count = group.kv_heads if member.heads == "kv" else group.size
+    return index + member.part * count * member.width
+
+
+def unique_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter once, however often it is tied."""
+    yield from model.named_parameters(remove_duplicate=True)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of the model; tied ones count once."""
+    return sum(parameter.numel() for _, parameter in unique_parameters(model))

@@ -1,0 +1,218 @@
+"""The one door to transformers' loaders: config, model and processor of a folder that somebody else wrote.
+
+These loaders promise no kind of error: whatever a strange file makes them raise becomes one refusal that names the
+folder. What they would do silently and wrongly (attach an adapter, cast integers, unpack somebody's quantization) is
+refused before they are called.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+from slimvlm.compress.errors import (
+    CheckpointError,
+    MissingDependencyError,
+    UnsupportedModelError,
+    foreign,
+)
+from slimvlm.compress.models.families import Family, find_family
+from slimvlm.compress.models.modeling_slim import RECORD, slim_class
+
+PROCESSOR = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+FLOATING = ("F16", "BF16", "F32", "F64")  # types of weights, as safetensors calls them
+COUNTED = ("_ids", "_index", "_tracked")  # ends of names of buffers that older checkpoints keep, and that are integers
+MODULES = ("layer", "depth", "block", "expert", "stage")  # in names of config fields that count modules
+AGAIN = "copy or download it again"
+SIZES = ("num_", "hidden_size", "intermediate_size", "image_size", "patch_size", "vocab_size")
+MOST_MODULES = 1024  # eight times the deepest model there is; building more takes minutes
+
+
+def read_config(folder: Path, trust_remote_code: bool = False) -> tuple[transformers.PreTrainedConfig, Family]:
+    """The config of a folder and the row of its family.
+
+    Raises:
+        CheckpointError: config.json cannot be read, or asks for what no model has; an adapter lies beside it, or its
+            weights are quantized.
+        UnsupportedModelError: its model type has no row in the family table.
+    """
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json, so it is not a checkpoint folder")
+    refuse_adapter(folder)
+    with foreign(f"{folder}: config.json cannot be read"), _quiet():
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        document = config.to_dict()
+    family = find_family(config)
+    _check_numbers(folder, document, "")
+    return config, family
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Transformers attaches an adapter that lies beside weights, and then fills in the weights at random.
+
+    Raises:
+        CheckpointError: there is one.
+    """
+    found = [name for name in ADAPTER if (folder / name).exists()]
+    if found:
+        raise CheckpointError(
+            f"{folder} holds an adapter ({', '.join(found)}), not the weights of a whole model; merge it into its base "
+            "model first (peft: PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)), "
+            "or move the adapter's files away if the weights are complete without it"
+        )
+
+
+def check_types(path: Path) -> None:
+    """Weights are floating point: integers would be cast to it without the scale they were made with.
+
+    Args:
+        path: a safetensors file.
+
+    Raises:
+        CheckpointError: one is not, with its name.
+    """
+    with foreign(f"{path} is damaged", AGAIN), safe_open(path, "pt") as file:
+        kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    wrong = [name for name, kind in kinds.items() if kind not in FLOATING and not name.endswith(COUNTED)]
+    if wrong:
+        raise CheckpointError(
+            f"{path}: {len(wrong)} weights are {kinds[wrong[0]]} ({wrong[0]}{', ...' if wrong[1:] else ''}); accepted "
+            f"are {', '.join(FLOATING)}. Save the model dequantized, as float32, bfloat16 or float16"
+        )
+
+
+def build_empty(folder: Path, config: transformers.PreTrainedConfig, family: Family) -> PreTrainedModel:
+    """The model of a config on the meta device: no weight takes memory.
+
+    Raises:
+        CheckpointError: it cannot be built.
+    """
+    model_class = _model_class(config, family)
+    with foreign(f"{folder}: the model cannot be built"), _quiet(), torch.device("meta"):
+        return model_class(config)
+
+
+def build_loaded(
+    folder: Path, config: transformers.PreTrainedConfig, family: Family, options: dict[str, Any]
+) -> PreTrainedModel:
+    """The model with the weights of the folder, every one of them in its place, and every one a number.
+
+    Raises:
+        CheckpointError: it cannot be built, a weight is missing, left over, of another size, or not finite.
+    """
+    model_class = _model_class(config, family)
+    with foreign(f"{folder}: the model cannot be built"), _quiet():
+        model, info = model_class.from_pretrained(
+            folder,
+            config=config,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are listed; they are refused below
+            **options,
+        )
+    _check_loading(folder, info)
+    _check_finite(folder, model)
+    return model
+
+
+def load_processor(folder: Path, trust_remote_code: bool = False) -> Any | None:
+    """The processor saved in a folder, or None if there is none.
+
+    Raises:
+        CheckpointError, MissingDependencyError: it cannot be loaded.
+    """
+    if not any((folder / name).is_file() for name in PROCESSOR):
+        return None
+    try:
+        with foreign(f"{folder}: its processor cannot be loaded"), _quiet():
+            return transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except CheckpointError as refused:
+        # How processors fail whose video part lacks torchvision.
+        without = isinstance(refused.__cause__, TypeError | AttributeError | ImportError)
+        if without and importlib.util.find_spec("torchvision") is None:
+            raise MissingDependencyError(
+                f"{refused}; it may need torchvision: pip install 'slimvlm[vision]'"
+            ) from refused
+        raise
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What transformers only warns of is an error here, or of no interest."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def _model_class(config: transformers.PreTrainedConfig, family: Family) -> Any:
+    dual = family.kind == "dual-encoder"
+    mapping = transformers.MODEL_MAPPING if dual else transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    base = mapping.get(type(config), None)
+    if base is None:
+        raise UnsupportedModelError(f"transformers {transformers.__version__} has no model for a {family.name} config")
+    return slim_class(base) if getattr(config, RECORD, None) else base
+
+
+def _check_numbers(folder: Path, document: Any, place: str) -> None:
+    """Counts of modules that a machine can build, and no weights in a form of somebody else's."""
+    if isinstance(document, dict):
+        if document.get("quantization_config"):
+            method = document["quantization_config"]
+            method = method.get("quant_method") if isinstance(method, dict) else method
+            raise CheckpointError(
+                f"{folder}: the weights are quantized (quantization_config{place and ' of ' + place}: {method}); only "
+                "floating-point weights can be cut. Take the model it was made of, or save it dequantized"
+            )
+        for name, value in document.items():
+            where = f"{place}.{name}" if place else str(name)
+            number = value if isinstance(value, int) else 0
+            if number > MOST_MODULES and any(word in str(name) for word in MODULES):
+                raise CheckpointError(
+                    f"{folder}: config.json says {where} = {number:.3g}; accepted is at most {MOST_MODULES}. Correct it"
+                )
+            if number < 0 and str(name).startswith(SIZES):
+                raise CheckpointError(
+                    f"{folder}: config.json says {where} = {number}; accepted is 0 or more. Correct it"
+                )
+            _check_numbers(folder, value, where)
+
+
+def _check_loading(folder: Path, info: dict[str, Any]) -> None:
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if found := sorted(entry if isinstance(entry, str) else str(entry[0]) for entry in info.get(what) or ()):
+            kind = what.removesuffix("_keys").replace("_", " ")
+            raise CheckpointError(f"{folder}: {len(found)} {kind} weights ({_some(found)}): they do not fit the config")
+
+
+def _check_finite(folder: Path, model: PreTrainedModel) -> None:
+    """One pass over the weights, without a copy of any: the extremes of a tensor are not finite if a value is not. A
+    GPU is waited for once.
+    """
+    names = [name for name, weight in model.named_parameters() if weight.numel()]
+    extremes = (torch.stack(torch.aminmax(model.get_parameter(name).detach())) for name in names)
+    finite = torch.stack([found.isfinite().all() for found in extremes]).tolist()
+    wrong = [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
+    if wrong:
+        raise CheckpointError(
+            f"{folder}: {len(wrong)} weights hold values that are not finite ({_some(wrong)}); nothing can be computed "
+            "with them. Copy or download the checkpoint again, or take an earlier state of its training"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")

@@ -1,0 +1,131 @@
+"""What the cut took away, read back from the dense checkpoint: only the rows and columns asked for, never a model.
+
+The tensors of a file may have older names than the modules of the model. They are mapped as transformers maps them when
+it loads the checkpoint: with its own rules, on the dense model built on the meta device.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from slimvlm.compress.errors import CheckpointError
+from slimvlm.compress.models.checkpoint import build_meta, weight_files
+from slimvlm.compress.plan import Plan
+from slimvlm.compress.slicing.apply import Cut, complement, find_cuts, matching_groups
+from slimvlm.kernels import gather_blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Recalled:
+    """The pruned slices of one dense weight W0, which keeps rows R and columns C and loses rows P and columns D.
+
+    Attributes:
+        rows: W0[P][:, C], [|P|, |C|]; None if no row was cut.
+        columns: W0[R][:, D], [|R|, |D|]; None if no column was cut.
+    """
+
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+
+
+class Slices:
+    """The pruned slices of every matrix a plan cuts, on the CPU, in the dtype of the file. Nothing stays in memory.
+
+    Args:
+        folder: the dense checkpoint (single file or shards).
+        model: the model that was cut from it.
+        plan: what was cut.
+
+    Raises:
+        CheckpointError: the plan is not this checkpoint's, or not this model's, or a matrix is not in the files.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], model: nn.Module, plan: Plan) -> None:
+        self._folder = Path(folder)
+        dense, family = build_meta(folder)
+        self._shapes, self._cuts = {}, {}
+        for group in matching_groups(dense, family, plan):
+            for cut in find_cuts(group, torch.tensor(plan.keep[group.key], dtype=torch.int64)):
+                shape = tuple(dense.get_parameter(f"{cut.path}.weight").shape)
+                if len(shape) == 2:  # norms of the heads lose entries, which no low-rank branch recalls
+                    self._check_cut(model, cut, shape)
+                    self._shapes[cut.path], self._cuts[cut.path] = shape, cut
+        self._stored = find_tensors(self._folder, dense)
+        for path in self._cuts:
+            if f"{path}.weight" not in self._stored:
+                raise CheckpointError(
+                    f"{folder}: {path}.weight is not stored as one tensor; load the checkpoint and save it once with "
+                    "slimvlm or transformers, then cut the saved one"
+                )
+
+    def of(self, path: str) -> Recalled:
+        """The pruned slices of the linear module `path`; both None for one that was not cut.
+
+        Raises:
+            CheckpointError: the file cannot be read, or its tensor has another size than the config says.
+        """
+        cut = self._cuts.get(path)
+        if cut is None:
+            return Recalled()
+        file, name = self._stored[f"{path}.weight"]
+        try:
+            with safe_open(file, "pt") as opened:
+                view = opened.get_slice(name)
+                if tuple(view.get_shape()) != self._shapes[path]:
+                    raise CheckpointError(f"{file}: {name} is {view.get_shape()}, not {list(self._shapes[path])}")
+                return _read(view, cut)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{file}: {name} cannot be read ({error}); copy or download it again") from error
+
+    def _check_cut(self, model: nn.Module, cut: Cut, shape: tuple[int, int]) -> None:
+        kept = tuple(
+            size if index is None else len(index) for index, size in zip((cut.rows, cut.columns), shape, strict=True)
+        )
+        found = tuple(model.get_parameter(f"{cut.path}.weight").shape)
+        if found != kept:
+            raise CheckpointError(
+                f"{cut.path} is {found} in this model, the plan leaves {kept} of {self._folder}; "
+                "give the plan and the dense checkpoint this model was cut with"
+            )
+
+
+def find_tensors(folder: Path, model: PreTrainedModel) -> dict[str, tuple[Path, str]]:
+    """Where the weights of `model` (the dense one; the meta device is enough) are: name -> (file, name in the file).
+
+    Weights that transformers computes from several stored tensors are left out.
+    """
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    known, prefix = model.state_dict(), model.base_model_prefix
+    found = {}
+    for file in weight_files(folder):
+        with safe_open(file, "pt") as opened:
+            for stored in opened.keys():  # noqa: SIM118 (no mapping)
+                name, converter = rename_source_key(stored, renamings, converters, prefix, known)
+                if name not in known and stored in known:
+                    name, converter = rename_source_key(stored, [], [], prefix, known)
+                if converter is None:
+                    found[name] = (file, stored)
+    return found
+
+
+def _read(view: Any, cut: Cut) -> Recalled:
+    """Of a one-sided cut only what was pruned is read; cut on both, the matrix is read once and taken apart at once."""
+    height, width = view.get_shape()
+    if cut.rows is not None and cut.columns is not None:
+        blocks = gather_blocks(view[:], cut.rows, cut.columns)
+        return Recalled(blocks.pruned_rows, blocks.pruned_cols)
+    if cut.rows is not None:
+        return Recalled(view[complement(cut.rows, height).tolist()], None)
+    return Recalled(None, view[:, complement(cut.columns, width).tolist()] if cut.columns is not None else None)

@@ -1,0 +1,330 @@
+"""Student, teacher and losses as ONE module, whose forward returns the loss of a batch in a stage.
+
+Being one module it can be wrapped by DDP or sharded by FSDP as it is. Block outputs are caught by hooks; when nothing
+behind the last wanted output matters, the forward of student and teacher ends there. Hooks leave with each forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from slimvlm.compress.errors import UnsuitableOptionError
+from slimvlm.compress.models.families import Family, Tower
+from slimvlm.compress.recovery.distillation import losses
+from slimvlm.compress.recovery.distillation.losses import IGNORED
+from slimvlm.compress.recovery.distillation.recipe import TAUGHT, Recipe, Stage
+from slimvlm.compress.recovery.distillation.teacher_checks import check_states, check_teacher, depths_of
+
+Batch = Mapping[str, Any]
+Targets = dict[str, Tensor]
+LOGITS = "logits"
+ROWS, PATCHES = "answer_rows", "patch_mask"  # of a located batch
+EMBEDDINGS = ("image_embeds", "text_embeds")  # the hidden states of a dual encoder
+
+
+class _SeenAllError(Exception):
+    """Ends a forward; never leaves this module."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """A batch as the models are asked it.
+
+    Attributes:
+        inputs: keyword arguments of the forward.
+        rows: which of the flattened (batch, token) positions get logits, int64 [n]; None for a dual encoder.
+        labels: int64 [n] of these positions.
+        masks: tower name -> bool, True for the tokens that are no padding; None: all of them.
+    """
+
+    inputs: dict[str, Any]
+    rows: Tensor | None
+    labels: Tensor | None
+    masks: Mapping[str, Tensor | None]
+
+
+class Distiller(nn.Module):
+    """The loss of a student on a batch, by itself and against a teacher.
+
+    The teacher is frozen and always in evaluation mode. So is the backbone of the student, as in the paper: in training
+    mode only adapters (their dropout) and blocks (gradient checkpointing asks for it) are switched.
+
+    Args:
+        student: the cut model, its adapters in place if there are any (of a peft model: its base model).
+        teacher: the dense model; None if the recipe needs none.
+        block_map: tower -> the teacher layer each student layer follows; missing: the same layer (see `match_blocks`).
+
+    Raises:
+        UnsuitableOptionError: the recipe needs a teacher and there is none; the teacher is of another family, width,
+            depth or vocabulary; a hidden state that does not exist.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        family: Family,
+        recipe: Recipe,
+        block_map: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.family, self.recipe = family, recipe
+        self.depths = depths_of(student, family)
+        self.block_map = dict(block_map or {})
+        if recipe.needs_teacher and teacher is None:
+            raise UnsuitableOptionError("this recipe learns from the dense model; name it as the teacher, or use sft")
+        if teacher is not None:
+            check_teacher(student, teacher, family, self.block_map)
+            check_states(recipe, teacher, family)
+            teacher.requires_grad_(False)
+        for module in student.modules():  # a block's own dropout (OPT's) follows the flag that checkpointing needs
+            if isinstance(module, GradientCheckpointingLayer) and isinstance(getattr(module, "dropout", None), float):
+                module.dropout = 0.0  # type: ignore[assignment]
+        self.student, self.teacher = student, teacher
+        self.train(student.training)
+
+    def train(self, mode: bool = True) -> Distiller:
+        """Training mode for adapters and blocks of the student only; dropout of the backbone stays off."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        self.student.eval()
+        for module in self.student.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.train(mode)
+            elif isinstance(module, GradientCheckpointingLayer):
+                module.training = mode
+        return self
+
+    def forward(self, batch: Batch, stage: Stage, targets: Targets | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """(the loss, its parts detached and unweighted); a part is a loss or a tower's sum of feature losses.
+
+        Args:
+            batch: a padded training batch, on the student's device.
+            targets: what `targets` gave for this batch and a stage that needs at least as much; None: ask the teacher.
+        """
+        question = self._ask(batch)
+        if targets is None:
+            targets = self._taught(question, stage)
+        device = next(self.student.parameters()).device
+        truth = {name: value.to(device, non_blocking=True) for name, value in targets.items()}
+        seen = self._observe(self.student, question, stage, teacher=False)
+        parts: dict[str, Tensor] = {}
+        for block in stage.blocks:
+            value = block.weight * self._feature(seen[block.key], truth[block.key], question.masks[block.tower])
+            parts[block.tower] = parts[block.tower] + value if block.tower in parts else value
+        total = sum(parts.values(), start=torch.zeros((), device=device))
+        for name, weight in stage.losses.items():
+            parts[name] = self._output_loss(name, question, seen, truth)
+            total = total + weight * parts[name]
+        return total, {name: value.detach() for name, value in parts.items()}
+
+    def targets(self, batch: Batch, stage: Stage) -> Targets:
+        """What the teacher says of this batch, as far as the stage needs it, in the teacher's dtype."""
+        return self._taught(self._ask(batch), stage)
+
+    def target_names(self, stage: Stage) -> tuple[str, ...]:
+        """The names of `targets`: `tower.layer` of supervised blocks, `logits`, `hidden.-1`, ..."""
+        names = [block.key for block in stage.blocks]
+        if any(name in stage.losses for name in ("kl", "rkl")):
+            names.append(LOGITS)
+        if "hidden" in stage.losses:
+            dual = self.family.kind == "dual-encoder"
+            names += EMBEDDINGS if dual else [f"hidden.{index}" for index in self.recipe.hidden_states]
+        return tuple(names)
+
+    # ---------------------------------------------------------------- losses
+
+    def _feature(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+        if self.recipe.faithful:
+            return losses.normalised_error(student, teacher)
+        return losses.feature_distance(student, teacher, mask)
+
+    def _output_loss(self, name: str, question: _Question, seen: Targets, truth: Targets) -> Tensor:
+        if name == "sft":
+            return seen["loss"] if question.labels is None else losses.cross_entropy(seen[LOGITS], question.labels)
+        if name == "hidden":
+            names = [key for key in truth if key.startswith("hidden.") or key in EMBEDDINGS]
+            mask = None if question.rows is None else question.masks[self.family.towers[-1].name]
+            return torch.stack([losses.squared_error(seen[key], truth[key], mask) for key in names]).mean()
+        compare = losses.divergence if question.rows is not None else losses.contrast_divergence
+        return compare(seen[LOGITS], truth[LOGITS], self.recipe.temperature, reverse=name == "rkl")
+
+    # ---------------------------------------------------------------- forward
+
+    @torch.no_grad()
+    def _taught(self, question: _Question, stage: Stage) -> Targets:
+        if not self.target_names(stage):
+            return {}
+        if self.teacher is None:
+            raise ValueError(f"stage {stage.name!r} needs a teacher or its targets, and there is neither")
+        seen = self._observe(self.teacher, question, stage, teacher=True)
+        return {name: seen[name] for name in self.target_names(stage)}
+
+    def _observe(self, model: nn.Module, question: _Question, stage: Stage, *, teacher: bool) -> Targets:
+        """The outputs that the stage asks for, by name; the forward ends once they are complete."""
+        wanted: list[tuple[str, str]] = []
+        for block in stage.blocks:
+            layers = self.block_map.get(block.tower) if teacher else None
+            layer = layers[block.layer] if layers else block.layer
+            tower = next(tower for tower in self.family.towers if tower.name == block.tower)
+            wanted.append((block.key, f"{tower.blocks}.{layer}"))
+        dual = self.family.kind == "dual-encoder"
+        if "hidden" in stage.losses and not dual:
+            depth = depths_of(model, self.family)[self.family.towers[-1].name]
+            wanted += [
+                (f"hidden.{index}", _state(self.family.towers[-1], depth, index)) for index in self.recipe.hidden_states
+            ]
+        asked = set(stage.losses) if not teacher else set(stage.losses) & set(TAUGHT)
+        to_the_end = bool(asked if dual else asked - {"hidden"})  # somebody wants logits
+        with _Watch(model, wanted, to_the_end) as watch:
+            if to_the_end and question.rows is not None:
+                watch.select(cast(Any, model).get_output_embeddings(), question.rows)
+            output = watch.run(question.inputs)
+        seen = watch.seen
+        if to_the_end and dual:
+            seen |= {name: output[name] for name in EMBEDDINGS} | {"loss": output.loss}
+            seen[LOGITS] = output.logits_per_image
+        elif to_the_end:
+            seen[LOGITS] = output.logits.flatten(0, -2)
+        return seen
+
+    # ---------------------------------------------------------------- batches
+
+    def located(self, batch: Batch) -> dict[str, Any]:
+        """The batch and what is where in it: the positions whose logits count, the patches that hold a pixel.
+
+        How many there are only a look at the values tells, and on a GPU the host would wait for it: this is for the
+        host, before the batch is put on the device. `forward` does without, and then waits.
+        """
+        found = dict(batch)
+        patches = _patch_mask(self.student, batch)
+        if patches is not None:
+            found[PATCHES] = patches
+        if self.family.kind != "dual-encoder":
+            if "labels" not in batch:
+                raise ValueError(
+                    "a batch without labels cannot be learnt from; collate it with answers (training batches)"
+                )
+            found[ROWS] = self._counted(batch["labels"]).flatten().nonzero().flatten()
+        return found
+
+    def _counted(self, labels: Tensor) -> Tensor:
+        """Bool: the positions whose logits count."""
+        if not self.recipe.faithful:
+            return self._aligned(labels) != IGNORED
+        counted = torch.ones_like(labels, dtype=torch.bool)
+        if self.family.kind == "decoder":
+            counted[:, -1] = False  # nothing follows the last token
+        return counted
+
+    def _aligned(self, labels: Tensor) -> Tensor:
+        """The labels at the positions whose logits are to give them."""
+        return F.pad(labels[:, 1:], (0, 1), value=IGNORED) if self.family.kind == "decoder" else labels
+
+    def _ask(self, batch: Batch) -> _Question:
+        inputs = dict(batch) if ROWS in batch else self.located(batch)
+        rows, vision, text = inputs.pop(ROWS, None), inputs.pop(PATCHES, None), batch.get("attention_mask")
+        masks = {
+            tower.name: vision if tower.modality == "vision" else None if text is None else text.bool()
+            for tower in self.family.towers
+        }
+        if rows is None:
+            return _Question({**inputs, "return_loss": True}, None, None, masks)
+        labels = inputs.pop("labels")
+        inputs["use_cache"] = False
+        if self.family.kind == "encoder-decoder":
+            last = self.family.towers[-1]
+            inputs["decoder_input_ids"] = _decoder_inputs(self.student, last, labels)
+            own = batch.get("decoder_attention_mask")
+            masks[last.name] = labels != IGNORED if own is None else own.bool()
+        return _Question(inputs, rows, self._aligned(labels).flatten()[rows], masks)
+
+
+class _Watch:
+    """Forward hooks that keep what modules put out, and end the forward when the last of them has been seen."""
+
+    def __init__(self, model: nn.Module, wanted: Iterable[tuple[str, str]], to_the_end: bool) -> None:
+        self.model, self.wanted, self.to_the_end = model, list(wanted), to_the_end
+        self.seen: Targets = {}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> _Watch:
+        for name, path in self.wanted:
+            before, _, path = path.rpartition(":")
+            module = self.model.get_submodule(path)
+            if before:
+                hook: Callable[..., None] = partial(self._read, name)
+                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            else:
+                self._handles.append(module.register_forward_hook(partial(self._wrote, name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def select(self, head: nn.Module, rows: Tensor) -> None:
+        """Let the output head see these flattened (batch, token) positions only: no other logits are ever formed."""
+
+        def chosen(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+            return (inputs[0].flatten(0, -2).index_select(0, rows)[None],)
+
+        self._handles.append(head.register_forward_pre_hook(chosen))
+
+    def run(self, inputs: Mapping[str, Any]) -> Any:
+        """The model's output, or None where the forward ended before."""
+        try:
+            return self.model(**inputs)
+        except _SeenAllError:
+            return None
+
+    def _wrote(self, name: str, _: nn.Module, inputs: object, output: Any) -> None:
+        self._keep(name, output if isinstance(output, Tensor) else output[0])
+
+    def _read(self, name: str, _: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, Any]) -> None:
+        self._keep(name, inputs[0] if inputs else named["hidden_states"])
+
+    def _keep(self, name: str, value: Tensor) -> None:
+        self.seen[name] = value
+        if not self.to_the_end and len(self.seen) == len(self.wanted):
+            raise _SeenAllError
+
+
+def _state(tower: Tower, depth: int, index: int) -> str:
+    """Where hidden state `index` of a tower is: before a block (`before:path`), after one, or after the final norm."""
+    position = index if index >= 0 else depth + 1 + index
+    if position == depth:
+        return tower.blocks.rpartition(".")[0]
+    return f"{tower.blocks}.{position - 1}" if position else f"before:{tower.blocks}.0"
+
+
+def _decoder_inputs(model: nn.Module, tower: Tower, labels: Tensor) -> Tensor:
+    """The labels one step later, by the rule of the language model that holds the decoder."""
+    path = tower.blocks
+    while path:
+        path = path.rpartition(".")[0]
+        shift = getattr(model.get_submodule(path), "prepare_decoder_input_ids_from_labels", None)
+        if shift is not None:
+            return shift(labels)
+    raise ValueError(f"no module above {tower.blocks} makes decoder inputs from labels")
+
+
+def _patch_mask(model: nn.Module, batch: Batch) -> Tensor | None:
+    """True for patches that hold a pixel, [images, patches], without padding images; None: all patches hold one."""
+    pixels = batch.get("pixel_attention_mask")
+    if pixels is None:
+        return None
+    config: Any = model.config
+    real = batch["pixel_values"].flatten(0, 1).flatten(1).any(1)
+    patches = F.max_pool2d(pixels.flatten(0, 1)[real][:, None].float(), config.vision_config.patch_size)
+    return patches.flatten(1).bool()

@@ -1,0 +1,254 @@
+"""What a recovery run learns from, and in which order: recipes and the stages made of them. No torch is imported.
+
+The recipe `lpd` is the progressive distillation of UKMP (AAAI 2025, Eq. 13-14): the supervised blocks grow from shallow
+to deep and from the vision tower to the language towers; then features give way to the task and the teacher's logits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+from slimvlm.compress.errors import UnsuitableOptionError
+from slimvlm.compress.models.families import Family, Tower
+
+LOSSES = ("sft", "kl", "rkl", "hidden")
+TAUGHT = ("kl", "rkl", "hidden")  # the losses that need the teacher
+PROGRESSIVE = "lpd"
+ACCEPTED = f"accepted are {PROGRESSIVE} and sums of {', '.join(LOSSES)}, with weights if wanted, such as 'sft+0.5*kl'"
+FEATURE_SHARE = 0.2  # of the samples; the paper gives 37 to 54 %, which on few steps is missing at the end
+TASK_SAMPLES = 275  # thousands, as all sample counts of the paper's schedule
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What the student learns from.
+
+    Attributes:
+        losses: name (of LOSSES) -> weight, at the model's output.
+        features: also supervise block outputs.
+        staged: grow the set of supervised blocks, then drop it; otherwise everything is supervised all the time.
+        feature_share: part of the samples that the feature stages get; None: what the paper's schedule gives them.
+        faithful: the paper's own normalisations and weights instead of those that do not depend on batch and width.
+        temperature: of `kl` and `rkl`, which are multiplied by its square.
+        hidden_states: which states `hidden` compares, counted as transformers does (-1: after the final norm).
+    """
+
+    losses: Mapping[str, float]
+    features: bool = False
+    staged: bool = False
+    feature_share: float | None = None
+    faithful: bool = False
+    temperature: float = 1.0
+    hidden_states: tuple[int, ...] = (-1,)
+
+    def __post_init__(self) -> None:
+        if not self.features and not any(self.losses.values()):
+            raise UnsuitableOptionError(f"the recipe has nothing to learn from; {ACCEPTED}")
+        for name, weight in self.losses.items():
+            if name not in LOSSES:
+                raise UnsuitableOptionError(f"the loss {name!r} is unknown; {ACCEPTED}")
+            if not (math.isfinite(weight) and weight > 0):
+                raise UnsuitableOptionError(f"the weight {weight} of {name!r} is not a positive number; {ACCEPTED}")
+        if self.feature_share is not None and not 0 < self.feature_share < 1:
+            raise UnsuitableOptionError(
+                f"the share {self.feature_share} of the feature stages leaves nothing to them or to the answers; "
+                f"choose one between 0 and 1, such as {FEATURE_SHARE}"
+            )
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise UnsuitableOptionError(f"the temperature {self.temperature} is not positive; 1 changes nothing")
+        if "hidden" in self.losses and not self.hidden_states:
+            raise UnsuitableOptionError("the loss 'hidden' needs a hidden state to compare; -1 is the last")
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether anything is learnt from the dense model."""
+        return self.features or any(name in TAUGHT for name in self.losses)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockTarget:
+    """A supervised block of the student: its output is to be the teacher's. `weight` multiplies its feature loss."""
+
+    tower: str
+    layer: int
+    weight: float
+
+    @property
+    def key(self) -> str:
+        """`vision.3`: how the output is called among a teacher's."""
+        return f"{self.tower}.{self.layer}"
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A part of the run, `share` of its samples, with one set of supervised blocks and losses (name -> weight)."""
+
+    name: str
+    blocks: tuple[BlockTarget, ...]
+    losses: Mapping[str, float]
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Pace:
+    """How the paper treats a kind of tower: part of the supervised blocks that is shallow, samples (thousands) of the
+    shallow and of the full stage, weight beta of its normalised squared error.
+    """
+
+    shallow: tuple[int, int]
+    samples: tuple[int, int]
+    beta: float
+
+
+PACES: Mapping[str, _Pace] = {
+    "vision": _Pace(shallow=(3, 5), samples=(20, 20), beta=1e6),
+    "encoder": _Pace(shallow=(1, 2), samples=(80, 40), beta=1e9),
+    "decoder": _Pace(shallow=(1, 2), samples=(80, 80), beta=1e8),
+}
+
+
+def parse_recipe(
+    text: str,
+    *,
+    stages: bool = True,
+    feature_share: float | None = None,
+    faithful: bool = False,
+    temperature: float = 1.0,
+    hidden_states: tuple[int, ...] = (-1,),
+) -> Recipe:
+    """The recipe `lpd`, or a sum of losses such as `sft`, `kl+hidden`, `sft+0.5*kl`.
+
+    The last stage of `lpd` has the answers, `kl` and `hidden`; others join or weigh anew: `lpd+rkl`,
+    `lpd+0.5*kl`, `lpd+0*hidden` for none.
+
+    Args:
+        stages: whether `lpd` proceeds in stages.
+        feature_share: of `lpd`'s stages before the last; None: `FEATURE_SHARE`, if `faithful` the paper's.
+        faithful: the paper's: no `hidden`, its own shares.
+
+    Raises:
+        UnsuitableOptionError: an unknown or repeated loss, a weight or temperature that is not positive.
+    """
+    terms = [term.strip() for term in text.split("+")]
+    progressive = PROGRESSIVE in terms
+    losses = dict.fromkeys(("sft", "kl") if faithful else ("sft", "kl", "hidden"), 1.0) if progressive else {}
+    given: set[str] = set()
+    for term in terms:
+        factor, star, name = (part.strip() for part in term.rpartition("*"))
+        if name not in LOSSES and term != PROGRESSIVE:
+            raise UnsuitableOptionError(f"recipe {text!r}: {name!r} is no loss; {ACCEPTED}")
+        if name in given:
+            raise UnsuitableOptionError(f"recipe {text!r}: {name!r} comes twice; give its weight once, as '2*{name}'")
+        given.add(name)
+        if term != PROGRESSIVE:
+            losses[name] = _weight(text, factor) if star else 1.0
+    if progressive:
+        losses = {name: weight for name, weight in losses.items() if weight != 0}
+    share = FEATURE_SHARE if feature_share is None and not faithful else feature_share
+    states = tuple(dict.fromkeys(hidden_states))
+    return Recipe(losses, progressive, progressive and stages, share, faithful, temperature, states)
+
+
+def _weight(text: str, factor: str) -> float:
+    try:
+        return float(factor)
+    except ValueError:
+        raise UnsuitableOptionError(f"recipe {text!r}: {factor!r} is no number; {ACCEPTED}") from None
+
+
+def supervised_layers(depth: int) -> tuple[int, ...]:
+    """Every second block counted back from the last: the paper's 0, 2, .. 38 of 39 and 1, 3, .. 23 of 24."""
+    return tuple(range((depth - 1) % 2, depth, 2))
+
+
+def make_stages(family: Family, depths: Mapping[str, int], recipe: Recipe) -> tuple[Stage, ...]:
+    """The stages of a run, in order; their shares sum to one.
+
+    Args:
+        depths: tower name -> number of blocks of the student.
+
+    Raises:
+        ValueError: a tower of the family has no depth, or no block.
+    """
+    for tower in family.towers:
+        if depths.get(tower.name, 0) < 1:
+            raise ValueError(f"tower {tower.name!r} of {family.name!r} has no block; got depths {dict(depths)}")
+    if not recipe.features:
+        return (Stage("task", (), dict(recipe.losses), 1.0),)
+    full = {tower.name: supervised_layers(depths[tower.name]) for tower in family.towers}
+    if not recipe.staged:
+        return (Stage("all", _targets(family, full, recipe), dict(recipe.losses), 1.0),)
+    plan: list[tuple[str, tuple[BlockTarget, ...], Mapping[str, float], float]] = []
+    reached: dict[str, tuple[int, ...]] = {}
+    for tower in family.towers:
+        pace = PACES[_kind(family, tower)]
+        part, of = pace.shallow
+        layers = full[tower.name]
+        shallow = layers[: max(1, len(layers) * part // of)]
+        for suffix, chosen, samples in zip((" shallow", ""), (shallow, layers), pace.samples, strict=True):
+            reached[tower.name] = chosen
+            plan.append((tower.name + suffix, _targets(family, reached, recipe), {}, samples))
+    if recipe.losses:
+        features = sum(samples for *_, samples in plan)
+        task = TASK_SAMPLES if recipe.feature_share is None else features * (1 / recipe.feature_share - 1)
+        plan.append(("task", (), dict(recipe.losses), task))
+    total = sum(samples for *_, samples in plan)
+    return tuple(Stage(name, blocks, losses, samples / total) for name, blocks, losses, samples in plan)
+
+
+def stage_bounds(stages: tuple[Stage, ...], total_steps: int) -> tuple[int, ...]:
+    """The step after the last of each stage: cumulative, the last is `total_steps`.
+
+    Every stage gets a step if there are enough of them; the shares are met within one step otherwise.
+
+    Raises:
+        ValueError: no stage, or a negative number of steps.
+    """
+    if not stages or total_steps < 0:
+        raise ValueError(f"{len(stages)} stages and {total_steps} steps cannot be scheduled")
+    least = 1 if total_steps >= len(stages) else 0
+    bounds: list[int] = []
+    share = 0.0
+    for index, stage in enumerate(stages):
+        share += stage.share
+        first = (bounds[-1] if bounds else 0) + least
+        last = total_steps - least * (len(stages) - index - 1)
+        bounds.append(min(max(round(share * total_steps), first), last))
+    return (*bounds[:-1], total_steps)
+
+
+def match_blocks(kept: tuple[int, ...], depth: int) -> tuple[int, ...]:
+    """Which teacher layer each layer of a tower that lost whole layers is to follow: the one whose output the next kept
+    layer read in the teacher, so that a layer also does the work of the removed ones behind it.
+
+    Args:
+        kept: sorted layers of the teacher that stay.
+        depth: number of layers of the teacher.
+
+    Raises:
+        ValueError: `kept` is empty, unsorted or not below `depth`.
+    """
+    if not kept or kept[0] < 0 or kept[-1] >= depth or any(left >= right for left, right in pairwise(kept)):
+        raise ValueError(f"kept layers must be sorted, unique and below {depth}, got {list(kept)}")
+    return (*(following - 1 for following in kept[1:]), depth - 1)
+
+
+def _kind(family: Family, tower: Tower) -> str:
+    """Which of the paper's three towers this one is like; the only language tower of a decoder-only model decodes."""
+    if tower.modality == "vision":
+        return "vision"
+    return "decoder" if family.kind == "decoder" or tower.name == "decoder" else "encoder"
+
+
+def _targets(family: Family, layers: Mapping[str, tuple[int, ...]], recipe: Recipe) -> tuple[BlockTarget, ...]:
+    """The default weights give the mean over a tower's blocks and the sum over towers: stages compare."""
+    targets = []
+    for tower in family.towers:
+        chosen = layers.get(tower.name, ())
+        for layer in chosen:
+            weight = PACES[_kind(family, tower)].beta if recipe.faithful else 1 / len(chosen)
+            targets.append(BlockTarget(tower.name, layer, weight))
+    return tuple(targets)

@@ -1,0 +1,93 @@
+"""Whether a teacher fits a student: family, widths, depths, vocabulary, image size; both may be on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from slimvlm.compress.errors import UnsuitableOptionError
+from slimvlm.compress.models.families import Attention, Family, find_family
+from slimvlm.compress.models.groups import live_blocks, resolve
+from slimvlm.compress.recovery.distillation.recipe import Recipe
+
+
+def check_teacher(
+    student: nn.Module, teacher: nn.Module, family: Family, block_map: Mapping[str, tuple[int, ...]]
+) -> None:
+    """The teacher is the student before the cut, or a model of its `family` and shape.
+
+    Args:
+        block_map: tower -> the teacher layer each student layer follows; missing: the same layer.
+
+    Raises:
+        UnsuitableOptionError: it is not (the first difference is named).
+    """
+    other = find_family(teacher.config)
+    if other.name != family.name:
+        raise UnsuitableOptionError(
+            f"the teacher is a {other.name} model and the student a {family.name} model; "
+            "use the dense model the student was cut from"
+        )
+    own, given = depths_of(student, family), depths_of(teacher, family)
+    facts: dict[str, tuple[Any, Any]] = {
+        "vocabulary": (_vocabulary(student), _vocabulary(teacher)),
+        "residual widths": (_widths(student, family), _widths(teacher, family)),
+        "images": (_images(student), _images(teacher)),
+    }
+    unlike = [name for name, depth in given.items() if own[name] != depth]
+    if not all(_mapped(block_map.get(name, ()), own[name], given[name]) for name in unlike):
+        facts["depths"] = (own, given)
+    for what, (here, there) in facts.items():
+        if here != there:
+            raise UnsuitableOptionError(
+                f"the teacher has {what} {there}, the student {here}; use the dense model the student was cut from"
+            )
+
+
+def check_states(recipe: Recipe, model: nn.Module, family: Family) -> None:
+    """The hidden states that the recipe compares exist in `model`.
+
+    Raises:
+        UnsuitableOptionError: one does not.
+    """
+    if "hidden" not in recipe.losses or family.kind == "dual-encoder":
+        return
+    states = depths_of(model, family)[family.towers[-1].name] + 1
+    for index in recipe.hidden_states:
+        if not -states <= index < states:
+            raise UnsuitableOptionError(
+                f"hidden state {index} does not exist; choose from {-states} to {states - 1} (-1 is the last)"
+            )
+
+
+def depths_of(model: nn.Module, family: Family) -> dict[str, int]:
+    """Tower name -> number of blocks, without those whose output nobody reads."""
+    return {tower.name: live_blocks(model, family, tower) for tower in family.towers}
+
+
+def _vocabulary(model: nn.Module) -> int:
+    config: Any = model.config
+    return config.text_config.vocab_size
+
+
+def _images(model: nn.Module) -> dict[str, Any]:
+    """What the vision tower expects; None where it takes any."""
+    config: Any = model.config
+    return {name: getattr(config.vision_config, name, None) for name in ("image_size", "patch_size")}
+
+
+def _widths(model: nn.Module, family: Family) -> dict[str, int]:
+    """Tower name -> residual width C, which no cut changes."""
+    widths = {}
+    for tower in family.towers:
+        part = next(part for part in tower.parts if isinstance(part, Attention))
+        output: Any = resolve(model, f"{tower.blocks}.0.{part.module}.{part.output}", family)
+        widths[tower.name] = output.weight.shape[0]
+    return widths
+
+
+def _mapped(layers: tuple[int, ...], depth: int, teachers: int) -> bool:
+    """Whether every layer of a tower of `depth` is given one of the teacher's."""
+    return len(layers) == depth and all(0 <= layer < teachers for layer in layers)

@@ -1,0 +1,157 @@
+"""One optimiser step: this process's part of the batch, the gradients of all processes, and whether they are usable."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slimvlm.compress.data.collate import IGNORED, Batch
+from slimvlm.compress.errors import UnsuitableOptionError
+from slimvlm.compress.recovery.distillation.recipe import Stage
+from slimvlm.compress.recovery.distillation.teacher_cache import TeacherCache, batch_key
+from slimvlm.compress.recovery.training.order import batch_indices, divide
+from slimvlm.compress.recovery.training.schedule import Schedule, TrainOptions
+from slimvlm.compress.recovery.training.workers import Workers
+
+ANSWER_LOSSES = frozenset({"sft", "kl", "rkl"})  # means over the tokens that have a label
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What is trained on: `collate` makes a padded training batch on the CPU of some of `count` samples."""
+
+    collate: Callable[[list[int]], Batch]
+    count: int
+    cache: TeacherCache | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step gave, the same in all processes.
+
+    Attributes:
+        loss, parts: over the whole batch.
+        norm: of the gradient before it was bounded.
+        finite: whether the weights were changed: loss and gradient were finite.
+        overflowed: only the scaled gradients of fp16 were not, which is how their scale is found.
+        told_to_stop: whether any process was.
+    """
+
+    loss: float
+    parts: dict[str, float]
+    norm: float
+    tokens: int
+    rate: float
+    finite: bool
+    overflowed: bool
+    told_to_stop: bool
+
+
+class Stepper:
+    """Makes the steps of a training, in any order: a step depends on its number, not on those before it.
+
+    Raises:
+        UnsuitableOptionError: no sample, or a batch too small for the processes and accumulated parts.
+    """
+
+    def __init__(self, samples: Samples, schedule: Schedule, options: TrainOptions, workers: Workers) -> None:
+        self.samples, self.schedule, self.options, self.workers = samples, schedule, options, workers
+        size, parts = min(options.batch_size, samples.count), workers.count * options.accumulate
+        if samples.count < 1:
+            raise UnsuitableOptionError("there is no sample to train on; take a larger part of the data")
+        if size < parts:
+            raise UnsuitableOptionError(
+                f"a batch of {size} samples cannot be divided over {workers.count} processes x {options.accumulate} "
+                f"accumulated parts; take batches of at least {parts} samples"
+            )
+
+    def __call__(self, step: int, told_to_stop: bool) -> Outcome:
+        """Step number `step` (from 0); the weights stay as they are if its loss or gradient is not finite."""
+        workers, stage = self.workers, self.schedule.stages[self.schedule.index(step)]
+        if self.options.reset_optimizer and self.schedule.starts_stage(step):
+            workers.optimizer.state.clear()
+        rate = self.schedule.learning_rate(step)
+        for group in workers.optimizer.param_groups:
+            group["lr"] = rate
+        workers.seed(random.Random(f"{self.options.seed} {step} {workers.rank}").getrandbits(63))
+        losses, tokens = self._learn(step, stage)
+        norm = workers.clip(self.options.clip)
+        told = torch.tensor([tokens, told_to_stop], dtype=torch.float32).to(workers.device, non_blocking=True)
+        summed = workers.sum(torch.cat([torch.stack(list(losses.values())), told]))
+        # The only wait for the device in a step, but for those in the code of a model.
+        *values, counted, stopping, norm_value = torch.cat([summed, norm.reshape(1).to(summed)]).tolist()
+        named = dict(zip(losses, values, strict=True))
+        loss = named.pop("")
+        finite = math.isfinite(loss) and math.isfinite(norm_value)
+        scale = workers.scale()
+        if finite or scale is not None:  # a scaled step leaves itself out, and lowers the scale
+            workers.step()
+        else:
+            workers.forget()
+        overflowed = not finite and scale is not None and scale > 1 and math.isfinite(loss)
+        return Outcome(loss, named, norm_value, int(counted), rate, finite, overflowed, stopping > 0)
+
+    def _learn(self, step: int, stage: Stage) -> tuple[dict[str, Tensor], int]:
+        """Gradients of this process's samples; their part of the loss (keyed "") and of the loss's parts; their tokens.
+
+        A part counts by its share of what the loss is a mean over, so all batches are made before the first is used.
+        """
+        workers = self.workers
+        indices = batch_indices(self.samples.count, self.options.batch_size, self.options.seed, step)
+        mine = divide(divide(indices, workers.count)[workers.rank], self.options.accumulate)
+        batches = [self.samples.collate(part) for part in mine]
+        total: dict[str, Tensor] = {}
+        for number, (batch, share) in enumerate(zip(batches, self._shares(batches, stage), strict=True)):
+            placed = workers.place(batch)
+            targets = self._targets(mine[number], placed, stage)
+            with workers.accumulating(last=number == len(batches) - 1):
+                loss, parts = workers.model(placed, stage, targets)
+                workers.backward(loss * share)
+            for name, value in {"": loss.detach(), **parts}.items():
+                part = value.float() * share
+                total[name] = total[name] + part if name in total else part
+        return total, sum(_tokens(batch) for batch in batches)
+
+    def _shares(self, batches: Sequence[Batch], stage: Stage) -> Sequence[float | Tensor]:
+        weights = [_weight(batch, stage) for batch in batches]
+        if self.workers.count == 1:
+            return [weight / max(sum(weights), 1) for weight in weights]
+        own = torch.tensor(weights, dtype=torch.float32).to(self.workers.device, non_blocking=True)
+        return list(own / self.workers.sum(own.sum()).clamp(min=1))
+
+    def _targets(self, indices: Sequence[int], batch: Batch, stage: Stage) -> Mapping[str, Tensor] | None:
+        """The teacher's outputs from the cache, put there if they were missing; None: the distiller is to ask it."""
+        cache, workers = self.samples.cache, self.workers
+        if cache is None or workers.sharded:
+            return None
+
+        def compute() -> dict[str, Tensor]:
+            with workers.accelerator.autocast():
+                return workers.distiller.targets(batch, stage)
+
+        key = batch_key(*map(str, indices))
+        return cache.outputs(key, workers.distiller.target_names(stage), compute)
+
+
+def _weight(batch: Batch, stage: Stage) -> int:
+    """What this part of a batch counts for in the mean over all of it: answer tokens, tokens, or samples.
+
+    Parts that count like this add up to `sft`, `kl`, `rkl` of the whole batch exactly. A feature loss is one cosine
+    over all tokens of a part, and a stage may add up means over different things (towers): these depend a little on how
+    the batch is divided. Two processes give what two accumulated parts in one process give.
+    """
+    labels = batch.get("labels")
+    if labels is not None and not ANSWER_LOSSES.isdisjoint(stage.losses):
+        return int((labels != IGNORED).sum())
+    vision_only = not stage.losses and {block.tower for block in stage.blocks} <= {"vision"}
+    return len(batch["input_ids"]) if labels is None or vision_only else _tokens(batch)
+
+
+def _tokens(batch: Batch) -> int:
+    mask = batch.get("attention_mask")
+    return batch["input_ids"].numel() if mask is None else int(mask.sum())

@@ -1,0 +1,371 @@
+"""The training of a student: the loop, its checkpoints, and the best weights at the end.
+
+Every step seeds the random generators from (seed, step, process), and the order of the data follows from the seed and
+the step too: a training that was killed and goes on from its checkpoint reaches the weights it would have reached.
+Several processes share the samples of a step; each part's loss counts by its share of the tokens the loss is a mean
+over, so two processes with half the batch each follow the loss of one (features excepted: see `stepping`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimvlm.compress.data.collate import Batch
+from slimvlm.compress.errors import OutputError, RecoveryError, UnsuitableOptionError
+from slimvlm.compress.recovery.distillation.recipe import Stage
+from slimvlm.compress.recovery.distillation.teacher_cache import TeacherCache
+from slimvlm.compress.recovery.training.history import WORST, Facts, History, Journal, Score, peak_memory
+from slimvlm.compress.recovery.training.schedule import Schedule, TrainOptions
+from slimvlm.compress.recovery.training.state import StateFolder, fill, moments, set_moments, whole
+from slimvlm.compress.recovery.training.stepping import Samples, Stepper
+from slimvlm.compress.recovery.training.workers import Workers, own_accelerate
+
+__all__ = ["History", "TrainOptions", "train"]
+
+MOST_SKIPPED = 10  # steps in a row whose loss is not finite
+TERMINATED = 128 + signal.SIGTERM  # exit code
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What `train` was asked."""
+
+    stages: tuple[Stage, ...]
+    samples: Samples
+    options: TrainOptions
+    validate: Callable[[], Score] | None
+    progress: Progress | None
+
+
+def train(  # noqa: PLR0913 (what is trained, on what, how, where, and who watches)
+    distiller: nn.Module,
+    stages: Sequence[Stage],
+    collate: Callable[[list[int]], Batch],
+    count: int,
+    options: TrainOptions,
+    folder: Path,
+    *,
+    validate: Callable[[], Score] | None = None,
+    progress: Progress | None = None,
+    resume: bool = True,
+    cache: TeacherCache | None = None,
+) -> History:
+    """Train `distiller.student` in place; afterwards it has its best weights, or its starting ones if none were better.
+
+    Runs in one process or several (`torchrun`, `accelerate launch`; FSDP 2 by accelerate's configuration). With sharded
+    weights the student stays sharded: `state.load_best` puts the result into a whole one. The distiller is left in
+    training mode, without wrappers and gradients; the random generators are as before.
+
+    Args:
+        distiller: `forward(batch, stage, targets)` gives the loss and its parts; the parameters of its `student` that
+            ask for gradients are trained.
+        collate: the samples' padded training batch, on the CPU. Called by every process for its part of a step.
+        count: samples there are.
+        folder: where the checkpoint, the best weights and `recovery.jsonl` are kept.
+        validate: (score, -loss) of the student, larger is better; called by all processes, with the student in
+            evaluation mode, before the first step, every `validate_every` steps and after the last. Without it the
+            student keeps its last weights.
+        progress: called after every step by the first process, with step, total, stage, loss (None if skipped),
+            tokens_per_second and seconds_left.
+        resume: go on from the checkpoint in `folder`, if there is one; otherwise start again.
+        cache: where the teacher's outputs are kept between epochs, in a folder of this teacher, these samples and this
+            collation alone; not used with sharded weights.
+
+    Raises:
+        RecoveryError: the loss was not finite ten times in a row (the last checkpoint stays), or the checkpoint is
+            damaged or another training's.
+        UnsuitableOptionError: nothing to train, no sample, or a batch too small for the processes and parts.
+        OutputError: the folder cannot be written, or the disk is full; the last checkpoint stays.
+        SystemExit: after SIGTERM, with exit code 143 and everything saved.
+    """
+    job = _Job(tuple(stages), Samples(collate, count, cache), options, validate, progress)
+    cuda = [parameter.device for parameter in distiller.parameters() if parameter.is_cuda][:1]
+    with own_accelerate(), torch.random.fork_rng(cuda), _checkpointed_activations(distiller, options):
+        workers = Workers(distiller, options.mixed_precision, options.weight_decay)
+        try:
+            with _Signals() as signals:
+                return _Run(job, workers, StateFolder(folder, writer=workers.rank == 0)).go(resume, signals)
+        finally:
+            workers.close()
+
+
+class _Run:
+    """One training in this process."""
+
+    def __init__(self, job: _Job, workers: Workers, files: StateFolder) -> None:
+        self.job, self.options, self.workers, self.files = job, job.options, workers, files
+        self.schedule = Schedule(job.stages, job.options)
+        self.stepper = Stepper(job.samples, self.schedule, job.options, workers)
+        self.facts = Facts()
+        self.journal: Journal
+
+    def go(self, resume: bool, signals: _Signals) -> History:
+        """Train from the start or the checkpoint to the end."""
+        self._start(resume)
+        self.began = time.perf_counter() - self.facts.seconds
+        try:
+            self.workers.model.train()
+            self._validate_if_due()
+            if self.facts.step == 0:
+                self._checkpoint()
+            stopped_early = self._steps(signals)
+            if self.job.validate is None:
+                self.facts.best_step = self.facts.step
+                with self._together():
+                    self.facts.best_file = self.files.save_best(self._weights(), self.facts.step)
+            self._checkpoint()
+            if self.workers.sum(torch.tensor(float(signals.received), device=self.workers.device)) > 0:
+                raise SystemExit(TERMINATED)
+            self._take_best()
+        finally:
+            self.journal.close()
+        self.facts.seconds = time.perf_counter() - self.began
+        return self.facts.summary(stopped_early, peak_memory(self.workers.device))
+
+    def _steps(self, signals: _Signals) -> bool:
+        """All steps that are left; whether they ended early."""
+        options, facts = self.options, self.facts
+        first, began = facts.step, time.perf_counter()
+        while facts.step < options.steps:
+            if options.patience is not None and facts.stale >= options.patience:
+                return True
+            if self._step(signals.received):
+                self._checkpoint()  # at once: who terminates kills soon; the validation is made up for
+                raise SystemExit(TERMINATED)
+            self._validate_if_due()
+            if facts.step % options.checkpoint_every == 0:
+                self._checkpoint()
+            self._report((time.perf_counter() - began) / (facts.step - first))
+        return False
+
+    def _step(self, told_to_stop: bool) -> bool:
+        """The next step and its line; whether any process was told to stop."""
+        facts, began = self.facts, time.perf_counter()
+        stage = self.schedule.stages[self.schedule.index(facts.step)]
+        outcome = self.stepper(facts.step, told_to_stop)
+        seconds = time.perf_counter() - began
+        if not (outcome.finite or outcome.overflowed):
+            self._checkpoint()  # the last good state: skipped steps change nothing
+        facts.add_step(stage.name, outcome.loss if outcome.finite else None, outcome.tokens, seconds)
+        line = {"step": facts.step, "stage": stage.name, "lr": outcome.rate}
+        timing = {"tokens_per_second": round(outcome.tokens / seconds, 1), "seconds": round(seconds, 6)}
+        if outcome.finite:
+            facts.streak = 0
+            found = {"loss": outcome.loss, "parts": outcome.parts, "grad_norm": outcome.norm}
+        else:
+            facts.skipped += 1
+            facts.streak += not outcome.overflowed
+            found = {"loss": None, "skipped": True}
+        self.journal.write(line | found | timing)
+        if facts.streak == MOST_SKIPPED:
+            raise RecoveryError(
+                f"the loss or its gradient was not finite in {MOST_SKIPPED} steps in a row, up to step {facts.step} "
+                f"(stage {stage.name}); the last good state is kept in {self.files.path}. Train with a lower learning "
+                "rate, a longer warm-up, or without mixed precision"
+            )
+        return outcome.told_to_stop
+
+    # ---------------------------------------------------------------- validation and checkpoints
+
+    def _validate_if_due(self) -> None:
+        """Unless it was done before an interruption."""
+        step, every = self.facts.step, self.options.validate_every
+        due = step % every == 0 or step == self.options.steps
+        if due and self.facts.validated < step and self.job.validate is not None:
+            self._validate(self.job.validate)
+
+    def _validate(self, validate: Callable[[], Score]) -> None:
+        """Score the student; keep its weights if it was never better."""
+        facts = self.facts
+        began = time.perf_counter()
+        with self.workers.usable_student():
+            told = self.workers.first_says(validate())
+        score: Score = (told[0], told[1]) if all(map(math.isfinite, told)) else WORST
+        better = facts.best is None or score > facts.best
+        facts.validated, facts.last = facts.step, score
+        facts.first = score if facts.first is None else facts.first
+        if better:
+            facts.best, facts.best_step = score, facts.step
+            with self._together():
+                facts.best_file = self.files.save_best(self._weights(), facts.step)
+        # Earlier stages teach what the score does not show yet.
+        last_stage = facts.step > 0 and self.schedule.index(facts.step - 1) == len(self.job.stages) - 1
+        facts.stale = 0 if better else facts.stale + last_stage
+        seconds = round(time.perf_counter() - began, 6)
+        facts.validations += 1
+        facts.validation_seconds += seconds
+        shown = (None, None) if score == WORST else score
+        self.journal.write({"step": facts.step, "validation": shown, "best": better, "seconds": seconds})
+
+    def _checkpoint(self) -> None:
+        """Save everything, unless the last steps were skipped: what is on disk then is the last good state."""
+        if self.facts.streak > 0:
+            return
+        self.facts.seconds = time.perf_counter() - self.began
+        self.facts.journal_bytes = self.journal.bytes_written()
+        scaler = self.workers.accelerator.scaler
+        facts = {
+            "facts": asdict(self.facts),
+            "training": self._fingerprint(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+        tensors = {f"weight/{name}": value for name, value in self._weights().items()}
+        if tensors:
+            tensors |= moments(self.workers.optimizer, self.workers.trained)
+        with self._together():
+            self.files.save(tensors, facts, self.facts.best_file)
+
+    def _start(self, resume: bool) -> None:
+        """From the checkpoint, if there is one and it is wanted."""
+        saved = self.files.load() if resume else None
+        if saved is None:
+            self.files.clear()
+        else:
+            self._require_same_training(saved.facts["training"])
+            self._put(self._saved_weights(saved.tensors))
+            set_moments(self.workers.optimizer, self.workers.trained, saved.tensors)
+            if saved.facts["scaler"] is not None and self.workers.accelerator.scaler is not None:
+                self.workers.accelerator.scaler.load_state_dict(saved.facts["scaler"])
+            self.facts = saved.facts["facts"]
+        if self.workers.first_says([self.facts.step, saved is not None]) != (self.facts.step, saved is not None):
+            raise RecoveryError(
+                f"process {self.workers.rank} finds another training in {self.files.path} than the first process; all "
+                "need the same folder, on a disk they share"
+            )
+        self.journal = Journal(self.files.path, self.facts.journal_bytes, self.files.writer)
+
+    def _saved_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = {name: tensors.get(f"weight/{name}") for name in self.workers.trained}
+        for name, parameter in self.workers.trained.items():
+            if (value := found[name]) is None or value.shape != parameter.shape:
+                raise RecoveryError(
+                    f"{self.files.path} holds no weight {name} of this shape; delete the folder to train from the start"
+                )
+        return {name: value for name, value in found.items() if value is not None}
+
+    def _take_best(self) -> None:
+        if self.facts.best_step != self.facts.step:
+            self._put(self.files.read(self.facts.best_file).tensors)
+
+    def _weights(self) -> dict[str, Tensor]:
+        """Nothing in a process that neither writes nor has a share of them."""
+        if not (self.files.writer or self.workers.sharded):
+            return {}
+        return {name: whole(value) for name, value in self.workers.trained.items()}
+
+    def _put(self, weights: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.workers.trained.items():
+            fill(parameter, weights[name])
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What must be the same for a training to go on; how often it is saved may change."""
+        options = {name: value for name, value in asdict(self.options).items() if name != "checkpoint_every"}
+        return json.loads(
+            json.dumps(
+                {
+                    "options": options,
+                    "samples": self.job.samples.count,
+                    "stages": [asdict(stage) for stage in self.job.stages],
+                    "weights": {name: list(value.shape) for name, value in self.workers.trained.items()},
+                }
+            )
+        )
+
+    def _require_same_training(self, earlier: Mapping[str, Any]) -> None:
+        now = self._fingerprint()
+        for part, value in now.items():
+            if earlier.get(part) != value:
+                changed = [
+                    f"{name} = {earlier[part].get(name)!r}, not {new!r}"
+                    for name, new in (value.items() if isinstance(value, dict) else ())
+                    if earlier[part].get(name) != new
+                ]
+                raise RecoveryError(
+                    f"{self.files.path} holds a training with other {part}"
+                    f"{': ' + '; '.join(changed[:3]) if changed else ''}; go on with the same, or in another folder"
+                )
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """If the first process cannot write, all stop: the others would wait for it for ever."""
+        failed: OutputError | None = None
+        try:
+            yield
+        except OutputError as error:
+            failed = error
+        if self.workers.first_says([failed is not None]) == (1.0,):
+            raise failed or OutputError(f"the first process cannot write {self.files.path}; see its message")
+
+    # ---------------------------------------------------------------- what is told
+
+    def _report(self, seconds_per_step: float) -> None:
+        if self.job.progress is None or self.workers.rank != 0:
+            return
+        facts, stage = self.facts, self.facts.stages[-1]
+        self.job.progress(
+            {
+                "step": facts.step,
+                "total": self.options.steps,
+                "stage": stage["name"],
+                "loss": stage["last_loss"],
+                "tokens_per_second": stage["tokens"] / stage["seconds"] if stage["seconds"] else 0.0,
+                "seconds_left": seconds_per_step * (self.options.steps - facts.step),
+            }
+        )
+
+
+class _Signals:
+    """Notes SIGTERM instead of dying of it, while inside; in a thread that is not the main one it cannot."""
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def __enter__(self) -> _Signals:
+        self._main = threading.current_thread() is threading.main_thread()
+        if self._main:
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._main:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if self._before is None else self._before)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+
+
+@contextmanager
+def _checkpointed_activations(distiller: Any, options: TrainOptions) -> Iterator[None]:
+    student = distiller.student
+    if not options.gradient_checkpointing:
+        yield
+        return
+    if not getattr(student, "supports_gradient_checkpointing", False):
+        raise UnsuitableOptionError(
+            f"{type(student).__name__} does not support gradient checkpointing; train without it, with smaller batches "
+            "or more accumulation"
+        )
+    # transformers renames them on its way to version 6.
+    enable = getattr(student, "activation_checkpointing_enable", None) or student.gradient_checkpointing_enable
+    disable = getattr(student, "activation_checkpointing_disable", None) or student.gradient_checkpointing_disable
+    enable({"use_reentrant": False})
+    student.disable_input_require_grads()  # only reentrant checkpointing needs gradients of the embeddings
+    try:
+        yield
+    finally:
+        disable()

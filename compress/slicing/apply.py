@@ -1,0 +1,242 @@
+"""Carrying out a plan: cut the units out of a model, or zero them in the dense one (the reference of the cut).
+
+Cutting works in place, one tensor at a time, so the peak is the model plus its largest tensor. It works on a model that
+was cut before, and on the meta device.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from slimvlm import kernels
+from slimvlm.compress.errors import CheckpointError
+from slimvlm.compress.models.families import Attention, Family, Tower, find_family
+from slimvlm.compress.models.groups import (
+    Group,
+    count_parameters,
+    dead_blocks,
+    find_groups,
+    kept_kv_heads,
+    member_indices,
+    read_states,
+)
+from slimvlm.compress.models.modeling_slim import RECORD, SCHEMA, replace_forward, resize, slim_class
+from slimvlm.compress.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What one module keeps: sorted rows and columns (None: all), int64. `scale` multiplies what a norm keeps."""
+
+    path: str
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+    scale: float = 1.0
+
+
+def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    """Cuts `model` to `plan`, in place, and writes what was cut into `model.config.slimvlm`.
+
+    The model's class becomes the slim form of its class (a subclass), so that its own `save_pretrained` writes a
+    checkpoint that reloads. requires_grad, ties, dtypes and devices stay.
+
+    Raises:
+        CheckpointError: the plan was made for another model; nothing has been cut then.
+        ValueError: the kept KV heads of a group would have different numbers of query heads.
+    """
+    family = find_family(model.config)
+    groups = matching_groups(model, family, plan)
+    dead = dead_blocks(model, family)
+    kept = {group.key: torch.tensor(plan.keep[group.key], dtype=torch.int64) for group in groups}
+    cuts = [cut for group in groups for cut in find_cuts(group, kept[group.key])]
+    after = count_parameters(model) - sum(one.parameters for one in dead.values())
+    after -= sum(_removed(model, cut) for cut in cuts)
+    if after != plan.parameters_after:
+        raise CheckpointError(
+            f"the plan says {plan.parameters_after} parameters remain, cutting this model leaves {after}; "
+            "apply the plan to the checkpoint it was made for"
+        )
+    record = copy.deepcopy(getattr(model.config, RECORD, None)) or {
+        "schema": SCHEMA, "shapes": {}, "attributes": {}, "forwards": {}, "per_layer_config": {}
+    }  # fmt: skip
+    for tower in family.towers:
+        if tower.name in dead:
+            _drop(model, tower, dead[tower.name].blocks)
+    for cut in cuts:
+        _cut(model.get_submodule(cut.path), cut)
+        record["shapes"][cut.path] = list(model.get_parameter(f"{cut.path}.weight").shape)
+    attentions = {
+        (tower.name, part.key): part for tower in family.towers for part in tower.parts if isinstance(part, Attention)
+    }
+    for group in groups:
+        _record_sizes(record, group, kept[group.key])
+        if group.kind == "attention" and len(kept[group.key]) < group.size:
+            part = attentions[group.tower, group.key.split(".", 2)[2]]
+            _patch_attention(model.get_submodule(group.path), group, part, kept[group.key], record)
+    _leave_file(model)
+    setattr(model.config, RECORD, record)
+    model.__class__ = slim_class(type(model))  # type: ignore[arg-type]  # a class is hashable
+    assert count_parameters(model) == plan.parameters_after
+    return model
+
+
+def _leave_file(model: nn.Module) -> None:
+    """Copy one tensor after the other: weights on a CPU are pages of the checkpoint's file, and as long as one of them
+    is used, say a bias that was not cut, all of it stays mapped, the dense weights included.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+
+
+def mask_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    """Zeroes, in place, the rows, biases and columns that `apply_plan` would remove. The sizes stay.
+
+    Raises:
+        CheckpointError: the plan was made for another model.
+    """
+    with torch.no_grad():
+        for group in matching_groups(model, find_family(model.config), plan):
+            for cut in find_cuts(group, torch.tensor(plan.keep[group.key], dtype=torch.int64)):
+                module: Any = model.get_submodule(cut.path)
+                if cut.rows is not None:
+                    gone = complement(cut.rows, module.weight.shape[0])
+                    module.weight[gone] = 0
+                    if getattr(module, "bias", None) is not None:
+                        module.bias[gone] = 0
+                if cut.columns is not None:
+                    module.weight[:, complement(cut.columns, module.weight.shape[1])] = 0
+    return model
+
+
+def find_cuts(group: Group, kept: Tensor) -> Iterator[Cut]:
+    """What the modules of `group` keep when the sorted indices `kept` stay; untouched modules are left out."""
+    if len(kept) == group.size:
+        return
+    kv_cut = group.kind == "attention" and len(kept_kv_heads(group, kept)) < group.kv_heads
+    for path in dict.fromkeys(member.path for member in group.members):
+        members = [member for member in group.members if member.path == path]
+        first = members[0]
+        if first.heads == "kv" and not kv_cut:
+            continue
+        index = torch.cat([member_indices(group, member, kept) for member in members])
+        if first.dim == 1:
+            yield Cut(path, columns=index)
+        else:
+            full = (group.kv_heads if first.heads == "kv" else group.size) * first.width
+            # The RMS of the removed entries is zero: the mean over fewer entries is larger by full / kept.
+            yield Cut(path, rows=index, scale=(full / len(index)) ** 0.5 if first.norm else 1.0)
+
+
+def matching_groups(model: nn.Module, family: Family, plan: Plan) -> tuple[Group, ...]:
+    """The groups of the dense `model`, after checking that `plan` was made for them.
+
+    Raises:
+        CheckpointError: the plan was made for another model.
+    """
+    if plan.family != family.name:
+        raise CheckpointError(f"the plan is for family {plan.family!r}, this model is {family.name!r}")
+    groups = find_groups(model, family, plan.attention_unit)
+    dead = {tower: one.blocks for tower, one in dead_blocks(model, family).items()}
+    if dead != dict(plan.dropped):
+        raise CheckpointError(
+            f"the plan drops {dict(plan.dropped)} blocks that nobody reads, this model has {dead}; "
+            "apply the plan to the checkpoint it was made for"
+        )
+    if unknown := sorted(set(plan.keep) ^ {group.key for group in groups}):
+        raise CheckpointError(f"the plan and the model do not have the same groups; first difference: {unknown[0]}")
+    for group in groups:
+        if plan.sizes[group.key] != group.size:
+            raise CheckpointError(
+                f"group {group.key} has {group.size} indices in this model, {plan.sizes[group.key]} in the plan; "
+                "apply the plan to the checkpoint it was made for"
+            )
+    return groups
+
+
+def _removed(model: nn.Module, cut: Cut) -> int:
+    """Parameters that leave with `cut`."""
+    module: Any = model.get_submodule(cut.path)
+    weight, bias = module.weight, getattr(module, "bias", None)
+    if cut.columns is not None:
+        return (weight.shape[1] - len(cut.columns)) * weight.shape[0]
+    if cut.rows is None:
+        return 0
+    return (weight.shape[0] - len(cut.rows)) * (weight[0].numel() + (bias is not None))
+
+
+def _drop(model: PreTrainedModel, tower: Tower, dead: int) -> None:
+    """Take the last `dead` blocks out of `tower`, and say so in the config of the stock class.
+
+    The states that are read are then counted from the front: -1 is what InternVL normalises first.
+    """
+    blocks: Any = model.get_submodule(tower.blocks)
+    states = read_states(model.config, tower, len(blocks))
+    del blocks[len(blocks) - dead :]
+    setattr(attrgetter(tower.config)(model.config), tower.depth, len(blocks))
+    one = isinstance(getattr(model.config, str(tower.states)), int)
+    setattr(model.config, str(tower.states), states[0] if one else states)
+
+
+def _cut(module: nn.Module, cut: Cut) -> None:
+    weight = _take(module.get_parameter("weight").detach(), cut.rows, cut.columns)
+    if cut.scale != 1.0:
+        weight = weight * cut.scale
+    bias = getattr(module, "bias", None)
+    resize(module, weight, list(weight.shape), None if bias is None else _take(bias.detach(), cut.rows, None))
+
+
+def _take(tensor: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    if tensor.is_meta:
+        sizes = (
+            len(index) if index is not None else size
+            for index, size in zip((rows, columns), tensor.shape, strict=False)
+        )
+        return tensor.new_empty(tuple(sizes))
+    rows, columns = (index if index is None else index.to(tensor.device) for index in (rows, columns))
+    if tensor.ndim == 2:
+        return kernels.gather_2d(tensor, rows, columns)
+    return tensor.clone() if rows is None else tensor.index_select(0, rows)
+
+
+def _patch_attention(module: nn.Module, group: Group, part: Attention, kept: Tensor, record: dict[str, Any]) -> None:
+    heads, kv_heads = len(kept), len(kept_kv_heads(group, kept))
+    facts = {"heads": heads, "kv_heads": kv_heads, "groups": heads // kv_heads, "width": heads * group.head_dim}
+    attributes = {name: facts[fact] for name, fact in part.patch if hasattr(module, name)}
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    record["attributes"][group.path] = attributes
+    if part.forward:
+        before = record["forwards"].get(group.path, {}).get("heads", range(group.size))
+        original = [before[index] for index in kept.tolist()]
+        replace_forward(module, part.forward, original)
+        record["forwards"][group.path] = {"name": part.forward, "heads": original}
+
+
+def _record_sizes(record: dict[str, Any], group: Group, kept: Tensor) -> None:
+    """Sizes under the names of transformers' `per_layer_config`. That itself cannot be set: the stock layers read the
+    whole tower's value, which transformers refuses once layers differ.
+    """
+    layer = record["per_layer_config"].setdefault(group.tower, {}).setdefault(str(group.layer), {})
+    part = group.key.split(".", 2)[2]
+    if group.kind == "mlp":
+        layer["intermediate_size"] = len(kept)
+    else:
+        prefix = "" if part == "attn" else f"{part}_"
+        layer[f"{prefix}num_attention_heads"] = len(kept)
+        layer[f"{prefix}num_key_value_heads"] = len(kept_kv_heads(group, kept))
+
+
+def complement(kept: Tensor, size: int) -> Tensor:
+    """The sorted indices below `size` that are not `kept`."""
+    mask = torch.ones(size, dtype=torch.bool)
+    mask[kept] = False
+    return mask.nonzero().flatten()

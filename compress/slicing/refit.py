@@ -1,0 +1,189 @@
+"""Least-squares refit: what the kept columns of an output projection can do in the place of the cut ones.
+
+An output projection reads x (hidden channels, or heads) and keeps the columns K of its weight W. The new weight is the
+one that loses least of the dense output over the calibration tokens, min |W x - W' x_K|^2 + damping |W' - W_K|^2:
+
+    W' = W_K + W_P C[P, K] (C[K, K] + damping)^-1,     C = sum of x x^T
+
+Only W_P, the cut columns, is redistributed: weight recalling (UKMP, Eq. 12) in closed form, without training, and the
+optimum that OBS (Hassibi and Stork, 1993) takes for single weights. Where the projection has a bias, C is taken about
+the mean of x, and the bias takes up the mean of what was cut. C is [I, I] per projection, so as many projections are
+read at once as a bound on memory allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimvlm.compress.data.collate import Batch
+from slimvlm.compress.data.questions import Question, ask, stream_of
+from slimvlm.compress.errors import CalibrationError
+from slimvlm.compress.models.families import Family
+from slimvlm.compress.models.groups import Group, count_parameters
+from slimvlm.compress.slicing.apply import Cut, find_cuts
+
+DAMPING = 0.01  # of the mean of C's diagonal; 1e-4 to 1e-1 differ little on the demo model
+MOST, LEAST = 4 * 2**30, 128 * 2**20  # bytes of sums held at once; between them, a quarter of the fp32 weights
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Refit:
+    """New weights [O, kept] and biases [O] by module path, in the model's dtype.
+
+    Attributes:
+        lost_by_cut, lost: share of the projections' output energy over the calibration tokens that the cut loses by
+            itself, and after the refit; mean over projections.
+    """
+
+    weights: Mapping[str, tuple[Tensor, Tensor | None]]
+    lost_by_cut: float
+    lost: float
+
+    def put_into(self, model: nn.Module) -> nn.Module:
+        """Replace the weights of the cut `model`, in place."""
+        with torch.no_grad():
+            for path, (weight, bias) in self.weights.items():
+                module: Any = model.get_submodule(path)
+                module.weight.copy_(weight)
+                if bias is not None:
+                    module.bias.copy_(bias)
+        return model
+
+
+def refit(  # noqa: PLR0913 (the model with what is known of it, what is kept, what is read)
+    model: nn.Module,
+    family: Family,
+    groups: Sequence[Group],
+    keep: Mapping[str, Sequence[int]],
+    batches: Sequence[Callable[[], Batch]],
+    *,
+    memory: int | None = None,
+    progress: Progress | None = None,
+) -> Refit:
+    """The refit of the dense `model` for a cut that keeps `keep` (indices by group key). The model is only read.
+
+    Args:
+        batches: functions that make a padded training batch; called once per pass.
+        memory: bound in bytes on the sums held at once (a single projection may need more); default: a quarter of the
+            fp32 weights, from 128 MiB to 4 GiB.
+
+    Raises:
+        CalibrationError: a sum is not finite, or there are no tokens.
+    """
+    wanted = [
+        _Projection(model.get_submodule(cut.path), cut, stream_of(family, group, group.members[0]), group.modality)
+        for group in groups
+        for cut in find_cuts(group, torch.tensor(keep[group.key], dtype=torch.int64))
+        if cut.columns is not None
+    ]
+    weights, losses = {}, []
+    passes = list(_passes(wanted, memory or min(MOST, max(LEAST, count_parameters(model)))))
+    for number, chosen in enumerate(passes):
+        for index, question in enumerate(_read(model, family, batches, chosen)):
+            for projection in chosen:
+                projection.mask = question.masks.get(projection.stream) if projection.modality == "language" else None
+            with torch.no_grad():
+                model(**question.inputs)
+            if progress is not None:
+                progress("refit", number * len(batches) + index + 1, len(passes) * len(batches))
+        for projection in chosen:
+            weight, bias, lost = projection.solve()
+            weights[projection.cut.path] = (weight, bias)
+            losses.append(lost)
+    before, after = torch.tensor(losses).mean(0).tolist() if losses else (0.0, 0.0)
+    return Refit(weights, before, after)
+
+
+class _Projection:
+    """The sums of one output projection: C = sum of x x^T [I, I] and sum of x [I], fp32, on the model's device."""
+
+    def __init__(self, module: Any, cut: Cut, stream: str, modality: str) -> None:
+        self.module, self.cut, self.stream, self.modality = module, cut, stream, modality
+        self.mask: Tensor | None = None
+        self.tokens = 0
+        self.products: Tensor
+        self.sums: Tensor
+
+    @property
+    def bytes(self) -> int:
+        return 4 * self.module.weight.shape[1] ** 2
+
+    def start(self) -> torch.utils.hooks.RemovableHandle:
+        width, device = self.module.weight.shape[1], self.module.weight.device
+        self.products = torch.zeros(width, width, device=device)
+        self.sums = torch.zeros(width, device=device)
+        return self.module.register_forward_pre_hook(self._see)
+
+    def _see(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen = inputs[0].detach().flatten(0, -2)
+        if self.mask is not None:
+            seen = seen[self.mask.flatten()]
+        seen = seen.float()
+        self.products.addmm_(seen.T, seen)
+        self.sums += seen.sum(0)
+        self.tokens += len(seen)
+
+    def solve(self) -> tuple[Tensor, Tensor | None, tuple[float, float]]:
+        """(weight, bias, share of the output's energy lost by the cut alone and after this); the sums are freed."""
+        weight, bias = self.module.weight.detach().float(), getattr(self.module, "bias", None)
+        products, mean = self.products, self.sums / max(self.tokens, 1)
+        del self.products, self.sums
+        if not (self.tokens and products.isfinite().all()):
+            raise CalibrationError(f"the inputs of {self.cut.path} are not finite, or there are none; check the data")
+        kept = torch.as_tensor(self.cut.columns, device=weight.device)
+        dropped = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+        dropped[kept] = False
+        energy = _energy(weight, products).clamp(min=1e-30)
+        by_cut = _energy(weight[:, dropped], products[dropped][:, dropped]) / energy
+        if bias is not None:
+            products = products.addr(mean, mean, alpha=-self.tokens)
+        inner = products[kept][:, kept]
+        inner.diagonal().add_(DAMPING * products.diagonal().mean().clamp(min=1e-30))
+        new = weight[:, kept] + torch.linalg.solve(inner, products[kept][:, dropped] @ weight[:, dropped].T).T
+        change = weight.clone()
+        change[:, kept] -= new
+        lost = _energy(change, products) / energy
+        if bias is not None:
+            bias = (bias.detach().float() + weight @ mean - new @ mean[kept]).to(bias.dtype)
+        return new.to(self.module.weight.dtype), bias, (by_cut.item(), lost.item())
+
+
+def _energy(weight: Tensor, products: Tensor) -> Tensor:
+    """Sum over tokens of |weight x|^2."""
+    return ((weight @ products) * weight).sum()
+
+
+def _passes(wanted: Sequence[_Projection], memory: int) -> Iterator[list[_Projection]]:
+    """Consecutive projections, as many as the bound allows at once."""
+    chosen: list[_Projection] = []
+    for projection in wanted:
+        if chosen and sum(one.bytes for one in (*chosen, projection)) > memory:
+            yield chosen
+            chosen = []
+        chosen.append(projection)
+    if chosen:
+        yield chosen
+
+
+def _read(
+    model: nn.Module, family: Family, batches: Sequence[Callable[[], Batch]], chosen: Sequence[_Projection]
+) -> Iterator[Question]:
+    """The batches as questions, while the projections watch; their hooks are gone afterwards, also after an error."""
+    training = model.training
+    handles = [projection.start() for projection in chosen]
+    try:
+        model.eval()
+        for batch in batches:
+            question = ask(model, family, batch())
+            if question is not None:
+                yield question
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()

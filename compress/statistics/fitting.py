@@ -1,0 +1,39 @@
+"""How many samples go through a model at once, so that activations stay small beside the weights in host memory.
+
+Only where a batch is no part of what is measured: squares of gradients are taken per batch, and a contrastive loss
+compares the samples of one. On a GPU small batches are slow, and its memory is the user's to divide (--batch-size).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from slimvlm.compress.data.collate import Collator
+from slimvlm.compress.data.samples import Sample
+from slimvlm.compress.models.checkpoint import Loaded
+from slimvlm.compress.models.groups import count_parameters, find_groups
+from slimvlm.compress.statistics.collect import CalibrationOptions, bytes_kept
+
+APART = ("first", "vectorized", "gate")  # saliencies that come to the same however samples are batched
+LEAST = 128 * 2**20  # bytes of activations that are never too many
+ACTIVATIONS = 1  # bytes of activations per parameter: a quarter of the fp32 weights
+FORWARD_ON_GPU = 4  # times the samples of a calibration batch, where nothing is kept for a backward pass
+
+
+def calibration_batch(
+    loaded: Loaded, collator: Collator, samples: Sequence[Sample], options: CalibrationOptions, wanted: int
+) -> int:
+    """Samples of a calibration batch: `wanted`, or fewer on a CPU. Follows from shapes, so the same every time."""
+    model, family = loaded.model, loaded.family
+    if model.device.type != "cpu" or family.kind == "dual-encoder" or options.criterion.saliency not in APART:
+        return wanted
+    longest = max(samples, key=lambda sample: sum(len(turn.prompt) + len(turn.target) for turn in sample.turns))
+    kept = bytes_kept(model, family, find_groups(model, family), collator.training([longest]), options)
+    return max(1, min(wanted, max(LEAST, ACTIVATIONS * count_parameters(model)) // max(kept, 1)))
+
+
+def evaluation_batch(device: torch.device, wanted: int) -> int:
+    """Questions of an evaluation batch, from the samples `wanted` in a calibration batch."""
+    return wanted * (FORWARD_ON_GPU if device.type == "cuda" else 1)

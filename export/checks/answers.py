@@ -1,0 +1,92 @@
+"""Torch's greedy answers, and the same answers retold by a runtime: its own loop, step by step, along torch's tokens.
+
+What is compared are the logits of every step. That says whether a model is the same where tokens do not: two tokens
+may be as good as tied, and after one other token two answers have nothing to do with each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from slimvlm.compress.data.collate import Collator
+from slimvlm.compress.data.samples import Sample
+from slimvlm.compress.evaluation.evaluate import greedy
+from slimvlm.export.checks.parity import Case, Difference, cross_entropy, measure
+from slimvlm.export.running.generation import Arrays, Prompting, Runner, steps, until_end
+
+LONG = 1024  # tokens of the longest prompt that is tried, where the model can take it
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Torch's answers to a batch of prompts: tokens [B, T], padded after their end, and their logits [B, T, V]."""
+
+    prompts: Arrays
+    tokens: np.ndarray
+    logits: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Retold:
+    """Torch's answers by a runtime, row by row up to their end: its own choices, and what torch's tokens cost it."""
+
+    choices: list[list[int]]
+    losses: list[np.ndarray]
+    torch_losses: list[np.ndarray]
+    difference: Difference
+
+
+def torch_answers(model: Any, collator: Collator, prompts: Arrays, prompting: Prompting, most: int) -> Answers:
+    """What `generate` of the model itself gives, with its own masks and cache.
+
+    Args:
+        most: new tokens per answer.
+    """
+    tensors = {name: torch.from_numpy(array) for name, array in prompts.items()}
+    config = greedy(model, collator, most)
+    config.update(return_dict_in_generate=True, output_logits=True)
+    with torch.inference_mode():
+        given = model.generate(**tensors, generation_config=config)
+    logits = torch.stack(given.logits, dim=1).float().numpy()
+    return Answers(prompts, given.sequences[:, -logits.shape[1] :].numpy(), logits)
+
+
+def retell(runner: Runner, prompting: Prompting, answers: Answers, what: str) -> Retold:
+    """Generates along torch's tokens."""
+    most = answers.tokens.shape[1]
+    told = list(steps(runner, prompting, answers.prompts, most, follow=answers.tokens))
+    logits = np.stack([logits for _, logits in told], axis=1)
+    choices, losses, torch_losses, found, wanted = [], [], [], [], []
+    for row, tokens in enumerate(answers.tokens):
+        real = until_end(tokens, prompting.end)
+        choices.append(logits[row, : len(real)].argmax(-1).tolist())
+        found.append(logits[row, : len(real)])
+        wanted.append(answers.logits[row, : len(real)])
+        losses.append(cross_entropy(found[-1], real))
+        torch_losses.append(cross_entropy(wanted[-1], real))
+    case = Case("decoder_model_merged", what, answers.prompts, {"logits": np.concatenate(wanted)})
+    return Retold(choices, losses, torch_losses, measure(case, {"logits": np.concatenate(found)}))
+
+
+def long_prompt(collator: Collator, sample: Sample, most: int) -> Mapping[str, torch.Tensor]:
+    """A sample whose question is repeated up to LONG tokens, or as many as the model takes besides its answer.
+
+    What a model sees only part of (a window, a table of positions) differs in long prompts alone.
+    """
+    turn = sample.turns[-1]
+    room = min(LONG, collator.max_text_tokens - most) - collator.prompts([sample])["input_ids"].shape[1]
+    each = len(collator.tokenizer(f"{turn.prompt} ", add_special_tokens=False)["input_ids"]) + 1
+    asked = f"{turn.prompt} " * max(0, room // each) + turn.prompt
+    return collator.prompts([replace(sample, turns=(replace(turn, prompt=asked),))])
+
+
+def shares(found: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]) -> tuple[int, float]:
+    """How many rows are equal, and the share of equal tokens."""
+    equal = sum(list(left) == list(right) for left, right in zip(found, wanted, strict=True))
+    same = sum(a == b for left, right in zip(found, wanted, strict=True) for a, b in zip(left, right, strict=True))
+    return equal, same / max(1, sum(map(len, wanted)))

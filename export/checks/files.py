@@ -1,0 +1,92 @@
+"""The checks of an export: every file is opened once, runs its cases and, with the other graphs, whole answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from slimvlm.export.checks.parity import TOLERANCES, measure
+from slimvlm.export.checks.reference import Reference, check_tokens
+from slimvlm.export.graphs.decoder import Graph
+from slimvlm.export.running.generation import Runner
+from slimvlm.export.running.manifest import Artifact, Manifest
+from slimvlm.export.running.recorded import runner_of
+from slimvlm.export.writers.tracing import first_line
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+def check_graphs(
+    folder: Path, graphs: Sequence[Graph], reference: Reference, manifest: Manifest, progress: Progress
+) -> None:
+    """Checks every format and variant in `manifest` and notes there what was found."""
+    if reference.prompting is not None:
+        manifest.generation = reference.prompting.to_dict()
+    sets: dict[tuple[str, str], list[Artifact]] = {}
+    for artifact in manifest.artifacts:
+        _note_outputs(artifact, next(graph for graph in graphs if graph.name == artifact.graph), reference)
+        sets.setdefault((artifact.format, artifact.variant), []).append(artifact)
+    for done, artifacts in enumerate(sets.values()):
+        progress("check", done, len(sets))
+        _check_set(folder, artifacts, reference, manifest)
+    progress("check", len(sets), len(sets))
+
+
+def _note_outputs(artifact: Artifact, graph: Graph, reference: Reference) -> None:
+    """Outputs as the first case shows them, varying axes by name."""
+    seen = next(case.outputs for case in reference.cases if case.graph == graph.name)
+    artifact.outputs = [
+        {
+            "name": name,
+            "dtype": str(seen[name].dtype),
+            "shape": [axes.get(axis, size) for axis, size in enumerate(seen[name].shape)],
+        }
+        for name, axes in graph.outputs.items()
+    ]
+
+
+def _check_set(folder: Path, artifacts: list[Artifact], reference: Reference, manifest: Manifest) -> None:
+    """One format and variant: all its graphs alone, then together."""
+    form, variant = artifacts[0].format, artifacts[0].variant
+    manifest.tolerances[variant] = TOLERANCES[variant].to_dict()
+    try:
+        runner = runner_of(folder, artifacts)
+    except Exception as error:  # a runtime that cannot load its own file: that is what is checked here
+        for artifact in artifacts:
+            artifact.ok = False
+        manifest.failures.append(f"{form} {variant} cannot be loaded ({first_line(error)})")
+        return
+    for artifact in artifacts:
+        _check_graph(runner, artifact, reference, manifest)
+    if reference.prompting is not None and all(artifact.ok for artifact in artifacts):
+        _check_generation(runner, (form, variant), reference, manifest)
+
+
+def _check_graph(runner: Runner, artifact: Artifact, reference: Reference, manifest: Manifest) -> None:
+    """Runs every case of the graph."""
+    tolerance = TOLERANCES[artifact.variant]
+    for case in reference.cases:
+        if case.graph != artifact.graph:
+            continue
+        try:
+            difference = measure(case, runner.run(artifact.graph, case.feeds))
+        except Exception as error:  # as above
+            artifact.ok = False
+            manifest.failures.append(f"{artifact.file} does not run on {case.what} ({first_line(error)})")
+            continue
+        artifact.parity.append(difference.to_dict())
+        if not difference.within(tolerance):
+            artifact.ok = False
+            manifest.failures.append(
+                f"{artifact.file} differs from torch on {case.what}: relative error {difference.max_relative:.1e}, "
+                f"cosine {difference.cosine:.6f}"
+            )
+
+
+def _check_generation(runner: Runner, kind: tuple[str, str], reference: Reference, manifest: Manifest) -> None:
+    form, variant = kind
+    check = check_tokens(runner, reference)
+    wrong = check.wrong(TOLERANCES[variant])
+    manifest.checks.append({"format": form, "variant": variant, "ok": wrong is None, **check.to_dict()})
+    if wrong is not None:
+        manifest.failures.append(f"{form} {variant}: {wrong}")

@@ -1,0 +1,143 @@
+"""Is a written graph the model? Outputs against torch at two sizes of every axis, and answers against `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from slimvlm.export.running.generation import Arrays
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """What is accepted of a variant: error relative to the largest output, cosine of outputs, and what it may cost.
+
+    Attributes:
+        loss: rise of the mean cross-entropy of torch's answers, in nats a token.
+        right: fall of the share of right answers; one sample is always accepted.
+    """
+
+    relative: float
+    cosine: float
+    loss: float
+    right: float = 0.02
+
+    def to_dict(self) -> dict[str, float]:
+        """As stored in manifest.json."""
+        return asdict(self)
+
+
+# fp32: what reordered sums give. fp16 and int8 are other numbers: close in direction, and measured by what they cost.
+# The demo model in int8 loses 0.0005 nats a token on 400 samples, and no right answer (docs/export.md).
+TOLERANCES = {
+    "fp32": Tolerance(1e-4, 0.99999, 1e-3),
+    "fp16": Tolerance(5e-2, 0.999, 0.01),
+    "int8": Tolerance(0.5, 0.98, 0.02),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One run of one graph in torch: what went in, what came out, and what it is."""
+
+    graph: str
+    what: str
+    feeds: Arrays
+    outputs: Arrays
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Of one case: largest absolute error, the same relative to the largest expected value, smallest cosine."""
+
+    case: str
+    shapes: dict[str, list[int]]
+    max_absolute: float
+    max_relative: float
+    cosine: float
+
+    def within(self, tolerance: Tolerance) -> bool:
+        """Whether the tolerance is kept; NaN never is."""
+        return self.max_relative <= tolerance.relative and self.cosine >= tolerance.cosine
+
+    def to_dict(self) -> dict[str, Any]:
+        """As stored in manifest.json."""
+        return asdict(self)
+
+
+def measure(case: Case, found: Mapping[str, np.ndarray]) -> Difference:
+    """The outputs `found` against those of the case; an output of another shape counts as infinitely far."""
+    absolute, relative, cosine = 0.0, 0.0, 1.0
+    for name, expected in case.outputs.items():
+        other = found.get(name)
+        if other is None or other.shape != expected.shape:
+            absolute, relative, cosine = float("inf"), float("inf"), 0.0
+            break
+        wanted, got = expected.astype(np.float64).ravel(), other.astype(np.float64).ravel()
+        error = np.abs(wanted - got).max(initial=0.0)
+        absolute = float(np.maximum(absolute, error))  # NaN stays
+        relative = float(np.maximum(relative, error / max(np.abs(wanted).max(initial=0.0), 1e-6)))
+        cosine = float(np.minimum(cosine, _cosine(wanted, got)))
+    shapes = {name: list(array.shape) for name, array in case.feeds.items() if not name.startswith("past_key_values.1")}
+    return Difference(case.what, shapes, absolute, relative, cosine)
+
+
+def _cosine(left: np.ndarray, right: np.ndarray) -> float:
+    norms = np.linalg.norm(left) * np.linalg.norm(right)
+    return float(left @ right / norms) if norms > 0 else 1.0
+
+
+def cross_entropy(logits: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
+    """Losses [T] of tokens by their logits [T, V], in nats."""
+    wide = logits.astype(np.float64)
+    top = wide.max(axis=-1, keepdims=True)
+    total = np.log(np.exp(wide - top).sum(axis=-1)) + top[:, 0]
+    return total - wide[np.arange(len(tokens)), list(tokens)]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCheck:
+    """Greedy answers of a runtime against torch, along torch's tokens.
+
+    Attributes:
+        equal: answers of which every token is the runtime's own choice, too.
+        token_share: of the tokens.
+        loss, torch_loss: mean cross-entropy of torch's answers in the runtime and in torch, nats a token.
+        max_relative, cosine: worst logits of a step, see Difference; `long_prompt` tokens have the longest prompt.
+        accuracy: right answers by the runtime's own tokens.
+    """
+
+    samples: int
+    equal: int
+    token_share: float
+    loss: float
+    torch_loss: float
+    max_relative: float
+    cosine: float
+    long_prompt: int
+    accuracy: float | None
+    torch_accuracy: float | None
+
+    def wrong(self, tolerance: Tolerance) -> str | None:
+        """What is not within the tolerance, if anything."""
+        if not self.max_relative <= tolerance.relative or not self.cosine >= tolerance.cosine:
+            return (
+                f"logits of answers differ from torch (prompts of up to {self.long_prompt} tokens): relative error "
+                f"{self.max_relative:.1e}, cosine {self.cosine:.6f}"
+            )
+        if not self.loss - self.torch_loss <= tolerance.loss:
+            return (
+                f"torch's answers cost {self.loss - self.torch_loss:.3f} nats a token more than in torch, "
+                f"{tolerance.loss} are accepted"
+            )
+        fallen = (self.torch_accuracy or 0.0) - (self.accuracy or 0.0)
+        if fallen > max(tolerance.right, 1 / self.samples) + 1e-9:
+            return f"{self.accuracy:.1%} of the answers are right, in torch {self.torch_accuracy:.1%}"
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As stored in manifest.json."""
+        return asdict(self)

@@ -1,0 +1,275 @@
+"""What torch says on real samples: the answers and graph outputs that every exported variant is held against."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from slimvlm.compress.data.collate import Batch, Collator
+from slimvlm.compress.data.records import Turn
+from slimvlm.compress.data.samples import Sample, batches, load_samples, resized
+from slimvlm.compress.errors import UnsuitableOptionError
+from slimvlm.compress.evaluation.evaluate import end_ids, pad_id
+from slimvlm.compress.evaluation.quality import exact_match
+from slimvlm.export.checks.answers import Answers, long_prompt, retell, shares, torch_answers
+from slimvlm.export.checks.parity import Case, TokenCheck
+from slimvlm.export.graphs.decoder import Graph
+from slimvlm.export.options import ExportOptions
+from slimvlm.export.running.generation import Arrays, PortInfo, Prompting, Runner, generate, until_end
+from slimvlm.export.running.recorded import Recorder
+from slimvlm.export.running.runners import TorchRunner
+
+ROWS = 4  # samples generated for at once, left-padded
+QUESTIONS = ("What is in the image?", "What colour is it?", "How many are there?", "Describe the image.")
+DEFAULT_SIDE = 448  # of images for families that take any size, where no size was asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The samples, the cases of every graph, and torch's answers of at most `most` tokens; none of dual encoders.
+
+    Attributes:
+        answers: batch by batch, last of all to one long prompt, which is not one of the samples.
+        tokens: of the answers to the samples, up to their end; `accuracy`: how many of them are right.
+        first: the batch that is stored beside the files, with what torch gives for it.
+    """
+
+    collator: Collator
+    most: int
+    samples: Sequence[Sample]
+    cases: Sequence[Case]
+    prompting: Prompting | None
+    answers: Sequence[Answers]
+    tokens: Sequence[Sequence[int]]
+    accuracy: float | None
+    first: Arrays
+    expected: Arrays
+
+
+def export_samples(collator: Collator, model: Any, options: ExportOptions) -> list[Sample]:
+    """The samples of `options.data`, or generated ones; resized where the vision graph has one fixed grid.
+
+    Raises:
+        UnsuitableOptionError: an image size that the vision tower cannot take.
+        SampleError: the data cannot be read.
+    """
+    if options.data is not None:
+        samples = list(load_samples(options.data, limit=options.samples, seed=options.seed).samples)
+        samples = [replace(sample, turns=sample.turns[:1]) for sample in samples]
+    else:
+        samples = [generated_sample(index, options.seed) for index in range(options.samples)]
+    size = image_size(collator, model.config, options)
+    return samples if size is None else [resized(sample, size) for sample in samples]
+
+
+def image_size(collator: Collator, config: Any, options: ExportOptions) -> tuple[int, int] | None:
+    """Height and width all images are brought to, or None where the processor brings every image to one size.
+
+    Raises:
+        UnsuitableOptionError: a size was asked for that the vision tower cannot take.
+    """
+    vision, asked = config.vision_config, options.image_size
+    kind = collator.family.export.vision
+    own = getattr(vision, "image_size", None)
+    own = tuple(own) if isinstance(own, list | tuple) else (own, own)
+    if kind == "patches":
+        unit = vision.patch_size * vision.spatial_merge_size
+        size = asked or (_rounded(DEFAULT_SIDE, unit), _rounded(DEFAULT_SIDE, unit))
+        if any(side % unit for side in size):
+            near = (_rounded(size[0], unit), _rounded(size[1], unit))
+            raise UnsuitableOptionError(
+                f"--image-size {_shown(size)}: this tower takes multiples of {unit}; use {_shown(near)}"
+            )
+        return size
+    if kind == "tiles":
+        return asked or _whole_tiles(config.image_grid_pinpoints)
+    if asked is not None and asked != own:
+        raise UnsuitableOptionError(
+            f"--image-size {_shown(asked)}: this tower takes {_shown(own)} only; leave the option out"
+        )
+    return None
+
+
+def _whole_tiles(pinpoints: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """The smallest size of the model's list, of the square ones if there are any: such images are not padded."""
+    height, width = min(pinpoints, key=lambda size: (size[0] != size[1], size[0] * size[1]))
+    return height, width
+
+
+def _rounded(side: int, unit: int) -> int:
+    return max(unit, round(side / unit) * unit)
+
+
+def _shown(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def generated_sample(index: int, seed: int) -> Sample:
+    """A picture of a few coloured blocks, and a question about it; there is no right answer."""
+    random = np.random.default_rng((seed, index))
+    blocks = random.integers(0, 256, (3, 4, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(blocks).resize((128, 96), Image.Resampling.BICUBIC).save(buffer, "PNG")
+    turn = Turn(QUESTIONS[index % len(QUESTIONS)], ("",))
+    return Sample(Path(f"generated-{index}.png"), (turn,), f"generated sample {index}", content=buffer.getvalue())
+
+
+def first_batch(collator: Collator, samples: Sequence[Sample]) -> Batch:
+    """Two samples as the graphs are traced with."""
+    two = (list(samples) * 2)[:2]
+    return collator.training(two) if collator.family.kind == "dual-encoder" else collator.prompts(two)
+
+
+def torch_runner(graphs: Sequence[Graph]) -> TorchRunner:
+    """The modules that are exported, as they are in torch."""
+    return TorchRunner(
+        {graph.name: graph.module for graph in graphs},
+        {graph.name: graph_ports(graph) for graph in graphs},
+        {graph.name: tuple(graph.outputs) for graph in graphs},
+    )
+
+
+def graph_ports(graph: Graph) -> tuple[PortInfo, ...]:
+    """Inputs of a graph as every runtime states them."""
+    return tuple(
+        PortInfo(
+            port.name,
+            str(port.sample.dtype).removeprefix("torch."),
+            tuple(port.axes.get(axis, size) for axis, size in enumerate(port.sample.shape)),
+        )
+        for port in graph.inputs
+    )
+
+
+def make_reference(
+    model: Any, collator: Collator, graphs: Sequence[Graph], samples: Sequence[Sample], most: int
+) -> Reference:
+    """Runs torch on all samples; the cases are its first two steps on one sample and on several.
+
+    Args:
+        most: new tokens per answer.
+    """
+    runner = torch_runner(graphs)
+    if collator.family.kind == "dual-encoder":
+        return _embeddings(runner, collator, samples)
+    prompting = prompting_of(model, collator)
+    prompts = [_arrays(collator.prompts(part)) for part in batches(samples, ROWS)]
+    longest = max(prompt["input_ids"].shape[1] for prompt in prompts)
+    if prompting.kind == "decoder" and longest + most > collator.max_text_tokens:
+        raise UnsuitableOptionError(
+            f"--max-new-tokens {most}: after a prompt of {longest} tokens this model takes at most "
+            f"{max(0, collator.max_text_tokens - longest)}; ask for fewer, or give shorter --data"
+        )
+    prompts.append(_arrays(long_prompt(collator, samples[0], most)))
+    answers = [torch_answers(model, collator, prompt, prompting, most) for prompt in prompts]
+    tokens = [until_end(row, prompting.end) for one in answers[:-1] for row in one.tokens]
+    texts = [collator.decode(torch.tensor([row]))[0] for row in tokens]
+    accuracy = _right(texts, samples) if any(sample.turns[-1].target for sample in samples) else None
+    single, pair = (_arrays(collator.prompts(part)) for part in (samples[-1:], (list(samples) * 2)[:2]))
+    cases = _random_cases(runner, graphs)
+    for what, batch in (("two samples", pair), ("one sample", single)):
+        recorder = Recorder(runner)
+        generate(recorder, prompting, batch, 2)
+        cases += [Case(graph, what, feeds, outputs) for graph, feeds, outputs in recorder.calls]
+        if "embedding" in runner.modules:  # only onnxruntime-genai runs it
+            features = next(one["image_features"] for graph, _, one in recorder.calls if graph == "vision_encoder")
+            feeds = {"input_ids": batch["input_ids"], "image_features": features}
+            token = np.full((len(batch["input_ids"]), 1), prompting.image_token)
+            given = {"input_ids": token, "image_features": features[:0]}
+            for case, fed in ((what, feeds), (f"{what}, an image token given by the model", given)):
+                cases.append(Case("embedding", case, fed, runner.run("embedding", fed)))
+    stored = torch_answers(model, collator, single, prompting, most)
+    losses = retell(runner, prompting, stored, "stored").torch_losses[0]
+    expected = {"tokens": stored.tokens, "first_logits": stored.logits[:, 0], "losses": losses}
+    return Reference(collator, most, samples, cases, prompting, answers, tokens, accuracy, single, expected)
+
+
+def prompting_of(model: Any, collator: Collator) -> Prompting:
+    """What a client has to know of this model, from its config and tokenizer."""
+    row, text = collator.family.export, getattr(model.config, "text_config", model.config)
+    return Prompting(
+        kind=collator.family.kind,
+        image_token=int(collator.image_token_id),
+        end=end_ids(model, collator),
+        pad=pad_id(model, collator),
+        positions=row.positions,
+        first_position=row.first_position,
+        merge=getattr(model.config.vision_config, "spatial_merge_size", 1) if row.positions == "mrope" else 1,
+        start=text.decoder_start_token_id if collator.family.kind == "encoder-decoder" else None,
+    )
+
+
+def check_tokens(runner: Runner, reference: Reference) -> TokenCheck:
+    """Torch's answers retold by a runtime, on all samples in left-padded batches and on one long prompt."""
+    prompting = reference.prompting
+    if prompting is None:
+        raise ValueError("a dual encoder gives no tokens to check")
+    retold = [retell(runner, prompting, answers, "answers") for answers in reference.answers]
+    *asked, _ = retold
+    equal, share = shares([row for one in asked for row in one.choices], reference.tokens)
+    worst = [one.difference for one in retold]
+    return TokenCheck(
+        samples=len(reference.tokens),
+        equal=equal,
+        token_share=share,
+        loss=float(np.concatenate([row for one in asked for row in one.losses]).mean()),
+        torch_loss=float(np.concatenate([row for one in asked for row in one.torch_losses]).mean()),
+        max_relative=max(one.max_relative for one in worst),
+        cosine=min(one.cosine for one in worst),
+        long_prompt=reference.answers[-1].prompts["input_ids"].shape[1],
+        accuracy=_accuracy(runner, prompting, reference, equal),
+        torch_accuracy=reference.accuracy,
+    )
+
+
+def _accuracy(runner: Runner, prompting: Prompting, reference: Reference, equal: int) -> float | None:
+    """Right answers of a runtime's own tokens; those of torch where all are equal."""
+    if reference.accuracy is None or equal == len(reference.tokens):
+        return reference.accuracy
+    texts: list[str] = []
+    for answers in reference.answers[:-1]:
+        found = generate(runner, prompting, answers.prompts, reference.most).tokens
+        texts += [reference.collator.decode(torch.tensor([until_end(row, prompting.end)]))[0] for row in found]
+    return _right(texts, reference.samples)
+
+
+def _right(texts: Sequence[str], samples: Sequence[Sample]) -> float:
+    right = [exact_match(text, sample.turns[-1].answers) for text, sample in zip(texts, samples, strict=True)]
+    return sum(right) / len(right)
+
+
+def _embeddings(runner: TorchRunner, collator: Collator, samples: Sequence[Sample]) -> Reference:
+    parts = {f"{len(samples)} samples": collator.training(samples), "one sample": collator.training(samples[-1:])}
+    cases = []
+    for what, batch in parts.items():
+        arrays = _arrays(batch)
+        for graph in runner.modules:
+            feeds = {port.name: arrays[port.name] for port in runner.inputs(graph)}
+            if "input_ids" in feeds:  # another length, also where the processor pads every text to one
+                shorter = {name: array[:, :-1] for name, array in feeds.items()}
+                cases.append(Case(graph, f"{what}, a token less", shorter, runner.run(graph, shorter)))
+            cases.append(Case(graph, what, feeds, runner.run(graph, feeds)))
+    first = _arrays(parts["one sample"])
+    last = [case for case in cases if case.what == "one sample"]
+    expected = {f"{case.graph}.{name}": array for case in last for name, array in case.outputs.items()}
+    return Reference(collator, 0, samples, cases, None, [], [], None, first, expected)
+
+
+def _random_cases(runner: TorchRunner, graphs: Sequence[Graph]) -> list[Case]:
+    """What the graphs were traced with: several new tokens on a cache that is not empty."""
+    cases = []
+    for graph in graphs:
+        feeds = {port.name: port.sample.numpy() for port in graph.inputs}
+        cases.append(Case(graph.name, "as traced", feeds, runner.run(graph.name, feeds)))
+    return cases
+
+
+def _arrays(batch: Mapping[str, torch.Tensor]) -> Arrays:
+    return {name: tensor.numpy() for name, tensor in batch.items() if name != "return_loss"}

@@ -1,0 +1,109 @@
+"""Is an exported folder whole, and does this machine give torch's answers for its stored sample?
+
+ONNX graphs are checked without torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slimvlm.compress.errors import CheckFailedError, CheckpointError, MissingDependencyError, SlimvlmError
+from slimvlm.export.checks.parity import TOLERANCES, Case, cross_entropy, measure
+from slimvlm.export.checks.sample import read_sample
+from slimvlm.export.running.generation import Arrays, Prompting, Runner, steps, until_end
+from slimvlm.export.running.manifest import Artifact, Manifest, check_files, inside
+from slimvlm.export.running.recorded import runner_of
+
+RUNTIMES = {"onnx": "onnxruntime", "torchscript": "torch", "pt2": "torch", "aoti": "torch"}
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What was checked: number of files, one entry per format and variant; `skipped`: no runtime is here for them."""
+
+    folder: Path
+    files: int
+    checks: tuple[dict[str, Any], ...]
+    skipped: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {**asdict(self), "folder": str(self.folder)}
+
+
+def verify_folder(folder: Path) -> Verification:
+    """See `slimvlm.export.verify`."""
+    manifest = Manifest.read(folder)
+    if wrong := check_files(folder, manifest.files):
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise CheckFailedError(f"{folder}: {wrong[0]}{more}; copy the export again")
+    for artifact in manifest.artifacts:
+        inside(folder, artifact.file)
+    sets: dict[tuple[str, str], list[Artifact]] = {}
+    for artifact in manifest.artifacts:
+        sets.setdefault((artifact.format, artifact.variant), []).append(artifact)
+    checks, skipped, failures = [], [], list(manifest.failures)
+    given, expected = read_sample(folder)
+    for (form, variant), artifacts in sets.items():
+        if importlib.util.find_spec(RUNTIMES[form]) is None:
+            skipped.append(f"{form} {variant}: {RUNTIMES[form]} is not installed")
+            continue
+        try:
+            check = _check(runner_of(folder, artifacts), manifest, variant, given, expected)
+        except KeyError as missing:
+            raise CheckpointError(f"{folder} holds no {missing} for {form} {variant}; copy the export again") from None
+        except SlimvlmError:
+            raise
+        except Exception as error:  # a runtime on files and a sample of others
+            line = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+            failures.append(f"{form} {variant} does not run here ({line})")
+            continue
+        checks.append({"format": form, "variant": variant, **check})
+        if not check["ok"]:
+            failures.append(f"{form} {variant} differs from torch here: {_shown(check)}")
+    if not checks and not failures:
+        raise MissingDependencyError(f"nothing here can run this export ({skipped[0]}): pip install onnxruntime")
+    result = Verification(folder, len(manifest.files), tuple(checks), tuple(skipped))
+    if failures:
+        raise CheckFailedError(f"{folder}: {failures[0]}", result)
+    return result
+
+
+def _check(runner: Runner, manifest: Manifest, variant: str, given: Arrays, expected: Arrays) -> dict[str, Any]:
+    tolerance = TOLERANCES[variant]
+    if manifest.generation is None:
+        return _check_embeddings(runner, manifest.artifacts, variant, given, expected)
+    prompting = Prompting.from_dict(manifest.generation)
+    told = list(steps(runner, prompting, given, expected["tokens"].shape[1], follow=expected["tokens"]))
+    case = Case("decoder_model_merged", "sample", {}, {"first_logits": expected["first_logits"]})
+    difference = measure(case, {"first_logits": told[0][1]})
+    tokens = until_end(expected["tokens"][0], prompting.end)
+    logits = np.stack([logits[0] for _, logits in told])[: len(tokens)]
+    loss, torch_loss = float(cross_entropy(logits, tokens).mean()), float(expected["losses"].mean())
+    ok = difference.within(tolerance) and loss - torch_loss <= tolerance.loss
+    share = float(np.mean(logits.argmax(-1) == tokens))
+    found = {"max_relative": difference.max_relative, "cosine": difference.cosine, "token_share": share}
+    return {"ok": bool(ok), **found, "loss": loss, "torch_loss": torch_loss}
+
+
+def _check_embeddings(
+    runner: Runner, artifacts: Sequence[Artifact], variant: str, given: Arrays, expected: Arrays
+) -> dict[str, Any]:
+    relative, cosine, ok = 0.0, 1.0, True
+    for graph in dict.fromkeys(artifact.graph for artifact in artifacts):
+        feeds = {port.name: given[port.name] for port in runner.inputs(graph)}
+        wanted = {name.split(".", 1)[1]: array for name, array in expected.items() if name.startswith(f"{graph}.")}
+        difference = measure(Case(graph, "sample", feeds, wanted), runner.run(graph, feeds))
+        relative, cosine = max(relative, difference.max_relative), min(cosine, difference.cosine)
+        ok = ok and difference.within(TOLERANCES[variant])
+    return {"ok": bool(ok), "max_relative": float(relative), "cosine": float(np.float64(cosine))}
+
+
+def _shown(check: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value:.3g}" for name, value in check.items() if name != "ok")

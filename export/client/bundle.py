@@ -1,0 +1,98 @@
+"""One folder, or one tar, for a device: graphs, tokenizer and processor files, run_onnx.py, manifest and a README."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+from typing import Any
+
+from slimvlm.compress.files.decoding import LARGEST_FILE, decode, parse
+from slimvlm.compress.files.writing import written_file
+from slimvlm.export.running.manifest import NAME, Manifest
+
+README = "README.md"
+
+
+def write_readme(folder: Path, manifest: Manifest) -> None:
+    """Writes how to run, check and read the folder."""
+    (folder / README).write_text("\n".join(_lines(manifest)) + "\n", encoding="utf-8")
+
+
+def write_tar(folder: Path, manifest: Manifest) -> Path:
+    """`<folder>.tar` with the files of the export, the same bytes for the same files.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    target = tar_name(folder)
+    with written_file(target) as partial, tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as archive:
+        for name in (*manifest.files, NAME):
+            archive.add(folder / name, f"{folder.name}/{name}", filter=_anonymous)
+    return target
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether a file is what `write_tar` writes: a tar whose one folder has the manifest of an export."""
+    try:
+        with tarfile.open(path, "r:") as archive:
+            member = archive.extractfile(f"{path.stem}/{NAME}")
+            return member is not None and bool(decode(parse(member.read(LARGEST_FILE)), Manifest))
+    except (OSError, KeyError, ValueError, tarfile.TarError):
+        return False
+
+
+def tar_name(folder: Path) -> Path:
+    """Where the bundle of an export stands."""
+    return folder.with_name(folder.name + ".tar")
+
+
+def _anonymous(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+    entry.uid = entry.gid = entry.mtime = 0
+    entry.uname = entry.gname = ""
+    entry.mode = 0o644
+    return entry
+
+
+def _lines(manifest: Manifest) -> list[str]:
+    runs = manifest.run
+    lines = [
+        f"# {manifest.model['family']}, exported by slimvlm {manifest.versions.get('slimvlm', '')}".rstrip(),
+        "",
+        "| graph | format | variant | file | largest relative error |",
+        "|---|---|---|---|---|",
+    ]
+    for artifact in manifest.artifacts:
+        error = max((difference["max_relative"] for difference in artifact.parity), default=float("nan"))
+        lines.append(f"| {artifact.graph} | {artifact.format} | {artifact.variant} | {artifact.file} | {error:.1e} |")
+    lines += ["", "Against torch, on the samples the export was checked with:", ""]
+    lines += [f"- {_check(check)}" for check in manifest.checks] or ["- every graph (see `parity` in manifest.json)"]
+    if "prompt" in runs:
+        lines += [
+            "",
+            "## Run",
+            "",
+            "```",
+            "pip install numpy pillow onnxruntime tokenizers",
+            'python run_onnx.py IMAGE "QUESTION"',
+            "```",
+        ]
+        lines += ["", runs["note"] + "."] if "note" in runs else []
+    elif "why_not" in runs:
+        lines += ["", f"`run_onnx.py` is not here: {runs['why_not']}."]
+    lines += [
+        "",
+        "## Check",
+        "",
+        "`slimvlm export --verify .` compares all files with manifest.json and runs its sample.",
+    ]
+    return lines
+
+
+def _check(check: dict[str, Any]) -> str:
+    right = (
+        "" if check["accuracy"] is None else f", right answers {check['accuracy']:.1%} ({check['torch_accuracy']:.1%})"
+    )
+    return (
+        f"{check['format']} {check['variant']}: {check['equal']} of {check['samples']} answers equal, "
+        f"{check['token_share']:.1%} of the tokens{right}"
+    )

@@ -1,0 +1,285 @@
+"""Exported graphs behind the interface of backends.py: TorchScript and ONNX Runtime, on values that stay in place.
+
+The steps are those of `compress.generation`, but what a step leaves for the next (the cache) stays in the runtime's own
+form: arrays on the CPU, values bound to a GPU, tensors of TorchScript. What does not depend on the tokens is made once,
+so that a step is two calls of a session and a few assignments: a client's loop does no less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slimvlm.export.running.generation import PAST, PRESENT, Arrays, PortInfo, Prompting, empty_cache, prompt_positions
+from slimvlm.export.running.runners import SessionRunner, TorchRunner
+
+Tensors = dict[str, Tensor]
+VISION, EMBED, ENCODER, DECODER = "vision_encoder", "embed_tokens", "encoder_model", "decoder_model_merged"
+DUAL = ("vision_model", "text_model")
+EMBEDS, MASK, POSITIONS = "inputs_embeds", "attention_mask", "position_ids"
+
+
+class Graphs(Protocol):
+    """Graphs that can be run by name; values are in the runtime's own form."""
+
+    @property
+    def runner(self) -> SessionRunner | TorchRunner:
+        """The same graphs on arrays."""
+
+    def inputs(self, graph: str) -> tuple[PortInfo, ...]:
+        """What the graph takes."""
+
+    def outputs(self, graph: str) -> tuple[str, ...]:
+        """Names of what it gives."""
+
+    def value(self, tensor: Tensor) -> Any:
+        """A contiguous tensor as an input; they share their memory."""
+
+    def tensor(self, value: Any) -> Tensor:
+        """An output as a tensor; they share their memory."""
+
+    def last(self, logits: Any) -> Any:
+        """Of the output `logits` [B, S, V] those of the last token [B, V], as something that has `argmax`."""
+
+    def call(self, graph: str, values: Mapping[str, Any]) -> Sequence[Any]:
+        """Outputs in the order of their names; `values` are exactly what the graph takes, in its dtypes."""
+
+
+def run(graphs: Graphs, graph: str, feeds: Mapping[str, Tensor]) -> Tensors:
+    """Outputs by name; feeds the graph does not take are left out."""
+    outputs = graphs.call(graph, fitting(graphs, graph, feeds))
+    return {name: graphs.tensor(value) for name, value in zip(graphs.outputs(graph), outputs, strict=True)}
+
+
+def fitting(graphs: Graphs, graph: str, feeds: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Of `feeds` what the graph takes, as values in its dtypes, in its order."""
+    ports = graphs.inputs(graph)
+    return {
+        port.name: graphs.value(feeds[port.name].to(getattr(torch, port.dtype)).contiguous())
+        for port in ports
+        if port.name in feeds
+    }
+
+
+class TorchGraphs:
+    """TorchScript modules; values are tensors."""
+
+    def __init__(self, runner: TorchRunner) -> None:
+        self.runner, self.inputs = runner, runner.inputs
+
+    def outputs(self, graph: str) -> tuple[str, ...]:
+        """See `Graphs`."""
+        return tuple(self.runner.names[graph])
+
+    def value(self, tensor: Tensor) -> Tensor:
+        """See `Graphs`."""
+        return tensor
+
+    tensor = value
+
+    def last(self, logits: Tensor) -> Tensor:
+        """See `Graphs`."""
+        return logits[:, -1]
+
+    def call(self, graph: str, values: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        """See `Graphs`."""
+        outputs = self.runner.modules[graph](*(values[port.name] for port in self.inputs(graph)))
+        return (outputs,) if isinstance(outputs, Tensor) else outputs
+
+
+class OnnxGraphs:
+    """Sessions of ONNX Runtime on the CPU; values are arrays."""
+
+    def __init__(self, runner: SessionRunner) -> None:
+        self.runner = runner
+        self._opened: dict[str, tuple[Any, tuple[PortInfo, ...], tuple[str, ...]]] = {}
+
+    def open(self, graph: str) -> tuple[Any, tuple[PortInfo, ...], tuple[str, ...]]:
+        """The session, its inputs and the names of its outputs: asked once, which can take longer than a run."""
+        if graph not in self._opened:
+            names = tuple(port.name for port in self.runner.outputs(graph))
+            self._opened[graph] = self.runner.session(graph), self.runner.inputs(graph), names
+        return self._opened[graph]
+
+    def inputs(self, graph: str) -> tuple[PortInfo, ...]:
+        """See `Graphs`."""
+        return self.open(graph)[1]
+
+    def outputs(self, graph: str) -> tuple[str, ...]:
+        """See `Graphs`."""
+        return self.open(graph)[2]
+
+    def value(self, tensor: Tensor) -> Any:
+        """See `Graphs`."""
+        return tensor.numpy()
+
+    def tensor(self, value: Any) -> Tensor:
+        """See `Graphs`."""
+        return torch.from_numpy(value)
+
+    def last(self, logits: Any) -> Any:
+        """See `Graphs`."""
+        return logits[:, -1]
+
+    def call(self, graph: str, values: Mapping[str, Any]) -> Sequence[Any]:
+        """See `Graphs`."""
+        session, _, names = self._opened.get(graph) or self.open(graph)
+        return session.run(names, values)
+
+
+class BoundOnnxGraphs(OnnxGraphs):
+    """Sessions of ONNX Runtime whose inputs and outputs are bound where they lie: on a GPU nothing goes to the host.
+    Values are tensors and what sessions gave; a graph has one binding, in which every call replaces what changed.
+
+    Args:
+        device: of the tensors, and of the sessions.
+    """
+
+    def __init__(self, runner: SessionRunner, device: torch.device) -> None:
+        super().__init__(runner)
+        self.place = device.type, device.index or 0
+        self._nowhere = torch.zeros(1, device=device)
+        self._bindings: dict[str, tuple[Any, dict[str, Any]]] = {}
+
+    def value(self, tensor: Tensor) -> Any:
+        """See `Graphs`."""
+        return tensor
+
+    def tensor(self, value: Any) -> Tensor:
+        """See `Graphs`."""
+        return torch.from_dlpack(value)
+
+    def last(self, logits: Any) -> Any:
+        """See `Graphs`."""
+        return torch.from_dlpack(logits)[:, -1]
+
+    def call(self, graph: str, values: Mapping[str, Any]) -> Sequence[Any]:
+        """See `Graphs`."""
+        session, _, names = self.open(graph)
+        if graph not in self._bindings:
+            self._bindings[graph] = session.io_binding(), {}
+        binding, bound = self._bindings[graph]
+        for name, value in values.items():
+            if bound.get(name) is not value:
+                self._bind(binding, name, value)
+        self._bindings[graph] = binding, dict(values)  # what is bound must stay alive, and at its place
+        binding.clear_binding_outputs()
+        for name in names:
+            binding.bind_output(name, *self.place)
+        if self._nowhere.is_cuda:  # the session has a stream of its own, and leaves it when all is done
+            torch.cuda.current_stream(self._nowhere.device).synchronize()
+        session.run_with_iobinding(binding)
+        return binding.get_outputs()
+
+    def _bind(self, binding: Any, name: str, value: Any) -> None:
+        if not isinstance(value, Tensor):
+            binding.bind_ortvalue_input(name, value)
+            return
+        pointer = value.data_ptr() or self._nowhere.data_ptr()  # a null pointer is refused, also for no elements
+        element = np.dtype(str(value.dtype).removeprefix("torch."))
+        binding.bind_input(name, *self.place, element, tuple(value.shape), pointer)
+
+
+class GraphBackend:
+    """The graphs of one variant.
+
+    Args:
+        prompting: of the export; None for a dual encoder.
+    """
+
+    def __init__(self, graphs: Graphs, prompting: Prompting | None, device: torch.device) -> None:
+        self.graphs, self.prompting, self.device = graphs, prompting, device
+        self._batch: Tensors = {}
+        self._empty: Tensors = {}
+        self._image = self._positions = torch.zeros(0)
+        self._feeds: dict[str, Any] = {}  # of the decoder, as its runtime takes them
+        self._later: list[dict[str, Any]] = []  # of them what changes with every step, but not with the tokens
+        self._steps = 0
+        self._start = None if prompting is None else prompting.start
+        if prompting is not None:
+            outputs, taken = graphs.outputs(DECODER), {port.name: port for port in graphs.inputs(DECODER)}
+            self._logits = outputs.index("logits")
+            # What stays in the cache: place among outputs, name among inputs. An encoder's stays as it was given.
+            pairs = [(place, _past(name)) for place, name in enumerate(outputs) if name.startswith(PRESENT)]
+            self._kept = [(place, name) for place, name in pairs if name in taken]
+
+    def place(self, arrays: Arrays) -> None:
+        """See `Backend`."""
+        self._batch = {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()}
+        if self.prompting is None:
+            return
+        ids = arrays["input_ids"]
+        grids = arrays.get("image_grid_thw")
+        positions = prompt_positions(self.prompting, ids, np.ones_like(ids), grids)
+        self._positions = torch.from_numpy(positions).to(self.device)
+        image = self._batch["input_ids"] == self.prompting.image_token
+        self._image = image[..., None]
+        self._batch["input_ids"] = self._batch["input_ids"].masked_fill(image, 0)  # may lie outside the vocabulary
+        cache = empty_cache(self.graphs.runner, len(ids), {})
+        self._empty = {name: torch.from_numpy(array).to(self.device) for name, array in cache.items()}
+        self._later = []
+
+    def vision(self) -> Any:
+        """See `Backend`."""
+        if self.prompting is None:
+            return run(self.graphs, DUAL[0], self._batch)
+        if "pixel_values" not in self._batch:
+            return None
+        features = run(self.graphs, VISION, self._batch)["image_features"]
+        if "pixel_attention_mask" in self._batch:  # images of nothing but padding stand for no token
+            features = features[self._batch["pixel_attention_mask"].reshape(len(features), -1).any(dim=1)]
+        return features
+
+    def text(self) -> Any:
+        """See `Backend`."""
+        return run(self.graphs, DUAL[1], self._batch)
+
+    def prefill(self, features: Any, new_tokens: int) -> Any:
+        """See `Backend`."""
+        ids = self._batch["input_ids"]
+        embeds = self._embed(ids)
+        if features is not None:
+            embeds = embeds.masked_scatter(self._image, features.to(embeds.dtype))
+        self._prepare(new_tokens)
+        feeds = {EMBEDS: embeds, MASK: torch.ones_like(ids), POSITIONS: self._positions}
+        if self._start is not None:
+            encoded = run(self.graphs, ENCODER, feeds)
+            given = {_past(name): value for name, value in encoded.items() if name.startswith(PRESENT)}
+            start = self._embed(ids.new_full((len(ids), 1), self._start))
+            feeds = {**given, EMBEDS: start, "encoder_attention_mask": feeds[MASK]}
+        self._feeds = fitting(self.graphs, DECODER, {**self._empty, **feeds})
+        self._steps = 0
+        return self._decode()
+
+    def step(self, token: Any) -> Any:
+        """See `Backend`."""
+        self._feeds[EMBEDS] = self.graphs.call(EMBED, {"input_ids": token})[0]
+        self._feeds.update(self._later[self._steps - 1])
+        return self._decode()
+
+    def _prepare(self, new_tokens: int) -> None:
+        """Masks and positions of the steps after the first token, once per workload."""
+        ids, following = self._batch["input_ids"], self._positions.amax(-1, keepdim=True) + 1
+        for step in range(len(self._later), new_tokens - 1):
+            length = self._positions.shape[-1] + step + 1
+            later = {MASK: ids.new_ones(len(ids), length), POSITIONS: following + step}
+            self._later.append(fitting(self.graphs, DECODER, later) if self._start is None else {})
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        return run(self.graphs, EMBED, {"input_ids": ids})[EMBEDS]
+
+    def _decode(self) -> Any:
+        self._steps += 1
+        outputs = self.graphs.call(DECODER, self._feeds)
+        for place, name in self._kept:
+            self._feeds[name] = outputs[place]
+        return self.graphs.last(outputs[self._logits])
+
+
+def _past(name: str) -> str:
+    """The decoder's input that an output (of its own, or the encoder's) becomes."""
+    return name.replace(PRESENT, PAST)

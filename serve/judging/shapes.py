@@ -1,0 +1,195 @@
+"""What a model multiplies and keeps, read from the shapes of its checkpoint: no weights are loaded and none are run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from slimvlm.compress.models.checkpoint import build_meta
+from slimvlm.compress.models.families import Attention, Family, Tower
+from slimvlm.compress.models.groups import Group, count_parameters, find_groups
+from slimvlm.serve.judging.roofline import EMBEDDINGS, HEAD, LANGUAGE, PROJECTOR, VISION, Attended, Product, Shapes
+
+CLASS_TOKENS = ("class_embedding", "cls_token")
+
+
+def checkpoint_shapes(folder: str | os.PathLike[str], trust_remote_code: bool = False) -> Shapes:
+    """The shapes of a checkpoint (dense, per-layer or stock), from its config.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: as `build_meta`.
+    """
+    return model_shapes(*build_meta(folder, trust_remote_code))
+
+
+def model_shapes(model: nn.Module, family: Family) -> Shapes:
+    """The shapes of `model` (the meta device is enough)."""
+    groups = find_groups(model, family, dead=True)
+    places = tuple(_places(family))
+    products = [found for path, module in model.named_modules() for found in _products(path, module, places, family)]
+    attended = [_tower_attention(group, model, family) for group in groups if group.kind == "attention"]
+    convolution = _patches(model, places)
+    names = [name.rpartition(".")[2] for name, _ in model.named_parameters()]
+    queries = 0
+    if family.resampler is not None:
+        attended += _resampler_attention(model, family.resampler.module, family.resampler.cross)
+        queries = model.get_parameter(family.resampler.queries).shape[1]
+    attended += [Attended("image", "patch", module.embed_dim) for module in _pooling(model, places)]
+    return Shapes(
+        family=family.name,
+        kind=family.kind,
+        parameters=count_parameters(model),
+        products=tuple(products),
+        attended=tuple(attended),
+        patch=tuple(convolution.stride[-2:]),
+        class_tokens=sum(name in CLASS_TOKENS for name in names),
+        merged=_merged(model, family, convolution.out_channels),
+        queries=queries,
+        widths=tuple(group.size * group.head_dim for group in groups),
+    )
+
+
+# ------------------------------------------------------------------ where a module belongs
+
+Place = tuple[str, str, str]  # path, part, kind of tokens
+
+
+def _places(family: Family) -> Iterator[Place]:
+    """Where the parts of a model are; the first place that a path lies in is its own."""
+    for path in (family.export.head, f"{family.export.text}.lm_head"):
+        yield path, HEAD, "head"
+    if family.kind == "dual-encoder":
+        yield from zip(family.projector, (PROJECTOR, PROJECTOR), ("image", "pooled"), strict=True)
+    else:
+        for path in family.projector:
+            yield path, PROJECTOR, "query" if family.resampler else "feature"
+    if family.resampler:
+        yield family.resampler.module, PROJECTOR, "query"
+    for tower in family.towers:
+        yield _parent(tower.blocks), VISION if tower.modality == "vision" else LANGUAGE, _kind(tower, family)
+    for tower in family.towers:  # what lies beside the encoder of a tower: embeddings, norms
+        root = _parent(_parent(tower.blocks))
+        others = (other for other in family.towers if other is not tower)
+        if root and _parent(tower.blocks).endswith("encoder") and not any(_inside(o.blocks, root) for o in others):
+            yield root, VISION if tower.modality == "vision" else LANGUAGE, _kind(tower, family)
+
+
+def _kind(tower: Tower, family: Family) -> str:
+    if tower.modality == "vision":
+        return "patch"
+    if family.kind == "dual-encoder":
+        return "text"
+    return "encoder" if tower.name == "encoder" else "decoder"
+
+
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
+def _inside(path: str, root: str) -> bool:
+    return path == root or path.startswith(f"{root}.")
+
+
+def _place(path: str, places: tuple[Place, ...]) -> Place | None:
+    return next((place for place in places if _inside(path, place[0])), None)
+
+
+# ------------------------------------------------------------------ products
+
+
+def _products(path: str, module: nn.Module, places: tuple[Place, ...], family: Family) -> Iterator[Product]:
+    """What the module's own parameters are good for."""
+    own = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+    place = _place(path, places)
+    if not own or place is None:
+        return
+    _, part, kind = place
+    if isinstance(module, nn.Linear):
+        yield Product(part, _seen(path, kind, family), module.weight.numel(), own)
+    elif isinstance(module, (nn.Conv2d, nn.Conv3d)):
+        yield Product(EMBEDDINGS, "pixel", module.weight.numel(), own)
+    elif isinstance(module, nn.MultiheadAttention):  # a probe pools the patches: one query, their keys and values
+        third = module.in_proj_weight.numel() // 3
+        yield Product(part, "image", third, own // 3)
+        yield Product(part, "patch", 2 * third, own - own // 3)
+    elif isinstance(module, nn.Embedding) and part == LANGUAGE:
+        yield Product(EMBEDDINGS, kind, looked_up=module.embedding_dim)
+    else:
+        yield Product(EMBEDDINGS if isinstance(module, nn.Embedding) else part, kind, parameters=own)
+
+
+def _seen(path: str, kind: str, family: Family) -> str:
+    """Keys and values of cross attention are made of other tokens than its queries."""
+    if family.resampler and _inside(path, family.resampler.module):
+        is_cross = f".{family.resampler.cross}." in path
+        return "patch" if is_cross and path.endswith((".key", ".value")) else kind
+    for tower in family.towers:
+        for part in tower.parts:
+            if isinstance(part, Attention) and part.key == "cross_attn" and _inside(path, tower.blocks):
+                names = (f".{part.module}.{row}" for row in part.rows[1:])
+                if path.endswith(tuple(names)):
+                    return "memory"
+    return kind
+
+
+def _merged(model: nn.Module, family: Family, hidden_size: int) -> int:
+    """Patches that become one feature: the projector's first matrix takes them side by side."""
+    if family.kind == "dual-encoder" or family.resampler:
+        return 1
+    first = next(one for one in model.get_submodule(family.projector[0]).modules() if isinstance(one, nn.Linear))
+    layers = getattr(model.config, "vision_feature_layer", 0)  # states of several layers are put side by side as well
+    return first.in_features // (hidden_size * (len(layers) if isinstance(layers, (list, tuple)) else 1))
+
+
+def _patches(model: nn.Module, places: tuple[Place, ...]) -> Any:
+    """The convolution that makes patches of pixels."""
+    return next(
+        module
+        for path, module in model.named_modules()
+        if isinstance(module, (nn.Conv2d, nn.Conv3d)) and _place(path, places)
+    )
+
+
+# ------------------------------------------------------------------ attentions
+
+
+def _tower_attention(group: Group, model: nn.Module, family: Family) -> Attended:
+    tower = next(tower for tower in family.towers if tower.name == group.tower)
+    width, kept = group.size * group.head_dim, 2 * group.kv_heads * group.head_dim
+    kind = _kind(tower, family)
+    if kind == "patch":
+        return Attended(kind, kind, width, window=_window(getattr(model.config, tower.config), group.layer))
+    if kind != "decoder":
+        return Attended(kind, kind, width)
+    return Attended(kind, "source" if group.key.endswith("cross_attn") else "context", width, kept)
+
+
+def _window(config: Any, layer: int) -> int | None:
+    """Patches of one window of a layer that attends within windows (Qwen2.5-VL); None: all of an image."""
+    side, full = getattr(config, "window_size", None), getattr(config, "fullatt_block_indexes", None)
+    if side is None or full is None or layer in full:
+        return None
+    return (side // config.patch_size) ** 2
+
+
+def _resampler_attention(model: nn.Module, root: str, cross: str) -> list[Attended]:
+    found = []
+    for path, module in model.get_submodule(root).named_modules():
+        if isinstance(getattr(module, "query", None), nn.Linear):
+            found.append(Attended("query", "patch" if f".{cross}." in f".{path}." else "query", _rows(module.query)))
+    return found
+
+
+def _rows(linear: Any) -> int:
+    return linear.out_features
+
+
+def _pooling(model: nn.Module, places: tuple[Place, ...]) -> list[Any]:
+    return [
+        module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention) and _place(path, places)
+    ]

@@ -1,0 +1,170 @@
+"""What was removed: parameters per tower, heads and channels per layer, and the scores that decided it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from slimvlm.compress.errors import OutputError
+from slimvlm.compress.models.families import FAMILIES
+from slimvlm.compress.plan import Plan
+from slimvlm.serve.report.charts import kept_bars, score_steps, size_bars
+from slimvlm.serve.report.document import Chart, Finding, Section, Table, change, figure, percent, shown, whole
+from slimvlm.serve.report.files import PLAN, SCORES, RunFiles, Scored
+
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+UNITS = {"mlp": "MLP channels", "attn": "attention heads", "cross_attn": "cross-attention heads"}
+
+
+@dataclass(slots=True)
+class _Part:
+    """The groups of one kind in one tower: layer -> (had, keeps)."""
+
+    tower: str
+    part: str
+    layers: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def unit(self) -> str:
+        return UNITS.get(self.part, self.part)
+
+
+def removed_section(files: RunFiles) -> Section:
+    """The plan in bars and tables."""
+    if files.plan is None:
+        return Section("removed", "What was removed", ("No plan was made yet: the stage `plan` is not finished.",))
+    parts = _parts(files.plan)
+    return Section(
+        "removed",
+        "What was removed",
+        notes=(
+            "The towers' figures count what can be cut: the attention and MLP weights of their blocks. Embeddings, "
+            "norms, projector and output head stay, and count in the whole model only.",
+        ),
+        findings=_findings(files.plan),
+        parts=(
+            _size_chart(files.plan),
+            _size_table(files.plan),
+            *(
+                shown_part
+                for number, part in enumerate(parts)
+                for shown_part in (_chart(number, part), _layer_table(part))
+            ),
+        ),
+    )
+
+
+def scores_section(files: RunFiles) -> Section:
+    """How the importance of the units is distributed, per modality."""
+    if files.scores is None or files.plan is None:
+        return Section("scores", "Scores", ("No scores are there: the stage `plan` is not finished.",))
+    by_modality = _by_modality(files.plan, files.scores)
+    notes = [
+        f"One score per unit that could still be cut, by the criterion {shown(files.scores.criterion)}; the units with "
+        "the lowest scores go first, within the limits of the budget."
+    ]
+    if files.plan.rounds > 1:
+        notes.append(
+            f"The plan was made in {files.plan.rounds} rounds; these are the scores of the last one, on the model as "
+            "the rounds before had cut it. What left earlier has no score here."
+        )
+    charts: tuple[Chart, ...] = ()
+    if any((values > 0).any() for values in by_modality.values()):
+        charts = (score_steps("scores", "Distribution of the scores per modality", by_modality),)
+    return Section("scores", "Scores", tuple(notes), parts=(*charts, _score_table(by_modality)))
+
+
+def _findings(plan: Plan) -> tuple[Finding, ...]:
+    before, after = plan.parameters_before, plan.parameters_after
+    removed = Finding(
+        f"{percent(plan.removed_fraction)} of all parameters are gone: {whole(before)} before, {whole(after)} after "
+        f"({percent(plan.ratio)} was asked for).",
+        f"{PLAN}: parameters_before, parameters_after, ratio",
+    )
+    found = [removed]
+    for tower, blocks in plan.dropped.items():
+        text = f"The last {blocks} blocks of {shown(tower)} left whole and for free: nothing reads their output."
+        found.append(Finding(text, f"{PLAN}: dropped, dropped_parameters ({whole(plan.dropped_parameters)})"))
+    if plan.overshoots:
+        text = f"That is {percent(plan.removed_fraction - plan.ratio)} of all parameters more than was asked for."
+        found.append(Finding(text, f"{PLAN}: parameters_after, ratio", bad=True))
+    if plan.rescued:
+        groups = ", ".join(map(shown, plan.rescued))
+        text = f"{groups} would have been emptied and keep one unit each."
+        found.append(Finding(text, f"{PLAN}: rescued", bad=True))
+    return tuple(found)
+
+
+def _parts(plan: Plan) -> list[_Part]:
+    """Towers and kinds in the order of the plan's keys."""
+    parts: dict[tuple[str, str], _Part] = {}
+    for key, size in plan.sizes.items():
+        pieces = key.rsplit(".", 2)
+        if len(pieces) != 3 or not pieces[1].isdecimal():
+            raise OutputError(f"{PLAN}: group {shown(key)!r} is not TOWER.LAYER.PART; make the plan again")
+        tower, layer, part = pieces
+        parts.setdefault((tower, part), _Part(tower, part)).layers[int(layer)] = (size, len(plan.keep[key]))
+    return [parts[names] for names in sorted(parts)]
+
+
+def _chart(number: int, part: _Part) -> Chart:
+    layers = sorted(part.layers)
+    sizes, kept = ([part.layers[layer][side] for layer in layers] for side in (0, 1))
+    return kept_bars(f"kept{number}", f"{shown(part.tower)}: {shown(part.unit)} kept per layer", layers, kept, sizes)
+
+
+def _size_chart(plan: Plan) -> Chart:
+    towers = sorted(plan.towers.items())
+    names = ["whole model", *(name for name, _ in towers)]
+    before = [plan.parameters_before, *(tower.parameters_before for _, tower in towers)]
+    after = [plan.parameters_after, *(tower.parameters_after for _, tower in towers)]
+    return size_bars("sizes", "Parameters before and after", names, before, after)
+
+
+def _size_table(plan: Plan) -> Table:
+    rows = [("parameters, whole model", *_sizes(plan.parameters_before, plan.parameters_after))]
+    for name, tower in sorted(plan.towers.items()):
+        rows.append((f"parameters, {name}", *_sizes(tower.parameters_before, tower.parameters_after)))
+    for name, tower in sorted(plan.towers.items()):
+        rows.append((f"multiply-adds per token, {name}", *_sizes(tower.macs_before, tower.macs_after)))
+    source = f"{PLAN}: parameters_before, parameters_after, towers"
+    return Table("Sizes", ("", "before", "after", "change"), rows, source)
+
+
+def _sizes(before: int, after: int) -> tuple[str, str, str]:
+    return whole(before), whole(after), change(before, after)
+
+
+def _layer_table(part: _Part) -> Table:
+    rows = [
+        (str(layer), whole(had), whole(keeps), percent(keeps / had))
+        for layer, (had, keeps) in sorted(part.layers.items())
+    ]
+    had, keeps = (sum(counts[side] for counts in part.layers.values()) for side in (0, 1))
+    rows.append(("all", whole(had), whole(keeps), percent(keeps / had)))
+    title = f"{part.tower}: {part.unit} kept per layer"
+    source = f"{PLAN}: sizes and keep of {part.tower}.*.{part.part}"
+    return Table(title, ("layer", "dense", "kept", "share kept"), rows, source)
+
+
+def _by_modality(plan: Plan, scores: Scored) -> dict[str, np.ndarray]:
+    """Scores of all groups of a modality, f32 [units]; a tower this version does not know stands for itself."""
+    modality = {tower.name: tower.modality for row in FAMILIES if row.name == plan.family for tower in row.towers}
+    found: dict[str, list[np.ndarray]] = {}
+    for key, values in sorted(scores.values.items()):
+        tower = key.rsplit(".", 2)[0]
+        found.setdefault(modality.get(tower, tower), []).append(values)
+    return {name: np.concatenate(values) for name, values in sorted(found.items(), reverse=True)}
+
+
+def _score_table(by_modality: Mapping[str, np.ndarray]) -> Table:
+    names = ("least", *(f"{100 * share:g} %" for share in QUANTILES[1:-1]), "largest")
+    quantiles = [np.quantile(values, QUANTILES) for values in by_modality.values()]
+    rows = [
+        ("units", *(whole(len(values)) for values in by_modality.values())),
+        ("of them with score 0", *(whole((values == 0).sum()) for values in by_modality.values())),
+        *((name, *(figure(found[place]) for found in quantiles)) for place, name in enumerate(names)),
+    ]
+    return Table("Quantiles of the scores", ("", *by_modality), rows, f"{SCORES}: values/*, all units of a modality")
