@@ -17,8 +17,8 @@ from slimvlm.compress.evaluation.evaluate import Comparison, Quality, compare
 from slimvlm.compress.files.decoding import read
 from slimvlm.compress.files.folders import require_free, reserved
 from slimvlm.compress.files.locks import locked_folder
-from slimvlm.compress.models.checkpoint import save_checkpoint
 from slimvlm.compress.models.computing import cast, load_to_compute
+from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.recovery.checks import check_models, recipe_of

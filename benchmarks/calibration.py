@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
-from slimvlm.compress.criteria.scoring import CRITERIA
+from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import Group, find_groups
-from slimvlm.compress.statistics.collect import CalibrationOptions, collect
+from slimvlm.compress.statistics.calibration import CalibrationOptions
+from slimvlm.compress.statistics.collect import collect
 
 VOCABULARY, IMAGE_TOKEN = 4096, 4000
 IMAGE_SIZE, PATCH, TEXT_TOKENS, ANSWER_TOKENS = 112, 8, 60, 20

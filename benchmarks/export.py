@@ -33,7 +33,9 @@ from torch import nn
 from slimvlm.compress.errors import SlimvlmError
 from slimvlm.compress.files.writing import installed_versions
 from slimvlm.compress.models.families import find_family
-from slimvlm.export.graphs.decoder import Embed, Graph, Port, build_graphs
+from slimvlm.export.graphs.build import build_graphs
+from slimvlm.export.graphs.decoder import Embed
+from slimvlm.export.graphs.graph import Graph, Port
 from slimvlm.export.options import EXTERNAL_BYTES, OnnxSettings
 from slimvlm.export.running.generation import empty_cache
 from slimvlm.export.running.manifest import VERSIONED

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from transformers import AutoProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from slimvlm.compress.models.checkpoint import save_checkpoint
+from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.runs import installed_versions
 from slimvlm.demo import MODEL, SAMPLES

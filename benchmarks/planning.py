@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from slimvlm.compress.allocate.budget import Budget, facts_of, make_plan
-from slimvlm.compress.criteria.scoring import CRITERIA, score_groups
+from slimvlm.compress.criteria.criterion import CRITERIA
+from slimvlm.compress.criteria.scoring import score_groups
 from slimvlm.compress.files.writing import installed_versions
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import find_groups

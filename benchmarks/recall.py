@@ -30,11 +30,12 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
 from slimvlm.compress.allocate.budget import Budget, facts_of, make_plan
-from slimvlm.compress.criteria.scoring import CRITERIA, score_groups
+from slimvlm.compress.criteria.criterion import CRITERIA
+from slimvlm.compress.criteria.scoring import score_groups
 from slimvlm.compress.files.writing import installed_versions
-from slimvlm.compress.models.checkpoint import save_checkpoint
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import find_groups
+from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.recovery.adapters.recall import attach
 from slimvlm.compress.recovery.adapters.slices import Slices

@@ -39,7 +39,8 @@ from slimvlm.compress.data.samples import Sample, load_samples
 from slimvlm.compress.data.splits import Trained, hold_out
 from slimvlm.compress.evaluation.evaluate import evaluate
 from slimvlm.compress.files.writing import installed_versions
-from slimvlm.compress.models.checkpoint import Loaded, save_checkpoint
+from slimvlm.compress.models.checkpoint import Loaded
+from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.recovery.recover import recover

@@ -27,12 +27,13 @@ from calibration import make_batches, make_model
 from torch import Tensor
 
 from slimvlm import kernels
-from slimvlm.compress.criteria.scoring import CRITERIA
+from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.slicing import apply as slicing
 from slimvlm.compress.statistics import gradients as collectors
-from slimvlm.compress.statistics.collect import CalibrationOptions, collect
+from slimvlm.compress.statistics.calibration import CalibrationOptions
+from slimvlm.compress.statistics.collect import collect
 from slimvlm.kernels.histogram import reference
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}

@@ -17,13 +17,14 @@ import torch
 from transformers import LlamaConfig, SmolVLMConfig, SmolVLMForConditionalGeneration
 
 from slimvlm.compress.allocate.budget import Budget
-from slimvlm.compress.criteria.scoring import CRITERIA
+from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.files.writing import installed_versions
-from slimvlm.compress.models.checkpoint import load, save_checkpoint
+from slimvlm.compress.models.checkpoint import load
 from slimvlm.compress.models.groups import count_parameters
+from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.rounds import Planning, plan_in_rounds
 from slimvlm.compress.slicing.apply import apply_plan
-from slimvlm.compress.statistics.collect import CalibrationOptions
+from slimvlm.compress.statistics.calibration import CalibrationOptions
 
 IMAGE_TOKEN = 49190
 IMAGE_TOKENS = 64  # one 512-pixel tile: 32 x 32 patches, shuffled 4 x 4

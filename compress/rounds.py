@@ -14,13 +14,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from slimvlm.compress.allocate.budget import Budget, Facts, facts_of, make_plan
-from slimvlm.compress.criteria.scoring import CRITERIA, Scores, score_groups
+from slimvlm.compress.criteria.criterion import CRITERIA
+from slimvlm.compress.criteria.scores import Scores
+from slimvlm.compress.criteria.scoring import score_groups
 from slimvlm.compress.models.computing import give_back_memory
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import Group, find_groups
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.slicing.apply import apply_plan
-from slimvlm.compress.statistics.collect import GRADIENT_SALIENCIES, Batch, Calibration, CalibrationOptions, collect
+from slimvlm.compress.statistics.calibration import Calibration, CalibrationOptions
+from slimvlm.compress.statistics.collect import GRADIENT_SALIENCIES, Batch, collect
 
 SCHEDULE_POWER = 1.5
 

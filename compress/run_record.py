@@ -10,7 +10,6 @@ from typing import Any, Literal, TypedDict
 from slimvlm.compress.errors import OutputError
 from slimvlm.compress.files.decoding import MisfitError, content_of, decode, dump, parse, refused_as
 from slimvlm.compress.options import CompressOptions
-from slimvlm.export.running.manifest import Check
 
 RECORD = "run.json"
 SCHEMA = 1
@@ -185,3 +184,26 @@ def _digest(record: Mapping[str, Any]) -> str:
     """Of all but the digest itself."""
     rest = {name: value for name, value in record.items() if name != "digest"}
     return hashlib.sha256(dump(rest, sort_keys=True).encode()).hexdigest()
+
+
+class Logits(TypedDict, total=False):
+    """Logits of the answers; exports made before 0.1.0 was released say nothing of them."""
+
+    loss: float
+    torch_loss: float
+    max_relative: float | None
+    cosine: float | None
+    long_prompt: int
+
+
+class Check(Logits):
+    """Greedy answers of one format and variant against torch's."""
+
+    format: str
+    variant: str
+    ok: bool
+    samples: int
+    equal: int
+    token_share: float
+    accuracy: float | None
+    torch_accuracy: float | None

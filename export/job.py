@@ -33,7 +33,9 @@ from slimvlm.export.client.bundle import is_bundle, tar_name, write_readme, writ
 from slimvlm.export.client.client_files import name_external_data, write_client_files
 from slimvlm.export.client.genai import genai_graphs, write_genai
 from slimvlm.export.client.preprocessing import NoRecipeError, check_recipe, make_recipe, one_tile, single_batches
-from slimvlm.export.graphs.decoder import EMBEDDING, Graph, build_graphs
+from slimvlm.export.graphs.build import build_graphs
+from slimvlm.export.graphs.decoder import EMBEDDING
+from slimvlm.export.graphs.graph import Graph
 from slimvlm.export.graphs.windows import refuse_windows
 from slimvlm.export.options import ExportOptions
 from slimvlm.export.running.manifest import Artifact, Manifest

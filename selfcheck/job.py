@@ -10,7 +10,8 @@ import torch
 import slimvlm
 from slimvlm.compress.data.collate import Collator
 from slimvlm.compress.data.splits import read_measured, read_trained
-from slimvlm.compress.models.computing import CHECKED_SAMPLES, cast, load_to_compute, outputs, relative_error
+from slimvlm.compress.evaluation.equality import CHECKED_SAMPLES, outputs, relative_error
+from slimvlm.compress.models.computing import cast, load_to_compute
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.runs import RunFolder

@@ -8,13 +8,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from slimvlm.compress.criteria.scoring import CRITERIA
+from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.data.collate import Collator, collated
 from slimvlm.compress.data.samples import load_samples
+from slimvlm.compress.evaluation.equality import relative_error
 from slimvlm.compress.models.checkpoint import load_model
-from slimvlm.compress.models.computing import cast, relative_error
+from slimvlm.compress.models.computing import cast
 from slimvlm.compress.models.groups import find_groups
-from slimvlm.compress.statistics.collect import Calibration, CalibrationOptions, collect
+from slimvlm.compress.statistics.calibration import Calibration, CalibrationOptions
+from slimvlm.compress.statistics.collect import collect
 from slimvlm.demo import MODEL, SAMPLES
 from slimvlm.kernels.bench import check_workload
 from slimvlm.kernels.dispatch import why_not_triton

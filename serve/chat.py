@@ -19,10 +19,11 @@ from transformers.generation.streamers import BaseStreamer
 
 from slimvlm.compress.data.collate import Batch, Collator
 from slimvlm.compress.data.images import BadImageError, check_image, read_content
+from slimvlm.compress.data.questions import placed
 from slimvlm.compress.data.records import Turn
 from slimvlm.compress.data.samples import Sample, resized
 from slimvlm.compress.errors import CheckpointError, SampleError, UnsuitableOptionError, UnsupportedModelError
-from slimvlm.compress.evaluation.evaluate import greedy, placed
+from slimvlm.compress.evaluation.evaluate import greedy
 from slimvlm.compress.evaluation.soundness import check_answers
 from slimvlm.compress.models.checkpoint import Loaded, load_model
 from slimvlm.compress.processes import pick_device

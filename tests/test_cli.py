@@ -14,8 +14,8 @@ import pytest
 from click.testing import CliRunner
 
 from slimvlm.cli import Commands, main
-from slimvlm.compress.allocate.balanced import ALLOCATORS
-from slimvlm.compress.criteria.scoring import CRITERIA
+from slimvlm.compress.allocate.allocators import ALLOCATORS
+from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.errors import CheckFailedError, SampleError
 from slimvlm.compress.models.checkpoint import LAYOUTS
 from slimvlm.compress.models.groups import ATTENTION_UNITS

@@ -11,7 +11,8 @@ from tiny_models import tiny_model
 from slimvlm.cli import main
 from slimvlm.compress.allocate.budget import Budget, facts_of
 from slimvlm.compress.allocate.budget import make_plan as plan_units
-from slimvlm.compress.criteria.scoring import CRITERIA, score_groups
+from slimvlm.compress.criteria.criterion import CRITERIA
+from slimvlm.compress.criteria.scoring import score_groups
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.plan import Plan

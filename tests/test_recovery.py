@@ -22,7 +22,8 @@ from slimvlm.compress.data.records import Turn
 from slimvlm.compress.data.samples import Sample
 from slimvlm.compress.data.splits import Trained, hold_out, read_measured, read_trained
 from slimvlm.compress.errors import SampleError
-from slimvlm.compress.models.checkpoint import Loaded, load_model, save_checkpoint
+from slimvlm.compress.models.checkpoint import Loaded, load_model
+from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.recovery.recover import recover
 from slimvlm.compress.slicing.apply import apply_plan

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from slimvlm.compress.allocate.balanced import ALLOCATORS, PAPER_STEPS, Flags, Integers
+from slimvlm.compress.allocate.allocators import ALLOCATORS
 from slimvlm.compress.allocate.bundles import Line, lines_of, pool_of, stock_lines_of
-from slimvlm.compress.criteria.scoring import Scores
+from slimvlm.compress.allocate.pool import PAPER_STEPS, Flags, Integers
+from slimvlm.compress.criteria.scores import Scores
 from slimvlm.compress.errors import InfeasibleBudgetError
 from slimvlm.compress.models.families import Family, find_family
 from slimvlm.compress.models.groups import Dead, Group, count_parameters, dead_blocks

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from slimvlm.compress.allocate.balanced import Floats, Integers, Pool
-from slimvlm.compress.criteria.scoring import Scores
+from slimvlm.compress.allocate.pool import Floats, Integers, Pool
+from slimvlm.compress.criteria.scores import Scores
 from slimvlm.compress.errors import InfeasibleBudgetError
 from slimvlm.compress.models.families import Attention, Family
 from slimvlm.compress.models.groups import Group

@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimvlm.compress.criteria.scoring import poorly_fitted_loss
+from slimvlm.compress.data.collate import IGNORED, Batch
 from slimvlm.compress.errors import CalibrationError
 from slimvlm.compress.models.families import Family
 from slimvlm.compress.models.groups import Group, Member
 
-IGNORED = -100
 TEXT, TARGETS = "text", "targets"  # streams of tokens: the text model's input; the decoder side of an encoder-decoder
 
 
@@ -145,25 +144,9 @@ def _on_device(model: nn.Module, question: Question) -> Question:
     )
 
 
-def loss(model: nn.Module, question: Question, threshold: float | None) -> tuple[Tensor, Tensor]:
-    """(loss with its graph, tokens that gave a gradient: filled in by the backward): scalars on the model's device.
-
-    The loss is the sum over samples of the mean over the sample's poorly fitted tokens (all answer tokens if
-    `threshold` is None), or, for a dual encoder, the contrastive loss times the number of samples; that has no tokens.
-    """
-    output = model(**question.inputs)
-    selected = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
-    if question.labels is None:
-        return output.loss * question.tally.samples, selected
-    logits = output.logits
-    if question.positions is not None:
-        logits = logits[:, question.positions]
-    if question.rows is not None:
-        logits = logits[question.rows]
-
-    def count(grad: Tensor) -> None:
-        selected.add_(grad.any(-1).sum())
-
-    if logits.requires_grad:
-        logits.register_hook(count)
-    return poorly_fitted_loss(logits, question.labels, threshold), selected
+def placed(model: Any, batch: Batch) -> Batch:
+    """A batch on the model's device, floating point in its dtype."""
+    return {
+        name: tensor.to(device=model.device, dtype=model.dtype if tensor.is_floating_point() else None)
+        for name, tensor in batch.items()
+    }

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig
 
 from slimvlm.compress.data.collate import IGNORED, Batch, Collator
+from slimvlm.compress.data.questions import placed
 from slimvlm.compress.data.samples import Sample, batches
 from slimvlm.compress.errors import foreign
 from slimvlm.compress.evaluation.quality import (
@@ -116,14 +117,6 @@ def pad_id(model: Any, collator: Collator) -> int:
     """What generation fills a finished row with."""
     pad = collator.tokenizer.pad_token_id
     return end_ids(model, collator)[0] if pad is None else pad
-
-
-def placed(model: Any, batch: Batch) -> Batch:
-    """A batch on the model's device, floating point in its dtype."""
-    return {
-        name: tensor.to(device=model.device, dtype=model.dtype if tensor.is_floating_point() else None)
-        for name, tensor in batch.items()
-    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from slimvlm.compress.data.collate import Batch, Collator
+from slimvlm.compress.data.questions import placed
 from slimvlm.compress.data.samples import Sample
 from slimvlm.compress.errors import CheckpointError, foreign
-from slimvlm.compress.evaluation.evaluate import greedy, placed
+from slimvlm.compress.evaluation.evaluate import greedy
 
 UNFIT = "its config, its weights and its processor do not fit together"
 

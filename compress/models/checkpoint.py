@@ -7,10 +7,8 @@ missing, left over, of another size, truncated or changed is refused, never init
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +20,8 @@ from transformers import PreTrainedModel
 
 from slimvlm.compress.errors import CheckpointError, one_line
 from slimvlm.compress.files.decoding import read
-from slimvlm.compress.files.folders import Listing, written_folder
-from slimvlm.compress.files.writing import file_digest, write_text
+from slimvlm.compress.files.folders import Listing
+from slimvlm.compress.files.writing import file_digest
 from slimvlm.compress.models.families import Family
 from slimvlm.compress.models.loaders import (
     build_empty,
@@ -33,8 +31,6 @@ from slimvlm.compress.models.loaders import (
     read_config,
     refuse_adapter,
 )
-from slimvlm.compress.models.stock import stock_model
-from slimvlm.compress.plan import Plan
 
 LAYOUTS = ("per-layer", "stock")
 PLAN = "plan.json"
@@ -115,38 +111,6 @@ def build_meta(name: str | os.PathLike[str], trust_remote_code: bool = False) ->
     folder = _local_folder(os.fspath(name), ("config.json",))
     config, family = read_config(folder, trust_remote_code)
     return build_empty(folder, config, family), family
-
-
-def save_checkpoint(
-    folder: str | os.PathLike[str],
-    model: PreTrainedModel,
-    processor: Any | None,
-    plan: Plan | None,
-    layout: str = "per-layer",
-    max_shard_size: str = "5GB",
-) -> Path:
-    """Writes a checkpoint: weights (safetensors), config, processor, plan.json, manifest.json (sizes and sha256).
-
-    Args:
-        plan: what was cut from the dense model; None for a model that was not cut.
-        layout: `per-layer`, or `stock` (only what the unmodified class can build).
-
-    Raises:
-        OutputError: the folder is not empty, or cannot be written.
-        CheckpointError: layout `stock`, and the model has sizes that the unmodified class cannot build (named).
-        ValueError: unknown layout.
-    """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout {layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
-    folder = Path(folder)
-    saved = stock_model(model) if layout == "stock" else model
-    with written_folder(folder) as partial:
-        saved.save_pretrained(partial, max_shard_size=max_shard_size)
-        _save_processor(partial, processor, Path(model.config.name_or_path or partial))
-        if plan is not None:
-            write_text(partial / PLAN, plan.to_json())
-        _write_manifest(partial)
-    return folder
 
 
 def locate(name: str | os.PathLike[str]) -> tuple[Path, str]:
@@ -231,20 +195,3 @@ def _local_folder(name: str, patterns: Sequence[str]) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
         raise CheckpointError(f"{name} is no folder here, and the hub does not give it ({one_line(error)})") from error
-
-
-def _save_processor(folder: Path, processor: Any | None, source: Path) -> None:
-    if processor is not None:
-        processor.save_pretrained(folder)
-    if source.is_dir():
-        for pattern in CARRIED:
-            for path in source.glob(pattern):
-                if not (folder / path.name).exists():
-                    shutil.copyfile(path, folder / path.name)
-
-
-def _write_manifest(folder: Path) -> None:
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in sorted(folder.iterdir())
-    }
-    write_text(folder / MANIFEST, json.dumps({"schema": 1, "files": files}, indent=2) + "\n")

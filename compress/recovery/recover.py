@@ -16,9 +16,10 @@ from slimvlm.compress.data.collate import Batch, Collator
 from slimvlm.compress.data.samples import Sample
 from slimvlm.compress.data.splits import Trained
 from slimvlm.compress.errors import CheckFailedError, CheckpointError
+from slimvlm.compress.evaluation.equality import CHECKED_SAMPLES, TOLERANCE, outputs, relative_error
 from slimvlm.compress.evaluation.evaluate import evaluate
 from slimvlm.compress.models.checkpoint import Loaded, locate
-from slimvlm.compress.models.computing import CHECKED_SAMPLES, TOLERANCE, cast, load_to_compute, outputs, relative_error
+from slimvlm.compress.models.computing import cast, load_to_compute
 from slimvlm.compress.models.groups import resolve
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan

@@ -7,8 +7,6 @@ was cut before, and on the meta device.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
@@ -18,28 +16,17 @@ from transformers import PreTrainedModel
 
 from slimvlm import kernels
 from slimvlm.compress.errors import CheckpointError
-from slimvlm.compress.models.families import Attention, Family, Tower, find_family
+from slimvlm.compress.models.families import Attention, Tower, find_family
 from slimvlm.compress.models.groups import (
     Group,
     count_parameters,
     dead_blocks,
-    find_groups,
     kept_kv_heads,
-    member_indices,
     read_states,
 )
 from slimvlm.compress.models.modeling_slim import RECORD, SCHEMA, replace_forward, resize, slim_class
 from slimvlm.compress.plan import Plan
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """What one module keeps: sorted rows and columns (None: all), int64. `scale` multiplies what a norm keeps."""
-
-    path: str
-    rows: Tensor | None = None
-    columns: Tensor | None = None
-    scale: float = 1.0
+from slimvlm.compress.slicing.cuts import Cut, find_cuts, matching_groups
 
 
 def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
@@ -95,71 +82,6 @@ def _leave_file(model: nn.Module) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu":
             tensor.data = tensor.data.clone()
-
-
-def mask_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
-    """Zeroes, in place, the rows, biases and columns that `apply_plan` would remove. The sizes stay.
-
-    Raises:
-        CheckpointError: the plan was made for another model.
-    """
-    with torch.no_grad():
-        for group in matching_groups(model, find_family(model.config), plan):
-            for cut in find_cuts(group, torch.tensor(plan.keep[group.key], dtype=torch.int64)):
-                module: Any = model.get_submodule(cut.path)
-                if cut.rows is not None:
-                    gone = complement(cut.rows, module.weight.shape[0])
-                    module.weight[gone] = 0
-                    if getattr(module, "bias", None) is not None:
-                        module.bias[gone] = 0
-                if cut.columns is not None:
-                    module.weight[:, complement(cut.columns, module.weight.shape[1])] = 0
-    return model
-
-
-def find_cuts(group: Group, kept: Tensor) -> Iterator[Cut]:
-    """What the modules of `group` keep when the sorted indices `kept` stay; untouched modules are left out."""
-    if len(kept) == group.size:
-        return
-    kv_cut = group.kind == "attention" and len(kept_kv_heads(group, kept)) < group.kv_heads
-    for path in dict.fromkeys(member.path for member in group.members):
-        members = [member for member in group.members if member.path == path]
-        first = members[0]
-        if first.heads == "kv" and not kv_cut:
-            continue
-        index = torch.cat([member_indices(group, member, kept) for member in members])
-        if first.dim == 1:
-            yield Cut(path, columns=index)
-        else:
-            full = (group.kv_heads if first.heads == "kv" else group.size) * first.width
-            # The RMS of the removed entries is zero: the mean over fewer entries is larger by full / kept.
-            yield Cut(path, rows=index, scale=(full / len(index)) ** 0.5 if first.norm else 1.0)
-
-
-def matching_groups(model: nn.Module, family: Family, plan: Plan) -> tuple[Group, ...]:
-    """The groups of the dense `model`, after checking that `plan` was made for them.
-
-    Raises:
-        CheckpointError: the plan was made for another model.
-    """
-    if plan.family != family.name:
-        raise CheckpointError(f"the plan is for family {plan.family!r}, this model is {family.name!r}")
-    groups = find_groups(model, family, plan.attention_unit)
-    dead = {tower: one.blocks for tower, one in dead_blocks(model, family).items()}
-    if dead != dict(plan.dropped):
-        raise CheckpointError(
-            f"the plan drops {dict(plan.dropped)} blocks that nobody reads, this model has {dead}; "
-            "apply the plan to the checkpoint it was made for"
-        )
-    if unknown := sorted(set(plan.keep) ^ {group.key for group in groups}):
-        raise CheckpointError(f"the plan and the model do not have the same groups; first difference: {unknown[0]}")
-    for group in groups:
-        if plan.sizes[group.key] != group.size:
-            raise CheckpointError(
-                f"group {group.key} has {group.size} indices in this model, {plan.sizes[group.key]} in the plan; "
-                "apply the plan to the checkpoint it was made for"
-            )
-    return groups
 
 
 def _removed(model: nn.Module, cut: Cut) -> int:
@@ -233,10 +155,3 @@ def _record_sizes(record: dict[str, Any], group: Group, kept: Tensor) -> None:
         prefix = "" if part == "attn" else f"{part}_"
         layer[f"{prefix}num_attention_heads"] = len(kept)
         layer[f"{prefix}num_key_value_heads"] = len(kept_kv_heads(group, kept))
-
-
-def complement(kept: Tensor, size: int) -> Tensor:
-    """The sorted indices below `size` that are not `kept`."""
-    mask = torch.ones(size, dtype=torch.bool)
-    mask[kept] = False
-    return mask.nonzero().flatten()

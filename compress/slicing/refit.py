@@ -25,7 +25,7 @@ from slimvlm.compress.data.questions import Question, ask, stream_of
 from slimvlm.compress.errors import CalibrationError
 from slimvlm.compress.models.families import Family
 from slimvlm.compress.models.groups import Group, count_parameters
-from slimvlm.compress.slicing.apply import Cut, find_cuts
+from slimvlm.compress.slicing.cuts import Cut, find_cuts
 
 DAMPING = 0.01  # of the mean of C's diagonal; 1e-4 to 1e-1 differ little on the demo model
 MOST, LEAST = 4 * 2**30, 128 * 2**20  # bytes of sums held at once; between them, a quarter of the fp32 weights

@@ -9,7 +9,7 @@ from typing import Any
 
 from slimvlm.compress import processes
 from slimvlm.compress.allocate.budget import Budget
-from slimvlm.compress.criteria.scoring import CRITERIA, Criterion
+from slimvlm.compress.criteria.criterion import CRITERIA, Criterion
 from slimvlm.compress.data.collate import Collator, collated
 from slimvlm.compress.data.splits import Measured
 from slimvlm.compress.errors import OutputError, UnsuitableOptionError
@@ -24,7 +24,8 @@ from slimvlm.compress.plan import Plan, Refitting
 from slimvlm.compress.processes import pick_device
 from slimvlm.compress.rounds import Planned, Planning, check_budget, plan_in_rounds
 from slimvlm.compress.runs import AGAIN, ROUNDS, RunFolder
-from slimvlm.compress.statistics.collect import GRADIENT_SALIENCIES, CalibrationOptions
+from slimvlm.compress.statistics.calibration import CalibrationOptions
+from slimvlm.compress.statistics.collect import GRADIENT_SALIENCIES
 from slimvlm.compress.statistics.fitting import calibration_batch
 
 

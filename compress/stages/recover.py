@@ -12,9 +12,11 @@ from slimvlm.compress import processes
 from slimvlm.compress.data.collate import Collator
 from slimvlm.compress.data.splits import Measured, Trained
 from slimvlm.compress.errors import SlimvlmError
+from slimvlm.compress.evaluation.equality import CHECKED_SAMPLES, reload_difference
 from slimvlm.compress.files.folders import move_folder
-from slimvlm.compress.models.checkpoint import Loaded, save_checkpoint
-from slimvlm.compress.models.computing import CHECKED_SAMPLES, cast, frees_memory, load_to_compute, reload_difference
+from slimvlm.compress.models.checkpoint import Loaded
+from slimvlm.compress.models.computing import cast, frees_memory, load_to_compute
+from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.runs import CUT, JOURNAL, MODEL, RECOVERED, TRAINING, RunFolder

@@ -13,24 +13,22 @@ from slimvlm.compress.data.collate import Batch, Collator, collated
 from slimvlm.compress.data.samples import Sample
 from slimvlm.compress.data.splits import Measured
 from slimvlm.compress.errors import CheckFailedError
-from slimvlm.compress.models.checkpoint import Loaded, save_checkpoint
-from slimvlm.compress.models.computing import (
+from slimvlm.compress.evaluation.equality import (
     CHECKED_SAMPLES,
     TOLERANCE,
-    ComputedInFloat32,
-    cast,
-    frees_memory,
-    give_back_memory,
-    load_to_compute,
     outputs,
     relative_difference,
     reload_difference,
 )
+from slimvlm.compress.models.checkpoint import Loaded
+from slimvlm.compress.models.computing import ComputedInFloat32, cast, frees_memory, give_back_memory, load_to_compute
 from slimvlm.compress.models.groups import find_groups
+from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.runs import CUT, MODEL, RunFolder
-from slimvlm.compress.slicing.apply import apply_plan, mask_plan
+from slimvlm.compress.slicing.apply import apply_plan
+from slimvlm.compress.slicing.mask import mask_plan
 from slimvlm.compress.slicing.refit import refit
 
 Progress = Callable[..., None]  # stage, done, total, note

@@ -14,7 +14,8 @@ from slimvlm.compress.data.collate import Collator
 from slimvlm.compress.data.samples import Sample
 from slimvlm.compress.models.checkpoint import Loaded
 from slimvlm.compress.models.groups import count_parameters, find_groups
-from slimvlm.compress.statistics.collect import CalibrationOptions, bytes_kept
+from slimvlm.compress.statistics.calibration import CalibrationOptions
+from slimvlm.compress.statistics.collect import bytes_kept
 
 APART = ("first", "vectorized", "gate")  # saliencies that come to the same however samples are batched
 LEAST = 128 * 2**20  # bytes of activations that are never too many

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from slimvlm.export.checks.parity import TOLERANCES, measure
 from slimvlm.export.checks.reference import Reference, check_tokens
-from slimvlm.export.graphs.decoder import Graph
+from slimvlm.export.graphs.graph import Graph
 from slimvlm.export.running.generation import Runner
 from slimvlm.export.running.manifest import Artifact, Manifest
 from slimvlm.export.running.recorded import runner_of

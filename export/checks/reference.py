@@ -20,7 +20,7 @@ from slimvlm.compress.evaluation.evaluate import end_ids, pad_id
 from slimvlm.compress.evaluation.quality import exact_match
 from slimvlm.export.checks.answers import Answers, long_prompt, retell, shares, torch_answers
 from slimvlm.export.checks.parity import Case, TokenCheck
-from slimvlm.export.graphs.decoder import Graph
+from slimvlm.export.graphs.graph import Graph
 from slimvlm.export.options import ExportOptions
 from slimvlm.export.running.generation import Arrays, PortInfo, Prompting, Runner, generate, until_end
 from slimvlm.export.running.recorded import Recorder

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from slimvlm.compress.models.families import Family
-from slimvlm.export.graphs.decoder import BATCH, SEQUENCE, Embed, Graph, Port, embedding_width
+from slimvlm.export.graphs.decoder import Embed, embedding_width
+from slimvlm.export.graphs.graph import BATCH, SEQUENCE, Graph, Port
 from slimvlm.export.running.generation import Prompting
 
 CONFIG, IMAGES = "genai_config.json", "genai_processor.json"

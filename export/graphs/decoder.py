@@ -7,97 +7,30 @@ number of heads). Encoder-decoder models: see seq2seq.py. Dual encoders: `vision
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from slimvlm.compress.models.families import Family
-from slimvlm.export.graphs.vision import Patches, vision_encoder
-from slimvlm.export.graphs.windows import refuse_windows
+from slimvlm.export.graphs.graph import (
+    BATCH,
+    PAST,
+    SAMPLE_BATCH,
+    SAMPLE_PAST,
+    SAMPLE_SEQUENCE,
+    SEQUENCE,
+    TOTAL,
+    Graph,
+    Port,
+    cache_ports,
+    cached_tensors,
+    causal_mask,
+    filled_cache,
+)
 
-BATCH, SEQUENCE, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
-PATCHES = "num_patches"
 EMBEDDING = "embed_tokens"
-# Per kind of vision graph: the axes of its inputs, and the first axis of its features.
-VISION_AXES = {
-    "patches": ({0: PATCHES}, "num_features"),
-    "masked_tiles": ({0: BATCH, 1: "num_images"}, "batch_size x num_images"),
-}
-SAMPLE_BATCH, SAMPLE_SEQUENCE, SAMPLE_PAST = 2, 3, 4  # all different and none 0 or 1: what is equal is taken for fixed
-
-
-@dataclass(frozen=True, slots=True)
-class Port:
-    """One input: a tensor to trace with, and which of its axes vary, by name."""
-
-    name: str
-    sample: Tensor
-    axes: Mapping[int, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Graph:
-    """One file to be: `module(*samples of inputs)` gives the `outputs` in order; `outputs` name their varying axes.
-
-    `longest` and `unit` bound an axis, by its name: at most this many, a multiple of this many.
-    """
-
-    name: str
-    module: nn.Module
-    inputs: tuple[Port, ...]
-    outputs: Mapping[str, Mapping[int, str]]
-    longest: Mapping[str, int] = field(default_factory=dict)
-    unit: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def samples(self) -> tuple[Tensor, ...]:
-        """The tensors to trace with."""
-        return tuple(port.sample for port in self.inputs)
-
-
-def build_graphs(model: Any, family: Family, batch: Mapping[str, Tensor]) -> tuple[Graph, ...]:
-    """The graphs of a model, in the order in which generation runs them.
-
-    Args:
-        batch: two samples as the model's processor makes them; their image decides the vision graph's fixed sizes.
-
-    Raises:
-        UnsupportedModelError: the model has a part that cannot be exported (named).
-    """
-    refuse_windows(model.config)
-    if family.kind == "dual-encoder":
-        return _dual_encoder(model, family, batch)
-    first = (vision_graph(model, family, batch), _embed_graph(model, embedding_width(model)))
-    if family.kind == "encoder-decoder":
-        from slimvlm.export.graphs.seq2seq import encoder_decoder_graphs
-
-        return first + encoder_decoder_graphs(model.get_submodule(family.export.text))
-    return (*first, _decoder_graph(model, family))
-
-
-def vision_graph(model: Any, family: Family, batch: Mapping[str, Tensor]) -> Graph:
-    """`vision_encoder`: what the processor makes of images -> features, one row per image token."""
-    kind = family.export.vision
-    module, names = vision_encoder(model, kind, batch)
-    axes, output = VISION_AXES.get(kind, ({0: BATCH}, BATCH))
-    tensors = {name: batch[name].bool() if name == "pixel_attention_mask" else batch[name] for name in names}
-    ports = [Port(name, _two_or_more(tensor, axes), axes) for name, tensor in tensors.items()]
-    unit = {PATCHES: module.count} if isinstance(module, Patches) else {}
-    return Graph("vision_encoder", module.eval(), tuple(ports), {"image_features": {0: output}}, unit=unit)
-
-
-def _two_or_more(tensor: Tensor, axes: Mapping[int, str]) -> Tensor:
-    """A varying axis of size 1 would be taken for fixed."""
-    for axis in axes:
-        if tensor.shape[axis] == 1:
-            tensor = torch.cat([tensor] * 3, dim=axis)
-    return tensor
 
 
 class Embed(nn.Module):
@@ -157,37 +90,6 @@ class Decoder(nn.Module):
         return (self.head(hidden).float(), *cached_tensors(cache))
 
 
-def filled_cache(past: Sequence[Tensor]) -> DynamicCache:
-    """A cache that holds keys and values [B, K, P, D], given as key, value of layer 0, then of layer 1, ..."""
-    cache = DynamicCache()
-    for keys, values in zip(past[::2], past[1::2], strict=True):
-        layer = DynamicLayer()
-        layer.keys, layer.values, layer.dtype, layer.device = keys, values, keys.dtype, keys.device
-        layer.is_initialized = True
-        cache.layers.append(layer)
-    return cache
-
-
-def cached_tensors(cache: DynamicCache) -> list[Tensor]:
-    """Keys and values as `filled_cache` takes them."""
-    layers: list[Any] = cache.layers
-    return [tensor for layer in layers for tensor in (layer.keys, layer.values)]
-
-
-def causal_mask(attention_mask: Tensor, queries: Tensor, prefix: bool = False) -> Tensor:
-    """Additive mask [B, 1, S, T] of the last S of T positions; `attention_mask` [B, T] is 0 at padding.
-
-    Padding attends to itself, so that no row is empty: a softmax over nothing is NaN, and NaN spreads through values.
-    """
-    total, count = attention_mask.shape[1], queries.shape[1]
-    columns = torch.arange(total, device=queries.device)[None, None, None, :]
-    rows = torch.arange(count, device=queries.device)[None, None, :, None] + (total - count)
-    seen = attention_mask[:, None, None, :].bool()
-    allowed = (seen if prefix else seen & (columns <= rows)) | (columns == rows)
-    lowest = torch.full((), torch.finfo(queries.dtype).min, dtype=queries.dtype, device=queries.device)
-    return torch.where(allowed, torch.zeros_like(lowest), lowest)
-
-
 def _add_deepstack(stock: Any, hidden: Tensor, positions: Tensor, features: Tensor) -> Tensor:
     """Features [B, S, C] are added as they are; the model's own calls (one row per image token) go to `stock`."""
     return hidden + features if features.ndim == 3 else stock(hidden, positions, features)
@@ -196,20 +98,6 @@ def _add_deepstack(stock: Any, hidden: Tensor, positions: Tensor, features: Tens
 def deepstack_layers(model: Any) -> int:
     """How many decoder layers get vision features added."""
     return len(getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", None) or ())
-
-
-def cache_ports(sizes: Sequence[tuple[int, int]], name: str, length: str, dtype: torch.dtype) -> list[Port]:
-    """Ports of keys and values; `sizes` are (K, D) of every layer, `name` holds `{layer}` and `{part}`."""
-    generator = torch.Generator().manual_seed(0)
-    return [
-        Port(
-            name.format(layer=layer, part=part),
-            torch.randn(SAMPLE_BATCH, heads, SAMPLE_PAST, width, generator=generator).to(dtype),
-            {0: BATCH, 2: length},
-        )
-        for layer, (heads, width) in enumerate(sizes)
-        for part in ("key", "value")
-    ]
 
 
 def embedding_width(model: Any) -> int:
@@ -251,27 +139,3 @@ def _cache_sizes(decoder: Decoder, embeds: Tensor, positions: Tensor) -> list[tu
     """(K, D) of every layer, measured: after a cut no config states them."""
     outputs = decoder(embeds, torch.ones(embeds.shape[:2], dtype=torch.long), positions)
     return [(keys.shape[1], keys.shape[3]) for keys in outputs[1::2]]
-
-
-class Encoder(nn.Module):
-    """One side of a dual encoder: `get_image_features` or `get_text_features`, as one tensor [B, C]."""
-
-    def __init__(self, model: Any, method: str) -> None:
-        super().__init__()
-        self.model, self.method = model, method
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Pixels, or token ids and mask."""
-        return getattr(self.model, self.method)(*inputs).pooler_output.float()
-
-
-def _dual_encoder(model: Any, family: Family, batch: Mapping[str, Tensor]) -> tuple[Graph, ...]:
-    row = family.export
-    axes = {0: BATCH, 1: SEQUENCE}
-    text = tuple(Port(name, batch[name], axes) for name in ("input_ids", "attention_mask") if name in batch)
-    image = (Port("pixel_values", batch["pixel_values"], {0: BATCH}),)
-    longest = {SEQUENCE: model.config.text_config.max_position_embeddings}
-    return (
-        Graph("vision_model", Encoder(model, "get_image_features").eval(), image, {row.image_output: {0: BATCH}}),
-        Graph("text_model", Encoder(model, "get_text_features").eval(), text, {row.text_output: {0: BATCH}}, longest),
-    )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import EncoderDecoderCache
 
-from slimvlm.export.graphs.decoder import (
+from slimvlm.export.graphs.graph import (
     BATCH,
     PAST,
     SAMPLE_BATCH,

@@ -11,6 +11,7 @@ from slimvlm.compress.errors import CheckpointError
 from slimvlm.compress.files.decoding import content_of, decode, dump, parse, refused_as
 from slimvlm.compress.files.folders import FileEntry
 from slimvlm.compress.files.writing import file_digest, installed_versions, write_text
+from slimvlm.compress.run_record import Check
 from slimvlm.export.running.generation import Prompting
 
 NAME = "manifest.json"
@@ -38,29 +39,6 @@ class Parity(TypedDict):
     max_absolute: float | None
     max_relative: float | None
     cosine: float | None
-
-
-class Logits(TypedDict, total=False):
-    """Logits of the answers; exports made before 0.1.0 was released say nothing of them."""
-
-    loss: float
-    torch_loss: float
-    max_relative: float | None
-    cosine: float | None
-    long_prompt: int
-
-
-class Check(Logits):
-    """Greedy answers of one format and variant against torch's."""
-
-    format: str
-    variant: str
-    ok: bool
-    samples: int
-    equal: int
-    token_share: float
-    accuracy: float | None
-    torch_accuracy: float | None
 
 
 class Family(TypedDict):

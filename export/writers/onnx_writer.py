@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from slimvlm.compress.errors import UnsupportedModelError
-from slimvlm.export.graphs.decoder import Graph
+from slimvlm.export.graphs.graph import Graph
 from slimvlm.export.options import DYNAMO, TORCHSCRIPT, OnnxSettings
 from slimvlm.export.running.quiet import quiet
 from slimvlm.export.writers.tracing import dynamic_shapes, first_line

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from slimvlm.compress.errors import MissingDependencyError, UnsupportedModelError
-from slimvlm.export.graphs.decoder import Graph
+from slimvlm.export.graphs.graph import Graph
 from slimvlm.export.running.quiet import quiet
 from slimvlm.export.writers.tracing import dynamic_shapes, first_line
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from slimvlm.export.graphs.decoder import TOTAL, Graph
+from slimvlm.export.graphs.graph import TOTAL, Graph
 
 DERIVED = (TOTAL,)  # follows from other axes; torch.export finds the relation by itself
 

@@ -5,11 +5,12 @@ import torch
 from plans import make_plan
 from tiny_models import tiny_model
 
-from slimvlm.compress.criteria.scoring import CRITERIA
+from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.slicing.apply import apply_plan
-from slimvlm.compress.statistics.collect import CalibrationOptions, collect
+from slimvlm.compress.statistics.calibration import CalibrationOptions
+from slimvlm.compress.statistics.collect import collect
 
 pytestmark = [
     pytest.mark.gpu,

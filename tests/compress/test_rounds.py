@@ -3,9 +3,9 @@
 from tiny_models import tiny_model
 
 from slimvlm.compress.allocate.budget import Budget
-from slimvlm.compress.criteria.scoring import CRITERIA
+from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.rounds import Planning, plan_in_rounds
-from slimvlm.compress.statistics.collect import CalibrationOptions
+from slimvlm.compress.statistics.calibration import CalibrationOptions
 
 
 def told(**begun) -> list[tuple]:

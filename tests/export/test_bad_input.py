@@ -31,8 +31,8 @@ from slimvlm.compress.errors import (
     UnsuitableOptionError,
     UnsupportedModelError,
 )
-from slimvlm.compress.models.checkpoint import save_checkpoint
 from slimvlm.compress.models.families import find_family
+from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.export import ExportOptions, export_checkpoint, verify
 from slimvlm.export.checks.parity import TOLERANCES, TokenCheck
 from slimvlm.export.checks.reference import image_size

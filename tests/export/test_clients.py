@@ -12,8 +12,9 @@ from exports import answer_of
 from plans import random_plan
 
 from slimvlm.compress.data.samples import load_samples, open_image
-from slimvlm.compress.models.checkpoint import load_model, save_checkpoint
+from slimvlm.compress.models.checkpoint import load_model
 from slimvlm.compress.models.families import FAMILIES
+from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.demo import MODEL, SAMPLES
 from slimvlm.export import ExportOptions, export_checkpoint

@@ -17,7 +17,8 @@ from slimvlm.export import verify
 from slimvlm.export.checks.parity import Case, measure
 from slimvlm.export.checks.reference import first_batch, graph_ports, torch_runner
 from slimvlm.export.graphs import vision
-from slimvlm.export.graphs.decoder import BATCH, Graph, Port, build_graphs
+from slimvlm.export.graphs.build import build_graphs
+from slimvlm.export.graphs.graph import BATCH, Graph, Port
 from slimvlm.export.options import EXTERNAL_BYTES, OnnxSettings
 from slimvlm.export.running.recorded import OnnxRunner
 from slimvlm.export.running.runners import TorchRunner, load_pt2

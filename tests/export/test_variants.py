@@ -9,7 +9,7 @@ from tiny_models import FACTORIES
 
 from slimvlm.export.checks.parity import TOLERANCES, Case, measure
 from slimvlm.export.checks.reference import first_batch, torch_runner
-from slimvlm.export.graphs.decoder import build_graphs
+from slimvlm.export.graphs.build import build_graphs
 from slimvlm.export.options import OnnxSettings
 from slimvlm.export.running.recorded import OnnxRunner
 from slimvlm.export.writers.onnx_writer import write_onnx

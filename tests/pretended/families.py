@@ -14,14 +14,16 @@ from tiny_models import FACTORIES, tiny_model
 from tiny_processors import tiny_image, tiny_processor
 
 from slimvlm import pipeline
-from slimvlm.compress.criteria.scoring import CRITERIA
+from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.models import checkpoint
-from slimvlm.compress.models.checkpoint import load_model, save_checkpoint
+from slimvlm.compress.models.checkpoint import load_model
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import find_groups
+from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.recovery.training.stepping import Stepper
-from slimvlm.compress.statistics.collect import Calibration, CalibrationOptions, collect
+from slimvlm.compress.statistics.calibration import Calibration, CalibrationOptions
+from slimvlm.compress.statistics.collect import collect
 
 STAGES = ("plan_stage", "slice_stage", "recover_stage", "evaluate_stage")
 INTERPRETED = ("llava", "clip")  # the kernels as Python take seconds

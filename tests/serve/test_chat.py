@@ -24,7 +24,7 @@ from slimvlm.compress.errors import (
     UnsupportedModelError,
 )
 from slimvlm.compress.evaluation.evaluate import greedy
-from slimvlm.compress.models.checkpoint import save_checkpoint
+from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.demo import MODEL, SAMPLES
 from slimvlm.export.checks.reference import generated_sample

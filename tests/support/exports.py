@@ -17,7 +17,7 @@ from slimvlm.compress.models.families import find_family
 from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.export.checks.reference import graph_ports
 from slimvlm.export.checks.sample import read_sample
-from slimvlm.export.graphs.decoder import Graph
+from slimvlm.export.graphs.graph import Graph
 from slimvlm.export.job import ExportResult, export_model
 from slimvlm.export.options import ExportOptions
 from slimvlm.export.running.generation import Arrays, until_end

@@ -8,7 +8,7 @@ from plans import random_plan
 from tiny_models import tiny_model
 from tiny_processors import tiny_processor
 
-from slimvlm.compress.models.checkpoint import save_checkpoint
+from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.serve.measuring.bench import Source
 from slimvlm.serve.options import ProfileOptions

@@ -21,7 +21,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from slimvlm.compress.errors import CheckpointError
 from slimvlm.compress.models.checkpoint import build_meta, weight_files
 from slimvlm.compress.plan import Plan
-from slimvlm.compress.slicing.apply import Cut, complement, find_cuts, matching_groups
+from slimvlm.compress.slicing.cuts import Cut, complement, find_cuts, matching_groups
 from slimvlm.kernels import gather_blocks
 
 

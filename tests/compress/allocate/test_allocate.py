@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slimvlm.compress.allocate.balanced import Pool, allocate_balanced, allocate_global, allocate_local
+from slimvlm.compress.allocate.balanced import allocate_balanced, allocate_global
+from slimvlm.compress.allocate.local import allocate_local
+from slimvlm.compress.allocate.pool import Pool
 from slimvlm.compress.errors import InfeasibleBudgetError
 
 

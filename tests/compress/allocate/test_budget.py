@@ -12,9 +12,11 @@ from paper_scale import blip2_flan_t5_xl
 from tiny_models import FACTORIES, tiny_model
 from torch import Tensor, nn
 
-from slimvlm.compress.allocate.balanced import proportional_steps
 from slimvlm.compress.allocate.budget import Budget, Facts, facts_of, make_plan
-from slimvlm.compress.criteria.scoring import CRITERIA, Scores, score_groups
+from slimvlm.compress.allocate.pool import proportional_steps
+from slimvlm.compress.criteria.criterion import CRITERIA
+from slimvlm.compress.criteria.scores import Scores
+from slimvlm.compress.criteria.scoring import score_groups
 from slimvlm.compress.errors import InfeasibleBudgetError
 from slimvlm.compress.models.families import FAMILIES, find_family
 from slimvlm.compress.models.groups import Group, Member, count_parameters, find_groups

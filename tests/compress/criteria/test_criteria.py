@@ -7,9 +7,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from slimvlm.compress.criteria.scoring import CRITERIA, Criterion, Scores, poorly_fitted_loss, score_groups
+from slimvlm.compress.criteria.criterion import CRITERIA, Criterion
+from slimvlm.compress.criteria.scores import Scores
+from slimvlm.compress.criteria.scoring import score_groups
 from slimvlm.compress.errors import CalibrationError
 from slimvlm.compress.models.groups import Group, Member
+from slimvlm.compress.statistics.loss import poorly_fitted_loss
 
 TAYLOR, UKMI = CRITERIA["taylor"], CRITERIA["ukmi"]
 

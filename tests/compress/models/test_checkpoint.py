@@ -21,7 +21,8 @@ from tiny_processors import tiny_processor
 
 import slimvlm
 from slimvlm.compress.errors import CheckpointError, OutputError, UnsupportedModelError
-from slimvlm.compress.models.checkpoint import build_meta, check_weights, load, load_model, save_checkpoint
+from slimvlm.compress.models.checkpoint import build_meta, check_weights, load, load_model
+from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.slicing.apply import apply_plan
 

@@ -13,7 +13,13 @@ from slimvlm.compress.data.collate import Collator
 from slimvlm.compress.data.records import Turn
 from slimvlm.compress.data.samples import Sample
 from slimvlm.compress.errors import CheckFailedError
-from slimvlm.compress.models.computing import TOLERANCE, outputs, relative_difference, relative_error, reload_difference
+from slimvlm.compress.evaluation.equality import (
+    TOLERANCE,
+    outputs,
+    relative_difference,
+    relative_error,
+    reload_difference,
+)
 from slimvlm.compress.models.families import find_family
 
 

@@ -10,8 +10,9 @@ from plans import make_plan
 from tiny_models import FACTORIES, tiny_model
 
 from slimvlm.compress.errors import CheckpointError
-from slimvlm.compress.models.checkpoint import load, save_checkpoint
+from slimvlm.compress.models.checkpoint import load
 from slimvlm.compress.models.families import find_family
+from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.models.stock import stock_model
 from slimvlm.compress.slicing.apply import apply_plan
 

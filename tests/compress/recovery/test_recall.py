@@ -17,9 +17,10 @@ from safetensors import safe_open
 from tiny_models import FACTORIES, tiny_model
 
 from slimvlm.compress.errors import CheckFailedError, CheckpointError, UnsuitableOptionError
-from slimvlm.compress.models.checkpoint import Loaded, load_model, save_checkpoint
+from slimvlm.compress.models.checkpoint import Loaded, load_model
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import count_parameters
+from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.recovery import recover
 from slimvlm.compress.recovery.adapters.recall import (

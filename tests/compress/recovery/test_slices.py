@@ -17,12 +17,14 @@ from safetensors.torch import save_file
 from tiny_models import FACTORIES, tiny_model
 
 from slimvlm.compress.errors import CheckpointError
-from slimvlm.compress.models.checkpoint import load, save_checkpoint
+from slimvlm.compress.models.checkpoint import load
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import find_groups, member_indices
+from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.recovery.adapters import slices
 from slimvlm.compress.recovery.adapters.slices import Slices
-from slimvlm.compress.slicing.apply import Cut, apply_plan
+from slimvlm.compress.slicing.apply import apply_plan
+from slimvlm.compress.slicing.cuts import Cut
 
 LLAVA = (
     (r"^lm_head\.", "language_model.lm_head."),

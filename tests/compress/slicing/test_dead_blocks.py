@@ -9,16 +9,19 @@ from plans import random_plan
 from tiny_models import FACTORIES, Tiny, tiny_model
 
 from slimvlm.compress.allocate.budget import Budget, facts_of, make_plan
-from slimvlm.compress.criteria.scoring import CRITERIA, score_groups
+from slimvlm.compress.criteria.criterion import CRITERIA
+from slimvlm.compress.criteria.scoring import score_groups
 from slimvlm.compress.errors import CheckpointError
-from slimvlm.compress.models.checkpoint import load_model, save_checkpoint
+from slimvlm.compress.models.checkpoint import load_model
 from slimvlm.compress.models.families import FAMILIES, find_family
 from slimvlm.compress.models.groups import count_parameters, dead_blocks, find_groups
+from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.recovery.distillation.teacher_checks import check_teacher, depths_of
 from slimvlm.compress.rounds import Planning, plan_in_rounds
-from slimvlm.compress.slicing.apply import apply_plan, mask_plan
-from slimvlm.compress.statistics.collect import CalibrationOptions
+from slimvlm.compress.slicing.apply import apply_plan
+from slimvlm.compress.slicing.mask import mask_plan
+from slimvlm.compress.statistics.calibration import CalibrationOptions
 
 SELECTING = [family.name for family in FAMILIES if any(tower.states for tower in family.towers)]
 LIVE = {-1: 3, -2: 2, -3: 1, 3: 3, 2: 2, (-2, 1): 2, (0, -3): 1, (-1, -2): 3}  # of three blocks, by what is read

@@ -7,8 +7,10 @@ import torch
 from plans import random_plan
 from tiny_models import FACTORIES, tiny_model
 
-from slimvlm.compress.models.computing import TOLERANCE, ComputedInFloat32, cast, outputs, relative_difference
-from slimvlm.compress.slicing.apply import apply_plan, mask_plan
+from slimvlm.compress.evaluation.equality import TOLERANCE, outputs, relative_difference
+from slimvlm.compress.models.computing import ComputedInFloat32, cast
+from slimvlm.compress.slicing.apply import apply_plan
+from slimvlm.compress.slicing.mask import mask_plan
 from slimvlm.compress.stages.slice import masked_difference
 
 EXACT = TOLERANCE[torch.float32]

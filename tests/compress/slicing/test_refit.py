@@ -9,7 +9,8 @@ from tiny_models import FACTORIES, Tiny, tiny_model
 
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import find_groups
-from slimvlm.compress.slicing.apply import apply_plan, find_cuts
+from slimvlm.compress.slicing.apply import apply_plan
+from slimvlm.compress.slicing.cuts import find_cuts
 from slimvlm.compress.slicing.refit import DAMPING, refit
 
 

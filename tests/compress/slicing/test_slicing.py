@@ -17,11 +17,13 @@ from plans import make_plan, random_choice, random_plan
 from tiny_models import FACTORIES, tiny_model
 
 from slimvlm.compress.errors import CheckpointError
-from slimvlm.compress.models.checkpoint import load_model, save_checkpoint
+from slimvlm.compress.models.checkpoint import load_model
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import count_parameters, find_groups
 from slimvlm.compress.models.modeling_slim import shrink, slim_class
-from slimvlm.compress.slicing.apply import apply_plan, mask_plan
+from slimvlm.compress.models.saving import save_checkpoint
+from slimvlm.compress.slicing.apply import apply_plan
+from slimvlm.compress.slicing.mask import mask_plan
 
 GENERATING = [name for name in FACTORIES if name not in ("clip", "siglip")]
 GROUPED = [name for name in GENERATING if not name.startswith("blip2")]

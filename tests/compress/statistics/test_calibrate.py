@@ -11,11 +11,12 @@ import pytest
 import torch
 from tiny_models import FACTORIES, IMAGE_TOKEN, Tiny, tiny_model
 
-from slimvlm.compress.criteria.scoring import CRITERIA, Criterion
+from slimvlm.compress.criteria.criterion import CRITERIA, Criterion
 from slimvlm.compress.errors import CalibrationError
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import find_groups
-from slimvlm.compress.statistics.collect import Calibration, CalibrationOptions, collect
+from slimvlm.compress.statistics.calibration import Calibration, CalibrationOptions
+from slimvlm.compress.statistics.collect import collect
 
 UKMI = CRITERIA["ukmi"]
 BINS = 100

@@ -6,10 +6,11 @@ import torch
 from pairs import run_pair
 from tiny_models import tiny_model
 
-from slimvlm.compress.criteria.scoring import CRITERIA, Criterion
+from slimvlm.compress.criteria.criterion import CRITERIA, Criterion
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import find_groups
-from slimvlm.compress.statistics.collect import Calibration, CalibrationOptions, collect
+from slimvlm.compress.statistics.calibration import Calibration, CalibrationOptions
+from slimvlm.compress.statistics.collect import collect
 
 WORKER = """
 import os, sys

@@ -8,7 +8,7 @@ import torch
 from tiny_models import FACTORIES, tiny_model
 from tiny_processors import tiny_image, tiny_processor
 
-from slimvlm.compress.criteria.scoring import CRITERIA
+from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.data.collate import Collator
 from slimvlm.compress.data.records import Turn
 from slimvlm.compress.data.samples import Sample
@@ -18,7 +18,8 @@ from slimvlm.compress.models.computing import give_back_memory
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.statistics import fitting
-from slimvlm.compress.statistics.collect import CalibrationOptions, bytes_kept
+from slimvlm.compress.statistics.calibration import CalibrationOptions
+from slimvlm.compress.statistics.collect import bytes_kept
 
 GATE = CalibrationOptions(criterion=CRITERIA["gate"])
 GENERATIVE = [name for name in FACTORIES if name not in ("clip", "siglip")]

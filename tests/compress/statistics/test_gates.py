@@ -4,10 +4,13 @@ import pytest
 import torch
 from tiny_models import FACTORIES, tiny_model
 
-from slimvlm.compress.criteria.scoring import CRITERIA, poorly_fitted_loss, score_groups
+from slimvlm.compress.criteria.criterion import CRITERIA
+from slimvlm.compress.criteria.scoring import score_groups
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import find_groups
-from slimvlm.compress.statistics.collect import CalibrationOptions, collect
+from slimvlm.compress.statistics.calibration import CalibrationOptions
+from slimvlm.compress.statistics.collect import collect
+from slimvlm.compress.statistics.loss import poorly_fitted_loss
 
 OPTIONS = CalibrationOptions(criterion=CRITERIA["gate"])
 

@@ -9,9 +9,9 @@ from profiles import DEVICE, example_run
 from tiny_models import FACTORIES, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from slimvlm.compress.models.checkpoint import save_checkpoint
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import count_parameters
+from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.serve.judging.roofline import (
     CACHE,

@@ -1,0 +1,56 @@
+"""One importance per unit of every group, and which indices a unit holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from slimvlm.compress.criteria.criterion import Criterion
+from slimvlm.compress.errors import CalibrationError
+from slimvlm.compress.files.writing import load_tensors, save_tensors
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """One importance per unit, and which indices of the group each unit holds.
+
+    Attributes:
+        criterion: what made them.
+        values: group key -> fp32 [num_units], finite and >= 0.
+        members: group key -> int64 [num_units, m], indices of the group (channels or query heads).
+    """
+
+    criterion: Criterion
+    values: Mapping[str, Tensor]
+    members: Mapping[str, Tensor]
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file; a reader never sees half of it."""
+        tensors = {f"values/{key}": value for key, value in self.values.items()}
+        tensors |= {f"members/{key}": value for key, value in self.members.items()}
+        save_tensors(path, tensors, {"criterion": asdict(self.criterion)})
+
+    @classmethod
+    def load(cls, path: Path) -> Scores:
+        """Read what `save` wrote.
+
+        Raises:
+            CalibrationError: the file is missing or damaged.
+        """
+        parts: dict[str, dict[str, Tensor]] = {"values": {}, "members": {}}
+        try:
+            tensors, facts = load_tensors(path)
+            criterion = Criterion(**facts["criterion"])
+            for name, value in tensors.items():
+                part, key = name.split("/", 1)
+                parts[part][key] = value
+        except (KeyError, TypeError, ValueError) as error:
+            raise CalibrationError(f"{path} is not a readable score file ({error}); score again") from error
+        return cls(criterion, parts["values"], parts["members"])

@@ -1,0 +1,66 @@
+"""A checkpoint folder, whole or absent: weights, config, processor, plan and manifest."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from slimvlm.compress.files.folders import written_folder
+from slimvlm.compress.files.writing import file_digest, write_text
+from slimvlm.compress.models.checkpoint import CARRIED, LAYOUTS, MANIFEST, PLAN
+from slimvlm.compress.models.stock import stock_model
+from slimvlm.compress.plan import Plan
+
+
+def save_checkpoint(
+    folder: str | os.PathLike[str],
+    model: PreTrainedModel,
+    processor: Any | None,
+    plan: Plan | None,
+    layout: str = "per-layer",
+    max_shard_size: str = "5GB",
+) -> Path:
+    """Writes a checkpoint: weights (safetensors), config, processor, plan.json, manifest.json (sizes and sha256).
+
+    Args:
+        plan: what was cut from the dense model; None for a model that was not cut.
+        layout: `per-layer`, or `stock` (only what the unmodified class can build).
+
+    Raises:
+        OutputError: the folder is not empty, or cannot be written.
+        CheckpointError: layout `stock`, and the model has sizes that the unmodified class cannot build (named).
+        ValueError: unknown layout.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout {layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
+    folder = Path(folder)
+    saved = stock_model(model) if layout == "stock" else model
+    with written_folder(folder) as partial:
+        saved.save_pretrained(partial, max_shard_size=max_shard_size)
+        _save_processor(partial, processor, Path(model.config.name_or_path or partial))
+        if plan is not None:
+            write_text(partial / PLAN, plan.to_json())
+        _write_manifest(partial)
+    return folder
+
+
+def _save_processor(folder: Path, processor: Any | None, source: Path) -> None:
+    if processor is not None:
+        processor.save_pretrained(folder)
+    if source.is_dir():
+        for pattern in CARRIED:
+            for path in source.glob(pattern):
+                if not (folder / path.name).exists():
+                    shutil.copyfile(path, folder / path.name)
+
+
+def _write_manifest(folder: Path) -> None:
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in sorted(folder.iterdir())
+    }
+    write_text(folder / MANIFEST, json.dumps({"schema": 1, "files": files}, indent=2) + "\n")

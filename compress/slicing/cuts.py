@@ -1,0 +1,82 @@
+"""Which rows and columns of which tensors leave with a group's units."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from slimvlm.compress.errors import CheckpointError
+from slimvlm.compress.models.families import Family
+from slimvlm.compress.models.groups import (
+    Group,
+    dead_blocks,
+    find_groups,
+    kept_kv_heads,
+    member_indices,
+)
+from slimvlm.compress.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What one module keeps: sorted rows and columns (None: all), int64. `scale` multiplies what a norm keeps."""
+
+    path: str
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+    scale: float = 1.0
+
+
+def find_cuts(group: Group, kept: Tensor) -> Iterator[Cut]:
+    """What the modules of `group` keep when the sorted indices `kept` stay; untouched modules are left out."""
+    if len(kept) == group.size:
+        return
+    kv_cut = group.kind == "attention" and len(kept_kv_heads(group, kept)) < group.kv_heads
+    for path in dict.fromkeys(member.path for member in group.members):
+        members = [member for member in group.members if member.path == path]
+        first = members[0]
+        if first.heads == "kv" and not kv_cut:
+            continue
+        index = torch.cat([member_indices(group, member, kept) for member in members])
+        if first.dim == 1:
+            yield Cut(path, columns=index)
+        else:
+            full = (group.kv_heads if first.heads == "kv" else group.size) * first.width
+            # The RMS of the removed entries is zero: the mean over fewer entries is larger by full / kept.
+            yield Cut(path, rows=index, scale=(full / len(index)) ** 0.5 if first.norm else 1.0)
+
+
+def matching_groups(model: nn.Module, family: Family, plan: Plan) -> tuple[Group, ...]:
+    """The groups of the dense `model`, after checking that `plan` was made for them.
+
+    Raises:
+        CheckpointError: the plan was made for another model.
+    """
+    if plan.family != family.name:
+        raise CheckpointError(f"the plan is for family {plan.family!r}, this model is {family.name!r}")
+    groups = find_groups(model, family, plan.attention_unit)
+    dead = {tower: one.blocks for tower, one in dead_blocks(model, family).items()}
+    if dead != dict(plan.dropped):
+        raise CheckpointError(
+            f"the plan drops {dict(plan.dropped)} blocks that nobody reads, this model has {dead}; "
+            "apply the plan to the checkpoint it was made for"
+        )
+    if unknown := sorted(set(plan.keep) ^ {group.key for group in groups}):
+        raise CheckpointError(f"the plan and the model do not have the same groups; first difference: {unknown[0]}")
+    for group in groups:
+        if plan.sizes[group.key] != group.size:
+            raise CheckpointError(
+                f"group {group.key} has {group.size} indices in this model, {plan.sizes[group.key]} in the plan; "
+                "apply the plan to the checkpoint it was made for"
+            )
+    return groups
+
+
+def complement(kept: Tensor, size: int) -> Tensor:
+    """The sorted indices below `size` that are not `kept`."""
+    mask = torch.ones(size, dtype=torch.bool)
+    mask[kept] = False
+    return mask.nonzero().flatten()

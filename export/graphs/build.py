@@ -1,0 +1,61 @@
+"""The graphs of a model of any family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimvlm.compress.models.families import Family
+from slimvlm.export.graphs.decoder import _decoder_graph, _embed_graph, embedding_width
+from slimvlm.export.graphs.dual import dual_encoder
+from slimvlm.export.graphs.graph import BATCH, PATCHES, Graph, Port
+from slimvlm.export.graphs.vision import Patches, vision_encoder
+from slimvlm.export.graphs.windows import refuse_windows
+
+# Per kind of vision graph: the axes of its inputs, and the first axis of its features.
+VISION_AXES = {
+    "patches": ({0: PATCHES}, "num_features"),
+    "masked_tiles": ({0: BATCH, 1: "num_images"}, "batch_size x num_images"),
+}
+
+
+def build_graphs(model: Any, family: Family, batch: Mapping[str, Tensor]) -> tuple[Graph, ...]:
+    """The graphs of a model, in the order in which generation runs them.
+
+    Args:
+        batch: two samples as the model's processor makes them; their image decides the vision graph's fixed sizes.
+
+    Raises:
+        UnsupportedModelError: the model has a part that cannot be exported (named).
+    """
+    refuse_windows(model.config)
+    if family.kind == "dual-encoder":
+        return dual_encoder(model, family, batch)
+    first = (vision_graph(model, family, batch), _embed_graph(model, embedding_width(model)))
+    if family.kind == "encoder-decoder":
+        from slimvlm.export.graphs.seq2seq import encoder_decoder_graphs
+
+        return first + encoder_decoder_graphs(model.get_submodule(family.export.text))
+    return (*first, _decoder_graph(model, family))
+
+
+def vision_graph(model: Any, family: Family, batch: Mapping[str, Tensor]) -> Graph:
+    """`vision_encoder`: what the processor makes of images -> features, one row per image token."""
+    kind = family.export.vision
+    module, names = vision_encoder(model, kind, batch)
+    axes, output = VISION_AXES.get(kind, ({0: BATCH}, BATCH))
+    tensors = {name: batch[name].bool() if name == "pixel_attention_mask" else batch[name] for name in names}
+    ports = [Port(name, _two_or_more(tensor, axes), axes) for name, tensor in tensors.items()]
+    unit = {PATCHES: module.count} if isinstance(module, Patches) else {}
+    return Graph("vision_encoder", module.eval(), tuple(ports), {"image_features": {0: output}}, unit=unit)
+
+
+def _two_or_more(tensor: Tensor, axes: Mapping[int, str]) -> Tensor:
+    """A varying axis of size 1 would be taken for fixed."""
+    for axis in axes:
+        if tensor.shape[axis] == 1:
+            tensor = torch.cat([tensor] * 3, dim=axis)
+    return tensor

@@ -1,0 +1,36 @@
+"""The two towers of a dual encoder as graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from slimvlm.compress.models.families import Family
+from slimvlm.export.graphs.graph import BATCH, SEQUENCE, Graph, Port
+
+
+class Encoder(nn.Module):
+    """One side of a dual encoder: `get_image_features` or `get_text_features`, as one tensor [B, C]."""
+
+    def __init__(self, model: Any, method: str) -> None:
+        super().__init__()
+        self.model, self.method = model, method
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Pixels, or token ids and mask."""
+        return getattr(self.model, self.method)(*inputs).pooler_output.float()
+
+
+def dual_encoder(model: Any, family: Family, batch: Mapping[str, Tensor]) -> tuple[Graph, ...]:
+    """`vision_model` and `text_model`, each giving the embeddings that are compared."""
+    row = family.export
+    axes = {0: BATCH, 1: SEQUENCE}
+    text = tuple(Port(name, batch[name], axes) for name in ("input_ids", "attention_mask") if name in batch)
+    image = (Port("pixel_values", batch["pixel_values"], {0: BATCH}),)
+    longest = {SEQUENCE: model.config.text_config.max_position_embeddings}
+    return (
+        Graph("vision_model", Encoder(model, "get_image_features").eval(), image, {row.image_output: {0: BATCH}}),
+        Graph("text_model", Encoder(model, "get_text_features").eval(), text, {row.text_output: {0: BATCH}}, longest),
+    )
