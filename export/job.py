@@ -290,7 +290,7 @@ def _write_example(folder: Path, source: _Source, options: ExportOptions, manife
     manifest.run |= recipe
     if plain is not collator:
         manifest.run["note"] = f"{EXAMPLE} gives the model the whole image only; its processor also cuts it into tiles"
-    shutil.copyfile(Path(__file__).with_name(EXAMPLE), folder / EXAMPLE)
+    shutil.copyfile(Path(__file__).with_name("client") / EXAMPLE, folder / EXAMPLE)
 
 
 def _silent(stage: str, done: int, total: int) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 from slimvlm.compress.statistics.collect import CalibrationOptions, collect
-from slimvlm.compress.criteria.scoring import CRITERIA, Criterion
+from slimvlm.compress.criteria import CRITERIA, Criterion
 from slimvlm.compress.errors import CalibrationError
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import find_groups
