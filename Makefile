@@ -2,8 +2,9 @@
 # make test: linters, import rules, types and the tests.
 # make fuzz: more than 2,000 hostile command lines; counts of tracebacks, hangs and changed inputs (up to 15 minutes).
 # make portable: the tests again under other instruction sets, thread counts and orders.
+# make readme: the README's tables of commands, families and extras anew, from the code.
 # make clients: programs of others on exported folders: transformers.js under Node, onnxruntime-genai, a Python without torch.
-# Both need only python3 (3.11 or newer) and make; everything else goes into .venv.
+# All need only python3 (3.11 or newer) and make; everything else goes into .venv.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -17,7 +18,7 @@ SEED ?= 1
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test fuzz portable clients lint types clean
+.PHONY: demo test fuzz portable clients readme lint types clean
 
 demo: $(VENV)/.installed
 	$(BIN)/slimvlm demo $(OUT) --overwrite
@@ -28,6 +29,9 @@ test: lint types
 
 fuzz: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/support/fuzz.py --cases $(CASES) --jobs $(JOBS)
+
+readme: $(VENV)/.installed-dev
+	$(BIN)/python docs/tables.py
 
 clients: $(VENV)/.installed-dev $(CLIENTS)/.installed
 	OMP_NUM_THREADS=1 SLIMVLM_CLIENTS=$(CURDIR)/$(CLIENTS) $(BIN)/pytest tests/export/test_clients.py
@@ -45,6 +49,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/python docs/tables.py --check
 
 # mypy does not see an editable install, so it is shown the checkout under the import name.
 types: $(VENV)/.installed-dev

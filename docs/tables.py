@@ -1,0 +1,59 @@
+"""The tables of commands, families and extras in the README: `make readme` writes them, `make test` compares.
+
+A page names its table in a comment, `[[[cog print(tables.commands()) ]]]`, and cog puts it there.
+"""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from collections.abc import Iterable
+from itertools import groupby
+from pathlib import Path
+
+import click
+import cogapp
+
+from slimvlm.cli import main as slimvlm
+from slimvlm.compress.models.families import FAMILIES
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md",)
+ADVICE = "a table is not what the registries say; run make readme"
+
+
+def commands() -> str:
+    """Every command as it is called at least, and what it does."""
+    rows = []
+    for name, command in slimvlm.commands.items():
+        context, words = click.Context(command), ["slimvlm", name]
+        for parameter in command.params:
+            words += parameter.get_usage_pieces(context)
+            if parameter.required and isinstance(parameter, click.Option):
+                words += [parameter.opts[0], str(parameter.name).upper()]
+        rows.append((f"`{' '.join(words)}`", command.get_short_help_str(limit=120)))
+    return table(("command", "does"), rows)
+
+
+def families() -> str:
+    """The rows of FAMILIES, by what kind of model they are."""
+    by_kind = groupby(sorted(FAMILIES, key=lambda family: family.kind), key=lambda family: family.kind)
+    return table(("kind", "families"), ((kind, ", ".join(f"`{row.name}`" for row in rows)) for kind, rows in by_kind))
+
+
+def extras() -> str:
+    """The optional dependencies of pyproject.toml, and what it says they are for."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    purposes = project["tool"]["slimvlm"]["extras"]
+    return table(("extra", "for"), ((f"`[{n}]`", purposes[n]) for n in project["project"]["optional-dependencies"]))
+
+
+def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ("---",) * len(head), *rows))
+
+
+if __name__ == "__main__":
+    pages = [str(ROOT / page) for page in PAGES]
+    told = ["--check", "--diff", f"--check-fail-msg={ADVICE}"] if "--check" in sys.argv else ["-r"]
+    sys.exit(cogapp.Cog().main(["cog", "-P", "-I", str(ROOT / "docs"), "-p", "import tables", *told, *pages]))
