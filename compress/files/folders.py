@@ -14,7 +14,7 @@ from typing import TypedDict
 from slimvlm.compress.errors import OutputError, UnsuitableOptionError
 from slimvlm.compress.files.decoding import content_of, decode, parse
 from slimvlm.compress.files.locks import LOCK, locked_folder
-from slimvlm.compress.files.writing import PARTIAL, reported_as_output_errors, require_kind, sync
+from slimvlm.compress.files.writing import PARTIAL, real, reported_as_output_errors, require_kind, sync
 
 EARLIER = ".earlier"  # begins the names of folders that hold what is being replaced, until that is done
 MANIFEST = "manifest.json"  # of a checkpoint or an export
@@ -75,7 +75,7 @@ def refuse_inside(out: Path, read: Mapping[str, str | Path | None]) -> None:
         UnsuitableOptionError: it does.
     """
     for name, given in read.items():
-        if given is not None and Path(given).expanduser().resolve().is_relative_to(out.expanduser().resolve()):
+        if given is not None and real(Path(given).expanduser()).is_relative_to(real(out.expanduser())):
             raise UnsuitableOptionError(
                 f"{name.replace('_', '-')} {given} lies in {out}, where the result would go; choose another folder"
             )

@@ -108,6 +108,11 @@ def load_tensors(path: Path, names: Collection[str] | None = None) -> tuple[dict
         raise ValueError(str(error)) from None
 
 
+def real(path: Path) -> Path:
+    """Where `path` leads, links followed; a loop of links leads nowhere (`Path.resolve` would raise RuntimeError)."""
+    return Path(os.path.realpath(path))  # noqa: PTH
+
+
 def require_kind(path: Path, is_kind: Any, words: str) -> None:
     """Refuse to write to `path` if it is there and something else: a link, a device, a pipe.
 

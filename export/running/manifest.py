@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypedDict
 from slimvlm.compress.errors import CheckpointError
 from slimvlm.compress.files.decoding import content_of, decode, dump, parse, refused_as
 from slimvlm.compress.files.folders import FileEntry
-from slimvlm.compress.files.writing import file_digest, installed_versions, write_text
+from slimvlm.compress.files.writing import file_digest, installed_versions, real, write_text
 from slimvlm.compress.run_record import Check
 from slimvlm.export.running.generation import Prompting
 
@@ -149,8 +149,8 @@ def inside(folder: Path, name: str) -> Path:
     Raises:
         CheckpointError: the name leaves the folder.
     """
-    path = (folder / name).resolve()
-    if Path(name).is_absolute() or not path.is_relative_to(folder.resolve()):
+    path = real(folder / name)
+    if Path(name).is_absolute() or not path.is_relative_to(real(folder)):
         raise CheckpointError(f"{folder / NAME} names {name!r}, which lies outside its folder; do not use this export")
     return path
 

@@ -6,8 +6,8 @@ import stat
 import pytest
 import torch
 
-from slimvlm.compress.errors import OutputError
-from slimvlm.compress.files.folders import written_folder
+from slimvlm.compress.errors import OutputError, UnsuitableOptionError
+from slimvlm.compress.files.folders import refuse_inside, written_folder
 from slimvlm.compress.files.locks import LOCK
 from slimvlm.compress.files.writing import PARTIAL, load_tensors, save_tensors, write_text, written_file
 
@@ -130,3 +130,11 @@ def test_only_what_was_ours_makes_place(tmp_path):
         (new / "ours" / "a").write_text("new")
     assert tree(tmp_path) == {"ours/a": "new", "ours/notes": "somebody's"}
     assert sorted(os.listdir(tmp_path)) == ["ours"]  # noqa: PTH208 (names are enough)
+
+
+def test_a_loop_of_links_leads_nowhere_and_raises_nothing(tmp_path) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    refuse_inside(tmp_path / "out", {"model": loop})
+    with pytest.raises(UnsuitableOptionError, match="lies in"):
+        refuse_inside(loop, {"model": loop / "model"})
