@@ -21,6 +21,7 @@ from slimvlm.compress.models.computing import cast, load_to_compute
 from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
+from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.recovery.checks import check_models, recipe_of
 from slimvlm.compress.run_record import options_of, read_record
 from slimvlm.compress.runs import AGAIN, EXPORT, RunFolder, check_places
@@ -36,7 +37,6 @@ from slimvlm.serve.profile import Profile
 from slimvlm.serve.profiling import profile_models
 from slimvlm.serve.report.files import PROFILE
 
-Progress = Callable[..., None]  # stage, done, total, note: what else is worth saying
 PROFILE_CELL_SECONDS = 6.0  # half of what `slimvlm profile` takes: nobody asked for this one
 
 
@@ -59,7 +59,7 @@ class Result:
     profile: Profile | None = None
 
 
-def compress(options: CompressOptions, progress: Progress | None = None) -> Result:
+def compress(options: CompressOptions, progress: Progress = silent) -> Result:
     """The whole job.
 
     Raises:
@@ -69,12 +69,12 @@ def compress(options: CompressOptions, progress: Progress | None = None) -> Resu
     return _joined(options, progress, plan_only=False)
 
 
-def make_plan(options: CompressOptions, progress: Progress | None = None) -> Result:
+def make_plan(options: CompressOptions, progress: Progress = silent) -> Result:
     """The plan stage alone: `plan.json` and `scores.safetensors`; `compress --resume` goes on from there."""
     return _joined(options, progress, plan_only=True)
 
 
-def _joined(options: CompressOptions, progress: Progress | None, plan_only: bool) -> Result:
+def _joined(options: CompressOptions, progress: Progress, plan_only: bool) -> Result:
     options = options.resolved()
     # What would be refused in the end is refused before the minutes until then.
     chosen_criterion(options)
@@ -84,11 +84,11 @@ def _joined(options: CompressOptions, progress: Progress | None, plan_only: bool
         require_packages(ExportOptions(formats=options.export).checked())
     check_places(options)
     with processes.joined(), locked_folder(options.out) if processes.rank() == 0 else nullcontext():
-        return _compress(options, progress or _silent, plan_only)
+        return _compress(options, progress, plan_only)
 
 
 def apply_saved_plan(
-    model: str, plan_file: Path, out: Path, data: Path | None = None, progress: Progress | None = None, **changes: Any
+    model: str, plan_file: Path, out: Path, data: Path | None = None, progress: Progress = silent, **changes: Any
 ) -> Plan:
     """Cut `model` by the plan in `plan_file` and save the checkpoint in `out`: with the `data` of the plan what
     `compress --recover none` gives; without, the units are cut and nothing is refitted.
@@ -122,7 +122,7 @@ def apply_saved_plan(
                 f"({plan.model_digest[:12]} is not {loaded.digest[:12]}); make a plan for this checkpoint"
             )
         if samples:
-            save_cut(out, loaded, options, plan, samples, progress or _silent)
+            save_cut(out, loaded, options, plan, samples, progress)
         else:
             stored: Any = loaded.model.config.dtype  # a dtype once loaded
             apply_plan(cast(loaded.model, stored), plan)
@@ -130,7 +130,7 @@ def apply_saved_plan(
         return plan
 
 
-def recover_run(out: Path, changes: Mapping[str, Any], progress: Progress | None = None) -> Result:
+def recover_run(out: Path, changes: Mapping[str, Any], progress: Progress = silent) -> Result:
     """Recover the model of the finished run in `out` (again), with the recovery options in `changes`, and export and
     profile it as the run did, unless `changes` name other formats.
 
@@ -156,15 +156,15 @@ class Evaluation(NamedTuple):
 
 
 def evaluate_checkpoint(
-    options: CompressOptions, against: str | None = None, progress: Progress | None = None
+    options: CompressOptions, against: str | None = None, progress: Progress = silent
 ) -> Evaluation:
     """Quality of `options.model` on `options.data`, and compared with the checkpoint `against` when one is given."""
-    samples, tell = read_evaluation(options), progress or _silent
+    samples = read_evaluation(options)
     if against is None:
-        quality, blind = evaluate_seeing_and_blind(options, options.model, samples, tell)
+        quality, blind = evaluate_seeing_and_blind(options, options.model, samples, progress)
         return Evaluation(quality, None, None, blind)
-    quality = evaluate_model(options, options.model, samples, tell)
-    other, blind = evaluate_seeing_and_blind(options, against, samples, tell)
+    quality = evaluate_model(options, options.model, samples, progress)
+    other, blind = evaluate_seeing_and_blind(options, against, samples, progress)
     return Evaluation(quality, other, compare(other, quality, options.seed), blind)
 
 
@@ -323,7 +323,3 @@ def _check(options: CompressOptions, result: Result) -> None:
             f"the files are kept in {options.out}; remove less",
             result,
         )
-
-
-def _silent(stage: str, done: int, total: int, note: str = "") -> None:
-    return None

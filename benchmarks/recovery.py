@@ -43,6 +43,7 @@ from slimvlm.compress.models.checkpoint import Loaded
 from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
+from slimvlm.compress.progress import silent
 from slimvlm.compress.recovery.recover import recover
 from slimvlm.demo import MODEL, SAMPLES
 from slimvlm.demo.scenes import TRAIN_MIX, questions, scenes
@@ -200,7 +201,7 @@ def run(cell: Cell, arguments: argparse.Namespace) -> tuple[Loaded, dict[str, An
     data = samples_of(cell.data, cell.seed, arguments.steps * options.train_batch_size, arguments.cache)
     with tempfile.TemporaryDirectory() as folder:
         save_checkpoint(Path(folder, "cut"), loaded.model, loaded.processor, found)
-        result = recover(options, found, Path(folder, "cut"), data, Path(folder, "training"), lambda fact: None)
+        result = recover(options, found, Path(folder, "cut"), data, Path(folder, "training"), silent)
     history = result.history.to_dict()
     facts = {name: history[name] for name in ("seconds", "tokens_per_second", "best_step", "helped", "first", "best")}
     return result.loaded, {**facts, "removed": round(found.removed_fraction, 5), "training_samples": len(data.training)}

@@ -21,13 +21,13 @@ from slimvlm.compress.models.computing import give_back_memory
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import Group, find_groups
 from slimvlm.compress.plan import Plan
+from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.compress.statistics.calibration import Calibration, CalibrationOptions
 from slimvlm.compress.statistics.collect import GRADIENT_SALIENCIES, Batch, collect
 
 SCHEDULE_POWER = 1.5
 
-Progress = Callable[[str, int, int, str], None]  # stage, done, total, note
 Batches = Sequence[Batch | Callable[[], Batch]]
 
 
@@ -84,7 +84,7 @@ def plan_in_rounds(
     *,
     done: tuple[int, Plan] | None = None,
     on_round: Callable[[Planned], None] | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Planned:
     """Decide what to cut from the dense `model`, which is left partly cut (all rounds but the last are applied to it).
 
@@ -114,7 +114,7 @@ def plan_in_rounds(
         groups = find_groups(model, family, planning.attention_unit)
         calibration = None
         if criterion.saliency in GRADIENT_SALIENCIES:
-            told = progress and _over_rounds(progress, number, first, planning.rounds)
+            told = _over_rounds(progress, number, first, planning.rounds)
             calibration = collect(model, family, groups, batches(number - 1), planning.calibration, told)
         scores = score_groups(groups, criterion, calibration, model, planning.seed)
         facts = facts_of(model, groups, dense=dense if composed is not None else None, **identity)
@@ -129,12 +129,12 @@ def plan_in_rounds(
     return planned
 
 
-def _over_rounds(progress: Progress, number: int, first: int, rounds: int) -> Callable[[str, int, int], None]:
+def _over_rounds(progress: Progress, number: int, first: int, rounds: int) -> Progress:
     """Tells of a batch of round `number` how far all rounds after `first` are, so that the first batches tell what is
     left of the whole plan.
     """
 
-    def tell(stage: str, done: int, total: int) -> None:
+    def tell(stage: str, done: int, total: int, note: str = "", /) -> None:
         progress(stage, (number - first - 1) * total + done, (rounds - first) * total, f"round {number} of {rounds}")
 
     return tell

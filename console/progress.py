@@ -6,13 +6,14 @@ import io
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import click
 
-Progress = Callable[..., None]  # stage, done, total, note
+from slimvlm.compress.progress import Progress, silent
+
 QUIET_SECONDS = 30  # at most so long nothing is said where there is no terminal
 SURE_SECONDS = 2  # of steps tell how long the others take
 
@@ -33,7 +34,7 @@ def is_first_process() -> bool:
 def progress(quiet: bool) -> Iterator[Progress]:
     """A function that shows (stage, done, total) on stderr: bars on a terminal, else one line per finished stage."""
     if quiet or not is_first_process():
-        yield lambda stage, done, total, note="": None
+        yield silent
     elif sys.stderr.isatty():
         with _bars() as report:
             yield report
@@ -50,7 +51,7 @@ class _Lines:
         self.first: tuple[str, int, float] | None = None  # stage, steps done and time at its first report
         self.estimated = False
 
-    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
+    def __call__(self, stage: str, done: int, total: int, note: str = "", /) -> None:
         now = time.perf_counter()
         if self.first is None or self.first[0] != stage:
             self.first, self.estimated = (stage, done, now), False
@@ -83,7 +84,7 @@ def _bars() -> Iterator[Progress]:
     with Bars(*columns, TimeRemainingColumn(), note_column, console=Console(stderr=True)) as bars:
         tasks: dict[str, Any] = {}
 
-        def report(stage: str, done: int, total: int, note: str = "") -> None:
+        def report(stage: str, done: int, total: int, note: str = "", /) -> None:
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total, note=note)
             bars.update(tasks[stage], completed=done, total=total, note=note)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slimvlm.compress.progress import Progress, silent
 from slimvlm.export.options import ExportOptions
 
 if TYPE_CHECKING:
@@ -20,12 +20,9 @@ def export_checkpoint(
     folder: str | os.PathLike[str],
     out: str | os.PathLike[str],
     options: ExportOptions,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress = silent,
 ) -> ExportResult:
     """Exports a checkpoint (dense, per-layer or stock layout, or a hub name) into the folder `out`.
-
-    Args:
-        progress: called with (stage, done, total).
 
     Raises:
         SlimvlmError: refused: unsupported model, option, missing package, an occupied or full `out`.

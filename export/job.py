@@ -19,6 +19,7 @@ from slimvlm.compress.evaluation.soundness import check_computes
 from slimvlm.compress.files.folders import holds_others, listed_files, refuse_inside, reserved, written_folder
 from slimvlm.compress.files.writing import reported_as_output_errors
 from slimvlm.compress.models.checkpoint import build_meta, load_model
+from slimvlm.compress.progress import Progress, silent
 from slimvlm.export.checks.files import check_graphs
 from slimvlm.export.checks.reference import (
     Reference,
@@ -41,7 +42,6 @@ from slimvlm.export.options import ExportOptions
 from slimvlm.export.running.manifest import Artifact, Manifest
 from slimvlm.export.writers.torch_writer import compiled_name, write_pt2, write_torchscript
 
-Progress = Callable[[str, int, int], None]  # stage, done, total
 EXAMPLE = "run_onnx.py"
 SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_int8"}  # of file names, as transformers.js asks for them
 EXTENSIONS = {"onnx": ".onnx", "torchscript": ".pt", "pt2": ".pt2", "aoti": ".aoti.pt2"}
@@ -66,7 +66,7 @@ class _Source:
     reference: Reference
 
 
-def run_export(checkpoint: str, out: Path, options: ExportOptions, progress: Progress | None = None) -> ExportResult:
+def run_export(checkpoint: str, out: Path, options: ExportOptions, progress: Progress = silent) -> ExportResult:
     """See `slimvlm.export.export_checkpoint`."""
     options = options.checked()
     refuse_inside(out, {"model": checkpoint, "data": options.data})
@@ -80,7 +80,7 @@ def run_export(checkpoint: str, out: Path, options: ExportOptions, progress: Pro
         )
         collator = Collator(loaded.processor, loaded.family, loaded.model.config)
         origin = {"source": str(checkpoint), "digest": loaded.digest, "family": loaded.family.name}
-        return export_model(loaded.model, collator, out, options, progress or _silent, origin)
+        return export_model(loaded.model, collator, out, options, progress, origin)
 
 
 def export_model(
@@ -291,7 +291,3 @@ def _write_example(folder: Path, source: _Source, options: ExportOptions, manife
     if plain is not collator:
         manifest.run["note"] = f"{EXAMPLE} gives the model the whole image only; its processor also cuts it into tiles"
     shutil.copyfile(Path(__file__).with_name("client") / EXAMPLE, folder / EXAMPLE)
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    return None

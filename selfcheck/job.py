@@ -14,6 +14,7 @@ from slimvlm.compress.evaluation.equality import CHECKED_SAMPLES, outputs, relat
 from slimvlm.compress.models.computing import cast, load_to_compute
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
+from slimvlm.compress.progress import silent
 from slimvlm.compress.runs import RunFolder
 from slimvlm.compress.stages.plan import plan_stage
 from slimvlm.compress.stages.recover import recover_stage
@@ -55,20 +56,20 @@ class Job:
     def plan(self) -> Plan:
         """Calibrate and plan."""
         with self.run.begun():
-            return plan_stage(self.run, self.options, self.data, _silent)
+            return plan_stage(self.run, self.options, self.data, silent)
 
     def cut(self) -> dict[str, Any]:
         """Cut and refit; what the stage measured. It compares with the masked dense model and the saved checkpoint."""
         plan = self.plan()
         with self.run.begun():
-            slice_stage(self.run, self.options, plan, self.data, _silent)
+            slice_stage(self.run, self.options, plan, self.data, silent)
         return self.run.facts("slice")
 
     def recover(self) -> dict[str, Any]:
         """Train and merge; what the stage measured. It compares the merged model with the trained and the saved one."""
         plan, training = self.plan(), partial(read_trained, self.options, self.data)
         with self.run.begun():
-            recover_stage(self.run, self.options, plan, self.data, training, _silent)
+            recover_stage(self.run, self.options, plan, self.data, training, silent)
         return self.run.facts("recover")
 
 
@@ -111,7 +112,3 @@ def check_reload(ground: Ground) -> str:
     if not error <= SAME:
         raise WrongError(f"its logits differ by {error:.1e} from those on the CPU, accepted is {SAME:.0e}")
     return f"slimvlm.load gives its logits to {error:.1e} on the CPU"
-
-
-def _silent(stage: str, done: int, total: int, note: str = "") -> None:
-    return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,6 +15,7 @@ from slimvlm.compress.files.decoding import read
 from slimvlm.compress.files.locks import locked_file
 from slimvlm.compress.files.writing import VERSIONED, check_writable, installed_versions, write_text
 from slimvlm.compress.processes import pick_device
+from slimvlm.compress.progress import Progress, silent
 from slimvlm.export.running import manifest
 from slimvlm.export.running.exported import Exported
 from slimvlm.export.running.sessions import NO_TENSORRT
@@ -31,7 +32,6 @@ from slimvlm.serve.options import TORCH, TORCHSCRIPT, ProfileOptions, split_back
 from slimvlm.serve.profile import MEASURED, Cell, Device, Profile, Verdict
 from slimvlm.serve.targets import Exporter, Target, check_installed, find_target, with_graphs
 
-Progress = Callable[..., None]  # stage, done, total, note
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -68,9 +68,7 @@ class _Job:
         }
 
 
-def profile_models(
-    options: ProfileOptions, progress: Progress | None = None, exporter: Exporter | None = None
-) -> Profile:
+def profile_models(options: ProfileOptions, progress: Progress = silent, exporter: Exporter | None = None) -> Profile:
     """Measures the slim model, next to the dense one if there is one; `options.written` always holds what is done.
 
     Args:
@@ -80,7 +78,7 @@ def profile_models(
         SlimvlmError: refused, with the reason; cells that were measured stay in `options.written`.
         CheckFailedError: a limit was crossed; `result` is the profile.
     """
-    options, progress = options.checked(), progress or _silent
+    options = options.checked()
     check_installed(options.backend)
     device = pick_device(options.device)
     _provider(options.provider, device)
@@ -242,7 +240,3 @@ def _provider(asked: str, device: torch.device) -> str:
     if (kind == "cpu") != (device.type == "cpu"):
         raise DeviceError(f"--provider {asked} does not run on the device {device}; choose both alike, or leave it out")
     return kind if kind == "cpu" else f"{kind}:{device.index or 0}"
-
-
-def _silent(stage: str, done: int, total: int, note: str = "") -> None:
-    return None

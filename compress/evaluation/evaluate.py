@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +29,7 @@ from slimvlm.compress.evaluation.quality import (
     summarize,
     vqa_accuracy,
 )
+from slimvlm.compress.progress import Progress, silent
 
 __all__ = ["Comparison", "Quality", "Row", "compare", "evaluate", "shuffle_images"]
 
@@ -46,7 +47,6 @@ GREEDY = {  # said in full: what is left out is filled in from the generation se
     "no_repeat_ngram_size": 0,
     "min_length": 0,
 }
-Progress = Callable[[int, int], None]  # done, total
 
 
 def evaluate(
@@ -55,7 +55,7 @@ def evaluate(
     samples: Sequence[Sample],
     *,
     batch_size: int = 32,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     blind_seed: int | None = None,
 ) -> Quality:
     """Answer every question greedily and take the loss of its right answer; a dual encoder ranks texts and images.
@@ -63,7 +63,7 @@ def evaluate(
     In a sample of several turns each turn is a question, with the turns before it given.
 
     Args:
-        progress: called with (done, total) questions after each batch.
+        progress: called with ("evaluate", questions done, all questions) after each batch.
         blind_seed: shuffle the images across samples first, by this seed: what is left needs no image.
 
     Raises:
@@ -124,11 +124,10 @@ class _Run:
     model: Any
     collator: Collator
     batch_size: int
-    progress: Progress | None
+    progress: Progress
 
     def report(self, done: int, total: int) -> None:
-        if self.progress is not None:
-            self.progress(done, total)
+        self.progress("evaluate", done, total)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from slimvlm.compress.models.computing import cast, load_to_compute
 from slimvlm.compress.models.groups import resolve
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
+from slimvlm.compress.progress import Progress
 from slimvlm.compress.recovery.adapters.recall import attach, merge
 from slimvlm.compress.recovery.adapters.slices import Slices
 from slimvlm.compress.recovery.checks import low_rank, recipe_of, require_projector
@@ -40,8 +41,6 @@ from slimvlm.compress.statistics.fitting import evaluation_batch
 RATE_TIMES_WIDTH = {"lora": 0.5, "projector": 0.5, "lora+projector": 0.5, "full": 0.1}
 EAGER_TOKENS = 512  # on a CPU, eager attention is the faster one to train with up to about so many tokens
 
-Report = Callable[[dict[str, Any]], None]  # the facts of one step
-
 
 @dataclass(frozen=True)
 class Recovered:
@@ -53,7 +52,7 @@ class Recovered:
 
 
 def recover(
-    options: CompressOptions, plan: Plan, student: Path, data: Trained, folder: Path, report: Report
+    options: CompressOptions, plan: Plan, student: Path, data: Trained, folder: Path, progress: Progress
 ) -> Recovered:
     """Train the cut checkpoint `student` as the options say, and merge what was learnt into its weights.
 
@@ -83,7 +82,7 @@ def recover(
         _train_options(options, recipe, loaded, data),
         folder,
         validate=lambda: _score(options, distiller.student, collator, data.validation),
-        progress=report,
+        progress=progress,
         cache=_cache(options, data, loaded),
     )
     if any(isinstance(parameter, DTensor) for parameter in loaded.model.parameters()):  # FSDP leaves it in pieces

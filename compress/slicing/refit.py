@@ -25,11 +25,11 @@ from slimvlm.compress.data.questions import Question, ask, stream_of
 from slimvlm.compress.errors import CalibrationError
 from slimvlm.compress.models.families import Family
 from slimvlm.compress.models.groups import Group, count_parameters
+from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.slicing.cuts import Cut, find_cuts
 
 DAMPING = 0.01  # of the mean of C's diagonal; 1e-4 to 1e-1 differ little on the demo model
 MOST, LEAST = 4 * 2**30, 128 * 2**20  # bytes of sums held at once; between them, a quarter of the fp32 weights
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def refit(  # noqa: PLR0913 (the model with what is known of it, what is kept, w
     batches: Sequence[Callable[[], Batch]],
     *,
     memory: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Refit:
     """The refit of the dense `model` for a cut that keeps `keep` (indices by group key). The model is only read.
 
@@ -90,8 +90,7 @@ def refit(  # noqa: PLR0913 (the model with what is known of it, what is kept, w
                 projection.mask = question.masks.get(projection.stream) if projection.modality == "language" else None
             with torch.no_grad():
                 model(**question.inputs)
-            if progress is not None:
-                progress("refit", number * len(batches) + index + 1, len(passes) * len(batches))
+            progress("refit", number * len(batches) + index + 1, len(passes) * len(batches))
         for projection in chosen:
             weight, bias, lost = projection.solve()
             weights[projection.cut.path] = (weight, bias)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from slimvlm.compress.data.collate import Collator
@@ -16,10 +16,9 @@ from slimvlm.compress.files.decoding import content_of, dump, parse, refused_as
 from slimvlm.compress.files.writing import write_text
 from slimvlm.compress.models.computing import frees_memory, load_to_compute
 from slimvlm.compress.options import CompressOptions
+from slimvlm.compress.progress import Progress
 from slimvlm.compress.runs import AGAIN, CUT, RunFolder
 from slimvlm.compress.statistics.fitting import evaluation_batch
-
-Progress = Callable[..., None]  # stage, done, total, note
 
 
 class Evaluated(NamedTuple):
@@ -85,7 +84,7 @@ def _qualities(
             collator,
             samples,
             batch_size=evaluation_batch(loaded.model.device, options.batch_size),
-            progress=lambda done, total: progress("evaluate", done, total),
+            progress=progress,
             blind_seed=seed,
         )
         for seed in seeds

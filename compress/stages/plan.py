@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan, Refitting
 from slimvlm.compress.processes import pick_device
+from slimvlm.compress.progress import Progress
 from slimvlm.compress.rounds import Planned, Planning, check_budget, plan_in_rounds
 from slimvlm.compress.runs import AGAIN, ROUNDS, RunFolder
 from slimvlm.compress.statistics.calibration import CalibrationOptions
@@ -35,9 +35,6 @@ class FinishedRounds:
 
     round: int
     plan: Plan
-
-
-Progress = Callable[..., None]  # stage, done, total, note
 
 
 def chosen_criterion(options: CompressOptions) -> Criterion:

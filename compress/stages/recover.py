@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +19,8 @@ from slimvlm.compress.models.computing import cast, frees_memory, load_to_comput
 from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
+from slimvlm.compress.progress import Progress
 from slimvlm.compress.runs import CUT, JOURNAL, MODEL, RECOVERED, TRAINING, RunFolder
-
-Progress = Callable[..., None]  # stage, done, total, note
 
 
 @frees_memory
@@ -56,7 +55,7 @@ def recover_stage(
     trained = training()
     start = options.out / (CUT if (options.out / CUT).is_dir() else "model")
     with _kept_if_refused(run, earlier, asked), run.stage("recover", options=asked) as facts:
-        recovered = recover(options, plan, start, trained, folder, lambda fact: _tell(progress, fact))
+        recovered = recover(options, plan, start, trained, folder, progress)
         facts.update(recovered.history.to_dict(), merged_difference=recovered.merged_difference)
         facts.update(samples=len(trained.training), validation_samples=len(trained.validation))
         facts.update(left_out_samples=trained.left_out, data_digest=trained.digest)
@@ -105,9 +104,3 @@ def _save_recovered(run: RunFolder, options: CompressOptions, plan: Plan, loaded
     run.remove(MODEL)
     move_folder(folder, options.out / MODEL)
     return difference
-
-
-def _tell(progress: Progress, fact: Mapping[str, Any]) -> None:
-    loss = "skipped" if fact["loss"] is None else f"loss {fact['loss']:.4g}"
-    note = f"{fact['stage']}: {loss}, {fact['tokens_per_second']:.0f} tokens/s"
-    progress("recover", fact["step"], fact["total"], note)

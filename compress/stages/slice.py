@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,11 @@ from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
+from slimvlm.compress.progress import Progress
 from slimvlm.compress.runs import CUT, MODEL, RunFolder
 from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.compress.slicing.mask import mask_plan
 from slimvlm.compress.slicing.refit import refit
-
-Progress = Callable[..., None]  # stage, done, total, note
 
 
 @frees_memory

@@ -21,6 +21,7 @@ from slimvlm.compress.data.questions import Question, ask, stream_of
 from slimvlm.compress.errors import CalibrationError
 from slimvlm.compress.models.families import Family
 from slimvlm.compress.models.groups import Group
+from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.statistics.angles import AngleHistograms
 from slimvlm.compress.statistics.calibration import Calibration, CalibrationOptions
 from slimvlm.compress.statistics.gates import GateSquares
@@ -32,7 +33,6 @@ GRADIENT_SALIENCIES = tuple(COLLECTORS)
 CHECK_EVERY = 32  # batches between two looks at the non-finite flags: each look waits for the device
 
 Batch = Mapping[str, Any]
-Progress = Callable[[str, int, int], None]
 
 
 def collect(
@@ -41,7 +41,7 @@ def collect(
     groups: Sequence[Group],
     batches: Sequence[Batch | Callable[[], Batch]],
     options: CalibrationOptions,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Calibration:
     """Run the model forward and backward over the batches and reduce what was seen to a vector per tensor side.
 
@@ -128,7 +128,7 @@ class _Run:
         family: Family,
         batches: Sequence[Batch | Callable[[], Batch]],
         criterion: Criterion,
-        progress: Progress | None,
+        progress: Progress,
         passes: int,
     ) -> None:
         self.model, self.family, self.batches, self.criterion = model, family, batches, criterion
@@ -182,8 +182,7 @@ class _Run:
 
     def _report(self) -> None:
         self.done += 1
-        if self.progress is not None:
-            self.progress("calibrate", self.done, self.total)
+        self.progress("calibrate", self.done, self.total)
 
     def _over_processes(self, counted: Mapping[str, int], largest: int) -> dict[str, int]:
         totals, most = torch.tensor(list(counted.values())), torch.tensor(largest)

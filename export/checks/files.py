@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from slimvlm.compress.progress import Progress
 from slimvlm.export.checks.parity import TOLERANCES, measure
 from slimvlm.export.checks.reference import Reference, check_tokens
 from slimvlm.export.graphs.graph import Graph
@@ -12,8 +13,6 @@ from slimvlm.export.running.generation import Runner
 from slimvlm.export.running.manifest import Artifact, Manifest
 from slimvlm.export.running.recorded import runner_of
 from slimvlm.export.writers.tracing import first_line
-
-Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
 def check_graphs(

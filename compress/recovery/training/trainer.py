@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from slimvlm.compress.data.collate import Batch
 from slimvlm.compress.errors import OutputError, RecoveryError, UnsuitableOptionError
+from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.recovery.distillation.recipe import Stage
 from slimvlm.compress.recovery.distillation.teacher_cache import TeacherCache
 from slimvlm.compress.recovery.training.history import WORST, Facts, History, Journal, Score, peak_memory
@@ -38,8 +39,6 @@ __all__ = ["History", "TrainOptions", "train"]
 MOST_SKIPPED = 10  # steps in a row whose loss is not finite
 TERMINATED = 128 + signal.SIGTERM  # exit code
 
-Progress = Callable[[dict[str, Any]], None]
-
 
 @dataclass(frozen=True)
 class _Job:
@@ -49,7 +48,7 @@ class _Job:
     samples: Samples
     options: TrainOptions
     validate: Callable[[], Score] | None
-    progress: Progress | None
+    progress: Progress
 
 
 def train(  # noqa: PLR0913 (what is trained, on what, how, where, and who watches)
@@ -61,7 +60,7 @@ def train(  # noqa: PLR0913 (what is trained, on what, how, where, and who watch
     folder: Path,
     *,
     validate: Callable[[], Score] | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     resume: bool = True,
     cache: TeacherCache | None = None,
 ) -> History:
@@ -80,8 +79,7 @@ def train(  # noqa: PLR0913 (what is trained, on what, how, where, and who watch
         validate: (score, -loss) of the student, larger is better; called by all processes, with the student in
             evaluation mode, before the first step, every `validate_every` steps and after the last. Without it the
             student keeps its last weights.
-        progress: called after every step by the first process, with step, total, stage, loss (None if skipped),
-            tokens_per_second and seconds_left.
+        progress: called after every step by the first process, with ("recover", step, steps, stage, loss and speed).
         resume: go on from the checkpoint in `folder`, if there is one; otherwise start again.
         cache: where the teacher's outputs are kept between epochs, in a folder of this teacher, these samples and this
             collation alone; not used with sharded weights.
@@ -140,7 +138,6 @@ class _Run:
     def _steps(self, signals: _Signals) -> bool:
         """All steps that are left; whether they ended early."""
         options, facts = self.options, self.facts
-        first, began = facts.step, time.perf_counter()
         while facts.step < options.steps:
             if options.patience is not None and facts.stale >= options.patience:
                 return True
@@ -150,7 +147,7 @@ class _Run:
             self._validate_if_due()
             if facts.step % options.checkpoint_every == 0:
                 self._checkpoint()
-            self._report((time.perf_counter() - began) / (facts.step - first))
+            self._report()
         return False
 
     def _step(self, told_to_stop: bool) -> bool:
@@ -313,20 +310,14 @@ class _Run:
 
     # ---------------------------------------------------------------- what is told
 
-    def _report(self, seconds_per_step: float) -> None:
-        if self.job.progress is None or self.workers.rank != 0:
+    def _report(self) -> None:
+        if self.workers.rank != 0:
             return
-        facts, stage = self.facts, self.facts.stages[-1]
-        self.job.progress(
-            {
-                "step": facts.step,
-                "total": self.options.steps,
-                "stage": stage["name"],
-                "loss": stage["last_loss"],
-                "tokens_per_second": stage["tokens"] / stage["seconds"] if stage["seconds"] else 0.0,
-                "seconds_left": seconds_per_step * (self.options.steps - facts.step),
-            }
-        )
+        stage = self.facts.stages[-1]
+        loss = "skipped" if stage["last_loss"] is None else f"loss {stage['last_loss']:.4g}"
+        speed = stage["tokens"] / stage["seconds"] if stage["seconds"] else 0.0
+        note = f"{stage['name']}: {loss}, {speed:.0f} tokens/s"
+        self.job.progress("recover", self.facts.step, self.options.steps, note)
 
 
 class _Signals:

@@ -86,7 +86,7 @@ def test_answers_that_are_sure_are_those_generation_gives(
 ) -> None:
     model, collator = memorized(samples)
     seen: list[int] = []
-    sure = evaluate(model, collator, samples, batch_size=8, progress=lambda done, total: seen.append(done))
+    sure = evaluate(model, collator, samples, batch_size=8, progress=lambda _, done, total: seen.append(done))
     assert seen == [4, 5]  # four without generation, then the one it was not taught
     assert [row.exact for row in sure.rows] == [1.0, 1.0, 0.0, 1.0, 1.0]
     monkeypatch.setattr("slimvlm.compress.evaluation.evaluate.LEAD", float("inf"))
@@ -136,7 +136,7 @@ def test_the_model_keeps_its_mode_and_progress_reaches_the_end(samples: list[Sam
     model, collator = setup("llava")
     model.train()
     seen: list[tuple[int, int]] = []
-    evaluate(model, collator, samples, batch_size=2, progress=lambda done, total: seen.append((done, total)))
+    evaluate(model, collator, samples, batch_size=2, progress=lambda _, done, total: seen.append((done, total)))
     assert model.training
     assert [total for _, total in seen] == [5] * len(seen)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)

@@ -40,8 +40,8 @@ options = TrainOptions(steps=6, batch_size=5, accumulate=2, lr=1e-2, checkpoint_
 def validate():
     return 0.0, -token_loss(distiller.student)
 
-def progress(facts):
-    if facts["step"] == steps:
+def progress(stage, step, of, note):
+    if step == steps:
         os.kill(os.getpid(), signal.SIGTERM)  # this one only; the other is told by it
 
 train(distiller, TAUGHT, collate, COUNT, options, folder / "run", validate=validate, progress=progress)

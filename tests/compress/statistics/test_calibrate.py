@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from slimvlm.compress.criteria.criterion import CRITERIA, Criterion
 from slimvlm.compress.errors import CalibrationError
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import find_groups
+from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.statistics.calibration import Calibration, CalibrationOptions
 from slimvlm.compress.statistics.collect import collect
 
@@ -22,9 +22,7 @@ UKMI = CRITERIA["ukmi"]
 BINS = 100
 
 
-def run(
-    tiny: Tiny, batches: list, criterion: Criterion = UKMI, progress: Callable | None = None, **options
-) -> Calibration:
+def run(tiny: Tiny, batches: list, criterion: Criterion = UKMI, progress: Progress = silent, **options) -> Calibration:
     family = find_family(tiny.model.config)
     groups = find_groups(tiny.model, family)
     return collect(tiny.model, family, groups, batches, CalibrationOptions(criterion=criterion, **options), progress)

@@ -1,0 +1,16 @@
+"""How a long job tells how far it is."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """What every long job calls: the stage, how much of it is done, and what else is worth saying."""
+
+    def __call__(self, stage: str, done: int, total: int, note: str = "", /) -> None:
+        """Show it."""
+
+
+def silent(stage: str, done: int, total: int, note: str = "", /) -> None:
+    """The progress that nobody watches."""
