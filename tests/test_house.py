@@ -7,7 +7,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("benchmarks", "compress", "console", "demo", "docs", "export", "kernels", "selfcheck", "serve", "tests")
+FOLDERS = (
+    "benchmarks",
+    "compress",
+    "console",
+    "demo",
+    "docs",
+    "examples",
+    "export",
+    "kernels",
+    "selfcheck",
+    "serve",
+    "tests",
+)
 FILES = sorted(ROOT.glob("*.py")) + sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

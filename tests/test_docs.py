@@ -1,0 +1,53 @@
+"""What the pages for programmers show is run as it stands, on a tiny model."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+from tiny_folders import write_tiny
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """`my-vlm` and `samples.jsonl`, then what the blocks of docs/python.md leave beside them."""
+    where = tmp_path_factory.mktemp("docs")
+    write_tiny(where)
+    return where
+
+
+@pytest.fixture(scope="module")
+def shown(folder):
+    """The names that the blocks of docs/python.md define, run in one process, one after the other."""
+    names = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for found in re.finditer(r"^```python\n(.*?)^```", PAGE, re.M | re.S):
+            lines = PAGE[: found.start()].count("\n") + 1
+            exec(compile("\n" * lines + found[1], "docs/python.md", "exec"), names)
+    return names
+
+
+PAGE = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+
+
+def test_the_blocks_of_the_python_page_run(shown):
+    assert shown["result"].plan.removed_fraction == pytest.approx(0.4, abs=0.01)
+    assert shown["run"].medians["ttft"] > 0
+    assert shown["answer"].tokens > 0
+
+
+def test_the_example_compresses(folder, monkeypatch, capsys):
+    asked = [folder / "my-vlm", folder / "samples.jsonl", folder / "example", "--ratio", "0.2", "--steps", "2"]
+    monkeypatch.setattr("sys.argv", ["compress.py", *map(str, asked)])
+    runpy.run_path(ROOT / "examples" / "compress.py", run_name="__main__")
+    assert "LlavaProcessor load from" in capsys.readouterr().out
+
+
+def test_the_example_measures_an_export(folder, shown, monkeypatch, capsys):
+    asked = [folder / "exported", folder / "0.png", "what is it ?", "--rounds", "2"]
+    monkeypatch.setattr("sys.argv", ["measure_export.py", *map(str, asked)])
+    runpy.run_path(ROOT / "examples" / "measure_export.py", run_name="__main__")
+    assert re.search(r"first token, image included: [\d.]+ ms \(median of 2\)", capsys.readouterr().out)
