@@ -14,7 +14,7 @@ import numpy as np
 from slimvlm.compress.allocate.pool import Floats, Integers, Pool
 from slimvlm.compress.criteria.scores import Scores
 from slimvlm.compress.errors import InfeasibleBudgetError
-from slimvlm.compress.models.families import Attention, Family
+from slimvlm.compress.models.families import Family
 from slimvlm.compress.models.groups import Group
 
 
@@ -71,8 +71,8 @@ def stock_lines_of(groups: Sequence[Group], scores: Scores, round_channels: int,
     """
     classes: dict[tuple[str, ...], list[Group]] = {}
     for group in groups:
-        if fields := _stock_fields(family, group):
-            classes.setdefault(fields, []).append(group)
+        if group.part.fields:
+            classes.setdefault((group.config, *(name for name, _ in group.part.fields)), []).append(group)
     if not classes:
         raise InfeasibleBudgetError(
             f"layout stock: the unmodified class of family {family.name!r} can build no cut; use --layout per-layer"
@@ -100,17 +100,6 @@ def pool_of(lines: Sequence[Line], dense_sizes: Mapping[str, int], floor: float)
         size=np.array([sum(dense_sizes[group.key] * group.head_dim for group in line.groups) for line in lines]),
         floor=floor,
     )
-
-
-def _stock_fields(family: Family, group: Group) -> tuple[str, ...]:
-    """(config path, fields) that set the width of `group` in the unmodified class; empty: nothing does."""
-    tower = next(tower for tower in family.towers if tower.name == group.tower)
-    part = next(part for part in tower.parts if part.key == group.key.split(".", 2)[2])
-    if isinstance(part, Attention):
-        if part.forward:  # the replaced forward is what the unmodified class lacks
-            return ()
-        return (tower.config, *(name for name, _ in part.stock)) if part.stock else ()
-    return (tower.config, part.stock) if part.stock else ()
 
 
 def _line(groups: tuple[Group, ...], scores: Scores, round_channels: int) -> Line:

@@ -38,6 +38,11 @@ class Attention:
     forward: str | None = None
     stock: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def fields(self) -> tuple[tuple[str, str], ...]:
+        """Config fields -> facts of a group (see `stock_fields`) from which the unmodified class builds its size."""
+        return () if self.forward else self.stock  # the replaced forward is what the unmodified class lacks
+
 
 @dataclass(frozen=True, slots=True)
 class Mlp:
@@ -47,6 +52,11 @@ class Mlp:
     output: str
     key: str = "mlp"
     stock: str | None = None
+
+    @property
+    def fields(self) -> tuple[tuple[str, str], ...]:
+        """As of an attention."""
+        return () if self.stock is None else ((self.stock, "size"),)
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,6 +60,8 @@ class Group:
 
     Attributes:
         key: `language.3.attn`.
+        config: attribute path of the config of its tower.
+        part: its row in the family table.
         path: attention module, or the block of an MLP.
         size: indices: channels I of an MLP, query heads H of an attention.
         kv_heads, head_dim: K and D of an attention; 0 and 1 for an MLP.
@@ -83,6 +85,8 @@ class Group:
     num_units: int
     weights_per_unit: int
     parameters_per_unit: int
+    config: str
+    part: Attention | Mlp
 
     @property
     def macs_per_unit(self) -> int:
@@ -207,6 +211,8 @@ def _attention_group(
         num_units=num_units,
         weights_per_unit=weights,
         parameters_per_unit=parameters,
+        config=tower.config,
+        part=attention,
     )
 
 
@@ -242,6 +248,8 @@ def _mlp_group(block: nn.Module, family: Family, mlp: Mlp, where: tuple[Tower, i
         num_units=size,
         weights_per_unit=weights,
         parameters_per_unit=weights + biases,
+        config=tower.config,
+        part=mlp,
     )
 
 

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from slimvlm.compress.errors import CheckpointError
-from slimvlm.compress.models.families import Attention, Family, Mlp, find_family
-from slimvlm.compress.models.groups import Group, find_groups
+from slimvlm.compress.models.families import Family, find_family
+from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.models.modeling_slim import RECORD
 
 ADVICE = "make the plan with --layout stock, or save with --layout per-layer"
@@ -61,12 +61,11 @@ def _check_build(model: PreTrainedModel) -> None:
 
 def stock_fields(model: nn.Module, family: Family, cut: set[str]) -> dict[str, dict[str, int]]:
     """Config path -> field -> value that build the present sizes of `model`, of which the modules `cut` were cut."""
-    parts = {(tower.name, part.key): (tower.config, part) for tower in family.towers for part in tower.parts}
     values: dict[tuple[str, str], dict[int, str]] = {}
     changed = set()
     for group in find_groups(model, family):
-        path, part = parts[group.tower, group.key.split(".", 2)[2]]
-        facts = {(path, name): value for name, value in _facts(group, part).items()}
+        sizes = {"size": group.size, "heads": group.size, "kv_heads": group.kv_heads, "head_dim": group.head_dim}
+        facts = {(group.config, name): sizes[fact] for name, fact in group.part.fields}
         if cut & {member.path for member in group.members}:
             if not facts:
                 raise CheckpointError(
@@ -83,13 +82,3 @@ def stock_fields(model: nn.Module, family: Family, cut: set[str]) -> dict[str, d
             raise CheckpointError(f"layout stock: {path}.{name} would have to be {where}; {ADVICE}")
         fields.setdefault(path, {})[name] = next(iter(found))
     return fields
-
-
-def _facts(group: Group, part: Attention | Mlp) -> dict[str, int]:
-    """Config fields from which the unmodified class builds the present size of `group`; empty: there are none."""
-    if isinstance(part, Mlp):
-        return {} if part.stock is None else {part.stock: group.size}
-    if part.forward:
-        return {}
-    facts = {"heads": group.size, "kv_heads": group.kv_heads, "head_dim": group.head_dim}
-    return {name: facts[fact] for name, fact in part.stock}

@@ -60,14 +60,10 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     for cut in cuts:
         _cut(model.get_submodule(cut.path), cut)
         record["shapes"][cut.path] = list(model.get_parameter(f"{cut.path}.weight").shape)
-    attentions = {
-        (tower.name, part.key): part for tower in family.towers for part in tower.parts if isinstance(part, Attention)
-    }
     for group in groups:
         _record_sizes(record, group, kept[group.key])
-        if group.kind == "attention" and len(kept[group.key]) < group.size:
-            part = attentions[group.tower, group.key.split(".", 2)[2]]
-            _patch_attention(model.get_submodule(group.path), group, part, kept[group.key], record)
+        if isinstance(group.part, Attention) and len(kept[group.key]) < group.size:
+            _patch_attention(model.get_submodule(group.path), group, group.part, kept[group.key], record)
     _leave_file(model)
     setattr(model.config, RECORD, record)
     model.__class__ = slim_class(type(model))  # type: ignore[arg-type]  # a class is hashable
@@ -148,10 +144,9 @@ def _record_sizes(record: dict[str, Any], group: Group, kept: Tensor) -> None:
     whole tower's value, which transformers refuses once layers differ.
     """
     layer = record["per_layer_config"].setdefault(group.tower, {}).setdefault(str(group.layer), {})
-    part = group.key.split(".", 2)[2]
     if group.kind == "mlp":
         layer["intermediate_size"] = len(kept)
     else:
-        prefix = "" if part == "attn" else f"{part}_"
+        prefix = "" if group.part.key == "attn" else f"{group.part.key}_"
         layer[f"{prefix}num_attention_heads"] = len(kept)
         layer[f"{prefix}num_key_value_heads"] = len(kept_kv_heads(group, kept))

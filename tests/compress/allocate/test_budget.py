@@ -18,7 +18,7 @@ from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.criteria.scores import Scores
 from slimvlm.compress.criteria.scoring import score_groups
 from slimvlm.compress.errors import InfeasibleBudgetError
-from slimvlm.compress.models.families import FAMILIES, find_family
+from slimvlm.compress.models.families import FAMILIES, GATED_MLP, find_family
 from slimvlm.compress.models.groups import Group, Member, count_parameters, find_groups
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.slicing.apply import apply_plan
@@ -62,7 +62,7 @@ def single_mlp(values: list[float], unprunable: int = 5) -> tuple[tuple[Group, .
     group = Group(
         key="language.0.mlp", tower="language", modality="language", layer=0, kind="mlp", path="b", size=size,
         kv_heads=0, head_dim=1, members=members, unit="channel", num_units=size, weights_per_unit=9,
-        parameters_per_unit=9,
+        parameters_per_unit=9, config="text_config", part=GATED_MLP,
     )  # fmt: skip
     scores = Scores(CRITERIA["taylor"], {group.key: Tensor(values)}, {group.key: torch.arange(size)[:, None]})
     prunable = 9 * size

@@ -11,6 +11,7 @@ from slimvlm.compress.criteria.criterion import CRITERIA, Criterion
 from slimvlm.compress.criteria.scores import Scores
 from slimvlm.compress.criteria.scoring import score_groups
 from slimvlm.compress.errors import CalibrationError
+from slimvlm.compress.models.families import ENCODER, GATED_MLP
 from slimvlm.compress.models.groups import Group, Member
 from slimvlm.compress.statistics.loss import poorly_fitted_loss
 
@@ -22,7 +23,7 @@ def mlp_group(size: int, weights: int, modality: str = "language", gated: bool =
     return Group(
         key="language.0.mlp", tower="language", modality=modality, layer=0, kind="mlp", path="b", size=size, kv_heads=0,
         head_dim=1, members=members if gated else members[1:], unit="channel", num_units=size, weights_per_unit=weights,
-        parameters_per_unit=weights,
+        parameters_per_unit=weights, config="text_config", part=GATED_MLP,
     )  # fmt: skip
 
 
@@ -38,7 +39,7 @@ def attention_group(heads: int, kv_heads: int, head_dim: int, unit: str, hidden:
     return Group(
         key="language.0.attn", tower="language", modality="language", layer=0, kind="attention", path="b", size=heads,
         kv_heads=kv_heads, head_dim=head_dim, members=tuple(members), unit=unit, num_units=units,
-        weights_per_unit=weights, parameters_per_unit=weights,
+        weights_per_unit=weights, parameters_per_unit=weights, config="text_config", part=ENCODER,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from tiny_models import FACTORIES, tiny_model
 from torch import nn
 
 from slimvlm.compress.errors import UnsupportedModelError
-from slimvlm.compress.models.families import find_family
+from slimvlm.compress.models.families import GQA, find_family
 from slimvlm.compress.models.groups import (
     Group,
     Member,
@@ -36,7 +36,7 @@ def attention_group(heads=8, kv_heads=2, head_dim=3):
     members = (Member("q", 0, "query", head_dim), Member("k", 0, "kv", head_dim), Member("o", 1, "query", head_dim))
     sizes = {"size": heads, "kv_heads": kv_heads, "head_dim": head_dim, "members": members}
     return Group("t.0.attn", "t", "language", 0, "attention", "a", **sizes, unit="head", num_units=heads,
-                 weights_per_unit=1, parameters_per_unit=1)  # fmt: skip
+                 weights_per_unit=1, parameters_per_unit=1, config="c", part=GQA)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FACTORIES)

@@ -11,7 +11,6 @@ from tiny_models import FACTORIES, tiny_model
 
 from slimvlm.compress.errors import CheckpointError
 from slimvlm.compress.models.checkpoint import load
-from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.models.stock import stock_model
 from slimvlm.compress.slicing.apply import apply_plan
@@ -19,13 +18,10 @@ from slimvlm.compress.slicing.apply import apply_plan
 
 def uniform_plan(model, unit):
     """Half of everything that plain config fields can express."""
-    parts = {(tower.name, part.key): part for tower in find_family(model.config).towers for part in tower.parts}
     pooled = any(path.endswith("head.mlp") for path, _ in model.named_modules())
 
     def choose(group):
-        part = parts[group.tower, group.key.split(".", 2)[2]]
-        whole = not part.stock or getattr(part, "forward", None)
-        if whole or (pooled and group.tower == "vision"):
+        if not group.part.fields or (pooled and group.tower == "vision"):
             return range(group.size)
         if group.kind == "mlp":
             return range(group.layer, group.layer + group.size // 2)

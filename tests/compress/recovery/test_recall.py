@@ -81,12 +81,10 @@ def test_merging_keeps_the_outputs_and_leaves_no_trace(tmp_path, name):
 
 def uniform(model):
     """A choice of units that plain config fields of the unmodified class can express."""
-    parts = {(tower.name, part.key): part for tower in find_family(model.config).towers for part in tower.parts}
     pooled = any(path.endswith("head.mlp") for path, _ in model.named_modules())
 
     def choose(group):
-        part = parts[group.tower, group.key.split(".", 2)[2]]
-        if not part.stock or getattr(part, "forward", None) or (pooled and group.tower == "vision"):
+        if not group.part.fields or (pooled and group.tower == "vision"):
             return range(group.size)
         return range(0, group.size, 2) if group.unit == "query-slot" else range(group.size // 2)
 
