@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from slimvlm.export.running.runtimes import runtime_conflict
 
@@ -93,3 +94,15 @@ def test_both_onnx_runtimes_are_named_with_the_way_out() -> None:
     message = runtime_conflict(("onnxruntime", "onnxruntime-gpu"))
     assert message is not None
     assert "pip uninstall onnxruntime onnxruntime-gpu" in message
+
+
+def test_pre_commit_and_the_forge_call_targets_of_the_makefile() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8"))["jobs"].values()
+    called = [hook["entry"] for repository in hooks for hook in repository["hooks"]]
+    called += [step["run"] for job in jobs for step in job["steps"] if "run" in step]
+    assert "make test" in called
+    for command in called:
+        assert re.search(rf"^{command.removeprefix('make ')}:", makefile, re.M), command
+    assert all("@v" in step["uses"] for job in jobs for step in job["steps"] if "uses" in step)
