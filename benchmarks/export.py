@@ -39,7 +39,7 @@ from slimvlm.export.graphs.graph import Graph, Port
 from slimvlm.export.options import EXTERNAL_BYTES, OnnxSettings
 from slimvlm.export.running.generation import empty_cache
 from slimvlm.export.running.manifest import VERSIONED
-from slimvlm.export.running.recorded import OnnxRunner
+from slimvlm.export.running.runners import SessionRunner
 from slimvlm.export.writers.onnx_rewriting import fuse, quantize_int8
 from slimvlm.export.writers.onnx_writer import write_onnx
 
@@ -111,7 +111,7 @@ def speed(repeats: int, exporter: str) -> dict[str, object]:
 
 def _runs(path: Path) -> tuple[Callable[[], object], ...]:
     """Prefill and one step of one graph, warmed up."""
-    runner = OnnxRunner({"decoder_model_merged": path}, threads=1)
+    runner = SessionRunner({"decoder_model_merged": path}, threads=1)
     generator = np.random.default_rng(0)
 
     def feeds(tokens: int, past: int) -> dict[str, np.ndarray]:
@@ -142,7 +142,7 @@ def large() -> dict[str, object]:
         started = time.perf_counter()
         written = write_onnx(graph, path, OnnxSettings())
         seconds = time.perf_counter() - started
-        found = OnnxRunner({"embed_tokens": path}).run("embed_tokens", {"input_ids": ids.numpy()})["inputs_embeds"]
+        found = SessionRunner({"embed_tokens": path}).run("embed_tokens", {"input_ids": ids.numpy()})["inputs_embeds"]
         error = float(np.abs(found - table(ids).detach().numpy()).max())
         sizes = {file.name: file.stat().st_size for file in sorted(Path(scratch).iterdir())}
     return {"exporter": written.exporter, "seconds": round(seconds, 1), "files": sizes, "max_error": error}

@@ -31,7 +31,6 @@ from slimvlm.export import ExportOptions, export_checkpoint
 from slimvlm.export.running.exported import Exported
 from slimvlm.export.running.generation import Arrays, empty_cache, prompt_positions
 from slimvlm.export.running.runners import SessionRunner
-from slimvlm.export.running.sessions import open_session, providers_of
 from slimvlm.serve.backends import backend as backends
 from slimvlm.serve.judging.intervals import paired_ratio
 from slimvlm.serve.measuring.bench import Bench, Source
@@ -114,7 +113,7 @@ class Bare:
     def __init__(self, folder: str, threads: int, read: Callable[[], float]) -> None:
         export = Exported.open(Path(folder))
         files = {artifact.graph: export.folder / artifact.file for artifact in export.graphs["onnx"]}
-        self.runner = SessionRunner(files, partial(open_session, providers=providers_of("", "cpu"), threads=threads))
+        self.runner = SessionRunner(files, threads=threads)
         self.prompting: Any = export.prompting
         self.read = read
         self.embed, self.decoder = (self.runner.session(name) for name in ("embed_tokens", "decoder_model_merged"))

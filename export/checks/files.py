@@ -11,7 +11,7 @@ from slimvlm.export.checks.reference import Reference, check_tokens
 from slimvlm.export.graphs.graph import Graph
 from slimvlm.export.running.generation import Runner
 from slimvlm.export.running.manifest import Artifact, Manifest
-from slimvlm.export.running.recorded import runner_of
+from slimvlm.export.running.runners import runner_of
 from slimvlm.export.writers.tracing import first_line
 
 

@@ -23,8 +23,7 @@ from slimvlm.export.checks.parity import Case, TokenCheck
 from slimvlm.export.graphs.graph import Graph
 from slimvlm.export.options import ExportOptions
 from slimvlm.export.running.generation import Arrays, PortInfo, Prompting, Runner, generate, until_end
-from slimvlm.export.running.recorded import Recorder
-from slimvlm.export.running.runners import TorchRunner
+from slimvlm.export.running.runners import Recorder, TorchRunner
 
 ROWS = 4  # samples generated for at once, left-padded
 QUESTIONS = ("What is in the image?", "What colour is it?", "How many are there?", "Describe the image.")

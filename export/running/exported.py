@@ -6,14 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slimvlm.compress.data.collate import Collator
-from slimvlm.compress.errors import CheckpointError, DeviceError, UnsuitableOptionError
+from slimvlm.compress.errors import CheckpointError, UnsuitableOptionError
 from slimvlm.compress.models.checkpoint import INDEX, SINGLE, load_processor, read_config
-from slimvlm.export.running.generation import Prompting, Runner
-from slimvlm.export.running.manifest import NAME, Artifact, Manifest, check_files, inside
-from slimvlm.export.running.runners import SessionRunner, torch_files
-from slimvlm.export.running.sessions import open_session, providers_of
-
-FULL = "fp32"  # the variant that needs no name
+from slimvlm.export.running.generation import Prompting
+from slimvlm.export.running.manifest import NAME, Artifact, Manifest, check_files
+from slimvlm.export.running.runners import SessionRunner, TorchRunner, runner_of
 
 
 def is_export(folder: Path) -> bool:
@@ -23,7 +20,7 @@ def is_export(folder: Path) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What an export holds; `graphs` are its artifacts by backend: `onnx`, `onnx:int8`, `torchscript`, `pt2`."""
+    """What an export holds; `graphs` are its artifacts by backend."""
 
     folder: Path
     manifest: Manifest
@@ -39,8 +36,7 @@ class Exported:
         manifest = Manifest.read(folder)
         graphs: dict[str, list[Artifact]] = {}
         for artifact in manifest.artifacts:
-            name = artifact.format if artifact.variant == FULL else f"{artifact.format}:{artifact.variant}"
-            graphs.setdefault(name, []).append(artifact)
+            graphs.setdefault(artifact.backend, []).append(artifact)
         return cls(folder, manifest, graphs)
 
     @property
@@ -65,11 +61,11 @@ class Exported:
 
     def runner(
         self, backend: str | None = None, device: str = "cpu", threads: int = 0, engines: str | None = None
-    ) -> Runner:
+    ) -> SessionRunner | TorchRunner:
         """The graphs of one backend, by default the first, after a look at their files.
 
         Args:
-            device, engines: of ONNX graphs, as `providers_of` takes them.
+            device, threads, engines: as `runner_of` takes them.
 
         Raises:
             UnsuitableOptionError: the export does not hold this backend.
@@ -84,11 +80,4 @@ class Exported:
         entries = self.manifest.files.items()
         if wrong := check_files(self.folder, {k: v for k, v in entries if k.removesuffix("_data") in names}):
             raise CheckpointError(f"{self.folder}: {wrong[0]}; copy the export again")
-        files = {artifact.graph: inside(self.folder, artifact.file) for artifact in artifacts}
-        if artifacts[0].format == "onnx":
-            half = artifacts[0].variant == "fp16"
-            providers = {path: providers_of(graph, device, half, engines) for graph, path in files.items()}
-            return SessionRunner(files, lambda path: open_session(path, providers[path], threads))
-        if device != "cpu":
-            raise DeviceError(f"{backend} graphs were traced on the CPU and run there only; use --device cpu")
-        return torch_files(files, artifacts)
+        return runner_of(self.folder, artifacts, device, threads, engines)

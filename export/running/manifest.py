@@ -17,6 +17,7 @@ from slimvlm.export.running.generation import Prompting
 NAME = "manifest.json"
 SAMPLE = "sample.safetensors"
 SCHEMA = 1
+FULL = "fp32"  # the variant that needs no name
 VERSIONED = ("slimvlm", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy")
 
 
@@ -94,6 +95,11 @@ class Artifact:
     outputs: list[Annotated[Document, Port]] = field(default_factory=list)
     parity: list[Annotated[Document, Parity]] = field(default_factory=list)
     ok: bool = True
+
+    @property
+    def backend(self) -> str:
+        """What runs it, as `slimvlm profile --backend` has it: `onnx`, `onnx:int8`, `torchscript`, `pt2`."""
+        return self.format if self.variant == FULL else f"{self.format}:{self.variant}"
 
 
 @dataclass(slots=True)

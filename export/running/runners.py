@@ -1,6 +1,6 @@
 """Runtimes behind one interface (`generation.Runner`): sessions of ONNX Runtime, and whatever torch can call.
 
-ONNX Runtime is not imported here: who needs it (export, serve) opens the sessions. torch is imported when it is used.
+ONNX Runtime and torch are imported when they are used.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from slimvlm.compress.errors import CheckpointError
-from slimvlm.export.running.generation import Arrays, PortInfo
-from slimvlm.export.running.manifest import Artifact
+from slimvlm.compress.errors import CheckpointError, DeviceError
+from slimvlm.export.running.generation import Arrays, PortInfo, Runner
+from slimvlm.export.running.manifest import Artifact, inside
 from slimvlm.export.running.quiet import quiet
+from slimvlm.export.running.sessions import open_session, providers_of
 
 ONNX_DTYPES = {
     "tensor(float)": "float32",
@@ -29,11 +30,19 @@ class SessionRunner:
 
     Args:
         files: file per graph name.
-        open_session: gives the `onnxruntime.InferenceSession` of a file.
+        device, half, engines: as `providers_of` takes them.
+        threads: of one operator; 0 is the runtime's choice.
     """
 
-    def __init__(self, files: Mapping[str, Path], open_session: Callable[[Path], Any]) -> None:
-        self.files, self._open = dict(files), open_session
+    def __init__(
+        self,
+        files: Mapping[str, Path],
+        device: str = "cpu",
+        threads: int = 0,
+        half: bool = False,
+        engines: str | None = None,
+    ) -> None:
+        self.files, self._place, self._threads = dict(files), (device, half, engines), threads
         self._sessions: dict[str, Any] = {}
 
     def session(self, graph: str) -> Any:
@@ -41,7 +50,8 @@ class SessionRunner:
         if graph not in self.files:
             raise CheckpointError(f"this export has no graph {graph}; it holds {', '.join(self.files)}")
         if graph not in self._sessions:
-            self._sessions[graph] = self._open(self.files[graph])
+            providers = providers_of(graph, *self._place)
+            self._sessions[graph] = open_session(self.files[graph], providers, self._threads)
         return self._sessions[graph]
 
     def inputs(self, graph: str) -> tuple[PortInfo, ...]:
@@ -100,15 +110,50 @@ class TorchRunner:
         return {name: tensor.numpy() for name, tensor in zip(self.names[graph], outputs, strict=True)}
 
 
-def torch_files(files: Mapping[str, Path], artifacts: Sequence[Artifact]) -> TorchRunner:
-    """Runs the files of one torch format: `torchscript`, `pt2` or `aoti`."""
+class Recorder:
+    """Runs another runner and keeps the first `most` calls of every graph: what went in and what came out."""
+
+    def __init__(self, runner: Runner, most: int = 2) -> None:
+        self.runner, self.most = runner, most
+        self.calls: list[tuple[str, Arrays, Arrays]] = []
+
+    def inputs(self, graph: str) -> tuple[PortInfo, ...]:
+        """As the inner runner's."""
+        return self.runner.inputs(graph)
+
+    def run(self, graph: str, feeds: Arrays) -> Arrays:
+        """As the inner runner's."""
+        outputs = self.runner.run(graph, feeds)
+        if sum(name == graph for name, _, _ in self.calls) < self.most:
+            taken = {port.name: feeds[port.name] for port in self.inputs(graph)}
+            self.calls.append((graph, taken, outputs))
+        return outputs
+
+
+def runner_of(
+    folder: Path, artifacts: Sequence[Artifact], device: str = "cpu", threads: int = 0, engines: str | None = None
+) -> SessionRunner | TorchRunner:
+    """Runs the artifacts of one format and variant.
+
+    Args:
+        device, threads, engines: of ONNX graphs, as `SessionRunner` takes them.
+
+    Raises:
+        CheckpointError: a file name leaves the folder.
+        DeviceError: graphs of torch are run on the CPU only, on which they were traced.
+    """
+    first = artifacts[0]
+    files = {artifact.graph: inside(folder, artifact.file) for artifact in artifacts}
+    if first.format == "onnx":
+        return SessionRunner(files, device, threads, first.variant == "fp16", engines)
+    if device != "cpu":
+        raise DeviceError(f"{first.backend} graphs were traced on the CPU and run there only; use --device cpu")
     ports = {
         artifact.graph: [PortInfo(port["name"], port["dtype"], tuple(port["shape"])) for port in artifact.inputs]
         for artifact in artifacts
     }
     outputs = {artifact.graph: [port["name"] for port in artifact.outputs] for artifact in artifacts}
-    load = LOADERS[artifacts[0].format]
-    return TorchRunner({graph: load(path) for graph, path in files.items()}, ports, outputs)
+    return TorchRunner({graph: LOADERS[first.format](path) for graph, path in files.items()}, ports, outputs)
 
 
 def load_torchscript(path: Path) -> Any:

@@ -21,6 +21,10 @@ NO_TENSORRT = (
 Provider = tuple[str, dict[str, str]]
 
 
+class UnreadableGraphError(CheckpointError):
+    """A file is no graph that this build of ONNX Runtime can open."""
+
+
 def providers_of(graph: str, device: str, half: bool = False, engines: str | None = None) -> list[Provider]:
     """Execution providers with their options, what is to run first; each takes what the one before cannot.
 
@@ -53,7 +57,7 @@ def open_session(path: Path, providers: Sequence[Provider], threads: int = 0) ->
     Raises:
         MissingDependencyError: ONNX Runtime is not installed.
         DeviceError: the installed build has no provider for the device, or silently fell back to another.
-        CheckpointError: the file is no graph that this build can open.
+        UnreadableGraphError: the file is no graph that this build can open.
     """
     try:
         import onnxruntime
@@ -75,7 +79,7 @@ def open_session(path: Path, providers: Sequence[Provider], threads: int = 0) ->
         session = onnxruntime.InferenceSession(path, sess_options=options, providers=list(providers))
     except Exception as error:  # the runtime's own exceptions have no common base
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise CheckpointError(f"{path} cannot be opened by ONNX Runtime ({reason}); export it again") from error
+        raise UnreadableGraphError(f"{path} cannot be opened by ONNX Runtime ({reason}); export it again") from error
     asked = [name for name, _ in providers]
     if (used := session.get_providers()[: len(asked)]) != asked:
         raise DeviceError(

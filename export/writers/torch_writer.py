@@ -1,4 +1,4 @@
-"""TorchScript, torch.export and AOTInductor files of a graph; `compress.runners` loads them."""
+"""TorchScript, torch.export and AOTInductor files of a graph; `running/runners.py` loads them."""
 
 from __future__ import annotations
 

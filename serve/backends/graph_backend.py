@@ -1,8 +1,8 @@
 """Exported graphs behind the interface of backends.py: TorchScript and ONNX Runtime, on values that stay in place.
 
-The steps are those of `compress.generation`, but what a step leaves for the next (the cache) stays in the runtime's own
-form: arrays on the CPU, values bound to a GPU, tensors of TorchScript. What does not depend on the tokens is made once,
-so that a step is two calls of a session and a few assignments: a client's loop does no less.
+The steps are those of `export.running.generation`, but what a step leaves for the next (the cache) stays in the
+runtime's own form: arrays on the CPU, values bound to a GPU, tensors of TorchScript. What does not depend on the tokens
+is made once, so that a step is two calls of a session and a few assignments: a client's loop does no less.
 """
 
 from __future__ import annotations

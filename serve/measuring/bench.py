@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from slimvlm.compress.errors import DeviceError, UnsuitableOptionError
+from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.models.checkpoint import build_meta, load_model
 from slimvlm.compress.models.computing import DTYPES, cast
-from slimvlm.export.running.exported import FULL, Exported
+from slimvlm.export.running.exported import Exported
 from slimvlm.export.running.generation import Arrays
 from slimvlm.serve.backends.backend import Backend, Timed, clock_of, time_embedding, time_generation
 from slimvlm.serve.backends.graph_backend import BoundOnnxGraphs, GraphBackend, OnnxGraphs, TorchGraphs
@@ -163,9 +163,7 @@ def open_backend(source: Source) -> tuple[Backend, bool, str]:
         return TorchBackend(model, loaded.family), loaded.family.kind == "dual-encoder", NAMES[model.dtype]
     export = Exported.open(Path(source.folder))
     key = graphs_of(export, source.backend)
-    if name != ONNX and device.type != "cpu":
-        raise DeviceError(f"{key} graphs were traced on the CPU and run there only; use --device cpu")
-    where = source.provider if name == ONNX else "cpu"
+    where = source.provider if name == ONNX else source.device
     if source.engines is not None and where.startswith("tensorrt"):
         Path(source.engines).mkdir(parents=True, exist_ok=True)
     runner: Any = export.runner(key, where, source.threads, source.engines)
@@ -174,8 +172,8 @@ def open_backend(source: Source) -> tuple[Backend, bool, str]:
         graphs = OnnxGraphs(runner) if device.type == "cpu" else BoundOnnxGraphs(runner, device)
     for artifact in export.graphs[key]:
         graphs.inputs(artifact.graph)  # opens it
-    prompting = export.prompting
-    return GraphBackend(graphs, prompting, device), prompting is None, key.partition(":")[2] or FULL
+    prompting, variant = export.prompting, export.graphs[key][0].variant
+    return GraphBackend(graphs, prompting, device), prompting is None, variant
 
 
 def graphs_of(export: Exported, backend: str) -> str:
@@ -185,9 +183,7 @@ def graphs_of(export: Exported, backend: str) -> str:
         UnsuitableOptionError: the export does not hold them.
     """
     name, variant = split_backend(backend)
-    wanted = [key for key in export.graphs if key.partition(":")[0] == name]
-    if variant is not None:
-        wanted = [key for key in wanted if (key.partition(":")[2] or FULL) == variant]
-    if not wanted:
-        raise UnsuitableOptionError(f"{export.folder} has no {backend} graphs; it holds {', '.join(export.graphs)}")
-    return wanted[0]
+    for key, (artifact, *_) in export.graphs.items():
+        if artifact.format == name and variant in (None, artifact.variant):
+            return key
+    raise UnsuitableOptionError(f"{export.folder} has no {backend} graphs; it holds {', '.join(export.graphs)}")

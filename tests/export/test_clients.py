@@ -21,7 +21,7 @@ from slimvlm.export import ExportOptions, export_checkpoint
 from slimvlm.export.checks.reference import generated_sample
 from slimvlm.export.checks.sample import read_sample
 from slimvlm.export.running.generation import Prompting, generate
-from slimvlm.export.running.recorded import OnnxRunner
+from slimvlm.export.running.runners import SessionRunner
 
 CLIENTS = os.environ.get("SLIMVLM_CLIENTS", "")
 JS_TENSORS = ("input_ids", "attention_mask", "pixel_values", "pixel_attention_mask", "image_grid_thw")
@@ -96,7 +96,7 @@ def test_transformers_js_reads_image_and_prompt_of_the_pruned_demo_by_itself(dem
 
 def test_transformers_js_runs_the_int8_variant(demo, tmp_path):
     given, expected = read_sample(demo.out)
-    runner = OnnxRunner({graph: demo.out / "onnx" / f"{graph}_int8.onnx" for graph in GRAPHS})
+    runner = SessionRunner({graph: demo.out / "onnx" / f"{graph}_int8.onnx" for graph in GRAPHS})
     prompting = Prompting.from_dict(demo.manifest.generation)
     own = generate(runner, prompting, given, 8).tokens.tolist()
     request = {"max_new_tokens": 8, "dtype": "int8", "tensors": tensors_of(given)}

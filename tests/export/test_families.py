@@ -12,7 +12,7 @@ from tiny_models import FACTORIES
 
 from slimvlm.compress.models.families import FAMILIES
 from slimvlm.export.running.generation import Prompting, empty_cache
-from slimvlm.export.running.recorded import OnnxRunner, runner_of
+from slimvlm.export.running.runners import SessionRunner, runner_of
 
 DUAL = ("clip", "siglip")
 GENERATIVE = [name for name in FACTORIES if name not in DUAL]
@@ -116,7 +116,7 @@ def test_features_of_later_layers_travel_in_the_embedding(exported):
 def test_an_image_token_that_the_model_gives_itself_has_its_own_embedding(exported, name):
     """onnxruntime-genai puts every new token through the graph that merges features into a prompt, then without any."""
     result = exported(name)
-    runner = OnnxRunner({graph: result.out / "onnx" / f"{graph}.onnx" for graph in ("embedding", "embed_tokens")})
+    runner = SessionRunner({graph: result.out / "onnx" / f"{graph}.onnx" for graph in ("embedding", "embed_tokens")})
     token = result.manifest.generation["image_token"]
     ids = np.array([[3, token, token, 4]])
     own = runner.run("embed_tokens", {"input_ids": ids})["inputs_embeds"]

@@ -20,8 +20,7 @@ from slimvlm.export.graphs import vision
 from slimvlm.export.graphs.build import build_graphs
 from slimvlm.export.graphs.graph import BATCH, Graph, Port
 from slimvlm.export.options import EXTERNAL_BYTES, OnnxSettings
-from slimvlm.export.running.recorded import OnnxRunner
-from slimvlm.export.running.runners import TorchRunner, load_pt2
+from slimvlm.export.running.runners import SessionRunner, TorchRunner, load_pt2
 from slimvlm.export.writers.onnx_rewriting import fuse, quantize_int8
 from slimvlm.export.writers.onnx_writer import write_onnx
 from slimvlm.export.writers.torch_writer import write_pt2
@@ -71,7 +70,7 @@ def test_fp16_graphs_have_fp16_caches_and_fp32_outputs(tmp_path):
     result = export_tiny("llava", tmp_path / "export", dtype="fp16")
     decoder = next(artifact for artifact in result.manifest.artifacts if artifact.graph == "decoder_model_merged")
     assert decoder.file == "onnx/decoder_model_merged_fp16.onnx"
-    runner = OnnxRunner({"decoder": result.out / decoder.file})
+    runner = SessionRunner({"decoder": result.out / decoder.file})
     dtypes = {port.name: port.dtype for port in (*runner.inputs("decoder"), *runner.outputs("decoder"))}
     assert dtypes["past_key_values.0.key"] == dtypes["present.0.key"] == "float16"
     assert dtypes["inputs_embeds"] == dtypes["logits"] == "float32"
@@ -117,7 +116,7 @@ def difference_at_other_sizes(graph, runner):
 
 def test_the_dynamo_graph_equals_torch_at_other_sizes(decoder):
     graph, path = decoder
-    assert difference_at_other_sizes(graph, OnnxRunner({graph.name: path}))[0] < 1e-5
+    assert difference_at_other_sizes(graph, SessionRunner({graph.name: path}))[0] < 1e-5
 
 
 def test_the_runtime_fuses_the_norms_of_a_dynamo_graph(decoder, tmp_path):
@@ -136,9 +135,9 @@ def test_fused_operators_give_the_same_numbers_and_can_be_quantized(decoder, tmp
     fused = Path(shutil.copy(path, tmp_path))
     fuse(fused, "cpu", EXTERNAL_BYTES)
     assert any(node.domain == "com.microsoft" for node in onnx.load(fused).graph.node)
-    assert difference_at_other_sizes(graph, OnnxRunner({graph.name: fused}))[0] < 1e-5
+    assert difference_at_other_sizes(graph, SessionRunner({graph.name: fused}))[0] < 1e-5
     quantize_int8(fused, tmp_path / "int8.onnx", EXTERNAL_BYTES)
-    assert difference_at_other_sizes(graph, OnnxRunner({graph.name: tmp_path / "int8.onnx"}))[1] > 0.98
+    assert difference_at_other_sizes(graph, SessionRunner({graph.name: tmp_path / "int8.onnx"}))[1] > 0.98
 
 
 def test_int8_finds_the_matrices_of_a_dynamo_graph(decoder, tmp_path):
@@ -147,7 +146,7 @@ def test_int8_finds_the_matrices_of_a_dynamo_graph(decoder, tmp_path):
     weights = onnx.load(tmp_path / "int8.onnx").graph.initializer
     floats = [weight.name for weight in weights if weight.data_type == onnx.TensorProto.FLOAT and len(weight.dims) == 2]
     assert [name for name in floats if "proj" in name or "lm_head" in name] == []
-    assert difference_at_other_sizes(graph, OnnxRunner({graph.name: tmp_path / "int8.onnx"}))[1] > 0.98
+    assert difference_at_other_sizes(graph, SessionRunner({graph.name: tmp_path / "int8.onnx"}))[1] > 0.98
 
 
 def test_a_torch_export_program_equals_torch_at_other_sizes(decoder, tmp_path):

@@ -11,7 +11,7 @@ from slimvlm.export.checks.parity import TOLERANCES, Case, measure
 from slimvlm.export.checks.reference import first_batch, torch_runner
 from slimvlm.export.graphs.build import build_graphs
 from slimvlm.export.options import OnnxSettings
-from slimvlm.export.running.recorded import OnnxRunner
+from slimvlm.export.running.runners import SessionRunner
 from slimvlm.export.writers.onnx_writer import write_onnx
 
 DUAL = ("clip", "siglip")
@@ -54,7 +54,7 @@ def test_the_dynamo_exporter_writes_the_graphs_of_every_family(tmp_path, name):
         feeds = {port.name: port.sample.numpy() for port in graph.inputs}
         for what, given in (("as traced", feeds), ("the first of the batch", first_row(graph, feeds))):
             case = Case(graph.name, what, given, torch_runner([graph]).run(graph.name, given))
-            assert measure(case, OnnxRunner({graph.name: path}).run(graph.name, given)).max_relative < TORCH_LIKE
+            assert measure(case, SessionRunner({graph.name: path}).run(graph.name, given)).max_relative < TORCH_LIKE
 
 
 def first_row(graph, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -97,8 +97,12 @@ class Watched:
 @pytest.mark.parametrize(("kind", "asked"), [("arrays", "run"), ("bound", "run_with_iobinding")])
 def test_a_later_token_is_two_runs_of_sessions_and_no_question_to_them(exported, kind, asked):
     export, calls = exported("llava"), []
-    plain = export.runner("onnx", threads=1)
-    runner = SessionRunner(plain.files, lambda path: Watched(plain._open(path), calls))
+
+    class WatchedRunner(SessionRunner):
+        def session(self, graph):
+            return Watched(super().session(graph), calls)
+
+    runner = WatchedRunner(export.runner("onnx").files, threads=1)
     graphs = OnnxGraphs(runner) if kind == "arrays" else BoundOnnxGraphs(runner, CPU)
     backend = GraphBackend(graphs, export.prompting, CPU)
     backend.place(read_sample(export.folder)[0])
