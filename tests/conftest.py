@@ -1,5 +1,6 @@
 """Every test runs offline, and on one thread unless OMP_NUM_THREADS says otherwise: two workers share two cores."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,3 +16,15 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # Examples follow from the test's code alone, and a busy machine must not fail a test for being slow.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+
+
+def pytest_sessionstart() -> None:
+    """What imports make stays: none of it is looked for meanwhile."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """What is there before the first test is not looked through each time a stage frees memory."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()

@@ -136,8 +136,6 @@ def two_devices() -> Iterator[None]:
         patch.dict("os.environ", {"HF_DEACTIVATE_ASYNC_LOAD": "1"}),  # the mode is this thread's
         Devices(),
     ):
+        gc.collect()
         gc.freeze()  # what is there before is not looked through
-        try:
-            yield
-        finally:
-            gc.unfreeze()
+        yield
