@@ -24,7 +24,7 @@ import torch
 from slimvlm.compress.allocate.budget import facts_of, make_plan
 from slimvlm.compress.allocate.pool import proportional_steps
 from slimvlm.compress.criteria.scoring import score_groups
-from slimvlm.compress.data.collate import Collator
+from slimvlm.compress.data.collate import collator_of
 from slimvlm.compress.data.samples import Sample, batches, load_samples
 from slimvlm.compress.errors import InfeasibleBudgetError
 from slimvlm.compress.evaluation.evaluate import evaluate
@@ -95,7 +95,7 @@ def dense() -> Loaded:
 
 
 def collated(loaded: Loaded, samples: Sequence[Sample], batch_size: int) -> list:
-    collator = Collator(loaded.processor, loaded.family, loaded.model.config)
+    collator = collator_of(loaded)
     return [partial(collator.training, batch) for batch in batches(samples, batch_size)]
 
 
@@ -133,7 +133,7 @@ def plan_of_rounds(options: CompressOptions, samples: Sequence[Sample]) -> tuple
 
 
 def score(loaded: Loaded, study: Study, blind_seed: int | None = None) -> dict:
-    collator = Collator(loaded.processor, loaded.family, loaded.model.config)
+    collator = collator_of(loaded)
     quality = evaluate(loaded.model, collator, study.test, batch_size=128, blind_seed=blind_seed)
     tasks = {task: round(100 * values["exact"], 2) for task, values in quality.tasks.items()}
     return {"score": round(100 * quality.score, 2), "tasks": tasks}

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from quality import METHODS, calibration_sets, cut, one_shot_plans, plan_of_rounds
 
-from slimvlm.compress.data.collate import Collator
+from slimvlm.compress.data.collate import collator_of
 from slimvlm.compress.data.records import Turn
 from slimvlm.compress.data.samples import Sample, load_samples
 from slimvlm.compress.data.splits import Trained, hold_out
@@ -220,7 +220,7 @@ def measure(arguments: argparse.Namespace) -> None:
         if any(all(row.get(name) == value for name, value in key.items()) for row in read(arguments.out)):
             continue
         loaded, facts = run(cell, arguments)
-        collator = Collator(loaded.processor, loaded.family, loaded.model.config)
+        collator = collator_of(loaded)
         quality = evaluate(loaded.model, collator, test, batch_size=128)
         tasks = {task: round(100 * values["exact"], 2) for task, values in quality.tasks.items()}
         row = {**key, **facts, "score": round(100 * quality.score, 2), "tasks": tasks}

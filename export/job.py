@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from slimvlm.compress.data.collate import Collator
+from slimvlm.compress.data.collate import Collator, collator_of
 from slimvlm.compress.data.samples import Sample
 from slimvlm.compress.errors import CheckFailedError, CheckpointError, OutputError
 from slimvlm.compress.evaluation.soundness import check_computes
@@ -78,7 +78,7 @@ def run_export(checkpoint: str, out: Path, options: ExportOptions, progress: Pro
         loaded = load_model(
             checkpoint, trust_remote_code=options.trust_remote_code, dtype=torch.float32, attention="sdpa"
         )
-        collator = Collator(loaded.processor, loaded.family, loaded.model.config)
+        collator = collator_of(loaded)
         origin = {"source": str(checkpoint), "digest": loaded.digest, "family": loaded.family.name}
         return export_model(loaded.model, collator, out, options, progress, origin)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import slimvlm
-from slimvlm.compress.data.collate import Collator
+from slimvlm.compress.data.collate import collator_of
 from slimvlm.compress.data.splits import read_measured, read_trained
 from slimvlm.compress.evaluation.equality import CHECKED_SAMPLES, outputs, relative_error
 from slimvlm.compress.models.computing import cast, load_to_compute
@@ -104,7 +104,7 @@ def check_reload(ground: Ground) -> str:
     options = ground.job.options
     with full_precision():
         loaded = load_to_compute(options, str(options.out / "model"))
-        collator = Collator(loaded.processor, loaded.family, loaded.model.config)
+        collator = collator_of(loaded)
         batch = collator.training(ground.job.data.evaluation[:CHECKED_SAMPLES])
         found = outputs(loaded.model, batch).cpu()
     model, _ = slimvlm.load(options.out / "model")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from slimvlm.compress.criteria.criterion import CRITERIA
-from slimvlm.compress.data.collate import Collator, collated
+from slimvlm.compress.data.collate import collated, collator_of
 from slimvlm.compress.data.samples import load_samples
 from slimvlm.compress.evaluation.equality import relative_error
 from slimvlm.compress.models.checkpoint import load_model
@@ -75,7 +75,7 @@ def calibrate(criterion: str, device: torch.device, dtype: torch.dtype) -> Calib
     loaded = load_model(str(MODEL), device=device)
     model = cast(loaded.model, dtype)
     samples = load_samples(SAMPLES / "val.jsonl", limit=SAMPLES_SEEN, seed=0).samples
-    batches = collated(Collator(loaded.processor, loaded.family, model.config), samples, BATCH)
+    batches = collated(collator_of(loaded), samples, BATCH)
     options = CalibrationOptions(criterion=CRITERIA[criterion])
     return collect(model, loaded.family, find_groups(model, loaded.family), batches, options)
 

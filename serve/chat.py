@@ -17,7 +17,7 @@ from PIL import Image
 from tokenizers.decoders import DecodeStream
 from transformers.generation.streamers import BaseStreamer
 
-from slimvlm.compress.data.collate import Batch, Collator
+from slimvlm.compress.data.collate import Batch, Collator, collator_of
 from slimvlm.compress.data.images import BadImageError, check_image, read_content
 from slimvlm.compress.data.questions import placed
 from slimvlm.compress.data.records import Turn
@@ -137,7 +137,7 @@ def open_chat(name: str, *, backend: str | None = None, device: str = "auto", tr
     loaded = load_model(name, device=pick_device(device), trust_remote_code=trust_remote_code)
     if loaded.family.kind == "dual-encoder":
         raise _answers_nothing(name)
-    collator = Collator(loaded.processor, loaded.family, loaded.model.config)
+    collator = collator_of(loaded)
     check_answers(loaded.model, collator, _probe(), name)
     return Chat(name, collator, _of_torch(loaded, collator))
 
@@ -232,7 +232,9 @@ def _of_torch(loaded: Loaded, collator: Collator) -> Generator:
     def tell_tokens(batch: Batch, hear: Callable[[int], None], most: int) -> None:
         config = greedy(model, collator, most)
         with torch.inference_mode():
-            model.generate(**placed(model, batch), generation_config=config, streamer=_Listener(hear))
+            model.generate(
+                **placed(batch, model.device, model.dtype), generation_config=config, streamer=_Listener(hear)
+            )
 
     return tell_tokens
 

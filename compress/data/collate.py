@@ -7,16 +7,19 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
 from slimvlm.compress.data.processing import encode, prepare_image, render_chat
 from slimvlm.compress.data.records import Turn
-from slimvlm.compress.data.samples import Sample, batches, open_image, split_caption
+from slimvlm.compress.data.samples import Sample, batches, open_image
 from slimvlm.compress.errors import MissingDependencyError, SampleError, UnsupportedModelError
 from slimvlm.compress.models.families import Family
+
+if TYPE_CHECKING:
+    from slimvlm.compress.models.checkpoint import Loaded
 
 IGNORED = -100
 CACHE_BYTES = 256 * 2**20
@@ -50,11 +53,9 @@ class Collator:
 
     Args:
         processor: of the model, as loaded.
-        family: its row; `kind` decides what labels are.
+        family: its row, which says what labels are.
         model_config: of the whole model.
-        prefix_split: split captions into (first words -> rest), the format of UKMP's calibration.
         max_text_tokens: longest sequence in tokens, image tokens included; by default what the model can take.
-        seed: of the prefix split.
 
     Raises:
         MissingDependencyError: there is no processor, because a package it needs is missing.
@@ -66,9 +67,7 @@ class Collator:
         processor: Any,
         family: Family,
         model_config: Any,
-        prefix_split: bool = False,
         max_text_tokens: int | None = None,
-        seed: int = 0,
     ) -> None:
         if processor is None:
             raise MissingDependencyError(
@@ -82,7 +81,6 @@ class Collator:
                 "save the complete processor (AutoProcessor) beside the weights."
             )
         self.processor, self.family, self.config = processor, family, model_config
-        self.prefix_split, self.seed = prefix_split, seed
         self.max_text_tokens = max_text_tokens or self._longest()
         self._takes_suffix = "suffix" in inspect.signature(type(processor).__call__).parameters
         self._image_first = getattr(processor, "num_query_tokens", None) is not None
@@ -107,7 +105,7 @@ class Collator:
         Raises:
             SampleError: a text is longer than the model can take; the message names the sample.
         """
-        if self.family.kind == "dual-encoder":
+        if self.family.contrastive:
             return {**self._dual(samples), "return_loss": torch.tensor(True)}
         return self._batch(samples, [self._supervised(sample, last_turn) for sample in samples], left=False)
 
@@ -118,7 +116,7 @@ class Collator:
             SampleError: a text is longer than the model can take; the message names the sample.
             ValueError: the model is a dual encoder.
         """
-        if self.family.kind == "dual-encoder":
+        if self.family.contrastive:
             raise ValueError("a dual encoder does not generate; use training() and its embeddings")
         texts = [_Text(self._prompt(sample), []) for sample in samples]
         return self._batch(samples, texts, left=True)
@@ -130,7 +128,7 @@ class Collator:
         """
         if self._takes_suffix:
             return f"{self.image_token}{self.tokenizer.bos_token}{self._single(sample).prompt}\n", False
-        if self.family.kind == "encoder-decoder":
+        if self.family.own_decoder:
             return self._single(sample).prompt, True
         text = self._conversation(sample, ask=True)[0]
         return text, self._adds_special(text)
@@ -147,13 +145,6 @@ class Collator:
     def decode(self, ids: torch.Tensor) -> list[str]:
         """Texts of generated ids [B, T], without special tokens."""
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
-
-    def image_tokens(self, batch: Batch) -> int:
-        """How many positions of a batch stand for the image (dual encoders: image patches)."""
-        if self.family.kind == "dual-encoder":
-            vision = self.config.vision_config
-            return batch["pixel_values"].shape[0] * (vision.image_size // vision.patch_size) ** 2
-        return int(batch["input_ids"].eq(self.image_token_id).sum())
 
     # ---------------------------------------------------------------- text
 
@@ -172,11 +163,8 @@ class Collator:
     def _ids(self, text: str, special: bool) -> list[int]:
         return encode(self.tokenizer, text, add_special_tokens=special)["input_ids"]
 
-    def _turns(self, sample: Sample) -> tuple[Turn, ...]:
-        return (split_caption(sample, self.seed) if self.prefix_split else sample).turns
-
     def _single(self, sample: Sample) -> Turn:
-        turns = self._turns(sample)
+        turns = sample.turns
         if len(turns) > 1:
             raise SampleError(
                 f"{sample.identity}: {type(self.processor).__name__} takes one question per sample, not {len(turns)}."
@@ -184,7 +172,7 @@ class Collator:
         return turns[0]
 
     def _supervised(self, sample: Sample, last_turn: bool) -> _Text:
-        if self.family.kind == "encoder-decoder":
+        if self.family.own_decoder:
             return _Text(self._prompt(sample), self._ended(self._ids(self._single(sample).target, special=True)))
         if self._takes_suffix:
             prompt, answer = self._prompt(sample), self._ended(self._ids(self._single(sample).target, special=False))
@@ -217,7 +205,7 @@ class Collator:
     def _conversation(self, sample: Sample, ask: bool = False) -> tuple[str, list[tuple[int, int]]]:
         """The text of all turns (with `ask`: up to the last answer) and the character spans of the answers in it."""
         render = self._chat if self._template else self._plain
-        turns = self._turns(sample)
+        turns = sample.turns
         spans: list[tuple[int, int]] = []
         text = ""
         for count in range(1, len(turns) + 1):
@@ -278,7 +266,7 @@ class Collator:
 
     def _process(self, sample: Sample) -> _Vision:
         images, who = [open_image(sample)], sample.identity
-        if self.family.kind == "dual-encoder":
+        if self.family.contrastive:
             return _Vision(prepare_image(self.processor.image_processor, who, images=images), [], {})
         text = ["" if self._image_first else self.image_token]
         out = prepare_image(self.processor, who, images=images, text=text, add_special_tokens=False)
@@ -294,7 +282,7 @@ class Collator:
 
     def _batch(self, samples: Sequence[Sample], texts: Sequence[_Text], left: bool) -> Batch:
         visions = [self._vision(sample) for sample in samples]
-        aligned = self.family.kind == "decoder"
+        aligned = self.family.labels_shifted
         rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
         for sample, text, vision in zip(samples, texts, visions, strict=True):
             at, after = self._placeholder(sample, text.ids)
@@ -379,6 +367,15 @@ def _grow(tensor: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
     if not any(missing):
         return tensor
     return F.pad(tensor, [amount for extra in reversed(missing) for amount in (0, extra)])
+
+
+def collator_of(loaded: Loaded) -> Collator:
+    """The collator of a loaded model.
+
+    Raises:
+        MissingDependencyError, UnsupportedModelError: as `Collator`.
+    """
+    return Collator(loaded.processor, loaded.family, loaded.model.config)
 
 
 def collated(collator: Collator, samples: Sequence[Sample], batch_size: int) -> list[Callable[[], Batch]]:

@@ -1,7 +1,7 @@
-"""What a model is asked about a batch of samples, and what it costs: the forward inputs, the loss, and who counts.
+"""What a model is asked about a batch of samples: the forward inputs, which positions have labels, which tokens count.
 
-The loss is a SUM over samples of each sample's own mean, so gradients do not depend on how samples are batched. The
-exception is a dual encoder: its contrastive loss compares the samples of a batch with each other by definition.
+The one place that says so, for calibration, recovery and evaluation. Samples count one by one, however they come.
+The exception is a dual encoder: its contrastive loss compares the samples of a batch with each other by definition.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimvlm.compress.data.collate import IGNORED, Batch
-from slimvlm.compress.errors import CalibrationError
-from slimvlm.compress.models.families import Family
+from slimvlm.compress.data.collate import IGNORED
+from slimvlm.compress.models.families import Family, Tower
 from slimvlm.compress.models.groups import Group, Member
 
-TEXT, TARGETS = "text", "targets"  # streams of tokens: the text model's input; the decoder side of an encoder-decoder
+# Streams of tokens: the text model's input, what a decoder of its own reads, the patches of the images.
+TEXT, TARGETS, PATCHES = "text", "targets", "patches"
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,28 @@ class Tally:
     text_tokens: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Posed:
+    """A batch as any model is asked it, where the batch is.
+
+    Attributes:
+        inputs: keyword arguments of the forward; no labels, whose loss would be computed for nobody.
+        labels: [B, L] aligned with the logits; None for a dual encoder.
+        masks: per stream the tokens that are no padding, bool [B, S]; None for all of them.
+    """
+
+    inputs: dict[str, Any]
+    labels: Tensor | None
+    masks: dict[str, Tensor | None]
+
+
 @dataclass(frozen=True)
 class Question:
     """A batch ready for the model, on its device.
 
     Attributes:
         inputs: keyword arguments of the forward.
-        labels: [B', L] aligned with the logits that `rows` and `positions` select; None for a dual encoder.
+        labels: [B', L] aligned with the logits that `chosen` gives; None for a dual encoder.
         rows: the samples that count, None for all.
         positions: logit positions with a label, if the forward could not be told to compute only those.
         masks: per stream the tokens that count, bool [B, S]; None for all of them.
@@ -52,70 +68,128 @@ class Question:
     masks: dict[str, Tensor | None]
     tally: Tally = field(default_factory=Tally)
 
+    def chosen(self, logits: Tensor) -> Tensor:
+        """The model's logits at the labels, [B', L, V]."""
+        logits = logits if self.positions is None else logits[:, self.positions]
+        return logits if self.rows is None else logits[self.rows]
+
 
 def stream_of(family: Family, group: Group, member: Member) -> str:
-    """Which tokens a row-cut linear reads: a separate decoder's own, else the text model's input."""
-    if family.kind != "encoder-decoder" or group.tower != "decoder":
-        return TEXT
-    return TEXT if group.key.endswith("cross_attn") and member.heads == "kv" else TARGETS
+    """Which tokens a linear of the language modality reads."""
+    memory = group.key.endswith("cross_attn") and member.heads == "kv"
+    return TARGETS if family.own_decoder and group.tower == "decoder" and not memory else TEXT
+
+
+def stream_through(family: Family, tower: Tower) -> str:
+    """Which tokens go through the blocks of a tower."""
+    if tower.modality == "vision":
+        return PATCHES
+    return TARGETS if family.own_decoder and tower.name == "decoder" else TEXT
+
+
+def pose(model: nn.Module, family: Family, batch: Mapping[str, Any]) -> Posed:
+    """What `model` is asked about a batch, and which of its tokens are no padding.
+
+    Raises:
+        ValueError: the batch has no labels.
+    """
+    text = batch.get("attention_mask")
+    masks = {TEXT: None if text is None else text.bool()}
+    if family.contrastive:
+        return Posed({**batch, "return_loss": True}, None, masks)
+    labels = aligned(family, batch)
+    inputs = {**batch, "use_cache": False}
+    del inputs["labels"]
+    if family.own_decoder:
+        inputs["decoder_input_ids"] = _decoder_inputs(model, family.towers[-1], labels)
+        own = batch.get("decoder_attention_mask")
+        masks[TARGETS] = labels != IGNORED if own is None else own.bool()
+    return Posed(inputs, labels, masks)
+
+
+def aligned(family: Family, batch: Mapping[str, Any]) -> Tensor:
+    """The labels [B, L] of a batch, each where its logits are.
+
+    Raises:
+        ValueError: the batch has none.
+    """
+    labels = batch.get("labels")
+    if labels is None:
+        raise ValueError("a batch has no labels; collate it with answers (training batches)")
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED) if family.labels_shifted else labels
 
 
 def ask(model: nn.Module, family: Family, batch: Mapping[str, Any]) -> Question | None:
     """The batch as a question to `model`; None if no sample can count (no supervised token, or nothing to contrast).
 
     Raises:
-        CalibrationError: the batch has no labels.
+        ValueError: the batch has no labels.
     """
-    if family.kind == "dual-encoder":
-        return _ask_dual(model, batch)
-    labels = batch.get("labels")
-    if labels is None:
-        raise CalibrationError("a calibration batch has no labels; collate it with answers (training batches)")
-    inputs = dict(batch)
-    if family.kind == "decoder":
-        del inputs["labels"]
-        inputs["use_cache"] = False
-        targets = labels[:, 1:]
-    else:  # the labels stay: the model makes its decoder inputs from them
-        inputs["use_cache"] = False
-        targets = labels
-    supervised = targets != IGNORED
+    posed = pose(model, family, batch)
+    text = posed.masks[TEXT]
+    text = torch.ones_like(batch["input_ids"], dtype=torch.bool) if text is None else text
+    if posed.labels is None:
+        samples = len(text)
+        if samples < 2:  # one pair has nothing to be told apart from
+            return None
+        tally = Tally(samples, 0, _patches(model, batch), int(text.sum()))
+        return _on_device(model, Question(posed.inputs, None, None, None, {TEXT: text}, tally))
+    supervised = posed.labels != IGNORED
     rows = supervised.any(1)
     if not rows.any():
         return None
     positions = supervised.any(0).nonzero().flatten()
-    labels = targets[rows][:, positions]
-    keep = family.kind == "decoder" and "logits_to_keep" in inspect.signature(model.forward).parameters
-    if keep:
-        inputs["logits_to_keep"] = positions
-    text = _text_mask(batch) & rows[:, None]
-    masks = {TEXT: text}
-    if family.kind == "encoder-decoder":
-        own = batch.get("decoder_attention_mask")
-        masks[TARGETS] = (supervised if own is None else own.bool()) & rows[:, None]
-    images = int(((batch["input_ids"] == _image_token(model)) & text).sum())
+    labels = posed.labels[rows][:, positions]
+    keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+    inputs = {**posed.inputs, "logits_to_keep": positions} if keep else posed.inputs
+    masks = {TEXT: text & rows[:, None]}
+    if (targets := posed.masks.get(TARGETS)) is not None:
+        masks[TARGETS] = targets & rows[:, None]
+    images = int(((batch["input_ids"] == _image_token(model)) & masks[TEXT]).sum())
     written = sum(int(mask.sum()) for mask in masks.values()) - images
     tally = Tally(int(rows.sum()), int((~rows).sum()), images, written)
     return _on_device(
-        model, Question(inputs, labels, None if rows.all() else rows, None if keep else positions, masks, tally)
+        model, Question(inputs, labels, None if rows.all() else rows, None if keep else positions, {**masks}, tally)
     )
 
 
-def _ask_dual(model: nn.Module, batch: Mapping[str, Any]) -> Question | None:
-    samples = batch["input_ids"].shape[0]
-    if samples < 2:  # one pair has nothing to be told apart from
+def placed(batch: Mapping[str, Any], device: torch.device, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """A batch on a device, floating point in `dtype` if one is given; copies from pinned memory do not wait."""
+
+    def move(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
+
+    return {name: move(value) for name, value in batch.items()}
+
+
+def patch_mask(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
+    """True for patches that hold a pixel, [images, patches], without padding images; None: all patches hold one."""
+    pixels = batch.get("pixel_attention_mask")
+    if pixels is None:
         return None
-    text = _text_mask(batch)
     config: Any = model.config
-    patch = config.vision_config.patch_size
-    patches = math.prod(side // patch for side in batch["pixel_values"].shape[-2:])
-    tally = Tally(samples, 0, batch["pixel_values"].shape[0] * patches, int(text.sum()))
-    return _on_device(model, Question({**batch, "return_loss": True}, None, None, None, {TEXT: text}, tally))
+    real = batch["pixel_values"].flatten(0, 1).flatten(1).any(1)
+    patches = F.max_pool2d(pixels.flatten(0, 1)[real][:, None].float(), config.vision_config.patch_size)
+    return patches.flatten(1).bool()
 
 
-def _text_mask(batch: Mapping[str, Any]) -> Tensor:
-    mask = batch.get("attention_mask")
-    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+def _decoder_inputs(model: nn.Module, tower: Tower, labels: Tensor) -> Tensor:
+    """The labels one step later, by the rule of the language model that holds the decoder."""
+    path = tower.blocks
+    while path:
+        path = path.rpartition(".")[0]
+        shift = getattr(model.get_submodule(path), "prepare_decoder_input_ids_from_labels", None)
+        if shift is not None:
+            return shift(labels)
+    raise ValueError(f"no module above {tower.blocks} makes decoder inputs from labels")
+
+
+def _patches(model: nn.Module, batch: Mapping[str, Any]) -> int:
+    config: Any = model.config
+    size = config.vision_config.patch_size
+    return len(batch["pixel_values"]) * math.prod(side // size for side in batch["pixel_values"].shape[-2:])
 
 
 def _image_token(model: nn.Module) -> int:
@@ -124,29 +198,9 @@ def _image_token(model: nn.Module) -> int:
 
 
 def _on_device(model: nn.Module, question: Question) -> Question:
-    """The same question where the model is; copies do not wait (they overlap if the batch is in pinned memory)."""
-
+    """The same question where the model is."""
     weight = next(model.parameters())
-
-    def move(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        dtype = weight.dtype if value.is_floating_point() else None
-        return value.to(device=weight.device, dtype=dtype, non_blocking=True)
-
-    return Question(
-        {name: move(value) for name, value in question.inputs.items()},
-        move(question.labels),
-        move(question.rows),
-        move(question.positions),
-        {name: None if mask is None or mask.all() else move(mask) for name, mask in question.masks.items()},
-        question.tally,
-    )
-
-
-def placed(model: Any, batch: Batch) -> Batch:
-    """A batch on the model's device, floating point in its dtype."""
-    return {
-        name: tensor.to(device=model.device, dtype=model.dtype if tensor.is_floating_point() else None)
-        for name, tensor in batch.items()
-    }
+    parts = {"labels": question.labels, "rows": question.rows, "positions": question.positions}
+    masks = {name: None if mask is None or mask.all() else mask for name, mask in question.masks.items()}
+    inputs, parts, masks = (placed(some, weight.device, weight.dtype) for some in (question.inputs, parts, masks))
+    return Question(inputs, masks=masks, tally=question.tally, **parts)

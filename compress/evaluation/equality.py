@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimvlm.compress.data.collate import IGNORED
+from slimvlm.compress.data.questions import placed, pose, stream_through
 from slimvlm.compress.errors import CheckFailedError
+from slimvlm.compress.models.families import find_family
 
 CHECKED_SAMPLES = 4  # so many samples two models are compared on
 # Of logits that should be the same, relative to the largest logit.
@@ -22,14 +23,14 @@ def outputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
 
     Logits of padding are left out: nobody reads them, and rounding errors were seen to be 26 times larger there.
     """
+    family = find_family(model.config)
+    posed = pose(model, family, batch)
     with torch.inference_mode():
-        output = model(**{name: value.to(model.device) for name, value in batch.items() if name != "return_loss"})
-    if hasattr(output, "logits_per_image"):
+        output = model(**placed(posed.inputs, model.device))
+    if family.contrastive:
         return output.logits_per_image
-    if model.config.get_text_config().is_encoder_decoder:
-        real = batch["labels"] != IGNORED
-    else:
-        real = batch["attention_mask"].bool()
+    real = posed.masks[stream_through(family, family.towers[-1])]
+    assert real is not None  # collators make it
     return output.logits[real.to(output.logits.device)]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import random
 import time
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig
 
 from slimvlm.compress.data.collate import IGNORED, Batch, Collator
-from slimvlm.compress.data.questions import placed
+from slimvlm.compress.data.questions import ask, placed, pose
 from slimvlm.compress.data.samples import Sample, batches
 from slimvlm.compress.errors import foreign
 from slimvlm.compress.evaluation.quality import (
@@ -75,7 +74,7 @@ def evaluate(
     started = time.perf_counter()
     if blind_seed is not None:
         samples = shuffle_images(samples, blind_seed)
-    is_dual = collator.family.kind == "dual-encoder"
+    is_dual = collator.family.contrastive
     run = _Run(model, collator, batch_size, progress)
     with _inference(model):
         rows = _retrieve(run, samples) if is_dual else _answer(run, _questions(samples))
@@ -209,17 +208,9 @@ def _row(question: Sample, prediction: str, taught: _Taught, image: int) -> Row:
 def _teach(run: _Run, questions: Sequence[Sample]) -> list[_Taught]:
     """One forward with the right answers given; logits only where they are needed."""
     given = run.collator.training(questions, last_turn=True)
-    batch = placed(run.model, given)
-    if run.collator.family.kind == "encoder-decoder":
-        logits, targets = run.model(**batch).logits, batch["labels"]
-    else:
-        targets = batch.pop("labels")[:, 1:]
-        needed = (targets != IGNORED).any(0).nonzero().flatten()
-        targets = targets[:, needed]
-        if "logits_to_keep" in inspect.signature(run.model.forward).parameters:
-            logits = run.model(**batch, logits_to_keep=needed, use_cache=False).logits
-        else:
-            logits = run.model(**batch).logits[:, needed]
+    question = ask(run.model, run.collator.family, given)
+    assert question is not None and question.labels is not None  # every answer has a token, its end
+    logits, targets = question.chosen(run.model(**question.inputs).logits), question.labels
     alike = _asked_alike(run, questions, given)
     step = max(1, WIDENED // (4 * logits[0].numel()))
     return [
@@ -256,7 +247,7 @@ def _first_by_far(logits: torch.Tensor, targets: torch.Tensor, dtype: torch.dtyp
 
 def _asked_alike(run: _Run, questions: Sequence[Sample], given: Batch) -> torch.Tensor:
     """Bool [B]: the tokens before the answer are those that generation starts from (decoder-only models)."""
-    if run.collator.family.kind != "decoder":
+    if not run.collator.family.labels_shifted:
         return torch.zeros(len(questions), dtype=torch.bool, device=run.model.device)
     prompts = run.collator.prompts(questions)
     same = []
@@ -268,7 +259,7 @@ def _asked_alike(run: _Run, questions: Sequence[Sample], given: Batch) -> torch.
 
 
 def _generate(run: _Run, questions: Sequence[Sample]) -> list[str]:
-    inputs = placed(run.model, run.collator.prompts(questions))
+    inputs = placed(run.collator.prompts(questions), run.model.device, run.model.dtype)
     longest = max(map(run.collator.answer_length, questions)) + MARGIN
     with foreign("the model cannot answer", "check its config.json and generation_config.json"):
         ids = run.model.generate(**inputs, generation_config=greedy(run.model, run.collator, longest))
@@ -282,9 +273,8 @@ def _retrieve(run: _Run, samples: Sequence[Sample]) -> list[Row]:
     """Ranks over all different images and texts of the samples."""
     images, texts, done = [], [], 0
     for batch in batches(samples, run.batch_size):
-        inputs = placed(run.model, run.collator.training(batch))
-        inputs.pop("return_loss")
-        output = run.model(**inputs)
+        posed = pose(run.model, run.collator.family, run.collator.training(batch))
+        output = run.model(**placed(posed.inputs, run.model.device, run.model.dtype))
         images.append(output.image_embeds.float())
         texts.append(output.text_embeds.float())
         done += len(batch)

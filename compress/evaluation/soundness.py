@@ -54,4 +54,4 @@ def _placed(model: Any, batch: Batch, collator: Collator, where: object) -> Batc
     largest = int(ids.masked_fill(ids == collator.image_token_id, 0).max())
     if known is not None and largest >= known:
         raise CheckpointError(f"{where}: the tokenizer gives the id {largest}, the model has {known} tokens; {UNFIT}")
-    return placed(model, batch)
+    return placed(batch, model.device, model.dtype)

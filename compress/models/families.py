@@ -126,6 +126,7 @@ class Family:
     """One row of the table.
 
     Attributes:
+        kind: `decoder`, `encoder-decoder` or `dual-encoder`; code asks for the facts below instead.
         text_model_type: tells apart models that differ in their language model only.
         projector: modules that carry what one modality's tower says into the space of the other; empty: there are none.
     """
@@ -138,6 +139,21 @@ class Family:
     projector: tuple[str, ...] = ()
     resampler: Resampler | None = None
     export: Export = Export()
+
+    @property
+    def contrastive(self) -> bool:
+        """It answers nothing: images and texts are embedded apart, and its loss compares the samples of a batch."""
+        return self.kind == "dual-encoder"
+
+    @property
+    def own_decoder(self) -> bool:
+        """The answer is not in the text that the model reads, but in a decoder of its own."""
+        return self.kind == "encoder-decoder"
+
+    @property
+    def labels_shifted(self) -> bool:
+        """The logits of a token are to give the next one, so its label is one place further on."""
+        return self.kind == "decoder"
 
 
 SEPARATE = ("q_proj", "k_proj", "v_proj")

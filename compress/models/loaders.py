@@ -160,8 +160,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _model_class(config: transformers.PreTrainedConfig, family: Family) -> Any:
-    dual = family.kind == "dual-encoder"
-    mapping = transformers.MODEL_MAPPING if dual else transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    answers = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    mapping = transformers.MODEL_MAPPING if family.contrastive else answers
     base = mapping.get(type(config), None)
     if base is None:
         raise UnsupportedModelError(f"transformers {transformers.__version__} has no model for a {family.name} config")

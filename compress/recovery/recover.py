@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from slimvlm.compress.data.collate import Batch, Collator
+from slimvlm.compress.data.collate import Batch, Collator, collator_of
 from slimvlm.compress.data.samples import Sample
 from slimvlm.compress.data.splits import Trained
 from slimvlm.compress.errors import CheckFailedError, CheckpointError
@@ -70,7 +70,7 @@ def recover(
     if sharded():  # no device holds the whole models
         options = replace(options, device="cpu")
     loaded = _load_student(options, student, data)
-    collator = Collator(loaded.processor, loaded.family, loaded.model.config)
+    collator = collator_of(loaded)
     adapted = _prepare(options, plan, loaded)
     distiller = _distiller(options, plan, loaded, recipe)
     depths = depths_of(loaded.model, loaded.family)
@@ -128,7 +128,7 @@ def _load_student(options: CompressOptions, folder: Path, data: Trained) -> Load
 
 def _attention(loaded: Loaded, sample: Sample) -> str:
     """On a CPU the backward of fused attention takes most of a step of a small model."""
-    batch = Collator(loaded.processor, loaded.family, loaded.model.config).training([sample])
+    batch = collator_of(loaded).training([sample])
     small = batch["input_ids"].shape[1] <= EAGER_TOKENS
     return "eager" if _device(loaded).type == "cpu" and small else loaded.model.config._attn_implementation
 

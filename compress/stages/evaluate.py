@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from slimvlm.compress.data.collate import Collator
+from slimvlm.compress.data.collate import collator_of
 from slimvlm.compress.data.samples import Sample
 from slimvlm.compress.data.splits import Measured
 from slimvlm.compress.errors import OutputError
@@ -75,7 +75,7 @@ def _qualities(
 ) -> list[Quality]:
     """One evaluation per seed of `evaluate`, with the model loaded once."""
     loaded = load_to_compute(options, name)
-    collator = Collator(loaded.processor, loaded.family, loaded.model.config)
+    collator = collator_of(loaded)
     check_computes(loaded.model, collator, samples[0], name)
     alone = len({sample.image_key for sample in samples}) < 2
     return [

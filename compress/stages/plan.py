@@ -9,7 +9,7 @@ from typing import Any
 from slimvlm.compress import processes
 from slimvlm.compress.allocate.budget import Budget
 from slimvlm.compress.criteria.criterion import CRITERIA, Criterion
-from slimvlm.compress.data.collate import Collator, collated
+from slimvlm.compress.data.collate import collated, collator_of
 from slimvlm.compress.data.splits import Measured
 from slimvlm.compress.errors import OutputError, UnsuitableOptionError
 from slimvlm.compress.evaluation.soundness import check_computes
@@ -113,7 +113,7 @@ def plan_stage(run: RunFolder, options: CompressOptions, data: Measured, progres
     partial = options.out / ROUNDS
     with run.stage("plan") as facts:
         loaded = load_to_compute(options, options.model)
-        collator = Collator(loaded.processor, loaded.family, loaded.model.config)
+        collator = collator_of(loaded)
         check_computes(loaded.model, collator, data.calibration[0], options.model)
         done = finished_rounds(partial)
         planning = planning_of(options, model_digest=loaded.digest, calibration_digest=data.digest)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slimvlm.compress import processes
-from slimvlm.compress.data.collate import Collator
+from slimvlm.compress.data.collate import collator_of
 from slimvlm.compress.data.splits import Measured, Trained
 from slimvlm.compress.errors import SlimvlmError
 from slimvlm.compress.evaluation.equality import CHECKED_SAMPLES, reload_difference
@@ -97,7 +97,7 @@ def _save_recovered(run: RunFolder, options: CompressOptions, plan: Plan, loaded
     save_checkpoint(folder, cast(model, stored), loaded.processor, plan, options.layout)
     reloaded = load_to_compute(replace(options, device=str(model.device)), str(folder)).model
     model.set_attn_implementation(reloaded.config._attn_implementation)
-    batch = Collator(loaded.processor, loaded.family, model.config).training(data.calibration[:CHECKED_SAMPLES])
+    batch = collator_of(loaded).training(data.calibration[:CHECKED_SAMPLES])
     difference = reload_difference(cast(model, reloaded.dtype), reloaded, batch, folder)
     if not (options.out / CUT).is_dir():
         move_folder(options.out / MODEL, options.out / CUT)

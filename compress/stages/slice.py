@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from slimvlm.compress.data.collate import Batch, Collator, collated
+from slimvlm.compress.data.collate import Batch, collated, collator_of
 from slimvlm.compress.data.samples import Sample
 from slimvlm.compress.data.splits import Measured
 from slimvlm.compress.errors import CheckFailedError
@@ -59,7 +59,7 @@ def save_cut(
     model = loaded.model
     stored: Any = model.config.dtype  # a dtype once loaded
     computed = model.dtype
-    collator = Collator(loaded.processor, loaded.family, model.config)
+    collator = collator_of(loaded)
     batch = collator.training(samples[:CHECKED_SAMPLES])
     if options.refit:
         groups = find_groups(model, loaded.family, plan.attention_unit)

@@ -28,7 +28,7 @@ def calibration_batch(
 ) -> int:
     """Samples of a calibration batch: `wanted`, or fewer on a CPU. Follows from shapes, so the same every time."""
     model, family = loaded.model, loaded.family
-    if model.device.type != "cpu" or family.kind == "dual-encoder" or options.criterion.saliency not in APART:
+    if model.device.type != "cpu" or family.contrastive or options.criterion.saliency not in APART:
         return wanted
     longest = max(samples, key=lambda sample: sum(len(turn.prompt) + len(turn.target) for turn in sample.turns))
     kept = bytes_kept(model, family, find_groups(model, family), collator.training([longest]), options)

@@ -52,11 +52,7 @@ def loss(model: nn.Module, question: Question, threshold: float | None) -> tuple
     selected = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
     if question.labels is None:
         return output.loss * question.tally.samples, selected
-    logits = output.logits
-    if question.positions is not None:
-        logits = logits[:, question.positions]
-    if question.rows is not None:
-        logits = logits[question.rows]
+    logits = question.chosen(output.logits)
 
     def count(grad: Tensor) -> None:
         selected.add_(grad.any(-1).sum())

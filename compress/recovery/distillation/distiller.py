@@ -12,22 +12,22 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from slimvlm.compress.data.collate import IGNORED
+from slimvlm.compress.data.questions import PATCHES, aligned, patch_mask, pose, stream_through
 from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.models.families import Family, Tower
 from slimvlm.compress.recovery.distillation import losses
-from slimvlm.compress.recovery.distillation.losses import IGNORED
 from slimvlm.compress.recovery.distillation.recipe import TAUGHT, Recipe, Stage
 from slimvlm.compress.recovery.distillation.teacher_checks import check_states, check_teacher, depths_of
 
 Batch = Mapping[str, Any]
 Targets = dict[str, Tensor]
 LOGITS = "logits"
-ROWS, PATCHES = "answer_rows", "patch_mask"  # of a located batch
+ROWS, PATCH_MASK = "answer_rows", "patch_mask"  # of a located batch
 EMBEDDINGS = ("image_embeds", "text_embeds")  # the hidden states of a dual encoder
 
 
@@ -43,7 +43,7 @@ class _Question:
         inputs: keyword arguments of the forward.
         rows: which of the flattened (batch, token) positions get logits, int64 [n]; None for a dual encoder.
         labels: int64 [n] of these positions.
-        masks: tower name -> bool, True for the tokens that are no padding; None: all of them.
+        masks: per stream the tokens that are no padding; None: all of them.
     """
 
     inputs: dict[str, Any]
@@ -79,6 +79,7 @@ class Distiller(nn.Module):
         super().__init__()
         self.family, self.recipe = family, recipe
         self.depths = depths_of(student, family)
+        self.streams = {tower.name: stream_through(family, tower) for tower in family.towers}
         self.block_map = dict(block_map or {})
         if recipe.needs_teacher and teacher is None:
             raise UnsuitableOptionError("this recipe learns from the dense model; name it as the teacher, or use sft")
@@ -120,7 +121,9 @@ class Distiller(nn.Module):
         seen = self._observe(self.student, question, stage, teacher=False)
         parts: dict[str, Tensor] = {}
         for block in stage.blocks:
-            value = block.weight * self._feature(seen[block.key], truth[block.key], question.masks[block.tower])
+            value = block.weight * self._feature(
+                seen[block.key], truth[block.key], question.masks[self.streams[block.tower]]
+            )
             parts[block.tower] = parts[block.tower] + value if block.tower in parts else value
         total = sum(parts.values(), start=torch.zeros((), device=device))
         for name, weight in stage.losses.items():
@@ -138,8 +141,8 @@ class Distiller(nn.Module):
         if any(name in stage.losses for name in ("kl", "rkl")):
             names.append(LOGITS)
         if "hidden" in stage.losses:
-            dual = self.family.kind == "dual-encoder"
-            names += EMBEDDINGS if dual else [f"hidden.{index}" for index in self.recipe.hidden_states]
+            states = [f"hidden.{index}" for index in self.recipe.hidden_states]
+            names += EMBEDDINGS if self.family.contrastive else states
         return tuple(names)
 
     # ---------------------------------------------------------------- losses
@@ -154,7 +157,7 @@ class Distiller(nn.Module):
             return seen["loss"] if question.labels is None else losses.cross_entropy(seen[LOGITS], question.labels)
         if name == "hidden":
             names = [key for key in truth if key.startswith("hidden.") or key in EMBEDDINGS]
-            mask = None if question.rows is None else question.masks[self.family.towers[-1].name]
+            mask = None if question.rows is None else question.masks[self.streams[self.family.towers[-1].name]]
             return torch.stack([losses.squared_error(seen[key], truth[key], mask) for key in names]).mean()
         compare = losses.divergence if question.rows is not None else losses.contrast_divergence
         return compare(seen[LOGITS], truth[LOGITS], self.recipe.temperature, reverse=name == "rkl")
@@ -178,7 +181,7 @@ class Distiller(nn.Module):
             layer = layers[block.layer] if layers else block.layer
             tower = next(tower for tower in self.family.towers if tower.name == block.tower)
             wanted.append((block.key, f"{tower.blocks}.{layer}"))
-        dual = self.family.kind == "dual-encoder"
+        dual = self.family.contrastive
         if "hidden" in stage.losses and not dual:
             depth = depths_of(model, self.family)[self.family.towers[-1].name]
             wanted += [
@@ -206,48 +209,26 @@ class Distiller(nn.Module):
         How many there are only a look at the values tells, and on a GPU the host would wait for it: this is for the
         host, before the batch is put on the device. `forward` does without, and then waits.
         """
-        found = dict(batch)
-        patches = _patch_mask(self.student, batch)
-        if patches is not None:
-            found[PATCHES] = patches
-        if self.family.kind != "dual-encoder":
-            if "labels" not in batch:
-                raise ValueError(
-                    "a batch without labels cannot be learnt from; collate it with answers (training batches)"
-                )
-            found[ROWS] = self._counted(batch["labels"]).flatten().nonzero().flatten()
+        found = {**batch, PATCH_MASK: patch_mask(self.student, batch)}
+        if not self.family.contrastive:
+            found[ROWS] = self._counted(aligned(self.family, batch)).flatten().nonzero().flatten()
         return found
 
     def _counted(self, labels: Tensor) -> Tensor:
-        """Bool: the positions whose logits count."""
+        """Bool: the positions whose logits count, of labels that are aligned with them."""
         if not self.recipe.faithful:
-            return self._aligned(labels) != IGNORED
+            return labels != IGNORED
         counted = torch.ones_like(labels, dtype=torch.bool)
-        if self.family.kind == "decoder":
+        if self.family.labels_shifted:
             counted[:, -1] = False  # nothing follows the last token
         return counted
 
-    def _aligned(self, labels: Tensor) -> Tensor:
-        """The labels at the positions whose logits are to give them."""
-        return F.pad(labels[:, 1:], (0, 1), value=IGNORED) if self.family.kind == "decoder" else labels
-
     def _ask(self, batch: Batch) -> _Question:
-        inputs = dict(batch) if ROWS in batch else self.located(batch)
-        rows, vision, text = inputs.pop(ROWS, None), inputs.pop(PATCHES, None), batch.get("attention_mask")
-        masks = {
-            tower.name: vision if tower.modality == "vision" else None if text is None else text.bool()
-            for tower in self.family.towers
-        }
-        if rows is None:
-            return _Question({**inputs, "return_loss": True}, None, None, masks)
-        labels = inputs.pop("labels")
-        inputs["use_cache"] = False
-        if self.family.kind == "encoder-decoder":
-            last = self.family.towers[-1]
-            inputs["decoder_input_ids"] = _decoder_inputs(self.student, last, labels)
-            own = batch.get("decoder_attention_mask")
-            masks[last.name] = labels != IGNORED if own is None else own.bool()
-        return _Question(inputs, rows, self._aligned(labels).flatten()[rows], masks)
+        located = dict(batch) if PATCH_MASK in batch else self.located(batch)
+        rows, patches = located.pop(ROWS, None), located.pop(PATCH_MASK)
+        posed = pose(self.student, self.family, located)
+        labels = None if posed.labels is None else posed.labels.flatten()[rows]
+        return _Question(posed.inputs, rows, labels, {**posed.masks, PATCHES: patches})
 
 
 class _Watch:
@@ -306,25 +287,3 @@ def _state(tower: Tower, depth: int, index: int) -> str:
     if position == depth:
         return tower.blocks.rpartition(".")[0]
     return f"{tower.blocks}.{position - 1}" if position else f"before:{tower.blocks}.0"
-
-
-def _decoder_inputs(model: nn.Module, tower: Tower, labels: Tensor) -> Tensor:
-    """The labels one step later, by the rule of the language model that holds the decoder."""
-    path = tower.blocks
-    while path:
-        path = path.rpartition(".")[0]
-        shift = getattr(model.get_submodule(path), "prepare_decoder_input_ids_from_labels", None)
-        if shift is not None:
-            return shift(labels)
-    raise ValueError(f"no module above {tower.blocks} makes decoder inputs from labels")
-
-
-def _patch_mask(model: nn.Module, batch: Batch) -> Tensor | None:
-    """True for patches that hold a pixel, [images, patches], without padding images; None: all patches hold one."""
-    pixels = batch.get("pixel_attention_mask")
-    if pixels is None:
-        return None
-    config: Any = model.config
-    real = batch["pixel_values"].flatten(0, 1).flatten(1).any(1)
-    patches = F.max_pool2d(pixels.flatten(0, 1)[real][:, None].float(), config.vision_config.patch_size)
-    return patches.flatten(1).bool()

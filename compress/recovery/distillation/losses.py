@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORED = -100
+from slimvlm.compress.data.collate import IGNORED
+
 FLOOR = 1e-8  # of a norm that divides
 
 

@@ -240,7 +240,7 @@ def _kind(family: Family, tower: Tower) -> str:
     """Which of the paper's three towers this one is like; the only language tower of a decoder-only model decodes."""
     if tower.modality == "vision":
         return "vision"
-    return "decoder" if family.kind == "decoder" or tower.name == "decoder" else "encoder"
+    return "decoder" if family.labels_shifted or tower.name == "decoder" else "encoder"
 
 
 def _targets(family: Family, layers: Mapping[str, tuple[int, ...]], recipe: Recipe) -> tuple[BlockTarget, ...]:

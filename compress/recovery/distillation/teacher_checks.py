@@ -52,7 +52,7 @@ def check_states(recipe: Recipe, model: nn.Module, family: Family) -> None:
     Raises:
         UnsuitableOptionError: one does not.
     """
-    if "hidden" not in recipe.losses or family.kind == "dual-encoder":
+    if "hidden" not in recipe.losses or family.contrastive:
         return
     states = depths_of(model, family)[family.towers[-1].name] + 1
     for index in recipe.hidden_states:

@@ -24,6 +24,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
+from slimvlm.compress.data.questions import placed
 from slimvlm.compress.errors import DeviceError, UnsuitableOptionError, foreign
 from slimvlm.compress.processes import LAUNCH
 
@@ -72,12 +73,7 @@ class Workers:
 
     def place(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The batch on the device, floating point in the dtype of the student's first weights."""
-        return {
-            name: value.to(self.device, self.dtype if value.is_floating_point() else None, non_blocking=True)
-            if isinstance(value, Tensor)
-            else value
-            for name, value in batch.items()
-        }
+        return placed(batch, self.device, self.dtype)
 
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
         """Around a forward and backward: gradients are exchanged only in the last one of a step."""
