@@ -135,7 +135,7 @@ def open_chat(name: str, *, backend: str | None = None, device: str = "auto", tr
     if backend not in (None, TORCH):
         raise UnsuitableOptionError(f"{name} is a checkpoint, which runs on {TORCH} only; export it for {backend}")
     loaded = load_model(name, device=pick_device(device), trust_remote_code=trust_remote_code)
-    if loaded.family.kind == "dual-encoder":
+    if loaded.family.contrastive:
         raise _answers_nothing(name)
     collator = collator_of(loaded)
     check_answers(loaded.model, collator, _probe(), name)

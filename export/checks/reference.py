@@ -123,7 +123,7 @@ def generated_sample(index: int, seed: int) -> Sample:
 def first_batch(collator: Collator, samples: Sequence[Sample]) -> Batch:
     """Two samples as the graphs are traced with."""
     two = (list(samples) * 2)[:2]
-    return collator.training(two) if collator.family.kind == "dual-encoder" else collator.prompts(two)
+    return collator.training(two) if collator.family.contrastive else collator.prompts(two)
 
 
 def torch_runner(graphs: Sequence[Graph]) -> TorchRunner:
@@ -156,7 +156,7 @@ def make_reference(
         most: new tokens per answer.
     """
     runner = torch_runner(graphs)
-    if collator.family.kind == "dual-encoder":
+    if collator.family.contrastive:
         return _embeddings(runner, collator, samples)
     prompting = prompting_of(model, collator)
     prompts = [_arrays(collator.prompts(part)) for part in batches(samples, ROWS)]
@@ -201,7 +201,7 @@ def prompting_of(model: Any, collator: Collator) -> Prompting:
         positions=row.positions,
         first_position=row.first_position,
         merge=getattr(model.config.vision_config, "spatial_merge_size", 1) if row.positions == "mrope" else 1,
-        start=text.decoder_start_token_id if collator.family.kind == "encoder-decoder" else None,
+        start=text.decoder_start_token_id if collator.family.own_decoder else None,
     )
 
 

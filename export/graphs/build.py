@@ -32,10 +32,10 @@ def build_graphs(model: Any, family: Family, batch: Mapping[str, Tensor]) -> tup
         UnsupportedModelError: the model has a part that cannot be exported (named).
     """
     refuse_windows(model.config)
-    if family.kind == "dual-encoder":
+    if family.contrastive:
         return dual_encoder(model, family, batch)
     first = (vision_graph(model, family, batch), _embed_graph(model, embedding_width(model)))
-    if family.kind == "encoder-decoder":
+    if family.own_decoder:
         from slimvlm.export.graphs.seq2seq import encoder_decoder_graphs
 
         return first + encoder_decoder_graphs(model.get_submodule(family.export.text))

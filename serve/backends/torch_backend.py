@@ -33,8 +33,8 @@ class TorchBackend:
         # BLIP-2 cannot go on without pixels: what it generates comes from the language model inside.
         if inspect.signature(model.forward).parameters["pixel_values"].default is not None:
             self.speaker = model.language_model
-        self._dual = family.kind == "dual-encoder"
-        self._encoder = family.kind == "encoder-decoder"
+        self._dual = family.contrastive
+        self._encoder = family.own_decoder
         keeps = "logits_to_keep" in inspect.signature(self.speaker.forward).parameters
         self._last_only = {"logits_to_keep": 1} if keeps else {}
         self._sees = set(inspect.signature(model.get_image_features).parameters)

@@ -61,7 +61,7 @@ def _places(family: Family) -> Iterator[Place]:
     """Where the parts of a model are; the first place that a path lies in is its own."""
     for path in (family.export.head, f"{family.export.text}.lm_head"):
         yield path, HEAD, "head"
-    if family.kind == "dual-encoder":
+    if family.contrastive:
         yield from zip(family.projector, (PROJECTOR, PROJECTOR), ("image", "pooled"), strict=True)
     else:
         for path in family.projector:
@@ -80,7 +80,7 @@ def _places(family: Family) -> Iterator[Place]:
 def _kind(tower: Tower, family: Family) -> str:
     if tower.modality == "vision":
         return "patch"
-    if family.kind == "dual-encoder":
+    if family.contrastive:
         return "text"
     return "encoder" if tower.name == "encoder" else "decoder"
 
@@ -137,7 +137,7 @@ def _seen(path: str, kind: str, family: Family) -> str:
 
 def _merged(model: nn.Module, family: Family, hidden_size: int) -> int:
     """Patches that become one feature: the projector's first matrix takes them side by side."""
-    if family.kind == "dual-encoder" or family.resampler:
+    if family.contrastive or family.resampler:
         return 1
     first = next(one for one in model.get_submodule(family.projector[0]).modules() if isinstance(one, nn.Linear))
     layers = getattr(model.config, "vision_feature_layer", 0)  # states of several layers are put side by side as well

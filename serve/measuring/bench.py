@@ -160,7 +160,7 @@ def open_backend(source: Source) -> tuple[Backend, bool, str]:
         if dtype is None and device.type == "cpu" and loaded.model.dtype == torch.float16:
             dtype = torch.float32  # which is what fp16 weights are computed in on a CPU
         model: Any = loaded.model if dtype is None else cast(loaded.model, dtype)
-        return TorchBackend(model, loaded.family), loaded.family.kind == "dual-encoder", NAMES[model.dtype]
+        return TorchBackend(model, loaded.family), loaded.family.contrastive, NAMES[model.dtype]
     export = Exported.open(Path(source.folder))
     key = graphs_of(export, source.backend)
     where = source.provider if name == ONNX else source.device
