@@ -286,14 +286,13 @@ def profile(as_json: bool, quiet: bool, **values: Any) -> None:
 
         slimvlm profile out --against ./my-vlm --backend torch,onnx
     """
-    from slimvlm.pipeline import export_for_profile
     from slimvlm.serve.profile import Profile
     from slimvlm.serve.profiling import profile_models
 
     options = ProfileOptions(**values)
     with progress(quiet) as report:
         try:
-            result = profile_models(options, report, export_for_profile)
+            result = profile_models(options, report)
         except CheckFailedError as failed:
             if isinstance(failed.result, Profile):
                 show_profile.show_profile(failed.result, options.written, as_json=as_json)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from slimvlm.compress import processes
 from slimvlm.compress.data.samples import Sample
 from slimvlm.compress.data.splits import Measured, Trained, read_evaluation, read_measured, read_trained
-from slimvlm.compress.errors import CheckFailedError, CheckpointError, OutputError, SampleError, SlimvlmError
+from slimvlm.compress.errors import CheckFailedError, CheckpointError, SampleError
 from slimvlm.compress.evaluation.evaluate import Comparison, Quality, compare
 from slimvlm.compress.files.decoding import read
 from slimvlm.compress.files.folders import require_free, reserved
@@ -24,20 +24,17 @@ from slimvlm.compress.plan import Plan
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.recovery.checks import check_models, recipe_of
 from slimvlm.compress.run_record import options_of, read_record
-from slimvlm.compress.runs import AGAIN, EXPORT, RunFolder, check_places
+from slimvlm.compress.runs import RunFolder, check_places
 from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.compress.stages.evaluate import evaluate_model, evaluate_seeing_and_blind, evaluate_stage
 from slimvlm.compress.stages.plan import check_plan, chosen_criterion, plan_stage
 from slimvlm.compress.stages.recover import recover_stage
 from slimvlm.compress.stages.slice import save_cut, slice_stage
-from slimvlm.export import ExportOptions, export_checkpoint
-from slimvlm.export.packages import installed_formats, require_packages
-from slimvlm.serve.options import BACKENDS, TORCH, ProfileOptions
+from slimvlm.export import ExportOptions
+from slimvlm.export.packages import require_packages
+from slimvlm.export.stage import export_stage
 from slimvlm.serve.profile import Profile
-from slimvlm.serve.profiling import profile_models
-from slimvlm.serve.report.files import PROFILE
-
-PROFILE_CELL_SECONDS = 6.0  # half of what `slimvlm profile` takes: nobody asked for this one
+from slimvlm.serve.stage import profile_stage
 
 
 @dataclass(frozen=True)
@@ -204,8 +201,8 @@ def _after_plan(
     if not run.writer:
         return Result(options.out, plan, None, {}, len(data.bad), data.left_out)
     dense, cut, slim, blind = evaluate_stage(run, options, data, progress)
-    exported = _export_stage(run, options, progress)
-    profile = _profile_stage(run, options, progress)
+    exported = export_stage(run, options, progress)
+    profile = profile_stage(run, options, progress)
     comparison = compare(dense, slim, options.seed)
     seconds = {name: stage["seconds"] for name, stage in run.record["stages"].items()}
     result = Result(
@@ -228,88 +225,6 @@ def _after_plan(
     write_report(options.out)
     _check(options, result)
     return result
-
-
-def _export_stage(run: RunFolder, options: CompressOptions, progress: Progress) -> dict[str, Any]:
-    """Write `export/`. A check that fails is recorded, and fails the run at its end; so is a model that cannot be
-    exported, unless formats were asked for: then it is refused.
-    """
-    formats = installed_formats() if options.export is None else options.export
-    if run.finished("export") and run.facts("export")["formats"] == list(formats):
-        return run.facts("export")
-    run.forget("profile")
-    run.remove(EXPORT)
-    with run.stage("export", formats=list(formats)) as facts:
-        if formats:
-            facts.update(_export(options, formats, progress))
-    return run.facts("export")
-
-
-def _export(options: CompressOptions, formats: tuple[str, ...], progress: Progress) -> dict[str, Any]:
-    chosen = ExportOptions(
-        formats=formats,
-        data=options.eval_data or options.data,
-        seed=options.seed,
-        trust_remote_code=options.trust_remote_code,
-    )
-    try:
-        exported = export_checkpoint(options.out / "model", options.out / "export", chosen, progress)
-    except CheckFailedError as failed:
-        return {"failed": str(failed)}
-    except SlimvlmError as refused:
-        if options.export is not None:
-            raise
-        return {"refused": str(refused)}
-    return {"checks": exported.manifest.checks}
-
-
-def _profile_stage(run: RunFolder, options: CompressOptions, progress: Progress) -> Profile | None:
-    """Write `profile.json`: the slim model next to the dense one, on torch and in what was exported."""
-    exported = run.facts("export")
-    usable = [] if "failed" in exported or "refused" in exported else exported["formats"]
-    backends = [name for name in BACKENDS if name == TORCH or name in usable] if options.profile else []
-    path = options.out / PROFILE
-    if not run.finished("profile") or run.facts("profile")["backends"] != backends:
-        path.unlink(missing_ok=True)
-        with run.stage("profile", backends=backends) as facts:
-            if backends:
-                facts.update(_profile(options, tuple(backends), progress))
-    return read(path, Profile, OutputError, AGAIN) if path.is_file() else None
-
-
-def _profile(options: CompressOptions, backends: tuple[str, ...], progress: Progress) -> dict[str, Any]:
-    chosen = ProfileOptions(
-        slim=str(options.out),
-        against=options.model,
-        backend=backends,
-        device=options.device,
-        seed=options.seed,
-        cell_seconds=PROFILE_CELL_SECONDS,
-        out=options.out / PROFILE,
-        trust_remote_code=options.trust_remote_code,
-    )
-    try:
-        profile_models(chosen, progress, export_for_profile)
-    except SlimvlmError as refused:
-        return {"refused": str(refused)}
-    return {}
-
-
-def export_for_profile(checkpoint: str, out: Path, backends: tuple[str, ...]) -> Path:
-    """Graphs of `checkpoint` for the backends of a profile, held against torch on a few generated samples."""
-    variants = {backend.partition(":")[2] for backend in backends}
-    export_checkpoint(
-        checkpoint,
-        out,
-        ExportOptions(
-            formats=tuple(dict.fromkeys(backend.partition(":")[0] for backend in backends)),
-            dtype="fp16" if "fp16" in variants else "fp32",
-            quantize="int8" if "int8" in variants else None,
-            samples=4,
-            max_new_tokens=8,
-        ),
-    )
-    return out
 
 
 def _check(options: CompressOptions, result: Result) -> None:

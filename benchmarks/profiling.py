@@ -27,7 +27,6 @@ import numpy as np
 import torch
 
 from slimvlm.demo import MODEL
-from slimvlm.export import ExportOptions, export_checkpoint
 from slimvlm.export.running.exported import Exported
 from slimvlm.export.running.generation import Arrays, empty_cache, prompt_positions
 from slimvlm.export.running.runners import SessionRunner
@@ -180,10 +179,6 @@ def _timed(bench: Bench, new_tokens: int) -> float:
 def grid(arguments: argparse.Namespace) -> None:
     """Seconds of the default grid."""
 
-    def exporter(checkpoint: str, out: Path, backends: tuple[str, ...]) -> Path:
-        export_checkpoint(checkpoint, out, ExportOptions(formats=backends, samples=2, max_new_tokens=4))
-        return out
-
     def report(stage: str, done: int, total: int, note: str = "") -> None:
         print(f"{time.perf_counter() - started:7.1f} s  {stage} {done}/{total} {note}", flush=True)
 
@@ -197,7 +192,7 @@ def grid(arguments: argparse.Namespace) -> None:
             threads=arguments.threads,
             out=Path(folder) / "profile.json",
         )
-        profile_models(options, report, exporter)
+        profile_models(options, report)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from slimvlm.compress.errors import UnsuitableOptionError
 
 BACKENDS = TORCH, ONNX, TORCHSCRIPT = ("torch", "onnx", "torchscript")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-NAME = "profile.json"
+PROFILE = "profile.json"
 PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")
 COUNTED = 2**31 - 1  # which every library counts to
 RANGES = {
@@ -80,7 +80,7 @@ class ProfileOptions:
         if self.out is not None:
             return self.out
         run = Path(self.slim)
-        return run / NAME if (run / "run.json").is_file() else Path(NAME)
+        return run / PROFILE if (run / "run.json").is_file() else Path(PROFILE)
 
     def checked(self) -> ProfileOptions:
         """Itself.

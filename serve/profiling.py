@@ -30,7 +30,7 @@ from slimvlm.serve.measuring.memory import gpu_name
 from slimvlm.serve.measuring.workload import InputMaker, Inputs, grid
 from slimvlm.serve.options import TORCH, TORCHSCRIPT, ProfileOptions, split_backend
 from slimvlm.serve.profile import MEASURED, Cell, Device, Profile, Verdict
-from slimvlm.serve.targets import Exporter, Target, check_installed, find_target, with_graphs
+from slimvlm.serve.targets import Target, check_installed, find_target, with_graphs
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -68,11 +68,10 @@ class _Job:
         }
 
 
-def profile_models(options: ProfileOptions, progress: Progress = silent, exporter: Exporter | None = None) -> Profile:
+def profile_models(options: ProfileOptions, progress: Progress = silent) -> Profile:
     """Measures the slim model, next to the dense one if there is one; `options.written` always holds what is done.
 
-    Args:
-        exporter: makes graphs of a checkpoint where a backend needs them: (checkpoint, folder, backends) -> folder.
+    Graphs that a backend needs and that are not there are made, and thrown away with it.
 
     Raises:
         SlimvlmError: refused, with the reason; cells that were measured stay in `options.written`.
@@ -84,7 +83,7 @@ def profile_models(options: ProfileOptions, progress: Progress = silent, exporte
     _provider(options.provider, device)
     refuse_occupied(options.written)
     with locked_file(options.written), TemporaryDirectory(prefix="slimvlm-profile-") as scratch:
-        job = _prepare(options, device, Path(scratch), progress, exporter)
+        job = _prepare(options, device, Path(scratch), progress)
         profile = _measure(job, progress)
     limits = check_limits(options, profile)
     profile = replace(profile, limits=limits)
@@ -106,9 +105,7 @@ def refuse_occupied(path: Path) -> None:
         read(path, Profile, OutputError, "only a profile is replaced by one; choose another name with --out")
 
 
-def _prepare(
-    options: ProfileOptions, device: torch.device, scratch: Path, progress: Progress, exporter: Exporter | None
-) -> _Job:
+def _prepare(options: ProfileOptions, device: torch.device, scratch: Path, progress: Progress) -> _Job:
     """Finds or makes everything that is to be run, and refuses what cannot be, before time is spent on measuring."""
     names = {"dense": options.against, "slim": options.slim}
     backends, skipped = _measurable(options.backend, device)
@@ -117,7 +114,7 @@ def _prepare(
         if name is not None:
             target = find_target(name, options.trust_remote_code)
             progress("export", len(targets), len(names), model)
-            targets[model] = with_graphs(target, backends, exporter, scratch / model)
+            targets[model] = with_graphs(target, backends, scratch / model)
     progress("export", len(names), len(names))
     if len({target.family for target in targets.values()}) > 1:
         found = " and ".join(f"{target.given} is {target.family}" for target in targets.values())

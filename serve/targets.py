@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from slimvlm.compress.errors import CheckpointError, MissingDependencyError, Uns
 from slimvlm.compress.files.decoding import read
 from slimvlm.compress.models.checkpoint import PLAN, load_processor, locate, read_config, weight_files
 from slimvlm.compress.plan import Plan
+from slimvlm.export import ExportOptions, export_checkpoint
 from slimvlm.export.running.exported import Exported, is_export
 from slimvlm.export.running.manifest import Manifest, inside
 from slimvlm.serve.judging.roofline import kv_bytes_per_token
@@ -20,7 +21,6 @@ from slimvlm.serve.judging.shapes import Shapes, checkpoint_shapes
 from slimvlm.serve.options import ONNX, TORCH, split_backend
 from slimvlm.serve.profile import Subject
 
-Exporter = Callable[[str, Path, tuple[str, ...]], Path]  # checkpoint, folder to be, backends -> the export folder
 PACKAGES = {
     ONNX: ("onnxruntime", "ONNX graphs need ONNX Runtime: pip install 'slimvlm[onnx]' ('slimvlm[gpu]' for CUDA)")
 }
@@ -134,27 +134,32 @@ def check_installed(backends: Sequence[str]) -> None:
 
 def has_graphs(target: Target, backend: str) -> bool:
     """Whether the target's export holds what the backend runs."""
-    if target.export is None:
-        return False
-    name, variant = split_backend(backend)
-    artifacts = Manifest.read(target.export).artifacts
-    return any(artifact.format == name and variant in (None, artifact.variant) for artifact in artifacts)
+    return target.export is not None and Exported.open(target.export).backend(*split_backend(backend)) is not None
 
 
-def with_graphs(target: Target, backends: Sequence[str], exporter: Exporter | None, scratch: Path) -> Target:
+def with_graphs(target: Target, backends: Sequence[str], scratch: Path) -> Target:
     """The target with graphs for all `backends`, made in `scratch` where they are missing.
 
     Raises:
-        CheckpointError: there are none, and they cannot be made.
+        CheckpointError: there are none, and no checkpoint to make them of.
+        SlimvlmError: they cannot be made.
     """
-    missing = [backend for backend in backends if backend != TORCH and not has_graphs(target, backend)]
+    wanted = [backend for backend in backends if backend != TORCH]
+    missing = [backend for backend in wanted if not has_graphs(target, backend)]
     if not missing:
         return target
-    if exporter is None or target.checkpoint is None:
+    if target.checkpoint is None:
         raise CheckpointError(
             f"{target.given} has no {missing[0]} graphs; make them with slimvlm export, and give that folder or put it "
             "beside the checkpoint as `export`"
         )
-    wanted = tuple(backend for backend in backends if backend != TORCH)
-    made = exporter(str(target.checkpoint), scratch, wanted)
-    return Target(target.given, target.checkpoint, made, target.digest, target.family, target.shapes)
+    formats, variants = zip(*map(split_backend, wanted), strict=True)
+    options = ExportOptions(  # held against torch on a few generated samples
+        formats=tuple(dict.fromkeys(formats)),
+        dtype="fp16" if "fp16" in variants else "fp32",
+        quantize="int8" if "int8" in variants else None,
+        samples=4,
+        max_new_tokens=8,
+    )
+    export_checkpoint(target.checkpoint, scratch, options)
+    return replace(target, export=scratch)

@@ -8,7 +8,7 @@ from typing import Any
 
 from slimvlm.compress.files.decoding import LARGEST_FILE, decode, parse
 from slimvlm.compress.files.writing import written_file
-from slimvlm.export.running.manifest import NAME, Manifest
+from slimvlm.export.running.manifest import MANIFEST, Manifest
 
 README = "README.md"
 
@@ -26,7 +26,7 @@ def write_tar(folder: Path, manifest: Manifest) -> Path:
     """
     target = tar_name(folder)
     with written_file(target) as partial, tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as archive:
-        for name in (*manifest.files, NAME):
+        for name in (*manifest.files, MANIFEST):
             archive.add(folder / name, f"{folder.name}/{name}", filter=_anonymous)
     return target
 
@@ -35,7 +35,7 @@ def is_bundle(path: Path) -> bool:
     """Whether a file is what `write_tar` writes: a tar whose one folder has the manifest of an export."""
     try:
         with tarfile.open(path, "r:") as archive:
-            member = archive.extractfile(f"{path.stem}/{NAME}")
+            member = archive.extractfile(f"{path.stem}/{MANIFEST}")
             return member is not None and bool(decode(parse(member.read(LARGEST_FILE)), Manifest))
     except (OSError, KeyError, ValueError, tarfile.TarError):
         return False

@@ -9,13 +9,13 @@ from slimvlm.compress.data.collate import Collator
 from slimvlm.compress.errors import CheckpointError, UnsuitableOptionError
 from slimvlm.compress.models.checkpoint import INDEX, SINGLE, load_processor, read_config
 from slimvlm.export.running.generation import Prompting
-from slimvlm.export.running.manifest import NAME, Artifact, Manifest, check_files
+from slimvlm.export.running.manifest import MANIFEST, Artifact, Manifest, check_files
 from slimvlm.export.running.runners import SessionRunner, TorchRunner, runner_of
 
 
 def is_export(folder: Path) -> bool:
     """Whether a folder holds graphs; a checkpoint, which has a manifest too, holds weights."""
-    return (folder / NAME).is_file() and not any((folder / name).is_file() for name in (SINGLE, INDEX))
+    return (folder / MANIFEST).is_file() and not any((folder / name).is_file() for name in (SINGLE, INDEX))
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,13 @@ class Exported:
         for artifact in manifest.artifacts:
             graphs.setdefault(artifact.backend, []).append(artifact)
         return cls(folder, manifest, graphs)
+
+    def backend(self, form: str, variant: str | None = None) -> str | None:
+        """Of `graphs` the key of a format and variant, by default the format's first; None if they are not here."""
+        for key, (artifact, *_) in self.graphs.items():
+            if artifact.format == form and variant in (None, artifact.variant):
+                return key
+        return None
 
     @property
     def prompting(self) -> Prompting | None:

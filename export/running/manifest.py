@@ -14,7 +14,7 @@ from slimvlm.compress.files.writing import file_digest, installed_versions, real
 from slimvlm.compress.run_record import Check
 from slimvlm.export.running.generation import Prompting
 
-NAME = "manifest.json"
+MANIFEST = "manifest.json"
 SAMPLE = "sample.safetensors"
 SCHEMA = 1
 FULL = "fp32"  # the variant that needs no name
@@ -123,7 +123,7 @@ class Manifest:
         """Lists the files of the folder and writes the manifest last."""
         self.ok = not self.failures
         self.files = list_files(folder)
-        write_text(folder / NAME, dump(asdict(self), indent=1) + "\n")
+        write_text(folder / MANIFEST, dump(asdict(self), indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -133,8 +133,8 @@ class Manifest:
             CheckpointError: there is none, it cannot be read, or it has another schema.
         """
         advice = "give a folder that slimvlm export wrote"
-        with refused_as(folder / NAME, CheckpointError, advice):
-            manifest = decode(parse(content_of(folder / NAME)), cls)
+        with refused_as(folder / MANIFEST, CheckpointError, advice):
+            manifest = decode(parse(content_of(folder / MANIFEST)), cls)
             if manifest.generation is not None:
                 Prompting.from_dict(manifest.generation)
             return manifest
@@ -145,7 +145,7 @@ def list_files(folder: Path) -> dict[str, Document]:
     return {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_digest(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path != folder / NAME
+        if path.is_file() and path != folder / MANIFEST
     }
 
 
@@ -157,7 +157,9 @@ def inside(folder: Path, name: str) -> Path:
     """
     path = real(folder / name)
     if Path(name).is_absolute() or not path.is_relative_to(real(folder)):
-        raise CheckpointError(f"{folder / NAME} names {name!r}, which lies outside its folder; do not use this export")
+        raise CheckpointError(
+            f"{folder / MANIFEST} names {name!r}, which lies outside its folder; do not use this export"
+        )
     return path
 
 

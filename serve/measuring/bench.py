@@ -153,7 +153,7 @@ def open_backend(source: Source) -> tuple[Backend, bool, str]:
     Raises:
         SlimvlmError: it cannot be opened, with the reason.
     """
-    device, (name, _) = torch.device(source.device), split_backend(source.backend)
+    device, (name, variant) = torch.device(source.device), split_backend(source.backend)
     if name == TORCH:
         dtype = None if source.dtype == "auto" else DTYPES[source.dtype]
         loaded = load_model(source.folder, device=device, trust_remote_code=source.trust_remote_code)
@@ -162,7 +162,10 @@ def open_backend(source: Source) -> tuple[Backend, bool, str]:
         model: Any = loaded.model if dtype is None else cast(loaded.model, dtype)
         return TorchBackend(model, loaded.family), loaded.family.contrastive, NAMES[model.dtype]
     export = Exported.open(Path(source.folder))
-    key = graphs_of(export, source.backend)
+    key = export.backend(name, variant)
+    if key is None:
+        held = ", ".join(export.graphs)
+        raise UnsuitableOptionError(f"{export.folder} has no {source.backend} graphs; it holds {held}")
     where = source.provider if name == ONNX else source.device
     if source.engines is not None and where.startswith("tensorrt"):
         Path(source.engines).mkdir(parents=True, exist_ok=True)
@@ -172,18 +175,5 @@ def open_backend(source: Source) -> tuple[Backend, bool, str]:
         graphs = OnnxGraphs(runner) if device.type == "cpu" else BoundOnnxGraphs(runner, device)
     for artifact in export.graphs[key]:
         graphs.inputs(artifact.graph)  # opens it
-    prompting, variant = export.prompting, export.graphs[key][0].variant
-    return GraphBackend(graphs, prompting, device), prompting is None, variant
-
-
-def graphs_of(export: Exported, backend: str) -> str:
-    """Key of the graphs in an export: the variant that was asked for, or the one the export was made in.
-
-    Raises:
-        UnsuitableOptionError: the export does not hold them.
-    """
-    name, variant = split_backend(backend)
-    for key, (artifact, *_) in export.graphs.items():
-        if artifact.format == name and variant in (None, artifact.variant):
-            return key
-    raise UnsuitableOptionError(f"{export.folder} has no {backend} graphs; it holds {', '.join(export.graphs)}")
+    prompting = export.prompting
+    return GraphBackend(graphs, prompting, device), prompting is None, export.graphs[key][0].variant

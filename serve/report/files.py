@@ -18,10 +18,11 @@ from slimvlm.compress.files.writing import file_digest
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.run_record import read_record
 from slimvlm.export.running.manifest import Manifest
+from slimvlm.serve.options import PROFILE
 from slimvlm.serve.profile import Profile
 
 PLAN, SCORES, JOURNAL, QUALITY = "plan.json", "scores.safetensors", "recovery.jsonl", "quality.json"
-MANIFEST, PROFILE = "export/manifest.json", "profile.json"
+MANIFEST = "export/manifest.json"
 MODELS = ("dense", "cut", "slim")  # before; cut but not recovered; what was delivered
 
 Read = TypeVar("Read")

@@ -148,18 +148,10 @@ def test_a_crossed_limit_fails_with_the_whole_profile(pair, tmp_path):
     ]
 
 
-def test_missing_graphs_are_made_by_the_caller(pair, exported, tmp_path):
-    asked = []
-
-    def exporter(checkpoint, folder, backends):
-        asked.append((checkpoint, backends))
-        return type(folder)(exported)
-
-    options = quick(tmp_path, pair[1], backend=("onnx",))
-    assert profile_models(options, exporter=exporter).cells[0].status == MEASURED
-    assert asked == [(pair[1], ("onnx",))]
-    with pytest.raises(CheckpointError, match="no onnx graphs; make them with slimvlm export"):
-        profile_models(options)
+def test_missing_graphs_are_made_and_thrown_away(pair, tmp_path):
+    [cell] = profile_models(quick(tmp_path, pair[1], backend=("torchscript",))).cells
+    assert cell.status == MEASURED
+    assert not list(tmp_path.rglob("*.pt"))
 
 
 @pytest.mark.parametrize(

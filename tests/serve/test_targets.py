@@ -11,7 +11,7 @@ from profiling import save_pair
 
 from slimvlm.compress.errors import CheckpointError, UnsuitableOptionError
 from slimvlm.export import ExportOptions, export_checkpoint
-from slimvlm.export.running.manifest import NAME
+from slimvlm.export.running.manifest import MANIFEST
 from slimvlm.serve.options import ProfileOptions
 from slimvlm.serve.targets import find_target, has_graphs, with_graphs
 
@@ -48,16 +48,16 @@ def test_run_model_and_export_are_the_same_model_with_its_graphs(copied, name):
 
 
 def test_an_export_of_other_weights_is_not_taken_for_the_models(copied):
-    manifest = json.loads((copied / "export" / NAME).read_text())
+    manifest = json.loads((copied / "export" / MANIFEST).read_text())
     manifest["model"]["digest"] = "another"
-    (copied / "export" / NAME).write_text(json.dumps(manifest))
+    (copied / "export" / MANIFEST).write_text(json.dumps(manifest))
     assert find_target(str(copied)).export is None
 
 
 def test_graphs_whose_checkpoint_is_gone_are_measured_without_shapes(copied):
-    manifest = json.loads((copied / "export" / NAME).read_text())
+    manifest = json.loads((copied / "export" / MANIFEST).read_text())
     manifest["model"]["source"] = str(copied / "moved")
-    (copied / "export" / NAME).write_text(json.dumps(manifest))
+    (copied / "export" / MANIFEST).write_text(json.dumps(manifest))
     target = find_target(str(copied / "export"))
     assert (target.checkpoint, target.shapes) == (None, None)
     subject = target.subject("fp32")
@@ -66,7 +66,7 @@ def test_graphs_whose_checkpoint_is_gone_are_measured_without_shapes(copied):
     with pytest.raises(UnsuitableOptionError, match="leave torch out of --backend"):
         target.folder("torch")
     with pytest.raises(CheckpointError, match="no onnx graphs"):
-        with_graphs(target, ("onnx",), lambda *_: copied, copied)
+        with_graphs(target, ("onnx",), copied)
 
 
 def test_a_run_folder_keeps_its_profile(copied):

@@ -10,10 +10,11 @@ from slimvlm.serve.judging.intervals import LEVEL
 from slimvlm.serve.judging.intervals import RULE as RATIO_RULE
 from slimvlm.serve.judging.verdict import RULE as BOUND_RULE
 from slimvlm.serve.judging.verdict import nothing_faster
+from slimvlm.serve.options import PROFILE
 from slimvlm.serve.profile import FAILED, FASTER, MEASURED, OUT_OF_MEMORY, SLOWER, TOO_NOISY, Cell, Profile, Ratio, Run
 from slimvlm.serve.report.charts import Estimate, memory_bars, speedup_dots, time_dots
 from slimvlm.serve.report.document import Chart, Finding, Section, change, share, shown
-from slimvlm.serve.report.files import PROFILE, RunFiles
+from slimvlm.serve.report.files import RunFiles
 from slimvlm.serve.report.sections.running_tables import (
     MIB,
     PHASE_NAMES,

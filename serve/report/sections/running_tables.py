@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
+from slimvlm.serve.options import PROFILE
 from slimvlm.serve.profile import Cell, DecoderTest, Device, Memory, Profile, Ratio, Run, Subject
 from slimvlm.serve.report.document import Table, change, figure, percent, shown, whole
-from slimvlm.serve.report.files import PROFILE
 
 MIB = 2**20
 PHASE_NAMES = {

@@ -1,0 +1,53 @@
+"""The export stage of a run: `export/`, its graphs checked against the slim model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from slimvlm.compress.errors import CheckFailedError, SlimvlmError
+from slimvlm.compress.options import CompressOptions
+from slimvlm.compress.progress import Progress
+from slimvlm.compress.runs import EXPORT, MODEL, RunFolder
+from slimvlm.export import ExportOptions, export_checkpoint
+from slimvlm.export.packages import installed_formats
+
+
+def export_stage(run: RunFolder, options: CompressOptions, progress: Progress) -> dict[str, Any]:
+    """Write `export/`; what was recorded.
+
+    A check that fails is recorded, and fails the run at its end; so is a model that cannot be exported, unless formats
+    were asked for: then it is refused.
+    """
+    formats = installed_formats() if options.export is None else options.export
+    if run.finished("export") and run.facts("export")["formats"] == list(formats):
+        return run.facts("export")
+    run.forget("profile")
+    run.remove(EXPORT)
+    with run.stage("export", formats=list(formats)) as facts:
+        if formats:
+            facts.update(_export(options, formats, progress))
+    return run.facts("export")
+
+
+def exported_formats(recorded: Mapping[str, Any]) -> tuple[str, ...]:
+    """The formats of an export stage whose graphs can be run."""
+    return () if "failed" in recorded or "refused" in recorded else tuple(recorded["formats"])
+
+
+def _export(options: CompressOptions, formats: tuple[str, ...], progress: Progress) -> dict[str, Any]:
+    chosen = ExportOptions(
+        formats=formats,
+        data=options.eval_data or options.data,
+        seed=options.seed,
+        trust_remote_code=options.trust_remote_code,
+    )
+    try:
+        exported = export_checkpoint(options.out / MODEL, options.out / EXPORT, chosen, progress)
+    except CheckFailedError as failed:
+        return {"failed": str(failed)}
+    except SlimvlmError as refused:
+        if options.export is not None:
+            raise
+        return {"refused": str(refused)}
+    return {"checks": exported.manifest.checks}

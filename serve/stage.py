@@ -1,0 +1,48 @@
+"""The profile stage of a run: `profile.json`, the slim model next to the dense one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from slimvlm.compress.errors import OutputError, SlimvlmError
+from slimvlm.compress.files.decoding import read
+from slimvlm.compress.options import CompressOptions
+from slimvlm.compress.progress import Progress
+from slimvlm.compress.runs import AGAIN, RunFolder
+from slimvlm.export.stage import exported_formats
+from slimvlm.serve.options import BACKENDS, PROFILE, TORCH, ProfileOptions
+from slimvlm.serve.profile import Profile
+from slimvlm.serve.profiling import profile_models
+
+CELL_SECONDS = 6.0  # half of what `slimvlm profile` takes: nobody asked for this one
+
+
+def profile_stage(run: RunFolder, options: CompressOptions, progress: Progress) -> Profile | None:
+    """Write `profile.json`: both models on torch and in what was exported; None where nothing is to be measured."""
+    usable = TORCH, *exported_formats(run.facts("export"))
+    backends = [name for name in BACKENDS if name in usable] if options.profile else []
+    path = options.out / PROFILE
+    if not run.finished("profile") or run.facts("profile")["backends"] != backends:
+        path.unlink(missing_ok=True)
+        with run.stage("profile", backends=backends) as facts:
+            if backends:
+                facts.update(_profile(options, tuple(backends), progress))
+    return read(path, Profile, OutputError, AGAIN) if path.is_file() else None
+
+
+def _profile(options: CompressOptions, backends: tuple[str, ...], progress: Progress) -> dict[str, Any]:
+    chosen = ProfileOptions(
+        slim=str(options.out),
+        against=options.model,
+        backend=backends,
+        device=options.device,
+        seed=options.seed,
+        cell_seconds=CELL_SECONDS,
+        out=options.out / PROFILE,
+        trust_remote_code=options.trust_remote_code,
+    )
+    try:
+        profile_models(chosen, progress)
+    except SlimvlmError as refused:
+        return {"refused": str(refused)}
+    return {}
