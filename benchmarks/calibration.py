@@ -29,7 +29,6 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import Group, find_groups
-from slimvlm.compress.statistics.calibration import CalibrationOptions
 from slimvlm.compress.statistics.collect import collect
 
 VOCABULARY, IMAGE_TOKEN = 4096, 4000
@@ -118,7 +117,7 @@ def candidates(
         f"{PLAIN}, answers only": lambda: plain_pass(model, prunable, batches, answer_loss),
     }
     for name in ("ukmi", "taylor", "fisher"):
-        options = CalibrationOptions(criterion=CRITERIA[name])
+        options = CRITERIA[name].calibration()
         runs[name] = partial(collect, model, family, groups, batches, options)
     return runs
 

@@ -37,7 +37,7 @@ from slimvlm.compress.rounds import plan_in_rounds
 from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.compress.slicing.refit import refit
 from slimvlm.compress.stages.plan import planning_of
-from slimvlm.compress.statistics.collect import GRADIENT_SALIENCIES, collect
+from slimvlm.compress.statistics.collect import collect
 from slimvlm.demo import MODEL, SAMPLES
 
 DEFAULT = CompressOptions(model=str(MODEL), out=Path("unused"), data=SAMPLES / "train.jsonl")
@@ -109,10 +109,10 @@ def one_shot_plans(
     groups = find_groups(loaded.model, loaded.family, planning.attention_unit)
     steps = proportional_steps(sum(group.num_units for group in groups)) if proportional else None
     calibration = None
-    if planning.calibration.criterion.saliency in GRADIENT_SALIENCIES:
+    if planning.calibration.statistics:
         work = collated(loaded, samples, options.batch_size)
         calibration = collect(loaded.model, loaded.family, groups, work, planning.calibration)
-    scores = score_groups(groups, planning.calibration.criterion, calibration, loaded.model, seed)
+    scores = score_groups(groups, planning.criterion, calibration, loaded.model, seed)
     seconds = time.perf_counter() - started
     plans: dict[float, tuple[Plan | None, float]] = {}
     for ratio in ratios:

@@ -32,7 +32,6 @@ from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.slicing import apply as slicing
 from slimvlm.compress.statistics import gradients as collectors
-from slimvlm.compress.statistics.calibration import CalibrationOptions
 from slimvlm.compress.statistics.collect import collect
 from slimvlm.kernels.histogram import reference
 
@@ -100,7 +99,7 @@ def calibration() -> Runs:
     model = make_model(1024, 4, "cpu")
     family = find_family(model.config)
     groups, batches = find_groups(model, family), make_batches(4, 2)
-    options = CalibrationOptions(criterion=CRITERIA["ukmi"])
+    options = CRITERIA["ukmi"].calibration()
 
     def run(replaced: AbstractContextManager[object]) -> object:
         with replaced:

@@ -24,7 +24,6 @@ from slimvlm.compress.models.groups import count_parameters
 from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.rounds import Planning, plan_in_rounds
 from slimvlm.compress.slicing.apply import apply_plan
-from slimvlm.compress.statistics.calibration import CalibrationOptions
 
 IMAGE_TOKEN = 49190
 IMAGE_TOKENS = 64  # one 512-pixel tile: 32 x 32 patches, shuffled 4 x 4
@@ -88,7 +87,8 @@ def main() -> None:
     started = time.perf_counter()
     planning = Planning(
         budget=Budget(ratio=options.ratio),
-        calibration=CalibrationOptions(criterion=CRITERIA[options.criterion], grad_memory_bytes=options.grad_memory),
+        criterion=CRITERIA[options.criterion],
+        grad_memory_bytes=options.grad_memory,
     )
     planned = plan_in_rounds(model, lambda _: list(batches(options.samples)), planning)
     decided = time.perf_counter()

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from slimvlm.compress.allocate.budget import Budget, Facts, facts_of, make_plan
-from slimvlm.compress.criteria.criterion import CRITERIA
+from slimvlm.compress.criteria.criterion import CRITERIA, Criterion
 from slimvlm.compress.criteria.scores import Scores
 from slimvlm.compress.criteria.scoring import score_groups
 from slimvlm.compress.models.computing import give_back_memory
@@ -23,8 +23,8 @@ from slimvlm.compress.models.groups import Group, find_groups
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.slicing.apply import apply_plan
-from slimvlm.compress.statistics.calibration import Calibration, CalibrationOptions
-from slimvlm.compress.statistics.collect import GRADIENT_SALIENCIES, Batch, collect
+from slimvlm.compress.statistics.collect import Batch, Calibration, collect
+from slimvlm.compress.statistics.rows import CalibrationOptions
 
 SCHEDULE_POWER = 1.5
 
@@ -37,17 +37,25 @@ class Planning:
 
     Attributes:
         budget: on the dense model.
-        calibration: criterion and memory bounds of each calibration.
+        criterion: what a unit is worth.
+        grad_memory_bytes, host_sums: bounds on the memory of each calibration.
         rounds: calibrations, each on the model as cut so far.
         identity: further fields of the plan: model_digest, calibration_digest, refit.
     """
 
     budget: Budget
-    calibration: CalibrationOptions
+    criterion: Criterion
+    grad_memory_bytes: int | None = None
+    host_sums: bool = False
     rounds: int = 1
     attention_unit: str = "auto"
     seed: int = 0
     identity: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def calibration(self) -> CalibrationOptions:
+        """What each calibration collects."""
+        return self.criterion.calibration(grad_memory_bytes=self.grad_memory_bytes, host_sums=self.host_sums)
 
 
 @dataclass(frozen=True)
@@ -109,14 +117,13 @@ def plan_in_rounds(
         "seed": planning.seed,
         "rounds": planning.rounds,
     }
-    criterion = planning.calibration.criterion
     for number in range(first + 1, planning.rounds + 1):
         groups = find_groups(model, family, planning.attention_unit)
         calibration = None
-        if criterion.saliency in GRADIENT_SALIENCIES:
+        if planning.calibration.statistics:
             told = _over_rounds(progress, number, first, planning.rounds)
             calibration = collect(model, family, groups, batches(number - 1), planning.calibration, told)
-        scores = score_groups(groups, criterion, calibration, model, planning.seed)
+        scores = score_groups(groups, planning.criterion, calibration, model, planning.seed)
         facts = facts_of(model, groups, dense=dense if composed is not None else None, **identity)
         later = make_plan(groups, scores, planning.budget.scaled(round_share(number, planning.rounds)), facts)
         composed = later if composed is None else composed.compose(later)

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from slimvlm.compress.criteria.criterion import CRITERIA, TAYLORS
 from slimvlm.compress.options import CompressOptions
 from slimvlm.console.values import (
     MOST,
@@ -30,8 +31,6 @@ from slimvlm.serve.options import DTYPES as MEASURED_DTYPES
 from slimvlm.serve.options import PROVIDERS, ProfileOptions
 
 # Names the library knows, repeated because importing them imports torch; a test compares.
-CRITERIA = ("ukmi", "taylor", "fisher", "gate", "magnitude", "random")
-TAYLORS = ("first", "vectorized", "second", "mix")
 ALLOCATORS = ("balanced", "global", "local")
 ATTENTION_UNITS = ("auto", "kv-group", "query-slot")
 LAYOUTS = ("per-layer", "stock")

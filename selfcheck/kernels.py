@@ -15,8 +15,7 @@ from slimvlm.compress.evaluation.equality import relative_error
 from slimvlm.compress.models.checkpoint import load_model
 from slimvlm.compress.models.computing import cast
 from slimvlm.compress.models.groups import find_groups
-from slimvlm.compress.statistics.calibration import Calibration, CalibrationOptions
-from slimvlm.compress.statistics.collect import collect
+from slimvlm.compress.statistics.collect import Calibration, collect
 from slimvlm.demo import MODEL, SAMPLES
 from slimvlm.kernels.bench import check_workload
 from slimvlm.kernels.dispatch import why_not_triton
@@ -64,9 +63,8 @@ def check_calibration(ground: Ground) -> str:
         with full_precision():
             found = calibrate(criterion, ground.device, torch.float32)
         expected = calibrate(criterion, torch.device("cpu"), torch.float64)
-        for one, other in ((found.saliency, expected.saliency), (found.entropy, expected.entropy)):
-            if other:
-                worst = max(worst, largest_error(one, other, BOUND))
+        for name, statistic in expected.seen.items():
+            worst = max(worst, largest_error(found.seen[name], statistic, BOUND))
     return f"{', '.join(CALIBRATED)} on {SAMPLES_SEEN} samples; largest difference from float64 {worst:.1e}"
 
 
@@ -76,7 +74,7 @@ def calibrate(criterion: str, device: torch.device, dtype: torch.dtype) -> Calib
     model = cast(loaded.model, dtype)
     samples = load_samples(SAMPLES / "val.jsonl", limit=SAMPLES_SEEN, seed=0).samples
     batches = collated(collator_of(loaded), samples, BATCH)
-    options = CalibrationOptions(criterion=CRITERIA[criterion])
+    options = CRITERIA[criterion].calibration()
     return collect(model, loaded.family, find_groups(model, loaded.family), batches, options)
 
 

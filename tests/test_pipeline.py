@@ -229,7 +229,7 @@ def test_a_taylor_variant_of_a_criterion_that_is_no_taylor_is_refused(tmp_path, 
 
 @pytest.mark.parametrize("criterion", ["ukmi", "taylor"])
 def test_a_taylor_variant_changes_the_saliency_of_a_taylor_criterion(tmp_path, criterion):
-    assert planning_of(few(tmp_path, criterion=criterion, taylor="mix")).calibration.criterion.saliency == "mix"
+    assert planning_of(few(tmp_path, criterion=criterion, taylor="mix")).criterion.statistics == ("mix",)
 
 
 def test_the_refit_is_on_by_default_keeps_the_size_and_is_recorded(tmp_path, finished):

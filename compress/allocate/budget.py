@@ -190,9 +190,7 @@ def _kept(group: Group, scores: Scores, removed: Integers) -> tuple[int, ...]:
 
 def _options(scores: Scores, budget: Budget) -> dict[str, Any]:
     return {
-        "saliency": scores.criterion.saliency,
-        "threshold": scores.criterion.threshold,
-        "entropy": scores.criterion.entropy,
+        **{name: value for name, value in scores.criterion.facts().items() if name != "name"},
         "tower_ratio": dict(budget.tower_ratio),
         "kind_ratio": dict(budget.kind_ratio),
         "round_channels": budget.round_channels,

@@ -1,11 +1,18 @@
-"""What makes a unit important: the criteria by name."""
+"""The published criteria by name: what each needs of the data, and where its score is computed. Read without torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-SALIENCIES = ("first", "vectorized", "second", "mix", "fisher", "gate", "magnitude", "random")
+from slimvlm.compress.statistics.rows import ALL, POORLY_FITTED, CalibrationOptions, TokenRule
+
+if TYPE_CHECKING:
+    from slimvlm.compress.criteria.scoring import Score
+
+TAYLORS = ("first", "vectorized", "second", "mix")  # statistics that take each other's place in a Taylor criterion
 
 
 @dataclass(frozen=True)
@@ -14,35 +21,50 @@ class Criterion:
 
     Attributes:
         name: how it is called.
-        saliency: of a weight: `first` |w g|, `vectorized` (signed inside a row), `second` and `mix` (with curvature),
-            all with g summed over samples; `fisher` (w g)^2 summed over micro-batches; `gate` (dL/dm)^2 of a unit's
-            gate m, summed over examples; `magnitude` |w|; `random` none.
-        threshold: tokens count whose largest probability is at most this (or the least of their sample); None: all.
-        entropy: multiply by the entropy of the angles (language modality only).
+        statistics: what it looks at in the data, names of STATISTICS; none: it needs no data.
+        tokens: those that count.
+        angles: the statistic whose entropy multiplies the score (language modality only); None: nothing does.
+        file: of this folder; its function `score` gives a value per unit.
+        normalise: makes units of different groups comparable: division by the `weights` of a unit, or by the `mean` of
+            the group; None: they are.
     """
 
     name: str
-    saliency: str
-    threshold: float | None = None
-    entropy: bool = False
+    statistics: tuple[str, ...] = ()
+    tokens: TokenRule = ALL
+    angles: str | None = None
+    file: str = "saliency"
+    normalise: str | None = "weights"
 
-    def __post_init__(self) -> None:
-        if self.saliency not in SALIENCIES:
-            raise ValueError(f"saliency {self.saliency!r} is unknown; choose one of {', '.join(SALIENCIES)}")
-        if self.threshold is not None and not 0 <= self.threshold <= 1:
-            raise ValueError(
-                f"threshold {self.threshold} is no probability; choose one of 0..1, or None for all tokens"
-            )
+    @property
+    def score(self) -> Score:
+        """`score(group, seen) -> (values [num_units], indices of the units [num_units, m])`."""
+        made: Score = import_module(f"slimvlm.compress.criteria.{self.file}").score
+        return made
+
+    def calibration(self, **bounds: Any) -> CalibrationOptions:
+        """What it wants of the data, within `bounds` on memory."""
+        angles = () if self.angles is None else (self.angles,)
+        return CalibrationOptions((*self.statistics, *angles), self.tokens, **bounds)
+
+    def facts(self) -> dict[str, Any]:
+        """What files say of it."""
+        return {
+            "name": self.name,
+            "saliency": (*self.statistics, self.name)[0],
+            "threshold": self.tokens.threshold,
+            "entropy": self.angles is not None,
+        }
 
 
 CRITERIA: Mapping[str, Criterion] = {
-    criterion.name: criterion
-    for criterion in (
-        Criterion("ukmi", "first", threshold=0.4, entropy=True),
-        Criterion("taylor", "first"),
-        Criterion("fisher", "fisher"),
-        Criterion("gate", "gate"),
-        Criterion("magnitude", "magnitude"),
-        Criterion("random", "random"),
+    row.name: row
+    for row in (
+        Criterion("ukmi", ("first",), POORLY_FITTED, "angles"),  # UKMP, AAAI 2025
+        Criterion("taylor", ("first",)),  # Molchanov et al., CVPR 2019; LLM-Pruner, NeurIPS 2023
+        Criterion("fisher", ("fisher",)),  # Liu et al., ICML 2021
+        Criterion("gate", ("gate",)),  # Kwon et al., NeurIPS 2022
+        Criterion("magnitude", file="magnitude"),  # Li et al., ICLR 2017
+        Criterion("random", file="chance", normalise=None),
     )
 }

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from slimvlm.compress.criteria.criterion import Criterion
-from slimvlm.compress.errors import CalibrationError
-from slimvlm.compress.files.writing import load_tensors, save_tensors
-
-if TYPE_CHECKING:
-    pass
+from slimvlm.compress.files.writing import save_tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,22 +30,4 @@ class Scores:
         """Write one safetensors file; a reader never sees half of it."""
         tensors = {f"values/{key}": value for key, value in self.values.items()}
         tensors |= {f"members/{key}": value for key, value in self.members.items()}
-        save_tensors(path, tensors, {"criterion": asdict(self.criterion)})
-
-    @classmethod
-    def load(cls, path: Path) -> Scores:
-        """Read what `save` wrote.
-
-        Raises:
-            CalibrationError: the file is missing or damaged.
-        """
-        parts: dict[str, dict[str, Tensor]] = {"values": {}, "members": {}}
-        try:
-            tensors, facts = load_tensors(path)
-            criterion = Criterion(**facts["criterion"])
-            for name, value in tensors.items():
-                part, key = name.split("/", 1)
-                parts[part][key] = value
-        except (KeyError, TypeError, ValueError) as error:
-            raise CalibrationError(f"{path} is not a readable score file ({error}); score again") from error
-        return cls(criterion, parts["values"], parts["members"])
+        save_tensors(path, tensors, {"criterion": self.criterion.facts()})

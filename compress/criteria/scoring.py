@@ -1,28 +1,52 @@
-"""How important a unit is: the loss whose gradients count, and the reduction of what was seen to one score per unit.
-
-UKMP (AAAI 2025): only poorly fitted tokens give gradients; |W * G| is summed over everything a unit owns and divided by
-the number of its weights, so heads and channels compare; in the language model the entropy of the angles between tokens
-and weight rows multiplies it.
-"""
+"""From what was seen to one score per unit, comparable over groups; what is one criterion's own is in its file."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from slimvlm.compress.criteria.baselines import magnitudes, random_scores
 from slimvlm.compress.criteria.criterion import Criterion
-from slimvlm.compress.criteria.entropy import unit_entropy
 from slimvlm.compress.criteria.scores import Scores
-from slimvlm.compress.criteria.units import unit_sums
+from slimvlm.compress.criteria.ukmi import unit_entropy
 from slimvlm.compress.errors import CalibrationError
-from slimvlm.compress.models.groups import Group
+from slimvlm.compress.models.groups import Group, Member
+from slimvlm.compress.statistics.collect import Calibration
 
-if TYPE_CHECKING:
-    from slimvlm.compress.statistics.calibration import Calibration
+
+@dataclass(frozen=True)
+class Seen:
+    """What a criterion judges the groups of one model by.
+
+    Attributes:
+        statistics: what was collected for it, in the order it named them.
+        model: None: no criterion may look at its weights.
+        generator: for chance.
+    """
+
+    statistics: Sequence[Mapping[str, Tensor]]
+    model: nn.Module | None
+    generator: torch.Generator
+
+    def weight(self, member: Member) -> Tensor:
+        """The tensor that has `member`, fp32.
+
+        Raises:
+            ValueError: there is no model.
+        """
+        if self.model is None:
+            raise ValueError("this criterion needs the model")
+        return self.model.get_parameter(f"{member.path}.weight").detach().float()
+
+
+Score = Callable[[Group, Seen], tuple[Tensor, Tensor]]
+NORMALISED: Mapping[str | None, Callable[[Group, Tensor], Tensor]] = {
+    None: lambda _, values: values,
+    "weights": lambda group, values: values / group.weights_per_unit,
+    "mean": lambda _, values: values / values.mean().clamp(min=torch.finfo(values.dtype).tiny),
+}
 
 
 def score_groups(
@@ -32,35 +56,29 @@ def score_groups(
     model: nn.Module | None = None,
     seed: int = 0,
 ) -> Scores:
-    """One score per unit: the mean saliency of the weights it owns (biases and norms have none), times its entropy.
+    """One score per unit (biases and norms have none), normalised as the criterion says.
 
     Query slots are formed here: heads are ranked inside every KV group, slot i holds the i-th lowest of each.
 
     Args:
-        calibration: the statistics; needed unless the criterion is `magnitude` or `random`.
-        model: needed for `magnitude` (mean |w|).
+        calibration: the statistics; needed unless the criterion looks at no data.
+        model: needed where it looks at the weights.
         seed: for `random`.
 
     Raises:
         ValueError: statistics or model missing.
         CalibrationError: a score is not finite.
     """
-    if criterion.saliency == "random":
-        return random_scores(groups, criterion, seed)
-    if criterion.saliency == "magnitude":
-        if model is None:
-            raise ValueError("the criterion 'magnitude' needs the model")
-        saliency: Mapping[str, Tensor] = magnitudes(groups, model)
-    elif calibration is None:
-        raise ValueError(f"the criterion {criterion.name!r} needs calibration statistics")
-    else:
-        saliency = calibration.saliency
+    statistics = calibration.seen if calibration is not None else {}
+    if missing := [name for name in criterion.calibration().statistics if name not in statistics]:
+        raise ValueError(f"the criterion {criterion.name!r} needs calibration statistics: {', '.join(missing)}")
+    seen = Seen([statistics[name] for name in criterion.statistics], model, torch.Generator().manual_seed(seed))
     values, members = {}, {}
     for group in groups:
-        sums, units = unit_sums(group, saliency)
-        score = sums / group.weights_per_unit
-        if criterion.entropy and calibration is not None and group.modality == "language":
-            score = score * unit_entropy(group, calibration.entropy, units)
+        score, units = criterion.score(group, seen)
+        score = NORMALISED[criterion.normalise](group, score)
+        if criterion.angles and group.modality == "language":
+            score = score * unit_entropy(group, statistics[criterion.angles], units)
         if not torch.isfinite(score).all():
             raise CalibrationError(f"the scores of {group.key} are not finite; load the model in float32 or bfloat16")
         values[group.key], members[group.key] = score.float(), units

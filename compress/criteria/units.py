@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from slimvlm.compress.models.groups import Group, Member
 
-if TYPE_CHECKING:
-    pass
 
+def unit_sums(group: Group, saliency: Callable[[Member], Tensor]) -> tuple[Tensor, Tensor]:
+    """(saliency [num_units] summed over all the weights of a unit, the units' indices [num_units, m]).
 
-def unit_sums(group: Group, saliency: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(saliency [num_units] summed over all the weights of a unit, the units' indices [num_units, m])."""
+    Args:
+        saliency: of a member, over the rows or columns of its full tensor.
+    """
     scored = [member for member in group.members if not member.norm]
-    own = (_per_index(group, member, saliency[f"{member.path}:{member.dim}"]) for member in scored if _own(member))
+    own = (_per_index(group, member, saliency(member)) for member in scored if _own(member))
     query = sum(own, torch.zeros(()))
     units = units_of(group, query)
     sums = query[units].sum(1)
@@ -25,7 +25,7 @@ def unit_sums(group: Group, saliency: Mapping[str, Tensor]) -> tuple[Tensor, Ten
         # A unit that is a head or a KV group takes its own key and value head along, and unit i is KV head i.
         for member in scored:
             if not _own(member):
-                sums = sums + _per_index(group, member, saliency[f"{member.path}:{member.dim}"])
+                sums = sums + _per_index(group, member, saliency(member))
     return sums, units
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from slimvlm.compress import processes
 from slimvlm.compress.allocate.budget import Budget
@@ -24,9 +23,8 @@ from slimvlm.compress.processes import pick_device
 from slimvlm.compress.progress import Progress
 from slimvlm.compress.rounds import Planned, Planning, check_budget, plan_in_rounds
 from slimvlm.compress.runs import AGAIN, ROUNDS, RunFolder
-from slimvlm.compress.statistics.calibration import CalibrationOptions
-from slimvlm.compress.statistics.collect import GRADIENT_SALIENCIES
 from slimvlm.compress.statistics.fitting import calibration_batch
+from slimvlm.compress.statistics.rows import ALL, POORLY_FITTED, STATISTICS
 
 
 @dataclass(frozen=True)
@@ -44,30 +42,36 @@ def chosen_criterion(options: CompressOptions) -> Criterion:
         UnsuitableOptionError: an ablation of a criterion that does not have what it changes.
     """
     criterion = CRITERIA[options.criterion]
-    if options.taylor is not None and criterion.saliency != "first":
+    if options.taylor is not None and criterion.statistics != ("first",):
         raise UnsuitableOptionError(
             f"--taylor {options.taylor} is a variant of the criteria ukmi or taylor, not of {criterion.name}; "
             "choose one of them with --criterion, or leave --taylor out"
         )
     ablations = [name for name in ("threshold", "entropy") if getattr(options, name) is not None]
-    if ablations and criterion.saliency not in GRADIENT_SALIENCIES:
+    if ablations and not criterion.statistics:
         raise UnsuitableOptionError(
             f"--{ablations[0]} changes which tokens count, and {criterion.name} sees none: it scores without samples; "
             f"choose another --criterion, or leave --{ablations[0]} out"
         )
-    changes: dict[str, Any] = {}
     if options.threshold is not None:
-        changes["threshold"] = None if options.threshold >= 1 else options.threshold
+        if all(STATISTICS[name].reads == "forward" for name in criterion.statistics):
+            raise UnsuitableOptionError(
+                f"--threshold changes which answers give a gradient, and {criterion.name} takes none; "
+                "choose another --criterion, or leave --threshold out"
+            )
+        tokens = ALL if options.threshold >= 1 else replace(POORLY_FITTED, threshold=options.threshold)
+        criterion = replace(criterion, tokens=tokens)
     if options.entropy is not None:
-        changes["entropy"] = options.entropy
+        criterion = replace(criterion, angles="angles" if options.entropy else None)
+    if options.faithful and criterion.angles is not None:
+        criterion = replace(criterion, angles="paper-angles")
     if options.taylor is not None:
-        changes["saliency"] = options.taylor
-    return replace(criterion, **changes)
+        criterion = replace(criterion, statistics=(options.taylor,))
+    return criterion
 
 
 def planning_of(options: CompressOptions, **identity: str) -> Planning:
     """The options of the plan stage in the library's terms."""
-    criterion = chosen_criterion(options)
     refit = Refitting(options.samples, options.eval_samples, options.prefix_split, options.batch_size)
     return Planning(
         budget=Budget(
@@ -79,12 +83,9 @@ def planning_of(options: CompressOptions, **identity: str) -> Planning:
             faithful=options.faithful,
             layout=options.layout,
         ),
-        calibration=CalibrationOptions(
-            criterion=criterion,
-            grad_memory_bytes=options.grad_memory,
-            host_sums=options.host_sums,
-            faithful=options.faithful,
-        ),
+        criterion=chosen_criterion(options),
+        grad_memory_bytes=options.grad_memory,
+        host_sums=options.host_sums,
         rounds=options.rounds,
         attention_unit=options.attention_unit,
         seed=options.seed,

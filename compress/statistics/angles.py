@@ -2,53 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from slimvlm.compress.data.questions import Question
 from slimvlm.compress.errors import CalibrationError
-from slimvlm.compress.statistics.gradients import Reduce
+from slimvlm.compress.statistics.collector import Collector, Reduce
 from slimvlm.kernels import angle_histogram, histogram_entropy, row_norms
 
 BINS = 100  # of the cosine over [-1, 1]: the paper's choice
 
 
-class AngleHistograms:
-    """Histograms of cos(input token, weight row) of some linears, from the outputs they compute anyway (forward hooks).
+class AngleHistograms(Collector):
+    """Entropy of the histogram of cos(input token, weight row): in nats per row, of the text model's row-cut linears.
 
-    Args:
-        linears: path -> (linear, stream): `stream` names the mask of the tokens this linear reads.
-        faithful: drop cosines that rounding pushed outside [-1, 1], as the paper's code does.
+    The statistic `paper-angles` drops cosines that rounding pushed outside [-1, 1], as the paper's code does.
     """
 
-    def __init__(self, linears: Mapping[str, tuple[nn.Linear, str]], *, faithful: bool = False) -> None:
-        self.linears = linears
-        self.faithful = faithful
+    def start(self) -> None:
         self.counts: dict[str, Tensor] = {}
-        self._masks: Mapping[str, Tensor | None] = {}
         self._norms: dict[str, Tensor] = {}
-        self._last: tuple[Tensor, Tensor] | None = None  # q, k, v (or gate, up) read one tensor: its norms, once
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        for side in self.sides:
+            if side.stream is not None and 0 in side.dims:
+                weight = side.linear.weight.detach()
+                self._norms[side.path] = row_norms(weight)
+                self.counts[side.path] = torch.zeros(weight.shape[0], BINS, dtype=torch.int64, device=weight.device)
+                self._handles.append(side.linear.register_forward_hook(partial(self._count, side.path, side.stream)))
 
-    def __enter__(self) -> AngleHistograms:
-        for path, (linear, stream) in self.linears.items():
-            weight = linear.weight.detach()
-            self._norms[path] = row_norms(weight)
-            self.counts[path] = torch.zeros(weight.shape[0], BINS, dtype=torch.int64, device=weight.device)
-            self._handles.append(linear.register_forward_hook(partial(self._count, path, stream)))
-        return self
+    def stop(self) -> None:
+        self._last: tuple[Tensor, Tensor] | None = None
 
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self.expect({})
-
-    def expect(self, masks: Mapping[str, Tensor | None]) -> None:
-        """The masks (bool [B, S], True: counts; None: all do) of the next forward, by stream."""
-        self._masks = masks
-        self._last = None
+    def see(self, question: Question) -> None:
+        self._masks = question.masks
+        self._last = None  # q, k, v (or gate, up) read one tensor: its norms, once
 
     @torch.no_grad()
     def _count(self, path: str, stream: str, linear: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -65,17 +53,13 @@ class AngleHistograms:
         bias = None if linear.bias is None else linear.bias.detach()
         rows = output.detach().flatten(0, -2)
         mask = None if mask is None else mask.flatten()
+        literal = self.statistic.name == "paper-angles"
         try:
-            angle_histogram(rows, norms, self._norms[path], bias, self.counts[path], mask=mask, faithful=self.faithful)
+            angle_histogram(rows, norms, self._norms[path], bias, self.counts[path], mask=mask, faithful=literal)
         except ValueError as error:
             raise CalibrationError(f"the activations of {path} cannot be used: {error}") from error
 
-    def entropy(self, reduce: Reduce) -> dict[str, Tensor]:
-        """fp32 [rows] in nats on the CPU, per linear.
-
-        Raises:
-            CalibrationError: a linear saw no token.
-        """
+    def finish(self, reduce: Reduce) -> dict[str, Tensor]:
         result = {}
         for path, counts in self.counts.items():
             reduce(counts, "sum")

@@ -1,38 +1,59 @@
-"""Calibration: one pass over sample batches collects the saliency of every prunable weight and the angle histograms.
+"""Calibration: one pass over sample batches, and everything that is wanted of the data is collected from it.
 
-Gradient and histogram come from the SAME forward (UKMP, AAAI 2025, "importance" and "angle distribution"; the paper's
-code reads the data twice). Full gradient sums can be bounded in memory, at the price of more passes; same result.
+Gradients and histograms come from the SAME forward (UKMP, AAAI 2025, "importance" and "angle distribution"; the paper's
+code reads the data twice). What needs no gradient gets no backward. Full gradient sums can be bounded in memory, at the
+price of more passes; same result.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
-from itertools import chain
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
 
-from slimvlm.compress.criteria.criterion import Criterion
 from slimvlm.compress.data.questions import Question, ask, stream_of
 from slimvlm.compress.errors import CalibrationError
 from slimvlm.compress.models.families import Family
-from slimvlm.compress.models.groups import Group
+from slimvlm.compress.models.groups import Group, Member
 from slimvlm.compress.progress import Progress, silent
-from slimvlm.compress.statistics.angles import AngleHistograms
-from slimvlm.compress.statistics.calibration import Calibration, CalibrationOptions
-from slimvlm.compress.statistics.gates import GateSquares
-from slimvlm.compress.statistics.gradients import GradientSums, Side
+from slimvlm.compress.statistics.collector import Collector, Side
 from slimvlm.compress.statistics.loss import loss
+from slimvlm.compress.statistics.rows import STATISTICS, CalibrationOptions
 
-COLLECTORS = {**dict.fromkeys(("first", "vectorized", "second", "mix", "fisher"), GradientSums), "gate": GateSquares}
-GRADIENT_SALIENCIES = tuple(COLLECTORS)
 CHECK_EVERY = 32  # batches between two looks at the non-finite flags: each look waits for the device
 
 Batch = Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Calibration:
+    """What was seen.
+
+    Attributes:
+        seen: the statistics by name; each has fp32 vectors over the rows or columns of full tensors by `path:dim`, or
+            by path.
+        num_samples: samples that counted; `skipped_samples` had no supervised token.
+        image_tokens, text_tokens: without padding; for a dual encoder image tokens are patches.
+        selected_tokens: answer tokens that gave a gradient (0 for a dual encoder, and without a backward pass).
+        micro_batch: largest number of samples in one batch. Some statistics depend on it: `Statistic.per_batch`.
+        passes: times the data was read.
+        seconds: wall-clock time of this process.
+    """
+
+    seen: Mapping[str, Mapping[str, Tensor]]
+    num_samples: int
+    skipped_samples: int
+    image_tokens: int
+    text_tokens: int
+    selected_tokens: int
+    micro_batch: int
+    passes: int
+    seconds: float
 
 
 def collect(
@@ -43,7 +64,7 @@ def collect(
     options: CalibrationOptions,
     progress: Progress = silent,
 ) -> Calibration:
-    """Run the model forward and backward over the batches and reduce what was seen to a vector per tensor side.
+    """Run the model over the batches, backward too if a statistic needs it, and reduce what was seen.
 
     The model is in evaluation mode meanwhile and only the weights of `groups` ask for gradients; afterwards, also after
     an error, its modes, gradient requests, gradients and hooks are what they were. Weights never change. With several
@@ -58,42 +79,30 @@ def collect(
     Raises:
         CalibrationError: no batches, no sample with a supervised token, a loss or gradient that is not finite, or a
             gradient bound below the largest weight.
-        ValueError: the criterion needs no data.
+        ValueError: nothing is wanted of the data.
     """
-    criterion = options.criterion
-    if criterion.saliency not in GRADIENT_SALIENCIES:
-        raise ValueError(f"criterion {criterion.name!r} looks at no data; score the groups without a calibration")
+    if not options.statistics:
+        raise ValueError("no statistic is wanted of the data; score the groups without a calibration")
     batches = batches if isinstance(batches, Sequence) else list(batches)
     if not batches:
         raise CalibrationError("there are no calibration batches; give at least one sample")
     started = time.perf_counter()
-    passes = _passes(_sides(model, groups), criterion.saliency, options.grad_memory_bytes)
-    run = _Run(model, family, batches, criterion, progress, len(passes))
-    linears = _row_linears(model, family, groups) if criterion.entropy else {}
-    angles = AngleHistograms(linears, faithful=options.faithful)
-    saliency: dict[str, Tensor] = {}
+    sides, collectors = _sides(model, family, groups), _collectors(options)
+    passes = _passes(sides, collectors, options.grad_memory_bytes)
+    run = _Run(model, family, batches, options, progress, len(passes))
+    seen: dict[str, dict[str, Tensor]] = {name: {} for name in options.statistics}
     with _frozen(model):
-        for index, sides in enumerate(passes):
-            with COLLECTORS[criterion.saliency](sides, criterion.saliency, host=options.host_sums) as sums:
-                if index == 0:
-                    with angles:
-                        counts = run.read(sums, angles)
-                else:
-                    run.read(sums, None)
-                saliency |= sums.saliency(counts["micro_batches"], run.reduce)
-    return Calibration(
-        digest=options.digest,
-        num_samples=counts["samples"],
-        saliency=saliency,
-        entropy=angles.entropy(run.reduce),
-        seconds=time.perf_counter() - started,
-        skipped_samples=counts["skipped"],
-        criterion=criterion.name,
-        variant=criterion.saliency,
-        threshold=criterion.threshold,
-        passes=len(passes),
-        **{name: counts[name] for name in ("image_tokens", "text_tokens", "selected_tokens", "micro_batch")},
-    )
+        for index, chosen in enumerate(passes):
+            # What holds nothing sees all sides at once, in the first pass; the rest takes turns.
+            large = [collector for collector in collectors if any(map(collector.bytes_needed, sides))]
+            reading = large if index else collectors
+            with ExitStack() as stack:
+                for collector in reading:
+                    stack.enter_context(collector.watch(chosen if collector in large else sides))
+                counts = run.read(reading)
+                for collector in reading:
+                    seen[collector.statistic.name] |= collector.finish(run.reduce)
+    return Calibration(seen=seen, passes=len(passes), seconds=time.perf_counter() - started, **counts)
 
 
 def bytes_kept(
@@ -111,10 +120,13 @@ def bytes_kept(
         kept[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()  # the tensor itself would hold the graph that holds it
 
-    collector = COLLECTORS[options.criterion.saliency](_sides(model, groups), options.criterion.saliency)
-    with _frozen(model), collector, torch.enable_grad():
+    learning = [collector for collector in _collectors(options) if collector.statistic.reads == "backward"]
+    sides = _sides(model, family, groups)
+    with _frozen(model), ExitStack() as stack, torch.enable_grad():
+        for collector in learning:
+            stack.enter_context(collector.watch(sides))
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            value, _ = loss(model, question, options.criterion.threshold)
+            value, _ = loss(model, question, options.tokens.threshold)
         del value  # until here nothing was freed, so no address came twice
     return sum(size for place, size in kept.items() if place not in weights)
 
@@ -127,11 +139,11 @@ class _Run:
         model: nn.Module,
         family: Family,
         batches: Sequence[Batch | Callable[[], Batch]],
-        criterion: Criterion,
+        options: CalibrationOptions,
         progress: Progress,
         passes: int,
     ) -> None:
-        self.model, self.family, self.batches, self.criterion = model, family, batches, criterion
+        self.model, self.family, self.batches, self.tokens = model, family, batches, options.tokens
         self.joined = distributed.is_available() and distributed.is_initialized()
         first, step = (distributed.get_rank(), distributed.get_world_size()) if self.joined else (0, 1)
         self.indices = range(first, len(batches), step)
@@ -146,10 +158,10 @@ class _Run:
             distributed.all_reduce(moved, getattr(distributed.ReduceOp, how.upper()))
             tensor.copy_(moved)
 
-    def read(self, sums: GradientSums, angles: AngleHistograms | None) -> dict[str, int]:
-        """One pass: forward and backward over this process's batches; the counts over all processes."""
-        counted = dict.fromkeys(("samples", "skipped", "image_tokens", "text_tokens", "micro_batches"), 0)
-        largest = 0
+    def read(self, collectors: Sequence[Collector]) -> dict[str, int]:
+        """One pass over this process's batches; the counts over all processes."""
+        counted = dict.fromkeys(("samples", "skipped", "image_tokens", "text_tokens"), 0)
+        asked = largest = 0
         selected = torch.zeros((), dtype=torch.int64, device=self.device)
         for index in self.indices:
             batch = self.batches[index]
@@ -158,27 +170,34 @@ class _Run:
             if question is None:
                 counted["skipped"] += len(batch["input_ids"])
             else:
-                selected += self._learn(index, question, sums, angles)
+                selected += self._answer(index, question, collectors)
                 for name, count in asdict(question.tally).items():
                     counted[name] += count
-                counted["micro_batches"] += 1
+                asked += 1
                 largest = max(largest, question.tally.samples)
-                if not self.joined and counted["micro_batches"] % CHECK_EVERY == 0:
-                    sums.require_finite(len(self.batches), self.reduce)
+                if not self.joined and asked % CHECK_EVERY == 0:
+                    self._require_finite(collectors)
             self._report()
-        sums.require_finite(len(self.batches), self.reduce)
+        self._require_finite(collectors)
         return self._over_processes({**counted, "selected_tokens": int(selected)}, largest)
 
-    def _learn(self, index: int, question: Question, sums: GradientSums, angles: AngleHistograms | None) -> Tensor:
-        """Forward and backward of one batch; the number of tokens that gave a gradient."""
-        if angles is not None:
-            angles.expect(question.masks)
-        with torch.enable_grad():
-            value, tokens = loss(self.model, question, self.criterion.threshold)
+    def _answer(self, index: int, question: Question, collectors: Sequence[Collector]) -> Tensor:
+        """Forward of one batch, and backward where a collector reads it; the number of tokens that gave a gradient."""
+        question = replace(question, masks=self.tokens.masks(question))
+        for collector in collectors:
+            collector.see(question)
+        learning = [collector for collector in collectors if collector.statistic.reads == "backward"]
+        with torch.set_grad_enabled(bool(learning)):
+            value, tokens = loss(self.model, question, self.tokens.threshold)
             if value.requires_grad:  # not so where the loss reaches no weight of this pass
                 value.backward()
-        sums.close_batch(index, value.detach())
+        for collector in learning:
+            collector.close_batch(index, value.detach())
         return tokens
+
+    def _require_finite(self, collectors: Sequence[Collector]) -> None:
+        for collector in collectors:
+            collector.require_finite(len(self.batches), self.reduce)
 
     def _report(self) -> None:
         self.done += 1
@@ -189,10 +208,12 @@ class _Run:
         self.reduce(totals, "sum")
         self.reduce(most, "max")
         counts = dict(zip(counted, totals.tolist(), strict=True)) | {"micro_batch": int(most)}
-        if not counts["samples"]:
+        counts["num_samples"], counts["skipped_samples"] = counts.pop("samples"), counts.pop("skipped")
+        if not counts["num_samples"]:
             raise CalibrationError(
-                f"none of the {counts['skipped']} calibration samples can count: they have no supervised (answer) "
-                "token, or, for a dual encoder, every batch holds a single pair; check the answers and the batch size"
+                f"none of the {counts['skipped_samples']} calibration samples can count: they have no supervised "
+                "(answer) token, or, for a dual encoder, every batch holds a single pair; check the answers and the "
+                "batch size"
             )
         return counts
 
@@ -216,39 +237,39 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.grad = grad
 
 
-def _sides(model: nn.Module, groups: Sequence[Group]) -> list[Side]:
+def _collectors(options: CalibrationOptions) -> list[Collector]:
+    return [STATISTICS[name].make(options.host_sums) for name in options.statistics]
+
+
+def _sides(model: nn.Module, family: Family, groups: Sequence[Group]) -> list[Side]:
     """Every prunable linear once (the parts of a fused one are one tensor), in the order of the groups."""
     dims: dict[str, set[int]] = {}
-    widths: dict[str, int] = {}
-    for member in chain.from_iterable(group.members for group in groups):
-        if not member.norm:
-            dims.setdefault(member.path, set()).add(member.dim)
-            widths[member.path] = member.width
+    first: dict[str, tuple[Group, Member]] = {}
+    for group in groups:
+        for member in group.members:
+            if not member.norm:
+                dims.setdefault(member.path, set()).add(member.dim)
+                first.setdefault(member.path, (group, member))
     if not dims:
         raise ValueError("there is no prunable weight in these groups")
     return [
-        Side(path, cast(nn.Linear, model.get_submodule(path)), tuple(sorted(wanted)), widths[path])
-        for path, wanted in dims.items()
+        Side(
+            path,
+            cast(nn.Linear, model.get_submodule(path)),
+            tuple(sorted(dims[path])),
+            member.width,
+            stream_of(family, group, member) if group.modality == "language" else None,
+        )
+        for path, (group, member) in first.items()
     ]
 
 
-def _row_linears(model: nn.Module, family: Family, groups: Sequence[Group]) -> dict[str, tuple[nn.Linear, str]]:
-    """The row-cut linears of the language modality, with the stream of tokens each reads."""
-    return {
-        member.path: (cast(nn.Linear, model.get_submodule(member.path)), stream_of(family, group, member))
-        for group in groups
-        if group.modality == "language"
-        for member in group.members
-        if member.dim == 0 and not member.norm
-    }
-
-
-def _passes(sides: Sequence[Side], saliency: str, bound: int | None) -> list[list[Side]]:
-    """Consecutive sides, as many as the bound on gradient bytes allows in each pass."""
+def _passes(sides: Sequence[Side], collectors: Sequence[Collector], bound: int | None) -> list[list[Side]]:
+    """Consecutive sides, as many as the bound on the collectors' bytes allows in each pass."""
     passes: list[list[Side]] = []
     room = 0
     for side in sides:
-        need = side.gradient_bytes(saliency)
+        need = sum(collector.bytes_needed(side) for collector in collectors)
         if bound is not None and need > bound:
             raise CalibrationError(
                 f"a gradient bound of {bound} bytes is too small: {side.path} alone needs {need} bytes; "

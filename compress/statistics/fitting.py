@@ -14,10 +14,9 @@ from slimvlm.compress.data.collate import Collator
 from slimvlm.compress.data.samples import Sample
 from slimvlm.compress.models.checkpoint import Loaded
 from slimvlm.compress.models.groups import count_parameters, find_groups
-from slimvlm.compress.statistics.calibration import CalibrationOptions
 from slimvlm.compress.statistics.collect import bytes_kept
+from slimvlm.compress.statistics.rows import STATISTICS, CalibrationOptions
 
-APART = ("first", "vectorized", "gate")  # saliencies that come to the same however samples are batched
 LEAST = 128 * 2**20  # bytes of activations that are never too many
 ACTIVATIONS = 1  # bytes of activations per parameter: a quarter of the fp32 weights
 FORWARD_ON_GPU = 4  # times the samples of a calibration batch, where nothing is kept for a backward pass
@@ -28,7 +27,8 @@ def calibration_batch(
 ) -> int:
     """Samples of a calibration batch: `wanted`, or fewer on a CPU. Follows from shapes, so the same every time."""
     model, family = loaded.model, loaded.family
-    if model.device.type != "cpu" or family.contrastive or options.criterion.saliency not in APART:
+    per_batch = family.contrastive or any(STATISTICS[name].per_batch for name in options.statistics)
+    if model.device.type != "cpu" or per_batch:
         return wanted
     longest = max(samples, key=lambda sample: sum(len(turn.prompt) + len(turn.target) for turn in sample.turns))
     kept = bytes_kept(model, family, find_groups(model, family), collator.training([longest]), options)

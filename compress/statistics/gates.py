@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimvlm.compress.statistics.gradients import GradientSums, Reduce
+from slimvlm.compress.statistics.collector import Reduce, Side
+from slimvlm.compress.statistics.gradients import GradientSums
 
 
 class GateSquares(GradientSums):
@@ -25,11 +26,9 @@ class GateSquares(GradientSums):
     one sequence [tokens, units * width] count a batch as one example.
     """
 
-    def __enter__(self) -> GateSquares:
-        for index, side in enumerate(self.sides):
-            if 1 in side.dims:
-                self._handles.append(side.linear.register_forward_pre_hook(partial(self._watch, index)))
-        return self
+    def _listen(self, index: int, side: Side) -> None:
+        if 1 in side.dims:
+            self._handles.append(side.linear.register_forward_pre_hook(partial(self._watch, index)))
 
     def _watch(self, index: int, _linear: nn.Linear, inputs: tuple[Any, ...]) -> None:
         if torch.is_grad_enabled():
@@ -48,8 +47,8 @@ class GateSquares(GradientSums):
         kept += squares
         self._checks[index] = kept.sum()
 
-    def saliency(self, micro_batches: int, reduce: Reduce) -> dict[str, Tensor]:
-        """fp32 vectors on the CPU, keyed `path:dim`: a gate's square spread evenly over its columns, no row has any."""
+    def finish(self, reduce: Reduce) -> dict[str, Tensor]:
+        """A gate's square spread evenly over its columns, no row has any."""
         result = {}
         for side in self.sides:
             rows, columns = side.linear.weight.shape

@@ -9,7 +9,6 @@ from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.slicing.apply import apply_plan
-from slimvlm.compress.statistics.calibration import CalibrationOptions
 from slimvlm.compress.statistics.collect import collect
 
 pytestmark = [
@@ -27,16 +26,17 @@ def full_precision(monkeypatch):
 @pytest.mark.parametrize("criterion", ["ukmi", "taylor", "fisher", "gate"])
 @pytest.mark.parametrize("host_sums", [False, True])
 def test_statistics_on_a_gpu_are_those_of_the_cpu(criterion, host_sums):
-    options = CalibrationOptions(criterion=CRITERIA[criterion], host_sums=host_sums)
+    options = CRITERIA[criterion].calibration(host_sums=host_sums)
     seen = {}
     for device in ("cpu", "cuda"):
         tiny = tiny_model("llava")
         model = tiny.model.to(device)
         family = find_family(model.config)
         seen[device] = collect(model, family, find_groups(model, family), [tiny.inputs(2), tiny.inputs(3)], options)
-    for key, value in seen["cpu"].saliency.items():
+    name = options.statistics[0]
+    for key, value in seen["cpu"].seen[name].items():
         scale = value.max().item()
-        torch.testing.assert_close(seen["cuda"].saliency[key], value, rtol=1e-3, atol=1e-4 * scale + 1e-12)
+        torch.testing.assert_close(seen["cuda"].seen[name][key], value, rtol=1e-3, atol=1e-4 * scale + 1e-12)
 
 
 def test_a_cut_on_a_gpu_keeps_the_weights_of_a_cut_on_the_cpu():

@@ -5,12 +5,11 @@ from tiny_models import tiny_model
 from slimvlm.compress.allocate.budget import Budget
 from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.rounds import Planning, plan_in_rounds
-from slimvlm.compress.statistics.calibration import CalibrationOptions
 
 
 def told(**begun) -> list[tuple]:
     tiny, seen = tiny_model("llava"), []
-    planning = Planning(Budget(0.3), CalibrationOptions(criterion=CRITERIA["gate"]), rounds=2)
+    planning = Planning(Budget(0.3), CRITERIA["gate"], rounds=2)
     planned = []
     plan_in_rounds(
         tiny.model,

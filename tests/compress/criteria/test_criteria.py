@@ -8,9 +8,9 @@ import torch
 from torch.nn import functional
 
 from slimvlm.compress.criteria.criterion import CRITERIA, Criterion
-from slimvlm.compress.criteria.scores import Scores
 from slimvlm.compress.criteria.scoring import score_groups
 from slimvlm.compress.errors import CalibrationError
+from slimvlm.compress.files.writing import load_tensors
 from slimvlm.compress.models.families import ENCODER, GATED_MLP
 from slimvlm.compress.models.groups import Group, Member
 from slimvlm.compress.statistics.loss import poorly_fitted_loss
@@ -44,9 +44,12 @@ def attention_group(heads: int, kv_heads: int, head_dim: int, unit: str, hidden:
 
 
 def seen(saliency: dict, entropy: dict | None = None) -> SimpleNamespace:
+    statistics = {"first": saliency, "angles": entropy or {}}
     return SimpleNamespace(
-        saliency={key: torch.as_tensor(value, dtype=torch.float32) for key, value in saliency.items()},
-        entropy={key: torch.as_tensor(value, dtype=torch.float32) for key, value in (entropy or {}).items()},
+        seen={
+            name: {key: torch.as_tensor(value, dtype=torch.float32) for key, value in statistic.items()}
+            for name, statistic in statistics.items()
+        }
     )
 
 
@@ -187,22 +190,16 @@ def test_random_scores_follow_the_seed_and_cover_every_index_once(unit):
         assert sorted(first.members[group.key].flatten().tolist()) == list(range(group.size))
 
 
-def test_scores_survive_a_file(tmp_path):
+def test_a_score_file_holds_values_members_and_the_criterion(tmp_path):
     groups = [mlp_group(5, 9), attention_group(6, 2, 1, "query-slot")]
     scores = score_groups(groups, CRITERIA["random"], seed=3)
     scores.save(tmp_path / "scores.safetensors")
-    loaded = Scores.load(tmp_path / "scores.safetensors")
-    assert loaded.criterion == scores.criterion
     assert [path.name for path in tmp_path.iterdir()] == ["scores.safetensors"]
+    tensors, facts = load_tensors(tmp_path / "scores.safetensors")
+    assert facts["criterion"] == {"name": "random", "saliency": "random", "threshold": None, "entropy": False}
     for name in ("values", "members"):
         for key, value in getattr(scores, name).items():
-            assert torch.equal(getattr(loaded, name)[key], value)
-
-
-def test_a_damaged_score_file_is_refused(tmp_path):
-    (tmp_path / "scores.safetensors").write_bytes(b"not scores")
-    with pytest.raises(CalibrationError, match="score again"):
-        Scores.load(tmp_path / "scores.safetensors")
+            assert torch.equal(tensors[f"{name}/{key}"], value)
 
 
 def test_unusable_statistics_are_refused():
@@ -216,10 +213,6 @@ def test_unusable_statistics_are_refused():
         score_groups([group], TAYLOR)
 
 
-def test_unknown_criteria_are_refused_with_the_known_ones():
-    with pytest.raises(
-        ValueError, match="choose one of first, vectorized, second, mix, fisher, gate, magnitude, random"
-    ):
-        replace(TAYLOR, saliency="wanda")
+def test_a_threshold_that_is_no_probability_is_refused():
     with pytest.raises(ValueError, match="no probability"):
-        replace(UKMI, threshold=4.0)
+        replace(UKMI.tokens, threshold=4.0)

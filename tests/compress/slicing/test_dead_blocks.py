@@ -21,7 +21,6 @@ from slimvlm.compress.recovery.distillation.teacher_checks import check_teacher,
 from slimvlm.compress.rounds import Planning, plan_in_rounds
 from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.compress.slicing.mask import mask_plan
-from slimvlm.compress.statistics.calibration import CalibrationOptions
 
 SELECTING = [family.name for family in FAMILIES if any(tower.states for tower in family.towers)]
 LIVE = {-1: 3, -2: 2, -3: 1, 3: 3, 2: 2, (-2, 1): 2, (0, -3): 1, (-1, -2): 3}  # of three blocks, by what is read
@@ -114,7 +113,7 @@ def test_what_is_free_counts_and_comes_first(name):
 def test_rounds_drop_them_once():
     tiny, groups, _ = scored("llava")
     dense = facts_of(tiny.model, groups)
-    planning = Planning(Budget(0.3), CalibrationOptions(criterion=CRITERIA["magnitude"]), rounds=3)
+    planning = Planning(Budget(0.3), CRITERIA["magnitude"], rounds=3)
     plan = plan_in_rounds(tiny.model, lambda _: [], planning).plan
     assert (plan.dropped, plan.dropped_parameters) == ({"vision": 1}, dense.dead["vision"].parameters)
     assert plan.parameters_before == dense.parameters

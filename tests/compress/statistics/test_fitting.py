@@ -18,10 +18,9 @@ from slimvlm.compress.models.computing import give_back_memory
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.statistics import fitting
-from slimvlm.compress.statistics.calibration import CalibrationOptions
 from slimvlm.compress.statistics.collect import bytes_kept
 
-GATE = CalibrationOptions(criterion=CRITERIA["gate"])
+GATE = CRITERIA["gate"].calibration()
 GENERATIVE = [name for name in FACTORIES if name not in ("clip", "siglip")]
 
 
@@ -75,7 +74,7 @@ def test_a_batch_that_is_part_of_what_is_measured_stays(
 ) -> None:
     monkeypatch.setattr(fitting, "ACTIVATIONS", 0)
     monkeypatch.setattr(fitting, "LEAST", 0)
-    options = CalibrationOptions(criterion=CRITERIA[criterion])
+    options = CRITERIA[criterion].calibration()
     assert fitting.calibration_batch(*loaded_of(name), samples_in(tmp_path), options, 16) == 16
 
 

@@ -8,11 +8,10 @@ from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.criteria.scoring import score_groups
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import find_groups
-from slimvlm.compress.statistics.calibration import CalibrationOptions
 from slimvlm.compress.statistics.collect import collect
 from slimvlm.compress.statistics.loss import poorly_fitted_loss
 
-OPTIONS = CalibrationOptions(criterion=CRITERIA["gate"])
+OPTIONS = CRITERIA["gate"].calibration()
 
 
 def split(batch: dict[str, torch.Tensor], size: int) -> list[dict[str, torch.Tensor]]:
@@ -46,7 +45,7 @@ def test_gate_squares_equal_a_literal_gate_per_unit(name):
     family = find_family(tiny.model.config)
     groups = find_groups(tiny.model, family, "kv-group")
     batch = tiny.inputs(3)
-    found = collect(tiny.model, family, groups, [batch], OPTIONS).saliency
+    found = collect(tiny.model, family, groups, [batch], OPTIONS).seen["gate"]
     expected = literal(tiny.model, groups, split(batch, 1))
     for group in groups:
         output = next(member for member in group.members if member.dim == 1)
@@ -59,7 +58,7 @@ def test_gate_squares_do_not_depend_on_the_batch_size():
     family = find_family(tiny.model.config)
     groups = find_groups(tiny.model, family)
     batch = tiny.inputs(4)
-    one, four = (collect(tiny.model, family, groups, split(batch, size), OPTIONS).saliency for size in (1, 4))
+    one, four = (collect(tiny.model, family, groups, split(batch, size), OPTIONS).seen["gate"] for size in (1, 4))
     for key, values in one.items():
         torch.testing.assert_close(values, four[key], rtol=1e-4, atol=1e-9)
 

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from slimvlm.compress.criteria.units import _own, rows_of
 from slimvlm.compress.models.groups import Group
-
-if TYPE_CHECKING:
-    pass
 
 
 def unit_entropy(group: Group, entropy: Mapping[str, Tensor], units: Tensor) -> Tensor:

@@ -1,0 +1,18 @@
+"""The size of the weights: a unit is worth the sum of |w| (for filters: Li et al., ICLR 2017). Needs no data."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from slimvlm.compress.criteria.scoring import Seen
+from slimvlm.compress.criteria.units import unit_sums
+from slimvlm.compress.models.groups import Group, Member
+
+
+def score(group: Group, seen: Seen) -> tuple[Tensor, Tensor]:
+    """Sums of |w|, and the units."""
+
+    def sizes(member: Member) -> Tensor:
+        return seen.weight(member).abs().sum(1 - member.dim).cpu()
+
+    return unit_sums(group, sizes)

@@ -1,0 +1,78 @@
+"""The seam of what is collected: a with-block that watches linears, by hooks, while a model reads the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from slimvlm.compress.data.questions import Question
+from slimvlm.compress.statistics.rows import Statistic
+
+Reduce = Callable[[Tensor, str], None]  # (tensor, "sum" | "min" | "max"): in place over all processes
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """A prunable linear, the dimensions its scores are wanted for (0: rows, 1: columns), `width`, rows or columns of
+    one index (D for heads, 1 for channels), and the stream of the tokens it reads (None: not the text model's).
+    """
+
+    path: str
+    linear: nn.Linear
+    dims: tuple[int, ...]
+    width: int = 1
+    stream: str | None = None
+
+
+class Collector:
+    """What all collectors are: told a statistic, then of some sides and of every question about to be asked.
+
+    A subclass hangs its hooks in `start`; nothing it keeps may be of size tokens x channels.
+    """
+
+    def __init__(self, statistic: Statistic, host: bool = False) -> None:
+        self.statistic = statistic
+        self.host = host
+        self.sides: Sequence[Side] = ()
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def bytes_needed(self, side: Side) -> int:
+        """Bytes this holds for `side` while the data is read; where it is not 0, sides may take turns."""
+        return 0
+
+    @contextmanager
+    def watch(self, sides: Sequence[Side]) -> Iterator[None]:
+        """Collect from `sides` meanwhile, from nothing."""
+        self.sides = sides
+        try:
+            self.start()
+            yield
+        finally:
+            for handle in self._handles:
+                handle.remove()
+            self._handles.clear()
+            self.stop()
+
+    def start(self) -> None:
+        """Begin with empty sums, and watch `self.sides`."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """Give up what `start` and the reading left, also after an error."""
+
+    def see(self, question: Question) -> None:
+        """The next forward answers `question`."""
+
+    def close_batch(self, batch: int, loss: Tensor) -> None:
+        """The backward pass of this batch's loss is over."""
+
+    def require_finite(self, batches: int, reduce: Reduce) -> None:
+        """Raise a CalibrationError naming batch and tensor if a sum is not finite (in any process)."""
+
+    def finish(self, reduce: Reduce) -> dict[str, Tensor]:
+        """What was seen, by all processes: fp32 vectors on the CPU, keyed `path` or `path:dim`."""
+        raise NotImplementedError

@@ -1,0 +1,99 @@
+"""What can be asked of the data: statistics, and the tokens that count. A row each, read without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from slimvlm.compress.data.questions import Question
+    from slimvlm.compress.statistics.collector import Collector
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """What a collector makes of a reading of the data.
+
+    Attributes:
+        name: of the statistic; a collector that makes several is told which.
+        reads: `forward`, or `backward` where a backward pass of the loss is needed too.
+        file: of this folder; `collector`: the class in it.
+        per_batch: squares are taken per batch, so it depends on how samples are batched.
+    """
+
+    name: str
+    reads: str
+    file: str
+    collector: str
+    per_batch: bool = False
+
+    def make(self, host: bool = False) -> Collector:
+        """A collector of this statistic, its sums in `host` memory or where the weights are."""
+        made: Collector = getattr(import_module(f"slimvlm.compress.statistics.{self.file}"), self.collector)(self, host)
+        return made
+
+
+STATISTICS: Mapping[str, Statistic] = {
+    row.name: row
+    for row in (
+        Statistic("first", "backward", "gradients", "GradientSums"),  # sum |w g|, g summed over samples
+        Statistic("vectorized", "backward", "gradients", "GradientSums"),  # |sum w g|
+        Statistic("second", "backward", "gradients", "GradientSums", per_batch=True),  # sum w^2 mean(g^2)
+        Statistic("mix", "backward", "gradients", "GradientSums", per_batch=True),  # sum |w g - w^2 mean(g^2) / 2|
+        Statistic("fisher", "backward", "gradients", "GradientSums", per_batch=True),  # sum (w g)^2
+        Statistic("gate", "backward", "gates", "GateSquares"),
+        Statistic("angles", "forward", "angles", "AngleHistograms"),
+        Statistic("paper-angles", "forward", "angles", "AngleHistograms"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class TokenRule:
+    """Which tokens count.
+
+    Attributes:
+        name: how it is called.
+        threshold: of the answers, those count whose largest probability is at most this (or the least of their sample);
+            None: all.
+        masks: of a question, per stream of tokens that linears read, those that count: bool [B, S]; None: all.
+    """
+
+    name: str
+    threshold: float | None = None
+    masks: Callable[[Question], dict[str, Any]] = attrgetter("masks")
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
+            raise ValueError(
+                f"threshold {self.threshold} is no probability; choose one of 0..1, or None for all tokens"
+            )
+
+
+ALL = TokenRule("all")
+POORLY_FITTED = TokenRule("poorly-fitted", threshold=0.4)  # UKMP's choice
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """What is wanted of the data, and the memory it may take.
+
+    Attributes:
+        statistics: names of STATISTICS; they share one reading of the data.
+        tokens: those that count.
+        grad_memory_bytes: bound on the sums held at once (None: no bound). Weights are then taken in several passes
+            over the data. `second`, `fisher`, `gate` and what needs no gradient hold none.
+        host_sums: keep the sums in host memory while the model is on a GPU.
+    """
+
+    statistics: tuple[str, ...]
+    tokens: TokenRule = ALL
+    grad_memory_bytes: int | None = None
+    host_sums: bool = False
+
+    def __post_init__(self) -> None:
+        if sum(STATISTICS[name].file == "gradients" for name in self.statistics) > 1:
+            raise ValueError("one sum of weights' gradients can be kept at a time; ask for the statistics in turn")
