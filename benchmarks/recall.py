@@ -23,10 +23,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
 from slimvlm.compress.allocate.budget import Budget, facts_of, make_plan
@@ -37,7 +39,7 @@ from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.plan import Plan
-from slimvlm.compress.recovery.adapters.recall import attach
+from slimvlm.compress.recovery.adapters.recall import RecallVariant, attach, recall_layers
 from slimvlm.compress.recovery.adapters.slices import Slices
 from slimvlm.compress.recovery.adapters.targets import LowRank, find_targets
 from slimvlm.compress.slicing.apply import apply_plan
@@ -99,10 +101,11 @@ def variants(ratio: float, hidden: int, layers: int, device: str) -> dict[str, n
         plan = cut_model(model, ratio)
         model.to(device)  # type: ignore[arg-type]  # transformers' wrapper of it lacks self
         slices = Slices(dense, model, plan)
-        models = {
-            name: attach(copy.deepcopy(model), plan, slices, LowRank(literal=literal))
-            for name, literal in ((RECALL, False), (LITERAL, True))
+        models: dict[str, nn.Module] = {
+            name: attach(copy.deepcopy(model), plan, slices, LowRank()) for name in (RECALL, LITERAL)
         }
+    for layer in recall_layers(models[LITERAL]).values():
+        layer.lora_variant = dict.fromkeys(layer.lora_variant, Literal())
     defaults = LowRank()
     config = peft.LoraConfig(
         r=defaults.rank,
@@ -112,6 +115,23 @@ def variants(ratio: float, hidden: int, layers: int, device: str) -> dict[str, n
     )
     models[PLAIN] = peft.get_peft_model(model, config)
     return {name: models[name].train() for name in (RECALL, PLAIN, LITERAL)}
+
+
+class Literal(RecallVariant):
+    """The recall branches as the paper's formula is written: every token meets the pruned slices."""
+
+    @staticmethod
+    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        rows, columns = module.slices()
+        dropped = module.lora_dropout[active_adapter](x)
+        total = module.lora_B[active_adapter](module.lora_A[active_adapter](dropped))
+        if active_adapter in module.lora_rows_A:
+            seen = functional.linear(x, rows.to(x.dtype))
+            total = total + module.lora_rows_B[active_adapter](module.lora_rows_A[active_adapter](seen))
+        if active_adapter in module.lora_columns_A:
+            spread = module.lora_columns_B[active_adapter](module.lora_columns_A[active_adapter](x))
+            total = total + functional.linear(spread, columns.to(x.dtype))
+        return result + total * module.scaling[active_adapter]
 
 
 def make_step(model: nn.Module, batch: dict[str, Tensor], autocast: bool) -> Step:

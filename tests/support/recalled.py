@@ -12,7 +12,7 @@ from tiny_models import Tiny, tiny_model
 from torch import nn
 
 from slimvlm.compress.plan import Plan
-from slimvlm.compress.recovery.adapters.recall import LowRank, attach
+from slimvlm.compress.recovery.adapters.recall import LowRank, RecallVariant, attach, recall_layers
 from slimvlm.compress.recovery.adapters.slices import Slices
 from slimvlm.compress.slicing.apply import apply_plan
 
@@ -32,6 +32,29 @@ class Case:
 
     def attach(self, options=SMALL):
         return attach(self.model, self.plan, self.slices, options)
+
+
+class _Literal(RecallVariant):
+    """Every token meets the pruned slices, as the paper's formula is written; no dropout."""
+
+    @staticmethod
+    def forward(module, active_adapter, x, result, **kwargs):
+        factors = {name: getattr(module, name) for name in module.adapter_layer_names}
+        factors = {name: found[active_adapter].weight for name, found in factors.items() if active_adapter in found}
+        rows, columns = module.slices()
+        total = x @ factors["lora_A"].T @ factors["lora_B"].T
+        if "lora_rows_A" in factors:
+            total = total + x @ rows.to(x.dtype).T @ factors["lora_rows_A"].T @ factors["lora_rows_B"].T
+        if "lora_columns_A" in factors:
+            total = total + x @ factors["lora_columns_A"].T @ factors["lora_columns_B"].T @ columns.to(x.dtype).T
+        return result + total * module.scaling[active_adapter]
+
+
+def literal(model):
+    """The adapted model (or layer) computing as the paper's formula is written: what ours must equal."""
+    for layer in recall_layers(model).values():
+        layer.lora_variant = dict.fromkeys(layer.lora_variant, _Literal())
+    return model
 
 
 def half(group):

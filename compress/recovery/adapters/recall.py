@@ -66,7 +66,6 @@ def attach(model: nn.Module, plan: Plan, slices: Slices | None, options: LowRank
         lora_dropout=options.dropout,
         target_modules=paths,
         recall_rank=options.recall_rank,
-        literal=options.literal,
     )
     config._register_custom_module({nn.Linear: RecallLinear})
     with warnings.catch_warnings():
@@ -119,7 +118,6 @@ class RecallConfig(LoraConfig):
     """peft's configuration and what the recall branch needs."""
 
     recall_rank: int = 8
-    literal: bool = False
 
 
 class RecallLinear(LoraLinear):
@@ -141,7 +139,6 @@ class RecallLinear(LoraLinear):
         if not hasattr(self, FACTORS[0]):
             for name in FACTORS:
                 setattr(self, name, nn.ModuleDict())
-            self.literal = config.literal
             self.cast_input_dtype_enabled = False  # the branches cast less, and nothing under autocast
         rows, columns = self.slices()
         if rows is not None:
@@ -207,8 +204,6 @@ class RecallVariant(LoraVariant):
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(module.lora_A[active_adapter].weight.dtype)
-        if module.literal:
-            return result + _literal(module, active_adapter, x) * module.scaling[active_adapter]
         inner, outer = module.factors(active_adapter)
         dropped = module.lora_dropout[active_adapter](x)
         if dropped is x or len(inner) == 1:
@@ -246,18 +241,6 @@ class _Project(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (frozen,) = ctx.saved_tensors
         return (grad @ frozen.to(grad.dtype).T).to(ctx.dtype), None
-
-
-def _literal(module: Any, adapter: str, x: Tensor) -> Tensor:
-    rows, columns = module.slices()
-    total = module.lora_B[adapter](module.lora_A[adapter](module.lora_dropout[adapter](x)))
-    if adapter in module.lora_rows_A:
-        seen = functional.linear(x, rows.to(x.dtype))
-        total = total + module.lora_rows_B[adapter](module.lora_rows_A[adapter](seen))
-    if adapter in module.lora_columns_A:
-        spread = module.lora_columns_B[adapter](module.lora_columns_A[adapter](x))
-        total = total + functional.linear(spread, columns.to(x.dtype))
-    return total
 
 
 def _zero_linear(inner: int, outer: int) -> nn.Linear:

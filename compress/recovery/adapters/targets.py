@@ -24,7 +24,6 @@ class LowRank:
         dropout: on the input of the plain branch only.
         recall: whether there is a recall branch.
         targets: endings of module paths (`q_proj`, `mlp.fc1`); empty: every linear of every group of the family.
-        literal: multiply every token with the pruned slices instead; same mathematics, for benchmarks and tests.
 
     Raises:
         UnsuitableOptionError: a rank below 1, alpha not positive, dropout outside [0, 1).
@@ -36,7 +35,6 @@ class LowRank:
     dropout: float = 0.05
     recall: bool = True
     targets: tuple[str, ...] = ()
-    literal: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.recall_rank < 1:

@@ -10,11 +10,11 @@ import json
 import warnings
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from slimvlm.compress.errors import OutputError
@@ -105,11 +105,9 @@ class TeacherCache:
             yield path
 
     def _names(self, path: Path) -> list[str]:
-        try:
-            with safe_open(path, "pt") as file:
-                return list(file.keys())
-        except (OSError, SafetensorError):
-            return []
+        with suppress(KeyError, ValueError):
+            return list(load_tensors(path, ())[1][SUMS])
+        return []
 
     def _read(self, path: Path, names: Collection[str]) -> dict[str, Tensor]:
         """Those of the named outputs that this file holds; none, and the file is gone, if it is damaged."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 from outputs import logits
 from plans import random_plan
-from recalled import SMALL, make_case, randomise, trainable
+from recalled import SMALL, literal, make_case, randomise, trainable
 from safetensors import safe_open
 from tiny_models import FACTORIES, tiny_model
 
@@ -111,9 +111,9 @@ def test_gradients_of_the_reassociated_and_the_literal_form_are_equal(tmp_path, 
     case = make_case(tmp_path, name)
     options = replace(SMALL, dropout=0.0)
     losses, gradients = [], []
-    for literal in (False, True):
+    for form in (lambda model: model, literal):
         one = replace(case, model=copy.deepcopy(case.model).double())
-        adapted = randomise(one.attach(replace(options, literal=literal)), 0.3)
+        adapted = form(randomise(one.attach(options), 0.3))
         batch = {k: v.double() if v.is_floating_point() else v for k, v in case.tiny.inputs(2).items()}
         out = adapted(**batch, **({"return_loss": True} if name == "clip" else {}))
         out.loss.backward()
