@@ -21,7 +21,8 @@ from transformers import (
     T5Config,
 )
 
-from slimvlm.compress.allocate.budget import Budget, facts_of, make_plan
+from slimvlm.compress.allocate.budget import Budget, make_plan
+from slimvlm.compress.allocate.facts import facts_of
 from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.criteria.scoring import score_groups
 from slimvlm.compress.files.writing import installed_versions

@@ -21,7 +21,8 @@ from statistics import mean
 
 import torch
 
-from slimvlm.compress.allocate.budget import facts_of, make_plan
+from slimvlm.compress.allocate.budget import make_plan
+from slimvlm.compress.allocate.facts import facts_of
 from slimvlm.compress.allocate.pool import proportional_steps
 from slimvlm.compress.criteria.scoring import score_groups
 from slimvlm.compress.data.collate import collator_of

@@ -31,7 +31,7 @@ class RecoverOptions:
     """Options of the recovery; the names are the command line's.
 
     Attributes:
-        recover: `lpd` (the paper's progressive distillation), a sum of losses (`sft+0.5*kl`), or `none`.
+        recover: `lpd` (progressive distillation), `lpd-paper`, a sum of losses (`sft+0.5*kl`), or `none`.
         recover_data: samples to train on; default: those of `data` that are not evaluated with.
         data_fraction: seeded share of them that is used.
         validation_samples: so many are held out, by image, to choose the best state; None: at most 256, and so few that
@@ -41,7 +41,7 @@ class RecoverOptions:
         rank, recall_rank, alpha, dropout, targets: of the low-rank layers; no targets: every linear that can be cut.
         recall: add the branch through the pruned weights ("weight recalling").
         staged: let the set of supervised blocks grow; False: all losses all the time.
-        feature_share: of the samples, for the stages in which it grows; None: a fifth, or with `faithful` the paper's.
+        feature_share: of the samples, for the stages in which it grows; None: the recipe's own.
         temperature: of the kl and rkl losses.
         hidden_states: which states of the language model the hidden loss compares, -1 the last, 0 the embeddings.
         steps: optimiser steps; None: what `epochs` passes over the data are.
@@ -100,9 +100,10 @@ class CompressOptions(RecoverOptions):
         data: calibration samples.
         eval_data: samples for the before/after comparison; default: those of `data` that were not calibrated on.
         ratio: fraction of ALL parameters to remove.
-        faithful: the paper's method to the letter: UKMI, the balanced loop with its ties and without floors, one round;
-            its losses, weights and schedule in the recovery. Give it when the options are made: what is asked of the
-            training besides it stays, also where it is our default.
+        faithful: the paper's method to the letter: its rows (criterion `ukmi`, allocator `paper`, recipe `lpd-paper`),
+            one round, no refit, and its schedule in the recovery. Give it when the options are made: what is asked of
+            the training besides it stays, also where it is our default. It is spelled out by `resolved`, and nobody
+            else reads it.
         rounds: re-calibrations on the partly cut model while the ratio grows.
         samples: calibration samples per round; 512, or with `faithful` the paper's 1000.
         grad_memory: bound in bytes on the sums held at once, of gradients or of the refit; None: none, or
@@ -157,12 +158,18 @@ class CompressOptions(RecoverOptions):
             if getattr(self, name) is NOT_GIVEN:
                 object.__setattr__(self, name, value)
 
+    @property
+    def angles(self) -> str:
+        """The statistic of angles that UKMI weighs by."""
+        return "paper-angles" if self.faithful else "angles"
+
     def resolved(self) -> CompressOptions:
-        """The same options with what `faithful` says of the plan spelled out."""
+        """The same options with the rows and settings that `faithful` stands for."""
         if not self.faithful:
             return self
-        plan: dict[str, Any] = {"criterion": "ukmi", "allocator": "balanced", "rounds": 1, "attention_unit": "kv-group"}
-        return replace(self, **plan, round_channels=1, refit=False)
+        plan: dict[str, Any] = {"criterion": "ukmi", "allocator": "paper", "rounds": 1, "attention_unit": "kv-group"}
+        terms = ("lpd-paper" if term.strip() == "lpd" else term for term in self.recover.split("+"))
+        return replace(self, **plan, round_channels=1, refit=False, recover="+".join(terms))
 
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same run; the recovery is apart, a finished run can be recovered again otherwise."""

@@ -54,7 +54,7 @@ class Plan:
         keep: per group the sorted indices that stay; groups that keep everything are listed too.
         dropped: tower -> blocks at its end that nobody reads and that leave whole.
         dropped_parameters: of them; they leave for free.
-        rescued: groups that the faithful loop would have emptied, and that keep one unit.
+        rescued: groups that an allocator without floors would have emptied, and that keep one unit.
         refit: what the cut model is to be refitted with; None: it is not.
     """
 

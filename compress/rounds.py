@@ -7,13 +7,13 @@ while the model is whole, small ones near the end. One round is the paper's one-
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from slimvlm.compress.allocate.budget import Budget, Facts, facts_of, make_plan
+from slimvlm.compress.allocate.budget import Budget, make_plan
+from slimvlm.compress.allocate.facts import Facts, facts_of
 from slimvlm.compress.criteria.criterion import CRITERIA, Criterion
 from slimvlm.compress.criteria.scores import Scores
 from slimvlm.compress.criteria.scoring import score_groups
@@ -40,7 +40,6 @@ class Planning:
         criterion: what a unit is worth.
         grad_memory_bytes, host_sums: bounds on the memory of each calibration.
         rounds: calibrations, each on the model as cut so far.
-        identity: further fields of the plan: model_digest, calibration_digest, refit.
     """
 
     budget: Budget
@@ -50,7 +49,6 @@ class Planning:
     rounds: int = 1
     attention_unit: str = "auto"
     seed: int = 0
-    identity: dict[str, Any] = field(default_factory=dict)
 
     @property
     def calibration(self) -> CalibrationOptions:
@@ -111,12 +109,6 @@ def plan_in_rounds(
     first, composed = done or (0, None)
     if composed is not None:
         apply_plan(model, composed)
-    identity = {
-        **planning.identity,
-        "attention_unit": planning.attention_unit,
-        "seed": planning.seed,
-        "rounds": planning.rounds,
-    }
     for number in range(first + 1, planning.rounds + 1):
         groups = find_groups(model, family, planning.attention_unit)
         calibration = None
@@ -124,8 +116,9 @@ def plan_in_rounds(
             told = _over_rounds(progress, number, first, planning.rounds)
             calibration = collect(model, family, groups, batches(number - 1), planning.calibration, told)
         scores = score_groups(groups, planning.criterion, calibration, model, planning.seed)
-        facts = facts_of(model, groups, dense=dense if composed is not None else None, **identity)
+        facts = facts_of(model, groups, dense=dense if composed is not None else None)
         later = make_plan(groups, scores, planning.budget.scaled(round_share(number, planning.rounds)), facts)
+        later = replace(later, attention_unit=planning.attention_unit, seed=planning.seed, rounds=planning.rounds)
         composed = later if composed is None else composed.compose(later)
         planned = Planned(number, composed, scores, calibration)
         if on_round is not None:

@@ -8,8 +8,10 @@ from typing import Any
 
 import click
 
+from slimvlm.compress.allocate.allocators import ALLOCATORS
 from slimvlm.compress.criteria.criterion import CRITERIA, TAYLORS
 from slimvlm.compress.options import CompressOptions
+from slimvlm.compress.recovery.distillation.recipe import LOSSES, PROGRESSIONS
 from slimvlm.console.values import (
     MOST,
     Count,
@@ -31,7 +33,6 @@ from slimvlm.serve.options import DTYPES as MEASURED_DTYPES
 from slimvlm.serve.options import PROVIDERS, ProfileOptions
 
 # Names the library knows, repeated because importing them imports torch; a test compares.
-ALLOCATORS = ("balanced", "global", "local")
 ATTENTION_UNITS = ("auto", "kv-group", "query-slot")
 LAYOUTS = ("per-layer", "stock")
 KINDS = ("attention", "mlp")
@@ -80,7 +81,7 @@ FRACTION = Number(0, 1)
 RATIO = Number(0, 1, min_open=True, max_open=True)
 RATIO_OR_ALL = Number(0, 1, min_open=True)
 POSITIVE = Number(0, min_open=True)
-RECIPES = "lpd, a sum of sft, kl, rkl and hidden as sft+0.5*kl, or none."
+RECIPES = f"{', '.join(PROGRESSIONS)}, a sum of {', '.join(LOSSES)} as sft+0.5*kl, or none."
 
 remote_code = option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint brings.")
 model_options = together(
@@ -98,7 +99,7 @@ plan_options = together(
     option("--ratio", type=RATIO, help="Fraction of ALL parameters to remove."),
     option("--criterion", type=click.Choice(CRITERIA), help="What a unit is worth."),
     option("--faithful", is_flag=True, help="The paper's method to the letter: UKMI, balanced, one round, no floors."),
-    option("--allocator", type=click.Choice(ALLOCATORS), help="Where units are taken."),
+    option("--allocator", type=click.Choice(list(ALLOCATORS)), help="Where units are taken."),
     option("--rounds", type=COUNT, help="Calibrations, each on the model as cut so far."),
     option("--tower-ratio", type=Share(), multiple=True, callback=shares, help="For one tower, as vision=0.3."),
     option("--kind-ratio", type=Share(*KINDS), multiple=True, callback=shares, help="For a kind, as attention=0.1."),

@@ -14,7 +14,6 @@ import pytest
 from click.testing import CliRunner
 
 from slimvlm.cli import Commands, main
-from slimvlm.compress.allocate.allocators import ALLOCATORS
 from slimvlm.compress.errors import CheckFailedError, SampleError
 from slimvlm.compress.models.checkpoint import LAYOUTS
 from slimvlm.compress.models.groups import ATTENTION_UNITS
@@ -86,7 +85,6 @@ def test_help_takes_at_most_half_a_second_of_processor_time() -> None:
 
 
 def test_the_choices_are_what_the_library_knows() -> None:
-    assert set(choices.ALLOCATORS) == set(ALLOCATORS)
     assert set(choices.ATTENTION_UNITS) == set(ATTENTION_UNITS)
     assert set(choices.LAYOUTS) == set(LAYOUTS)
 

@@ -9,8 +9,9 @@ from click.testing import CliRunner, Result
 from tiny_models import tiny_model
 
 from slimvlm.cli import main
-from slimvlm.compress.allocate.budget import Budget, facts_of
+from slimvlm.compress.allocate.budget import Budget
 from slimvlm.compress.allocate.budget import make_plan as plan_units
+from slimvlm.compress.allocate.facts import facts_of
 from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.criteria.scoring import score_groups
 from slimvlm.compress.models.families import find_family
@@ -137,11 +138,11 @@ def test_inspect_counts_what_can_be_removed() -> None:
     assert "kv-group" in printed
 
 
-def test_a_plan_of_the_faithful_loop_warns_of_what_a_small_model_makes_of_it(capsys):
+def test_a_plan_of_the_paper_s_loop_warns_of_what_a_small_model_makes_of_it(capsys):
     model = tiny_model("llava").model
     groups = find_groups(model, find_family(model.config))
     scores, facts = score_groups(groups, CRITERIA["random"]), facts_of(model, groups)
-    literal = plan_units(groups, scores, Budget(0.3, faithful=True), facts)
+    literal = plan_units(groups, scores, Budget(0.3, allocator="paper"), facts)
     assert literal.removed_fraction > 0.4 and "vision.0.mlp" in literal.rescued
     show.show_plan(literal, Path("plan.json"), as_json=True)
     printed = capsys.readouterr()

@@ -1,8 +1,49 @@
-"""The allocators by name."""
+"""Who says which units go: the allocators by name. No torch, no numpy: the code of a row is imported when called."""
 
 from __future__ import annotations
 
-from slimvlm.compress.allocate.balanced import allocate_balanced, allocate_global
-from slimvlm.compress.allocate.local import allocate_local
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-ALLOCATORS = {"balanced": allocate_balanced, "global": allocate_global, "local": allocate_local}
+if TYPE_CHECKING:
+    from slimvlm.compress.allocate.pool import Flags, Pool
+
+
+@dataclass(frozen=True)
+class Allocator:
+    """A row: `(pool, target) -> flags`, True for the units that go.
+
+    Attributes:
+        name: how it is called.
+        description: what it does, in a line.
+        place: file and function in this folder.
+        floors: it keeps every group's floor. One that does not takes the model as a whole: one ratio for all parts,
+            units one by one; a group that it empties keeps its best unit.
+    """
+
+    name: str
+    description: str
+    place: tuple[str, str]
+    floors: bool = True
+
+    def __call__(self, pool: Pool, target: float) -> Flags:
+        file, function = self.place
+        flags: Flags = getattr(import_module(f"slimvlm.compress.allocate.{file}"), function)(pool, target)
+        return flags
+
+
+ALLOCATORS: Mapping[str, Allocator] = {
+    row.name: row
+    for row in (
+        Allocator(
+            "balanced", "One ranking; scores count by the mean of their modality.", ("balanced", "allocate_balanced")
+        ),
+        Allocator("global", "One ranking of all scores as they are.", ("balanced", "allocate_global")),
+        Allocator("local", "The same share of every group.", ("local", "allocate_local")),
+        Allocator(
+            "paper", "UKMP's loop to the letter: balanced, in whole steps.", ("paper", "allocate_paper"), floors=False
+        ),
+    )
+}

@@ -11,51 +11,39 @@ from dataclasses import replace
 
 import numpy as np
 
-from slimvlm.compress.allocate.literal import literal
 from slimvlm.compress.allocate.pool import (
     FINE_FROM,
-    PAPER_STEPS,
     Flags,
     Integers,
     Pool,
     Queue,
-    Steps,
     proportional_steps,
     queues_of,
     require,
 )
 
 
-def allocate_balanced(pool: Pool, target: float, *, faithful: bool = False, steps: Steps = None) -> Flags:
+def allocate_global(pool: Pool, target: float) -> Flags:
+    """One ranking over all groups, without the modality means; otherwise as `allocate_balanced`."""
+    return allocate_balanced(replace(pool, modality=np.zeros_like(pool.modality)), target)
+
+
+def allocate_balanced(pool: Pool, target: float) -> Flags:
     """UKMP's modality-balanced selection; True for the units that go.
 
-    The product path takes units in the order (normalised score, group, position) and never breaks a floor; from the
-    first unit that would overshoot on, smaller ones fill what is left (see `_landed`). `faithful` is the paper's loop
-    to the letter: whole steps, ties at the threshold all go, and a group is left alone only from the step AFTER it fell
-    below a tenth of its channels or to exactly one.
+    Takes units in the order (normalised score, group, position) and never breaks a floor; from the first unit that
+    would overshoot on, smaller ones fill what is left (see `_landed`). `allocate_paper` is the paper's own loop.
 
     Args:
         pool: the units.
-        target: parameters to remove.
-        steps: units per step before and after 90 % of the target.
+        target: cost to remove.
 
     Raises:
-        InfeasibleBudgetError: the floors (or, faithful, the frozen groups) leave too few parameters to remove.
+        InfeasibleBudgetError: the floors leave too little to remove.
     """
-    if faithful:
-        return literal(pool, target, steps or PAPER_STEPS)
-    return _exact(pool, target, steps or proportional_steps(len(pool.scores)))
-
-
-def allocate_global(pool: Pool, target: float, *, faithful: bool = False, steps: Steps = None) -> Flags:
-    """One ranking over all groups, without the modality means; otherwise as `allocate_balanced`."""
-    one = replace(pool, modality=np.zeros_like(pool.modality))
-    return allocate_balanced(one, target, faithful=faithful, steps=steps)
-
-
-def _exact(pool: Pool, target: float, steps: tuple[int, int]) -> Flags:
+    steps = pool.steps or proportional_steps(len(pool.scores))
     protected = pool.protected
-    require(int(pool.cost[~protected].sum()), target, f"the floor of {pool.floor:.0%} of every group")
+    require(float(pool.cost[~protected].sum()), target, f"the floor of {pool.floor:.0%} of every group")
     queues = queues_of(pool, ~protected)
     left = np.bincount(pool.group[~protected], minlength=pool.groups)
     # Like the paper, a group that can lose nothing more leaves its modality's mean, kept units included.
@@ -63,7 +51,7 @@ def _exact(pool: Pool, target: float, steps: tuple[int, int]) -> Flags:
     kept_counts = np.bincount(pool.group[protected], minlength=pool.groups)
     modality = np.zeros(pool.groups, dtype=np.int64)
     modality[pool.group] = pool.modality
-    gone, going = 0, [np.zeros(0, dtype=np.int64)]
+    gone, going = 0.0, [np.zeros(0, dtype=np.int64)]
     while gone < target:
         queues = [queue for queue in queues if len(queue)]
         step = steps[int(gone > FINE_FROM * target)]
@@ -76,7 +64,7 @@ def _exact(pool: Pool, target: float, steps: tuple[int, int]) -> Flags:
         if fits < len(chosen):
             order = _ranked(queues, means, len(pool.scores))
             return _landed(pool, np.concatenate([*going, order[:fits]]), order[fits:], target)
-        gone += int(pool.cost[chosen].sum())
+        gone += pool.cost[chosen].sum()
         going.append(chosen)
         left -= np.bincount(pool.group[chosen], minlength=pool.groups)
         for queue in queues:
@@ -99,18 +87,18 @@ def _landed(pool: Pool, going: Integers, order: Integers, target: float) -> Flag
     overshoot by, it goes as well, and the last units that fit in the overshoot stay for it.
     """
     removed = np.zeros(len(pool.scores), dtype=bool)
-    room = target - int(pool.cost[going].sum())
+    room = target - pool.cost[going].sum()
     filled = _fitting(pool, order, room)
-    room -= int(pool.cost[filled].sum())
+    room -= pool.cost[filled].sum()
     going = np.concatenate([going, filled])
     removed[going] = True
     rest = order[~removed[order]]
     if len(rest):
         first = rest[np.sort(np.unique(pool.group[rest], return_index=True)[1])]  # of every group, in order
         unit = first[np.argmin(pool.cost[first])]
-        over = int(pool.cost[unit]) - room
+        over = pool.cost[unit] - room
         back = _fitting(pool, going[pool.group[going] != pool.group[unit]][::-1], over)
-        if over - int(pool.cost[back].sum()) < room:
+        if over - pool.cost[back].sum() < room:
             removed[unit] = True
             removed[back] = False
     return removed
@@ -119,7 +107,7 @@ def _landed(pool: Pool, going: Integers, order: Integers, target: float) -> Flag
 def _fitting(pool: Pool, order: Integers, room: float) -> Integers:
     """The units of `order` that fit in `room` one after the other; a group is left at its first that does not."""
     taken, closed = [], np.zeros(pool.groups, dtype=bool)
-    smallest = int(pool.cost[order].min(initial=0))
+    smallest = pool.cost[order].min(initial=0)
     for unit in order:
         if room < smallest:
             break
@@ -127,5 +115,5 @@ def _fitting(pool: Pool, order: Integers, room: float) -> Integers:
             closed[pool.group[unit]] = pool.cost[unit] > room
             if pool.cost[unit] <= room:
                 taken.append(unit)
-                room -= int(pool.cost[unit])
+                room -= pool.cost[unit]
     return np.array(taken, dtype=np.int64)

@@ -12,23 +12,18 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from slimvlm.compress.allocate.allocators import ALLOCATORS
 from slimvlm.compress.allocate.bundles import Line, lines_of, pool_of, stock_lines_of
-from slimvlm.compress.allocate.pool import PAPER_STEPS, Flags, Integers
+from slimvlm.compress.allocate.costs import COSTS, Total
+from slimvlm.compress.allocate.facts import KINDS, Facts
+from slimvlm.compress.allocate.pool import Flags, Integers
 from slimvlm.compress.criteria.scores import Scores
 from slimvlm.compress.errors import InfeasibleBudgetError
-from slimvlm.compress.models.families import Family, find_family
-from slimvlm.compress.models.groups import Dead, Group, count_parameters, dead_blocks
-from slimvlm.compress.options import LITTLE_RATIO
+from slimvlm.compress.models.groups import Dead, Group
 from slimvlm.compress.plan import Plan, TowerCount
 
-KINDS = ("attention", "mlp")
 LAYOUTS = ("per-layer", "stock")
-UNIDENTIFIED: Mapping[str, Any] = {
-    "model_digest": "", "calibration_digest": "", "attention_unit": "auto", "seed": 0, "rounds": 1
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,10 +36,9 @@ class Budget:
         kind_ratio: `attention` or `mlp` -> fraction of its prunable parameters to remove, over all towers.
         round_channels: every MLP that is cut keeps a multiple of this many channels.
         floor: fraction of its dense size every group keeps, and at least one unit.
-        allocator: `balanced`, `global` or `local`.
-        faithful: the paper's loop with its ties and without floors (a group it empties keeps its best unit).
-        steps: units per step of a loop before and after 90 % of what goes; None: the paper's if `faithful`, else in
-            proportion. Up to 20 % the faithful loop takes the second from the start, as the paper's does.
+        allocator: one of ALLOCATORS.
+        cost: one of COSTS, whose sum over what goes meets the ratios.
+        steps: units per step of a loop before and after 90 % of what goes; None: the allocator's own.
         layout: `per-layer`, or `stock`: only cuts that the unmodified class can be configured to build.
 
     Raises:
@@ -57,7 +51,7 @@ class Budget:
     round_channels: int = 1
     floor: float = 0.1
     allocator: str = "balanced"
-    faithful: bool = False
+    cost: str = "parameters"
     steps: tuple[int, int] | None = None
     layout: str = "per-layer"
 
@@ -66,16 +60,19 @@ class Budget:
         for name, value in ratios:
             if not 0 <= value < 1:
                 raise InfeasibleBudgetError(f"{name} {value:g} is no fraction to remove; accepted are 0 <= value < 1")
-        choices = [("allocator", self.allocator, ALLOCATORS), ("layout", self.layout, LAYOUTS)]
+        choices = [
+            ("allocator", self.allocator, ALLOCATORS), ("cost", self.cost, COSTS), ("layout", self.layout, LAYOUTS)
+        ]  # fmt: skip
         for what, name, known in choices + [("kind", kind, KINDS) for kind in self.kind_ratio]:
             if name not in known:
                 raise InfeasibleBudgetError(f"{what} {name!r} is unknown; choose one of {', '.join(known)}")
         if self.round_channels < 1:
             raise InfeasibleBudgetError(f"round_channels {self.round_channels} is no width; accepted is 1 or more")
-        if self.faithful and (self.tower_ratio or self.kind_ratio or self.round_channels > 1 or self.layout == "stock"):
+        parts = self.tower_ratio or self.kind_ratio or self.round_channels > 1 or self.layout == "stock"
+        if parts and not ALLOCATORS[self.allocator].floors:
             raise InfeasibleBudgetError(
-                "the faithful method has one ratio for all parts; leave out tower ratios, kind ratios, rounded "
-                "channels and the stock layout"
+                f"the allocator {self.allocator} has one ratio for all parts; leave out tower ratios, kind ratios, "
+                "rounded channels and the stock layout"
             )
 
     def scaled(self, share: float) -> Budget:
@@ -85,65 +82,9 @@ class Budget:
         return replace(self, ratio=self.ratio * share, tower_ratio=towers, kind_ratio=kinds)
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What a plan must know of a model besides its groups and scores; see `facts_of`.
-
-    Attributes:
-        family: its row.
-        parameters: of the whole model, tied weights once.
-        towers: tower -> parameters of its blocks (norms and biases included).
-        macs: tower -> multiply-accumulates per token of the linears of its groups.
-        kinds: kind -> prunable parameters.
-        sizes: group key -> indices.
-        dead: the blocks nobody reads, by tower; they leave before anything else.
-        dense: the same of the dense model, if this one is already partly cut.
-        identity: further fields of the Plan (digests, attention unit, seed, rounds).
-    """
-
-    family: Family
-    parameters: int
-    towers: Mapping[str, int]
-    macs: Mapping[str, int]
-    kinds: Mapping[str, int]
-    sizes: Mapping[str, int]
-    dead: Mapping[str, Dead] = field(default_factory=dict)
-    dense: Facts | None = None
-    identity: Mapping[str, Any] = field(default_factory=dict)
-
-
-def facts_of(model: nn.Module, groups: Sequence[Group], dense: Facts | None = None, **identity: Any) -> Facts:
-    """The facts of `model` (real or on the meta device).
-
-    Args:
-        model: the model the groups belong to.
-        groups: all its groups.
-        dense: its facts before any cut, when `model` was cut in an earlier round.
-        identity: fields of the Plan: model_digest, calibration_digest, attention_unit, seed, rounds.
-    """
-    family = find_family(model.config)
-    dead = dead_blocks(model, family)
-    macs = {tower.name: dead[tower.name].macs if tower.name in dead else 0 for tower in family.towers}
-    kinds = dict.fromkeys(KINDS, 0)
-    for group in groups:
-        linears = {member.path for member in group.members if not member.norm}
-        macs[group.tower] += sum(model.get_parameter(f"{path}.weight").numel() for path in linears)
-        kinds[group.kind] += group.num_units * group.parameters_per_unit
-    return Facts(
-        family=family,
-        parameters=count_parameters(model),
-        towers={tower.name: count_parameters(model.get_submodule(tower.blocks)) for tower in family.towers},
-        macs=macs,
-        kinds=kinds,
-        sizes={group.key: group.size for group in groups},
-        dead=dead,
-        dense=dense,
-        identity=identity,
-    )
-
-
 def make_plan(groups: Sequence[Group], scores: Scores, budget: Budget, facts: Facts) -> Plan:
-    """The plan that meets every ratio of `budget` to about half of its finest unit, always with the same bytes.
+    """The plan that meets every ratio of `budget` to about half of its finest unit, always with the same bytes. What
+    it cannot know of its making (digests, attention unit, rounds, seed) is for the caller to replace.
 
     Raises:
         InfeasibleBudgetError: no plan can; the message says what the largest possible ratio is.
@@ -156,7 +97,7 @@ def make_plan(groups: Sequence[Group], scores: Scores, budget: Budget, facts: Fa
     rescued = []
     for line, bundles in zip(lines, _allocate(lines, budget, facts), strict=True):
         goes = np.repeat(bundles, line.widths)
-        if goes.all():  # only the faithful loop empties a group; a layer needs one unit
+        if goes.all():  # an allocator without floors may empty a group; a layer needs one unit
             goes[-1] = False
             rescued += [group.key for group in line.groups]
         for group, order in zip(line.groups, line.ranks, strict=True):
@@ -165,6 +106,11 @@ def make_plan(groups: Sequence[Group], scores: Scores, budget: Budget, facts: Fa
     free = sum(one.parameters for one in facts.dead.values())
     return Plan(
         family=facts.family.name,
+        model_digest="",
+        calibration_digest="",
+        attention_unit="auto",
+        rounds=1,
+        seed=0,
         criterion=scores.criterion.name,
         allocator=budget.allocator,
         layout=budget.layout,
@@ -178,7 +124,6 @@ def make_plan(groups: Sequence[Group], scores: Scores, budget: Budget, facts: Fa
         dropped={tower: one.blocks for tower, one in facts.dead.items()},
         dropped_parameters=free,
         rescued=tuple(rescued),
-        **{**UNIDENTIFIED, **facts.identity},
     )
 
 
@@ -195,7 +140,6 @@ def _options(scores: Scores, budget: Budget) -> dict[str, Any]:
         "kind_ratio": dict(budget.kind_ratio),
         "round_channels": budget.round_channels,
         "floor": budget.floor,
-        "faithful": budget.faithful,
     }
 
 
@@ -217,12 +161,12 @@ def _tower_counts(
 
 @dataclass(frozen=True)
 class _Share:
-    """One ratio: of the `base` parameters in the dense model, `present` are left in the model at hand."""
+    """One ratio: of the cost `base` in the dense model, `present` is left in the model at hand."""
 
     name: str
     ratio: float
-    base: int
-    present: int
+    base: float
+    present: float
     covers: Callable[[Line], bool]
 
     def __str__(self) -> str:
@@ -232,14 +176,16 @@ class _Share:
 def _allocate(lines: Sequence[Line], budget: Budget, facts: Facts) -> list[Flags]:
     """Per line the bundles that go: for the kinds, then the towers with a ratio of their own, then for the whole."""
     done: dict[int, Flags] = {}
-    slack = 0  # a ratio is met within one bundle, so the ones after it may be missed by as much
-    gone = sum(one.parameters for one in (facts.dense or facts).dead.values())  # however little was asked for
-    for share in _shares(lines, budget, facts):
+    cost = COSTS[budget.cost]
+    costs, dense = [cost.of(line) for line in lines], cost.total(facts.dense or facts)
+    slack = 0.0  # a ratio is met within one bundle, so the ones after it may be missed by as much
+    gone = sum(dense.dead.values())  # however little was asked for
+    for share in _shares(lines, budget, dense, cost.total(facts)):
         covered = [index for index, line in enumerate(lines) if share.covers(line)]
         free = [index for index in covered if index not in done]
-        lost = sum(int(lines[index].cost[done[index]].sum()) for index in covered if index in done)
+        lost = sum(costs[index][done[index]].sum() for index in covered if index in done)
         target = share.ratio * share.base - (share.base - share.present) - lost
-        slack += max((int(lines[index].cost.max()) for index in covered), default=0)
+        slack += max((costs[index].max() for index in covered), default=0)
         if target < -slack - gone:
             least = share.ratio - target / share.base
             raise InfeasibleBudgetError(
@@ -266,33 +212,34 @@ def _of_tower(tower: str, line: Line) -> bool:
     return tower in line.towers
 
 
-def _shares(lines: Sequence[Line], budget: Budget, facts: Facts) -> list[_Share]:
-    dense, dead = facts.dense or facts, {tower: one.parameters for tower, one in facts.dead.items()}
+def _shares(lines: Sequence[Line], budget: Budget, dense: Total, total: Total) -> list[_Share]:
     shares = [
-        _Share(f"{kind} ratio", ratio, dense.kinds[kind], facts.kinds[kind], partial(_of_kind, kind))
+        _Share(f"{kind} ratio", ratio, dense.kinds[kind], total.kinds[kind], partial(_of_kind, kind))
         for kind, ratio in sorted(budget.kind_ratio.items())
     ]
     for tower, ratio in sorted(budget.tower_ratio.items()):
-        if tower not in facts.towers:
-            raise InfeasibleBudgetError(f"tower {tower!r} is unknown; this model has {', '.join(facts.towers)}")
+        if tower not in total.towers:
+            raise InfeasibleBudgetError(f"tower {tower!r} is unknown; this model has {', '.join(total.towers)}")
         shared = [line.towers for line in lines if tower in line.towers and len(line.towers) > 1]
         if shared:
             raise InfeasibleBudgetError(
                 f"layout stock: {' and '.join(shared[0])} share their widths, so {tower} cannot have a ratio of "
                 "its own; leave it out or use --layout per-layer"
             )
-        base, present = dense.towers[tower], facts.towers[tower] - dead.get(tower, 0)
+        base, present = dense.towers[tower], total.towers[tower] - total.dead.get(tower, 0)
         shares.append(_Share(f"{tower} ratio", ratio, base, present, partial(_of_tower, tower)))
-    present = facts.parameters - sum(dead.values())
-    return [*shares, _Share("ratio", budget.ratio, dense.parameters, present, lambda line: True)]
+    present = total.whole - sum(total.dead.values())
+    return [*shares, _Share("ratio", budget.ratio, dense.whole, present, lambda line: True)]
 
 
 def _take(lines: list[Line], share: _Share, target: float, context: tuple[Budget, Facts]) -> list[Flags]:
     """Which bundles of each line go so that `target` parameters do."""
     budget, facts = context
-    pool = pool_of(lines, (facts.dense or facts).sizes, budget.floor)
-    reachable = int(pool.cost[~pool.protected].sum())
-    if reachable < target and not budget.faithful:
+    allocator = ALLOCATORS[budget.allocator]
+    asked = {"floor": budget.floor, "steps": budget.steps, "ratio": share.ratio}
+    pool = pool_of(lines, COSTS[budget.cost], (facts.dense or facts).sizes, **asked)
+    reachable = pool.cost[~pool.protected].sum()
+    if reachable < target and allocator.floors:
         largest = np.floor((share.ratio - (target - reachable) / share.base) * 1e4) / 1e4
         others = " or free the parts that have a ratio of their own" if budget.tower_ratio or budget.kind_ratio else ""
         others += " or use --layout per-layer" if budget.layout == "stock" else ""
@@ -300,11 +247,8 @@ def _take(lines: list[Line], share: _Share, target: float, context: tuple[Budget
             f"{share} cannot be reached: every group keeps {budget.floor:.0%} of its units and at least one, so the "
             f"largest possible here is {largest:.4f}; ask for that or less{others}"
         )
-    steps = budget.steps or (PAPER_STEPS if budget.faithful else None)
-    if steps and budget.faithful and budget.ratio <= LITTLE_RATIO:  # its small step from the start
-        steps = (steps[1], steps[1])
     try:
-        flags = ALLOCATORS[budget.allocator](pool, target, faithful=budget.faithful, steps=steps)
+        flags = allocator(pool, target)
     except InfeasibleBudgetError as error:
         raise InfeasibleBudgetError(f"{share} cannot be reached: {error}") from None
     return np.split(flags, np.cumsum([len(line.scores) for line in lines])[:-1])

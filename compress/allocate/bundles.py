@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from slimvlm.compress.allocate.costs import Cost
 from slimvlm.compress.allocate.pool import Floats, Integers, Pool
 from slimvlm.compress.criteria.scores import Scores
 from slimvlm.compress.errors import InfeasibleBudgetError
@@ -48,11 +50,6 @@ class Line:
         return np.diff(self.bounds)
 
     @property
-    def cost(self) -> Integers:
-        """Parameters that leave with a bundle, int64 [bundles]."""
-        return self.widths * sum(group.parameters_per_unit for group in self.groups)
-
-    @property
     def channels(self) -> Integers:
         """Matrix rows that leave with a bundle, int64 [bundles]."""
         return self.widths * sum(group.size // group.num_units * group.head_dim for group in self.groups)
@@ -86,19 +83,23 @@ def stock_lines_of(groups: Sequence[Group], scores: Scores, round_channels: int,
     return [_line(tuple(members), scores, round_channels) for members in classes.values()]
 
 
-def pool_of(lines: Sequence[Line], dense_sizes: Mapping[str, int], floor: float) -> Pool:
-    """The lines' bundles as the units of an allocation; floors refer to `dense_sizes` (indices per group key)."""
+def pool_of(lines: Sequence[Line], cost: Cost, dense_sizes: Mapping[str, int], **asked: Any) -> Pool:
+    """The lines' bundles as the units of an allocation; floors refer to `dense_sizes` (indices per group key).
+
+    Args:
+        asked: the fields of the pool that no line knows: floor, steps, ratio.
+    """
     counts = [len(line.scores) for line in lines]
     names = sorted({line.groups[0].modality for line in lines})
     modality = [names.index(line.groups[0].modality) for line in lines]
     return Pool(
         scores=np.concatenate([line.scores for line in lines]),
         group=np.repeat(np.arange(len(lines)), counts),
-        cost=np.concatenate([line.cost for line in lines]),
+        cost=np.concatenate([cost.of(line) for line in lines]),
         channels=np.concatenate([line.channels for line in lines]),
         modality=np.repeat(modality, counts),
         size=np.array([sum(dense_sizes[group.key] * group.head_dim for group in line.groups) for line in lines]),
-        floor=floor,
+        **asked,
     )
 
 

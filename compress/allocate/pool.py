@@ -13,8 +13,6 @@ from slimvlm.compress.errors import InfeasibleBudgetError
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Flags = NDArray[np.bool_]
-Steps = tuple[int, int] | None
-PAPER_STEPS = (1000, 100)  # units per step, before and after 90 % of the target
 STEP_SHARE = 500  # the same share of BLIP-2's 488,304 units, for models of any size
 FINE_FROM = 0.9
 
@@ -26,20 +24,26 @@ class Pool:
     Attributes:
         scores: importance, finite and >= 0. [units]
         group: group number of each unit, non-decreasing. [units]
-        cost: parameters that leave with a unit, > 0. [units]
+        cost: what is won when a unit leaves (see `costs`), > 0. [units]
         channels: matrix rows a unit holds (1 for an MLP channel, D for a head). [units]
         modality: modality number. [units]
         size: channels of each group in the dense model. [groups]
         floor: fraction of `size` every group keeps (and at least one unit).
+        share: how much of each group is to go beside the others, > 0; None: nothing is said of it. [groups]
+        steps: units per step of a loop, before and after 90 % of the target; None: the allocator's own.
+        ratio: the fraction of the model that was asked for, which the target is what is left of.
     """
 
     scores: Floats
     group: Integers
-    cost: Integers
+    cost: Floats
     channels: Integers
     modality: Integers
     size: Integers
     floor: float = 0.1
+    share: Floats | None = None
+    steps: tuple[int, int] | None = None
+    ratio: float = 1.0
 
     def __post_init__(self) -> None:
         """Raise ValueError where arrays disagree or a score is no number."""
@@ -48,6 +52,8 @@ class Pool:
             raise ValueError(f"pool: arrays over units have different lengths {sorted(lengths)}")
         if not np.isfinite(self.scores).all() or (self.scores < 0).any():
             raise ValueError("pool: scores must be finite and not negative")
+        if self.share is not None and (len(self.share) != len(self.size) or not (self.share > 0).all()):
+            raise ValueError(f"pool: shares must be {len(self.size)} numbers above 0, one per group")
         if (np.diff(self.group) < 0).any() or (len(self.group) and self.group[-1] >= len(self.size)):
             raise ValueError(f"pool: units must be ordered by group, with group numbers below {len(self.size)}")
 
@@ -107,10 +113,10 @@ def queues_of(pool: Pool, candidates: Flags) -> list[Queue]:
     return [Queue.of(pool, order[pool.modality[order] == modality]) for modality in np.unique(pool.modality)]
 
 
-def require(reachable: int, target: float, why: str) -> None:
+def require(reachable: float, target: float, why: str) -> None:
     """Refuse a target that nothing can reach, as InfeasibleBudgetError."""
     if reachable < target:
         raise InfeasibleBudgetError(
-            f"cannot remove {int(np.ceil(target)):,} parameters from these groups: {why} allows at most {reachable:,}; "
-            "ask for less"
+            f"cannot remove {int(np.ceil(target)):,} parameters from these groups: {why} allows at most "
+            f"{int(reachable):,}; ask for less"
         )

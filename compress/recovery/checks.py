@@ -27,7 +27,6 @@ def recipe_of(options: CompressOptions) -> Recipe:
         options.recover,
         stages=options.staged,
         feature_share=options.feature_share,
-        faithful=options.faithful,
         temperature=options.temperature,
         hidden_states=options.hidden_states,
     )

@@ -63,16 +63,15 @@ def chosen_criterion(options: CompressOptions) -> Criterion:
         criterion = replace(criterion, tokens=tokens)
     if options.entropy is not None:
         criterion = replace(criterion, angles="angles" if options.entropy else None)
-    if options.faithful and criterion.angles is not None:
-        criterion = replace(criterion, angles="paper-angles")
+    if criterion.angles is not None:
+        criterion = replace(criterion, angles=options.angles)
     if options.taylor is not None:
         criterion = replace(criterion, statistics=(options.taylor,))
     return criterion
 
 
-def planning_of(options: CompressOptions, **identity: str) -> Planning:
+def planning_of(options: CompressOptions) -> Planning:
     """The options of the plan stage in the library's terms."""
-    refit = Refitting(options.samples, options.eval_samples, options.prefix_split, options.batch_size)
     return Planning(
         budget=Budget(
             ratio=options.ratio,
@@ -80,7 +79,6 @@ def planning_of(options: CompressOptions, **identity: str) -> Planning:
             kind_ratio=dict(options.kind_ratio),
             round_channels=options.round_channels,
             allocator=options.allocator,
-            faithful=options.faithful,
             layout=options.layout,
         ),
         criterion=chosen_criterion(options),
@@ -89,7 +87,6 @@ def planning_of(options: CompressOptions, **identity: str) -> Planning:
         rounds=options.rounds,
         attention_unit=options.attention_unit,
         seed=options.seed,
-        identity={**identity, "refit": refit if options.refit else None},
     )
 
 
@@ -117,7 +114,7 @@ def plan_stage(run: RunFolder, options: CompressOptions, data: Measured, progres
         collator = collator_of(loaded)
         check_computes(loaded.model, collator, data.calibration[0], options.model)
         done = finished_rounds(partial)
-        planning = planning_of(options, model_digest=loaded.digest, calibration_digest=data.digest)
+        planning = planning_of(options)
         size = calibration_batch(loaded, collator, data.calibration, planning.calibration, options.batch_size)
 
         def keep(planned: Planned) -> None:
@@ -132,15 +129,22 @@ def plan_stage(run: RunFolder, options: CompressOptions, data: Measured, progres
             on_round=keep,
             progress=progress,
         )
+        refit = Refitting(options.samples, options.eval_samples, options.prefix_split, options.batch_size)
+        plan = replace(
+            planned.plan,
+            model_digest=loaded.digest,
+            calibration_digest=data.digest,
+            refit=refit if options.refit else None,
+        )
         facts.update(model_digest=loaded.digest, data_digest=data.digest, calibration_samples=len(data.calibration))
         facts.update(left_out_samples=data.left_out, batch_size=size)
         facts["bad_samples"] = [f"{bad.name}: {bad.reason}" for bad in data.bad]
         if run.writer:
             planned.scores.save(options.out / "scores.safetensors")
-            write_text(path, planned.plan.to_json())
+            write_text(path, plan.to_json())
             partial.unlink(missing_ok=True)
     processes.wait_for_all()
-    return planned.plan
+    return plan
 
 
 def finished_rounds(partial: Path) -> tuple[int, Plan] | None:

@@ -34,3 +34,14 @@ def test_a_run_that_is_taken_up_again_keeps_the_paper_s_training():
     assert again.recovery_identity() == options.recovery_identity()
     changed = CompressOptions.of_run(Path("o"), options.identity(), train_batch_size=16)
     assert (changed.train_batch_size, changed.warmup) == (16, 100)
+
+
+def test_the_paper_s_method_is_spelled_out_as_rows_and_what_they_need():
+    def rows(**given) -> tuple:
+        options = CompressOptions(model="m", out=Path("o"), data=Path("d"), faithful=True, **given).resolved()
+        assert (options.rounds, options.refit) == (1, False)
+        return options.criterion, options.allocator, options.recover
+
+    assert rows(allocator="local") == ("ukmi", "paper", "lpd-paper")
+    assert rows(recover="0.5*kl + lpd") == ("ukmi", "paper", "0.5*kl +lpd-paper")
+    assert rows(recover="none")[2] == "none"

@@ -148,7 +148,7 @@ class Distiller(nn.Module):
     # ---------------------------------------------------------------- losses
 
     def _feature(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
-        if self.recipe.faithful:
+        if self.recipe.literal:
             return losses.normalised_error(student, teacher)
         return losses.feature_distance(student, teacher, mask)
 
@@ -216,7 +216,7 @@ class Distiller(nn.Module):
 
     def _counted(self, labels: Tensor) -> Tensor:
         """Bool: the positions whose logits count, of labels that are aligned with them."""
-        if not self.recipe.faithful:
+        if not self.recipe.literal:
             return labels != IGNORED
         counted = torch.ones_like(labels, dtype=torch.bool)
         if self.family.labels_shifted:

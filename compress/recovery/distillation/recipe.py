@@ -16,10 +16,38 @@ from slimvlm.compress.models.families import Family, Tower
 
 LOSSES = ("sft", "kl", "rkl", "hidden")
 TAUGHT = ("kl", "rkl", "hidden")  # the losses that need the teacher
-PROGRESSIVE = "lpd"
-ACCEPTED = f"accepted are {PROGRESSIVE} and sums of {', '.join(LOSSES)}, with weights if wanted, such as 'sft+0.5*kl'"
-FEATURE_SHARE = 0.2  # of the samples; the paper gives 37 to 54 %, which on few steps is missing at the end
 TASK_SAMPLES = 275  # thousands, as all sample counts of the paper's schedule
+
+
+@dataclass(frozen=True, slots=True)
+class Progression:
+    """A row: a recipe whose supervised blocks grow.
+
+    Attributes:
+        name: its term in a recipe.
+        losses: of its last stage.
+        feature_share: of the samples, for the stages before; None: what the paper's schedule gives them.
+        literal: see `Recipe`.
+    """
+
+    name: str
+    losses: tuple[str, ...]
+    feature_share: float | None
+    literal: bool = False
+
+
+PROGRESSIONS: Mapping[str, Progression] = {
+    row.name: row
+    for row in (
+        # The paper gives features 37 to 54 % of the samples, which on few steps is missing at the end.
+        Progression("lpd", ("sft", "kl", "hidden"), feature_share=0.2),
+        Progression("lpd-paper", ("sft", "kl"), feature_share=None, literal=True),
+    )
+}
+ACCEPTED = (
+    f"accepted are {', '.join(PROGRESSIONS)} and sums of {', '.join(LOSSES)}, with weights if wanted, such as "
+    "'sft+0.5*kl'"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +59,7 @@ class Recipe:
         features: also supervise block outputs.
         staged: grow the set of supervised blocks, then drop it; otherwise everything is supervised all the time.
         feature_share: part of the samples that the feature stages get; None: what the paper's schedule gives them.
-        faithful: the paper's own normalisations and weights instead of those that do not depend on batch and width.
+        literal: the paper's own normalisations and weights instead of those that do not depend on batch and width.
         temperature: of `kl` and `rkl`, which are multiplied by its square.
         hidden_states: which states `hidden` compares, counted as transformers does (-1: after the final norm).
     """
@@ -40,7 +68,7 @@ class Recipe:
     features: bool = False
     staged: bool = False
     feature_share: float | None = None
-    faithful: bool = False
+    literal: bool = False
     temperature: float = 1.0
     hidden_states: tuple[int, ...] = (-1,)
 
@@ -55,7 +83,7 @@ class Recipe:
         if self.feature_share is not None and not 0 < self.feature_share < 1:
             raise UnsuitableOptionError(
                 f"the share {self.feature_share} of the feature stages leaves nothing to them or to the answers; "
-                f"choose one between 0 and 1, such as {FEATURE_SHARE}"
+                "choose one between 0 and 1, such as 0.2"
             )
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise UnsuitableOptionError(f"the temperature {self.temperature} is not positive; 1 changes nothing")
@@ -115,41 +143,45 @@ def parse_recipe(
     *,
     stages: bool = True,
     feature_share: float | None = None,
-    faithful: bool = False,
     temperature: float = 1.0,
     hidden_states: tuple[int, ...] = (-1,),
 ) -> Recipe:
-    """The recipe `lpd`, or a sum of losses such as `sft`, `kl+hidden`, `sft+0.5*kl`.
+    """A recipe of PROGRESSIONS, or a sum of losses such as `sft`, `kl+hidden`, `sft+0.5*kl`.
 
-    The last stage of `lpd` has the answers, `kl` and `hidden`; others join or weigh anew: `lpd+rkl`,
-    `lpd+0.5*kl`, `lpd+0*hidden` for none.
+    To the losses of a progression's last stage others join, or weigh anew: `lpd+rkl`, `lpd+0.5*kl`, `lpd+0*hidden` for
+    none.
 
     Args:
-        stages: whether `lpd` proceeds in stages.
-        feature_share: of `lpd`'s stages before the last; None: `FEATURE_SHARE`, if `faithful` the paper's.
-        faithful: the paper's: no `hidden`, its own shares.
+        stages: whether a progression proceeds in stages.
+        feature_share: of its stages before the last; None: its own.
 
     Raises:
         UnsuitableOptionError: an unknown or repeated loss, a weight or temperature that is not positive.
     """
     terms = [term.strip() for term in text.split("+")]
-    progressive = PROGRESSIVE in terms
-    losses = dict.fromkeys(("sft", "kl") if faithful else ("sft", "kl", "hidden"), 1.0) if progressive else {}
+    rows = {term: PROGRESSIONS[term] for term in terms if term in PROGRESSIONS}
+    row = next(iter(rows.values()), None)
+    if len(rows) > 1:
+        raise UnsuitableOptionError(
+            f"recipe {text!r}: one of {', '.join(PROGRESSIONS)} excludes the others; {ACCEPTED}"
+        )
+    losses = dict.fromkeys(row.losses, 1.0) if row else {}
     given: set[str] = set()
     for term in terms:
         factor, star, name = (part.strip() for part in term.rpartition("*"))
-        if name not in LOSSES and term != PROGRESSIVE:
+        if name not in LOSSES and term not in PROGRESSIONS:
             raise UnsuitableOptionError(f"recipe {text!r}: {name!r} is no loss; {ACCEPTED}")
         if name in given:
             raise UnsuitableOptionError(f"recipe {text!r}: {name!r} comes twice; give its weight once, as '2*{name}'")
         given.add(name)
-        if term != PROGRESSIVE:
+        if term not in PROGRESSIONS:
             losses[name] = _weight(text, factor) if star else 1.0
-    if progressive:
-        losses = {name: weight for name, weight in losses.items() if weight != 0}
-    share = FEATURE_SHARE if feature_share is None and not faithful else feature_share
     states = tuple(dict.fromkeys(hidden_states))
-    return Recipe(losses, progressive, progressive and stages, share, faithful, temperature, states)
+    if row is None:
+        return Recipe(losses, temperature=temperature, hidden_states=states)
+    losses = {name: weight for name, weight in losses.items() if weight != 0}
+    share = row.feature_share if feature_share is None else feature_share
+    return Recipe(losses, True, stages, share, row.literal, temperature, states)
 
 
 def _weight(text: str, factor: str) -> float:
@@ -249,6 +281,6 @@ def _targets(family: Family, layers: Mapping[str, tuple[int, ...]], recipe: Reci
     for tower in family.towers:
         chosen = layers.get(tower.name, ())
         for layer in chosen:
-            weight = PACES[_kind(family, tower)].beta if recipe.faithful else 1 / len(chosen)
+            weight = PACES[_kind(family, tower)].beta if recipe.literal else 1 / len(chosen)
             targets.append(BlockTarget(tower.name, layer, weight))
     return tuple(targets)

@@ -1,14 +1,14 @@
 """Allocation: golden examples G7 and G12, and the fast paths against loops written out from the specification."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slimvlm.compress.allocate.balanced import allocate_balanced, allocate_global
-from slimvlm.compress.allocate.local import allocate_local
+from slimvlm.compress.allocate import allocate_balanced, allocate_global, allocate_local, allocate_paper
 from slimvlm.compress.allocate.pool import Pool
 from slimvlm.compress.errors import InfeasibleBudgetError
 
@@ -135,24 +135,24 @@ def pools(draw) -> Pool:
     return pool_of(*groups, floor=draw(st.sampled_from([0.1, 0.25, 0.5])))
 
 
-def outcome(allocate, *arguments, **options):
+def outcome(allocate, *arguments):
     try:
-        return allocate(*arguments, **options).tolist()
+        return allocate(*arguments).tolist()
     except InfeasibleBudgetError:
         return "infeasible"
 
 
 @given(pools(), st.floats(0, 1), st.sampled_from([(1, 1), (2, 1), (7, 3), (1000, 100)]))
-def test_faithful_allocation_equals_the_literal_loop(pool, share, steps):
+def test_the_paper_s_allocator_equals_the_literal_loop(pool, share, steps):
     target = share * pool.cost.sum()
-    found = outcome(allocate_balanced, pool, target, faithful=True, steps=steps)
+    found = outcome(allocate_paper, replace(pool, steps=steps), target)
     assert found == outcome(literal_balanced, pool, target, steps)
 
 
 @given(pools(), st.floats(0, 1), st.sampled_from([(1, 1), (2, 1), (7, 3)]))
 def test_product_allocation_equals_a_unit_by_unit_loop(pool, share, steps):
     target = share * pool.cost.sum()
-    found = outcome(allocate_balanced, pool, target, steps=steps)
+    found = outcome(allocate_balanced, replace(pool, steps=steps), target)
     assert found == outcome(literal_product, pool, target, steps)
 
 
@@ -194,7 +194,7 @@ def test_large_units_are_no_reason_to_miss_a_target_that_small_ones_can_meet(poo
 
 
 def test_golden_g7_means_are_taken_again_after_every_step():
-    masks = [allocate_balanced(G7, target, faithful=True, steps=(1, 1)) for target in range(1, 7)]
+    masks = [allocate_paper(replace(G7, steps=(1, 1)), target) for target in range(1, 7)]
     order: list[str] = []
     for mask in masks:
         order += [name for unit in np.flatnonzero(mask) if (name := f"{'VL'[unit // 4]}{unit % 4}") not in order]
@@ -213,9 +213,16 @@ def test_golden_g7_means_are_taken_again_after_every_step():
     ],
 )
 def test_golden_g12_step_by_step(target, steps, units, ratio):
-    removed = allocate_balanced(G12, target * 230, faithful=True, steps=steps)
+    removed = allocate_paper(replace(G12, steps=steps), target * 230)
     assert np.flatnonzero(removed).tolist() == sorted(units)
     assert G12.cost[removed].sum() / 230 == pytest.approx(ratio, abs=5e-5)
+
+
+def test_up_to_a_fifth_the_paper_takes_its_small_step_from_the_start():
+    little, much = (allocate_paper(replace(G12, steps=(5, 1), ratio=ratio), 0.2 * 230) for ratio in (0.2, 0.3))
+    assert np.array_equal(little, allocate_paper(replace(G12, steps=(1, 1)), 0.2 * 230))
+    assert np.array_equal(much, allocate_paper(replace(G12, steps=(5, 1)), 0.2 * 230))
+    assert little.sum() < much.sum()
 
 
 def test_the_product_keeps_floors_where_golden_g12_empties_three_groups():
@@ -228,7 +235,12 @@ def test_global_ignores_modality_and_local_takes_the_same_share_of_every_group()
     pool = pool_of((0, [10, 20, 30, 40], 1, 1), (1, [1, 2, 3, 4], 1, 1))
     assert np.flatnonzero(allocate_global(pool, 3)).tolist() == [4, 5, 6]
     assert np.flatnonzero(allocate_local(pool, 4)).tolist() == [0, 1, 4, 5]
-    assert np.flatnonzero(allocate_local(pool, 4, faithful=True)).tolist() == [0, 1, 4, 5]
+
+
+def test_local_takes_of_a_group_with_twice_the_share_twice_as_much():
+    pool = pool_of((0, list(range(20)), 1, 1), (1, list(range(20)), 1, 1))
+    removed = allocate_local(replace(pool, share=np.array([0.5, 1.0])), 15)
+    assert np.bincount(pool.group[removed]).tolist() == [5, 10]
 
 
 def test_ties_go_by_group_then_position():
@@ -246,7 +258,13 @@ def test_an_impossible_target_is_refused_with_what_is_possible():
     with pytest.raises(InfeasibleBudgetError, match="allows at most 3"):
         allocate_balanced(pool_of((0, [1, 2, 3, 4], 1, 1)), 4)
     with pytest.raises(InfeasibleBudgetError, match="leaves a group alone"):
-        allocate_balanced(pool_of((0, [1, 2], 1, 1)), 2, faithful=True, steps=(1, 1))
+        allocate_paper(replace(pool_of((0, [1, 2], 1, 1)), steps=(1, 1)), 2)
+
+
+@pytest.mark.parametrize("share", [[1.0], [1.0, 0.0], [1.0, math.nan]])
+def test_shares_that_are_none_of_every_group_are_refused(share):
+    with pytest.raises(ValueError, match="2 numbers above 0, one per group"):
+        replace(pool_of((0, [1], 1, 1), (0, [1], 1, 1)), share=np.array(share))
 
 
 @pytest.mark.parametrize("score", [math.nan, math.inf, -1.0])
@@ -258,4 +276,4 @@ def test_scores_that_are_no_importance_are_refused(score):
 def test_all_scores_zero_is_no_division_by_zero():
     pool = pool_of((0, [0, 0, 0], 1, 1), (1, [0, 0], 1, 1))
     assert allocate_balanced(pool, 3).sum() == 3
-    assert allocate_balanced(pool, 3, faithful=True, steps=(1, 1)).sum() == 5
+    assert allocate_paper(replace(pool, steps=(1, 1)), 3).sum() == 5

@@ -12,7 +12,9 @@ from paper_scale import blip2_flan_t5_xl
 from tiny_models import FACTORIES, tiny_model
 from torch import Tensor, nn
 
-from slimvlm.compress.allocate.budget import Budget, Facts, facts_of, make_plan
+from slimvlm.compress.allocate.allocators import ALLOCATORS
+from slimvlm.compress.allocate.budget import Budget, make_plan
+from slimvlm.compress.allocate.facts import Facts, facts_of
 from slimvlm.compress.allocate.pool import proportional_steps
 from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.criteria.scores import Scores
@@ -22,6 +24,8 @@ from slimvlm.compress.models.families import FAMILIES, GATED_MLP, find_family
 from slimvlm.compress.models.groups import Group, Member, count_parameters, find_groups
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.slicing.apply import apply_plan
+
+FLOORED = [name for name, allocator in ALLOCATORS.items() if allocator.floors]
 
 
 @lru_cache
@@ -40,8 +44,7 @@ def prepared(name: str, attention_unit: str = "auto", seed: int = 0) -> tuple[nn
 
 def plan_for(name: str, budget: Budget, attention_unit: str = "auto", seed: int = 0) -> tuple[Plan, tuple[Group, ...]]:
     model, groups, scores = prepared(name, attention_unit, seed)
-    facts = facts_of(model, groups, attention_unit=attention_unit, seed=seed)
-    return make_plan(groups, scores, budget, facts), groups
+    return make_plan(groups, scores, budget, facts_of(model, groups)), groups
 
 
 def removed(plan: Plan, groups: tuple[Group, ...], **where: str) -> int:
@@ -79,7 +82,7 @@ def test_golden_g11_the_ratio_counts_parameters_that_cannot_be_cut():
     assert plan.keep["language.0.mlp"] == (0, 2, 3)
 
 
-@pytest.mark.parametrize("allocator", ["balanced", "global", "local"])
+@pytest.mark.parametrize("allocator", FLOORED)
 @pytest.mark.parametrize("name", FACTORIES)
 def test_the_cut_model_has_exactly_the_planned_parameters_and_macs(name, allocator):
     model, groups, scores = prepared(name)
@@ -100,7 +103,7 @@ def test_what_goes_is_within_two_thousandths_of_what_was_asked(name, ratio):
     model, groups, scores = prepared(name)
     facts = facts_of(model, groups)
     assert finest_unit(groups) < 0.004 * facts.parameters  # half of one is less
-    for allocator in ("balanced", "global", "local"):
+    for allocator in FLOORED:
         plan = make_plan(groups, scores, Budget(ratio, allocator=allocator), facts)
         assert plan.removed_fraction == pytest.approx(ratio, abs=0.002)
 
@@ -114,9 +117,9 @@ def test_half_of_the_paper_s_model_is_planned_within_one_unit():
 
 
 @pytest.mark.parametrize("unit", ["kv-group", "query-slot"])
-@pytest.mark.parametrize("faithful", [False, True])
-def test_grouped_query_attention_keeps_the_same_number_of_query_heads_per_kv_head(unit, faithful):
-    plan, groups = plan_for("llava", Budget(0.3, faithful=faithful), attention_unit=unit)
+@pytest.mark.parametrize("allocator", ALLOCATORS)
+def test_grouped_query_attention_keeps_the_same_number_of_query_heads_per_kv_head(unit, allocator):
+    plan, groups = plan_for("llava", Budget(0.3, allocator=allocator), attention_unit=unit)
     for group in groups:
         if group.unit in ("kv-group", "query-slot"):
             counts = Counter(head // group.heads_per_kv for head in plan.keep[group.key])
@@ -131,7 +134,7 @@ def test_the_same_arguments_give_the_same_bytes_and_another_seed_others():
 
 
 @settings(max_examples=25)
-@given(st.floats(0, 0.4), st.sampled_from(["balanced", "global", "local"]), st.integers(0, 3))
+@given(st.floats(0, 0.4), st.sampled_from(FLOORED), st.integers(0, 3))
 def test_floors_hold_and_the_lowest_units_of_every_group_go(ratio, allocator, seed):
     groups, facts = dense_llava()
     scores = score_groups(groups, CRITERIA["random"], seed=seed)
@@ -232,10 +235,11 @@ def test_ratios_that_contradict_each_other_are_refused():
         ({"ratio": 1.0}, "ratio 1 is no fraction"),
         ({"ratio": 0.1, "tower_ratio": {"vision": -0.1}}, r"vision -0\.1 is no fraction"),
         ({"ratio": 0.1, "kind_ratio": {"norm": 0.1}}, "kind 'norm' is unknown; choose one of attention, mlp"),
-        ({"ratio": 0.1, "allocator": "best"}, "choose one of balanced, global, local"),
+        ({"ratio": 0.1, "allocator": "best"}, "choose one of balanced, global, local, paper"),
+        ({"ratio": 0.1, "cost": "dollars"}, "cost 'dollars' is unknown; choose one of parameters"),
         ({"ratio": 0.1, "layout": "flat"}, "choose one of per-layer, stock"),
         ({"ratio": 0.1, "round_channels": 0}, "accepted is 1 or more"),
-        ({"ratio": 0.1, "faithful": True, "layout": "stock"}, "one ratio for all parts"),
+        ({"ratio": 0.1, "allocator": "paper", "layout": "stock"}, "one ratio for all parts"),
     ],
 )
 def test_budgets_no_plan_can_have_are_refused(arguments, message):
@@ -248,19 +252,19 @@ def test_an_unknown_tower_is_refused_with_the_known_ones():
         plan_for("llava", Budget(0.1, tower_ratio={"audio": 0.1}))
 
 
-def test_the_faithful_loop_may_empty_a_group_and_the_plan_keeps_its_best_unit():
+def test_the_paper_s_loop_may_empty_a_group_and_the_plan_keeps_its_best_unit():
     groups, scores, facts = single_mlp([1, 1, 1, 1, 5, 5])
-    literal = make_plan(groups, scores, Budget(0.7, faithful=True), facts)
+    literal = make_plan(groups, scores, Budget(0.7, allocator="paper"), facts)
     assert literal.keep["language.0.mlp"] == (5,) and literal.rescued == ("language.0.mlp",)
     product = make_plan(groups, scores, Budget(0.7), facts)
     assert product.keep["language.0.mlp"] == (5,) and product.rescued == ()
 
 
-def test_the_steps_of_the_faithful_loop_can_be_in_proportion_to_the_model():
+def test_the_steps_of_the_paper_s_loop_can_be_in_proportion_to_the_model():
     model, groups, scores = prepared("llava")
     facts = facts_of(model, groups)
     letter, proportion = (
-        make_plan(groups, scores, Budget(0.3, faithful=True, steps=steps), facts)
+        make_plan(groups, scores, Budget(0.3, allocator="paper", steps=steps), facts)
         for steps in (None, proportional_steps(sum(group.num_units for group in groups)))
     )
     assert proportion.removed_fraction == pytest.approx(0.3, abs=0.03)  # one step and what ties with its last unit
@@ -288,7 +292,7 @@ def test_rounds_count_from_the_dense_model():
     assert all(len(kept) >= 0.1 * composed.sizes[key] for key, kept in composed.keep.items())
 
 
-def test_the_faithful_loop_says_how_much_it_can_remove():
+def test_the_paper_s_loop_says_how_much_it_can_remove():
     groups, scores, facts = single_mlp([1, 2, 3, 4, 5, 6], unprunable=54)
     with pytest.raises(InfeasibleBudgetError, match=r"ratio 0\.9 cannot be reached: .* the paper's loop.* at most 54"):
-        make_plan(groups, scores, Budget(0.9, faithful=True), facts)
+        make_plan(groups, scores, Budget(0.9, allocator="paper"), facts)

@@ -14,6 +14,7 @@ from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.models.families import FAMILIES
 from slimvlm.compress.recovery.distillation.recipe import (
     LOSSES,
+    PROGRESSIONS,
     BlockTarget,
     Recipe,
     Stage,
@@ -29,8 +30,7 @@ FLAN_T5_XL = {"vision": 39, "encoder": 24, "decoder": 24}
 VE, VE_SHALLOW = list(range(0, 39, 2)), list(range(0, 23, 2))
 T5, T5_SHALLOW = list(range(1, 24, 2)), list(range(1, 12, 2))
 families = st.sampled_from(FAMILIES)
-flags = {"stages": st.booleans(), "faithful": st.booleans()}
-recipes = st.builds(parse_recipe, st.just("lpd"), **flags)
+recipes = st.builds(parse_recipe, st.sampled_from(list(PROGRESSIONS)), stages=st.booleans())
 PAPERS_SHARES = replace(parse_recipe("lpd"), feature_share=None)
 
 
@@ -44,7 +44,7 @@ def depths(draw, family):
 
 
 def test_the_stages_of_blip2_flan_t5_xl_are_those_of_the_paper():
-    stages = make_stages(ROWS["blip2_t5"], FLAN_T5_XL, parse_recipe("lpd", faithful=True))
+    stages = make_stages(ROWS["blip2_t5"], FLAN_T5_XL, parse_recipe("lpd-paper"))
     expected = [
         ("vision shallow", VE_SHALLOW, [], [], {}, 20),
         ("vision", VE, [], [], {}, 20),
@@ -86,10 +86,10 @@ def test_the_feature_stages_get_the_asked_share_in_the_paper_s_proportions(data,
     assert ratios == pytest.approx([ratios[0]] * len(ratios))
 
 
-def test_the_share_is_a_fifth_unless_asked_or_faithful():
+def test_the_share_is_a_fifth_unless_asked_or_the_paper_s():
     assert parse_recipe("lpd").feature_share == 0.2
-    assert parse_recipe("lpd", faithful=True).feature_share is None
-    assert parse_recipe("lpd", faithful=True, feature_share=0.3).feature_share == 0.3
+    assert parse_recipe("lpd-paper").feature_share is None
+    assert parse_recipe("lpd-paper", feature_share=0.3).feature_share == 0.3
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.5, math.nan])
@@ -108,7 +108,7 @@ def test_without_stages_everything_is_supervised_all_the_time():
 @given(st.data(), families, recipes)
 def test_shares_sum_to_one_and_every_tower_weighs_one(data, family, recipe):
     for stage in make_stages(family, data.draw(depths(family)), recipe):
-        if not recipe.faithful:
+        if not recipe.literal:
             sums = {tower: 0.0 for tower in {block.tower for block in stage.blocks}}
             for block in stage.blocks:
                 sums[block.tower] += block.weight
@@ -179,8 +179,8 @@ def test_a_loss_without_a_weight_weighs_one_and_only_sft_needs_no_teacher():
 
 def test_losses_added_to_lpd_join_those_of_its_last_stage_or_weigh_them_anew():
     assert parse_recipe("lpd").losses == {"sft": 1.0, "kl": 1.0, "hidden": 1.0}
-    assert parse_recipe("lpd", faithful=True).losses == {"sft": 1.0, "kl": 1.0}
-    assert parse_recipe("lpd+rkl", faithful=True).losses == {"sft": 1.0, "kl": 1.0, "rkl": 1.0}
+    assert parse_recipe("lpd-paper").losses == {"sft": 1.0, "kl": 1.0}
+    assert parse_recipe("lpd-paper+rkl").losses == {"sft": 1.0, "kl": 1.0, "rkl": 1.0}
     assert parse_recipe("lpd+0.5*kl").losses == {"sft": 1.0, "kl": 0.5, "hidden": 1.0}
     assert parse_recipe("lpd+0*hidden").losses == {"sft": 1.0, "kl": 1.0}
     assert parse_recipe("hidden+lpd").features
@@ -190,10 +190,11 @@ def test_losses_added_to_lpd_join_those_of_its_last_stage_or_weigh_them_anew():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "'' is no loss; accepted are lpd and sums of sft, kl, rkl, hidden"),
+        ("", "'' is no loss; accepted are lpd, lpd-paper and sums of sft, kl, rkl, hidden"),
         ("sft+ce", "recipe 'sft[+]ce': 'ce' is no loss; accepted are lpd"),
         ("2*lpd", "'lpd' is no loss"),
         ("lpd+lpd", "'lpd' comes twice"),
+        ("lpd+lpd-paper", "excludes the others"),
         ("sft+sft", "'sft' comes twice; give its weight once"),
         ("x*sft", "'x' is no number"),
         ("*sft", "'' is no number"),

@@ -8,7 +8,8 @@ from plans import make_plan as uniform
 from plans import random_plan
 from tiny_models import FACTORIES, Tiny, tiny_model
 
-from slimvlm.compress.allocate.budget import Budget, facts_of, make_plan
+from slimvlm.compress.allocate.budget import Budget, make_plan
+from slimvlm.compress.allocate.facts import facts_of
 from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.criteria.scoring import score_groups
 from slimvlm.compress.errors import CheckpointError

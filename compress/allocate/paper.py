@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import numpy as np
 
-from slimvlm.compress.allocate.pool import (
-    FINE_FROM,
-    Flags,
-    Integers,
-    Pool,
-    Queue,
-    queues_of,
-    require,
-)
+from slimvlm.compress.allocate.pool import FINE_FROM, Flags, Integers, Pool, Queue, queues_of, require
+from slimvlm.compress.options import LITTLE_RATIO
 
+STEPS = (1000, 100)  # units, before and after 90 % of the target
 FREEZE_BELOW = 10  # the paper leaves a group alone once fewer than a tenth of its channels are left
 
 
-def literal(pool: Pool, target: float, steps: tuple[int, int]) -> Flags:
-    """Whole steps; ties at the threshold all go; a group is left alone from the step after it fell below a tenth."""
+def allocate_paper(pool: Pool, target: float) -> Flags:
+    """UKMP's modality-balanced selection as its code does it; True for the units that go.
+
+    Whole steps, up to 20 % the small one from the start; ties at the threshold all go; a group is left alone from the
+    step AFTER it fell below a tenth of its channels or to exactly one.
+
+    Raises:
+        InfeasibleBudgetError: the groups that are left alone leave too little to remove.
+    """
+    coarse, fine = pool.steps or STEPS
+    steps = (fine if pool.ratio <= LITTLE_RATIO else coarse, fine)
     removed = np.zeros(len(pool.scores), dtype=bool)
     kept = np.bincount(pool.group, pool.channels, minlength=pool.groups).astype(np.int64)
     frozen = np.zeros(pool.groups, dtype=bool)
     queues = queues_of(pool, ~removed)
-    gone = 0
+    gone = 0.0
     while gone < target:
         now = (FREEZE_BELOW * kept < pool.size) | (kept == 1)
         if (now != frozen).any():
@@ -35,7 +38,7 @@ def literal(pool: Pool, target: float, steps: tuple[int, int]) -> Flags:
             require(gone, target, "the paper's loop, which leaves a group alone below a tenth of its channels,")
         chosen = _below_threshold(queues, steps[int(gone > FINE_FROM * target)])
         removed[chosen] = True
-        gone += int(pool.cost[chosen].sum())
+        gone += pool.cost[chosen].sum()
         kept -= np.bincount(pool.group[chosen], pool.channels[chosen], minlength=pool.groups).astype(np.int64)
     return removed
 
