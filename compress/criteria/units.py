@@ -10,13 +10,16 @@ from torch import Tensor
 from slimvlm.compress.models.groups import Group, Member
 
 
-def unit_sums(group: Group, saliency: Callable[[Member], Tensor]) -> tuple[Tensor, Tensor]:
-    """(saliency [num_units] summed over all the weights of a unit, the units' indices [num_units, m]).
+def unit_sums(
+    group: Group, saliency: Callable[[Member], Tensor], dims: tuple[int, ...] = (0, 1)
+) -> tuple[Tensor, Tensor]:
+    """(saliency [num_units] summed over the weights of a unit, the units' indices [num_units, m]).
 
     Args:
         saliency: of a member, over the rows or columns of its full tensor.
+        dims: members that lose rows (0), columns (1).
     """
-    scored = [member for member in group.members if not member.norm]
+    scored = [member for member in group.members if member.dim in dims and not member.norm]
     own = (_per_index(group, member, saliency(member)) for member in scored if _own(member))
     query = sum(own, torch.zeros(()))
     units = units_of(group, query)

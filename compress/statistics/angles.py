@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from slimvlm.compress.data.questions import Question
 from slimvlm.compress.errors import CalibrationError
-from slimvlm.compress.statistics.collector import Collector, Reduce
+from slimvlm.compress.statistics.collector import Collector, Reduce, Side
 from slimvlm.kernels import angle_histogram, histogram_entropy, row_norms
 
 BINS = 100  # of the cosine over [-1, 1]: the paper's choice
@@ -29,35 +29,29 @@ class AngleHistograms(Collector):
                 weight = side.linear.weight.detach()
                 self._norms[side.path] = row_norms(weight)
                 self.counts[side.path] = torch.zeros(weight.shape[0], BINS, dtype=torch.int64, device=weight.device)
-                self._handles.append(side.linear.register_forward_hook(partial(self._count, side.path, side.stream)))
+                self._handles.append(side.linear.register_forward_hook(partial(self._count, side)))
 
     def stop(self) -> None:
         self._last: tuple[Tensor, Tensor] | None = None
 
     def see(self, question: Question) -> None:
-        self._masks = question.masks
+        super().see(question)
         self._last = None  # q, k, v (or gate, up) read one tensor: its norms, once
 
     @torch.no_grad()
-    def _count(self, path: str, stream: str, linear: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def _count(self, side: Side, linear: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if self._last is None or self._last[0] is not inputs[0]:
             tokens = inputs[0].detach().flatten(0, -2)
             self._last = (inputs[0], row_norms(tokens))
         norms = self._last[1]
-        mask = self._masks[stream]
-        if mask is not None and mask.numel() != norms.numel():
-            raise CalibrationError(
-                f"{path} reads {norms.numel()} tokens but the batch's mask has {mask.numel()}; "
-                "the samples must be padded, not packed"
-            )
         bias = None if linear.bias is None else linear.bias.detach()
         rows = output.detach().flatten(0, -2)
-        mask = None if mask is None else mask.flatten()
+        counts, mask = self.counts[side.path], self.mask_of(side, len(norms))
         literal = self.statistic.name == "paper-angles"
         try:
-            angle_histogram(rows, norms, self._norms[path], bias, self.counts[path], mask=mask, faithful=literal)
+            angle_histogram(rows, norms, self._norms[side.path], bias, counts, mask=mask, faithful=literal)
         except ValueError as error:
-            raise CalibrationError(f"the activations of {path} cannot be used: {error}") from error
+            raise CalibrationError(f"the activations of {side.path} cannot be used: {error}") from error
 
     def finish(self, reduce: Reduce) -> dict[str, Tensor]:
         result = {}

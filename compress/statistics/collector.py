@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from slimvlm.compress.data.questions import Question
+from slimvlm.compress.errors import CalibrationError
 from slimvlm.compress.statistics.rows import Statistic
 
 Reduce = Callable[[Tensor, str], None]  # (tensor, "sum" | "min" | "max"): in place over all processes
@@ -66,6 +67,21 @@ class Collector:
 
     def see(self, question: Question) -> None:
         """The next forward answers `question`."""
+        self._masks = question.masks
+
+    def mask_of(self, side: Side, tokens: int) -> Tensor | None:
+        """Which of the `tokens` that `side` reads count, bool [tokens]; None: all of them.
+
+        Raises:
+            CalibrationError: the samples are packed, so that no mask says whose tokens they are.
+        """
+        mask = None if side.stream is None else self._masks[side.stream]
+        if mask is not None and mask.numel() != tokens:
+            raise CalibrationError(
+                f"{side.path} reads {tokens} tokens but the batch's mask has {mask.numel()}; "
+                "the samples must be padded, not packed"
+            )
+        return None if mask is None else mask.flatten()
 
     def close_batch(self, batch: int, loss: Tensor) -> None:
         """The backward pass of this batch's loss is over."""

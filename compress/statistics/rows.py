@@ -47,6 +47,7 @@ STATISTICS: Mapping[str, Statistic] = {
         Statistic("gate", "backward", "gates", "GateSquares"),
         Statistic("angles", "forward", "angles", "AngleHistograms"),
         Statistic("paper-angles", "forward", "angles", "AngleHistograms"),
+        Statistic("input-norms", "forward", "norms", "InputNorms"),
     )
 }
 

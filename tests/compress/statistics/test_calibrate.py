@@ -16,16 +16,19 @@ from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.statistics.collect import Calibration, collect
-from slimvlm.compress.statistics.rows import TokenRule
+from slimvlm.compress.statistics.rows import STATISTICS, CalibrationOptions, Statistic, TokenRule
 
 UKMI = CRITERIA["ukmi"]
 BINS = 100
 
 
 def run(tiny: Tiny, batches: list, criterion: Criterion = UKMI, progress: Progress = silent, **options) -> Calibration:
+    return collect_from(tiny, batches, criterion.calibration(**options), progress)
+
+
+def collect_from(tiny: Tiny, batches: list, options: CalibrationOptions, progress: Progress = silent) -> Calibration:
     family = find_family(tiny.model.config)
-    groups = find_groups(tiny.model, family)
-    return collect(tiny.model, family, groups, batches, criterion.calibration(**options), progress)
+    return collect(tiny.model, family, find_groups(tiny.model, family), batches, options, progress)
 
 
 def uneven_samples(name: str, count: int = 4) -> list[dict[str, torch.Tensor]]:
@@ -137,10 +140,11 @@ def test_image_text_and_answer_tokens_are_counted_apart(name: str, image: int, t
 @pytest.mark.parametrize("name", ["llava", "blip2_t5"])
 def test_statistics_equal_a_literal_loop_over_examples(name: str) -> None:
     tiny, samples = tiny_model(name), uneven_samples(name)
-    criterion = replace(UKMI, tokens=TokenRule("low", 0.03))  # above and below the confidences of a random model
+    # A threshold above and below the confidences of a random model.
+    criterion = replace(UKMI, statistics=("first", "input-norms"), tokens=TokenRule("low", 0.03))
     seen = run(tiny, [padded(samples[:3]), padded(samples[3:])], criterion)
     paths = sorted({key.rpartition(":")[0] for key in seen.seen["first"]})
-    inputs: dict[str, list[torch.Tensor]] = {path: [] for path in seen.seen["angles"]}
+    inputs: dict[str, list[torch.Tensor]] = {path: [] for path in seen.seen["input-norms"]}
 
     def remember(path: str, _: object, args: tuple[torch.Tensor, ...], __: object) -> None:
         inputs[path].append(args[0].detach().flatten(0, -2))
@@ -162,9 +166,19 @@ def test_statistics_equal_a_literal_loop_over_examples(name: str) -> None:
     chosen = sum(int(literal_selection(*aligned(tiny, sample), 0.03).sum()) for sample in samples)
     assert seen.selected_tokens == chosen < sum(int((sample["labels"] != -100).sum()) for sample in samples)
     for path, tokens in inputs.items():
-        expected, clear = literal_entropy(tiny.model.get_submodule(path).weight, torch.cat(tokens))
-        assert clear.float().mean() > 0.5
-        torch.testing.assert_close(seen.seen["angles"][path][clear], expected[clear], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(seen.seen["input-norms"][path], torch.cat(tokens).norm(dim=0))
+        if path in seen.seen["angles"]:
+            expected, clear = literal_entropy(tiny.model.get_submodule(path).weight, torch.cat(tokens))
+            assert clear.float().mean() > 0.5
+            torch.testing.assert_close(seen.seen["angles"][path][clear], expected[clear], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("statistic", STATISTICS.values(), ids=STATISTICS)
+def test_what_needs_a_forward_only_builds_no_graph_and_gets_no_backward_pass(statistic: Statistic) -> None:
+    tiny, built, read = tiny_model("llava"), [], []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: built.append(1) or t, lambda t: read.append(1) or t):
+        seen = collect_from(tiny, [tiny.inputs(2)] * 2, CalibrationOptions((statistic.name,)))
+    assert seen.seen[statistic.name] and bool(built) == bool(read) == (statistic.reads == "backward")
 
 
 @pytest.mark.parametrize("variant", ["vectorized", "second", "mix", "fisher"])
@@ -348,6 +362,8 @@ def test_nothing_to_learn_from_is_refused() -> None:
         run(tiny, [silent])
     with pytest.raises(ValueError, match="no labels"):
         run(tiny, [{key: value for key, value in tiny.inputs(1).items() if key != "labels"}])
+    with pytest.raises(ValueError, match="one sum of weights' gradients"):
+        CalibrationOptions(("first", "fisher"))
     with pytest.raises(ValueError, match="no statistic is wanted"):
         run(tiny, [tiny.inputs(1)], CRITERIA["magnitude"])
 

@@ -1,0 +1,48 @@
+"""How large the inputs of linears are, feature by feature, from a forward alone."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from slimvlm.compress.data.questions import Question
+from slimvlm.compress.errors import CalibrationError
+from slimvlm.compress.statistics.collector import Collector, Reduce, Side
+
+
+class InputNorms(Collector):
+    """The L2 norm over the counted tokens of every input feature of a linear, keyed by path (Wanda, ICLR 2024)."""
+
+    def start(self) -> None:
+        self.squares: dict[str, Tensor] = {}
+        for side in self.sides:
+            weight = side.linear.weight
+            self.squares[side.path] = torch.zeros(weight.shape[1], device=weight.device)
+            self._handles.append(side.linear.register_forward_pre_hook(partial(self._add, side)))
+
+    def stop(self) -> None:
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def see(self, question: Question) -> None:
+        super().see(question)
+        self._last = None  # q, k, v (or gate, up) read one tensor: its squares, once
+
+    @torch.no_grad()
+    def _add(self, side: Side, _: nn.Linear, inputs: tuple[Tensor, ...]) -> None:
+        if self._last is None or self._last[0] is not inputs[0]:
+            tokens = inputs[0].flatten(0, -2)
+            mask = self.mask_of(side, len(tokens))
+            chosen = tokens if mask is None else tokens[mask]
+            self._last = (inputs[0], chosen.float().square().sum(0))
+        self.squares[side.path] += self._last[1]
+
+    def finish(self, reduce: Reduce) -> dict[str, Tensor]:
+        result = {}
+        for path, squares in self.squares.items():
+            reduce(squares, "sum")
+            result[path] = squares.sqrt().cpu()
+            if not result[path].isfinite().all():
+                raise CalibrationError(f"the activations of {path} cannot be used: they are not finite")
+        return result
