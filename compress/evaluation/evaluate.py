@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +28,7 @@ from slimvlm.compress.evaluation.quality import (
     summarize,
     vqa_accuracy,
 )
+from slimvlm.compress.models.computing import undisturbed
 from slimvlm.compress.progress import Progress, silent
 
 __all__ = ["Comparison", "Quality", "Row", "compare", "evaluate", "shuffle_images"]
@@ -75,7 +76,7 @@ def evaluate(
     if blind_seed is not None:
         samples = shuffle_images(samples, blind_seed)
     is_dual = collator.family.contrastive
-    run = _Run(model, collator, batch_size, progress)
+    run = _Evaluation(model, collator, batch_size, progress)
     with _inference(model):
         rows = _retrieve(run, samples) if is_dual else _answer(run, _questions(samples))
     kind = "retrieval" if is_dual else "generation"
@@ -119,7 +120,7 @@ def pad_id(model: Any, collator: Collator) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
+class _Evaluation:
     model: Any
     collator: Collator
     batch_size: int
@@ -130,17 +131,12 @@ class _Run:
 
 
 @contextmanager
-def _inference(model: torch.nn.Module) -> Any:
-    """Inference mode, evaluation behaviour; the model's own mode comes back."""
-    training = model.training
-    model.eval()
+def _inference(model: torch.nn.Module) -> Iterator[None]:
+    """Inference mode, evaluation behaviour; the model's own modes come back."""
     # FSDP keeps the buffers it gathers weights in for the next training step, which cannot use inference tensors.
     sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
-    try:
-        with torch.no_grad() if sharded else torch.inference_mode():
-            yield
-    finally:
-        model.train(training)
+    with undisturbed(model), torch.no_grad() if sharded else torch.inference_mode():
+        yield
 
 
 def _questions(samples: Sequence[Sample]) -> list[Sample]:
@@ -153,7 +149,7 @@ def _questions(samples: Sequence[Sample]) -> list[Sample]:
     ]
 
 
-def _answer(run: _Run, questions: Sequence[Sample]) -> list[Row]:
+def _answer(run: _Evaluation, questions: Sequence[Sample]) -> list[Row]:
     """Batches of similar length, so that little is padding and no short answer waits for a long one.
 
     Where every token of the right answer is the most probable one by far, greedy generation must give that answer, so
@@ -205,7 +201,7 @@ def _row(question: Sample, prediction: str, taught: _Taught, image: int) -> Row:
     )
 
 
-def _teach(run: _Run, questions: Sequence[Sample]) -> list[_Taught]:
+def _teach(run: _Evaluation, questions: Sequence[Sample]) -> list[_Taught]:
     """One forward with the right answers given; logits only where they are needed."""
     given = run.collator.training(questions, last_turn=True)
     question = ask(run.model, run.collator.family, given)
@@ -220,7 +216,7 @@ def _teach(run: _Run, questions: Sequence[Sample]) -> list[_Taught]:
     ]
 
 
-def _judge(run: _Run, logits: torch.Tensor, targets: torch.Tensor, alike: torch.Tensor) -> list[_Taught]:
+def _judge(run: _Evaluation, logits: torch.Tensor, targets: torch.Tensor, alike: torch.Tensor) -> list[_Taught]:
     """What the logits [B, L, V] say of the targets [B, L]; `alike` [B]: whether generation starts from the same."""
     logits = logits.float()
     losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none").sum(1)
@@ -245,7 +241,7 @@ def _first_by_far(logits: torch.Tensor, targets: torch.Tensor, dtype: torch.dtyp
     return ((own - others > lead).squeeze(2) | (targets == IGNORED)).all(1)
 
 
-def _asked_alike(run: _Run, questions: Sequence[Sample], given: Batch) -> torch.Tensor:
+def _asked_alike(run: _Evaluation, questions: Sequence[Sample], given: Batch) -> torch.Tensor:
     """Bool [B]: the tokens before the answer are those that generation starts from (decoder-only models)."""
     if not run.collator.family.labels_shifted:
         return torch.zeros(len(questions), dtype=torch.bool, device=run.model.device)
@@ -258,7 +254,7 @@ def _asked_alike(run: _Run, questions: Sequence[Sample], given: Batch) -> torch.
     return torch.tensor(same, device=run.model.device)
 
 
-def _generate(run: _Run, questions: Sequence[Sample]) -> list[str]:
+def _generate(run: _Evaluation, questions: Sequence[Sample]) -> list[str]:
     inputs = placed(run.collator.prompts(questions), run.model.device, run.model.dtype)
     longest = max(map(run.collator.answer_length, questions)) + MARGIN
     with foreign("the model cannot answer", "check its config.json and generation_config.json"):
@@ -269,7 +265,7 @@ def _generate(run: _Run, questions: Sequence[Sample]) -> list[str]:
     return run.collator.decode(ids)
 
 
-def _retrieve(run: _Run, samples: Sequence[Sample]) -> list[Row]:
+def _retrieve(run: _Evaluation, samples: Sequence[Sample]) -> list[Row]:
     """Ranks over all different images and texts of the samples."""
     images, texts, done = [], [], 0
     for batch in batches(samples, run.batch_size):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
@@ -24,6 +24,7 @@ HALVES = (torch.float16, torch.bfloat16)
 
 Given = ParamSpec("Given")
 Made = TypeVar("Made")
+Thing = TypeVar("Thing")
 
 
 def frees_memory(stage: Callable[Given, Made]) -> Callable[Given, Made]:
@@ -55,6 +56,37 @@ def load_to_compute(options: CompressOptions, name: str, attention: str | None =
     )
     cast(loaded.model, _compute_dtype(options.dtype, loaded.model))
     return loaded
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards, also after an error, modes, gradients and who asks for them are what they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    asked = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, wanted, grad in asked:
+            if parameter.requires_grad != wanted:
+                parameter.requires_grad_(wanted)
+            if parameter.grad is not grad:
+                parameter.grad = grad
+
+
+def in_passes(things: Sequence[Thing], size: Callable[[Thing], int], bound: int | None) -> list[list[Thing]]:
+    """Consecutive things, in every pass as many as `bound` bytes hold, one at least; None: all in one."""
+    passes: list[list[Thing]] = []
+    room = 0
+    for thing in things:
+        if not passes or (bound is not None and size(thing) > room):
+            passes.append([])
+            room = bound or 0
+        passes[-1].append(thing)
+        room -= size(thing)
+    return passes
 
 
 def give_back_memory() -> None:

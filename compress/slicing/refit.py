@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from slimvlm.compress.data.collate import Batch
 from slimvlm.compress.data.questions import Question, ask, stream_of
 from slimvlm.compress.errors import CalibrationError
+from slimvlm.compress.models.computing import in_passes, undisturbed
 from slimvlm.compress.models.families import Family
 from slimvlm.compress.models.groups import Group, count_parameters
 from slimvlm.compress.progress import Progress, silent
@@ -83,7 +84,8 @@ def refit(  # noqa: PLR0913 (the model with what is known of it, what is kept, w
         if cut.columns is not None
     ]
     weights, losses = {}, []
-    passes = list(_passes(wanted, memory or min(MOST, max(LEAST, count_parameters(model)))))
+    bound = memory or min(MOST, max(LEAST, count_parameters(model)))
+    passes = in_passes(wanted, lambda projection: projection.bytes, bound)
     for number, chosen in enumerate(passes):
         for index, question in enumerate(_read(model, family, batches, chosen)):
             for projection in chosen:
@@ -158,31 +160,17 @@ def _energy(weight: Tensor, products: Tensor) -> Tensor:
     return ((weight @ products) * weight).sum()
 
 
-def _passes(wanted: Sequence[_Projection], memory: int) -> Iterator[list[_Projection]]:
-    """Consecutive projections, as many as the bound allows at once."""
-    chosen: list[_Projection] = []
-    for projection in wanted:
-        if chosen and sum(one.bytes for one in (*chosen, projection)) > memory:
-            yield chosen
-            chosen = []
-        chosen.append(projection)
-    if chosen:
-        yield chosen
-
-
 def _read(
     model: nn.Module, family: Family, batches: Sequence[Callable[[], Batch]], chosen: Sequence[_Projection]
 ) -> Iterator[Question]:
     """The batches as questions, while the projections watch; their hooks are gone afterwards, also after an error."""
-    training = model.training
     handles = [projection.start() for projection in chosen]
     try:
-        model.eval()
-        for batch in batches:
-            question = ask(model, family, batch())
-            if question is not None:
-                yield question
+        with undisturbed(model):
+            for batch in batches:
+                question = ask(model, family, batch())
+                if question is not None:
+                    yield question
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()

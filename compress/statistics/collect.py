@@ -18,6 +18,7 @@ from torch import Tensor, distributed, nn
 
 from slimvlm.compress.data.questions import Question, ask, stream_of
 from slimvlm.compress.errors import CalibrationError
+from slimvlm.compress.models.computing import in_passes, undisturbed
 from slimvlm.compress.models.families import Family
 from slimvlm.compress.models.groups import Group, Member
 from slimvlm.compress.progress import Progress, silent
@@ -220,21 +221,11 @@ class _Run:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradient asked for and none there; everything as before afterwards, also after an error."""
-    modes = [(module, module.training) for module in model.modules()]
-    asked = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    try:
-        model.eval()
-        for parameter, _, _ in asked:
-            parameter.requires_grad_(False)
-            parameter.grad = None
+    """`undisturbed`, with no gradient asked for and none there."""
+    with undisturbed(model):
+        model.requires_grad_(False)
+        model.zero_grad()
         yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, wanted, grad in asked:
-            parameter.requires_grad_(wanted)
-            parameter.grad = grad
 
 
 def _collectors(options: CalibrationOptions) -> list[Collector]:
@@ -266,18 +257,14 @@ def _sides(model: nn.Module, family: Family, groups: Sequence[Group]) -> list[Si
 
 def _passes(sides: Sequence[Side], collectors: Sequence[Collector], bound: int | None) -> list[list[Side]]:
     """Consecutive sides, as many as the bound on the collectors' bytes allows in each pass."""
-    passes: list[list[Side]] = []
-    room = 0
+
+    def need(side: Side) -> int:
+        return sum(collector.bytes_needed(side) for collector in collectors)
+
     for side in sides:
-        need = sum(collector.bytes_needed(side) for collector in collectors)
-        if bound is not None and need > bound:
+        if bound is not None and need(side) > bound:
             raise CalibrationError(
-                f"a gradient bound of {bound} bytes is too small: {side.path} alone needs {need} bytes; "
+                f"a gradient bound of {bound} bytes is too small: {side.path} alone needs {need(side)} bytes; "
                 "raise the bound, or use the criterion fisher, which holds no gradients"
             )
-        if not passes or (bound is not None and need > room):
-            passes.append([])
-            room = bound or 0
-        passes[-1].append(side)
-        room -= need
-    return passes
+    return in_passes(sides, need, bound)

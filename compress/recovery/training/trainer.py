@@ -97,12 +97,12 @@ def train(  # noqa: PLR0913 (what is trained, on what, how, where, and who watch
         workers = Workers(distiller, options.mixed_precision, options.weight_decay)
         try:
             with _Signals() as signals:
-                return _Run(job, workers, StateFolder(folder, writer=workers.rank == 0)).go(resume, signals)
+                return _Training(job, workers, StateFolder(folder, writer=workers.rank == 0)).go(resume, signals)
         finally:
             workers.close()
 
 
-class _Run:
+class _Training:
     """One training in this process."""
 
     def __init__(self, job: _Job, workers: Workers, files: StateFolder) -> None:
