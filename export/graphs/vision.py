@@ -40,7 +40,7 @@ class Pooled(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Features, fp32."""
-        return self.model.get_image_features(pixel_values.to(self.model.dtype)).pooler_output.float()
+        return self.model.base_model.get_image_features(pixel_values.to(self.model.dtype)).pooler_output.float()
 
 
 class Select(nn.Module):

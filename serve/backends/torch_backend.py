@@ -37,7 +37,7 @@ class TorchBackend:
         self._encoder = family.own_decoder
         keeps = "logits_to_keep" in inspect.signature(self.speaker.forward).parameters
         self._last_only = {"logits_to_keep": 1} if keeps else {}
-        self._sees = set(inspect.signature(model.get_image_features).parameters)
+        self._sees = set(inspect.signature(model.base_model.get_image_features).parameters)
         self._batch: dict[str, Tensor] = {}
         self._state: dict[str, Any] = {}
 
@@ -52,7 +52,7 @@ class TorchBackend:
     def vision(self) -> Any:
         """See `Backend`."""
         seen = {name: tensor for name, tensor in self._batch.items() if name in self._sees}
-        return self.model.get_image_features(**seen, return_dict=True) if "pixel_values" in seen else None
+        return self.model.base_model.get_image_features(**seen, return_dict=True) if "pixel_values" in seen else None
 
     def text(self) -> Any:
         """See `Backend`."""
