@@ -29,15 +29,15 @@ __all__ = [
 ]
 
 FOLDERS = {
-    "Blocks": "gather",
-    "angle_histogram": "histogram",
-    "gather_2d": "gather",
-    "gather_blocks": "gather",
-    "histogram_entropy": "histogram",
-    "row_norms": "norms",
-    "squared_sums": "taylor",
     "taylor_sums": "taylor",
     "taylor_sums_batch": "taylor",
+    "squared_sums": "taylor",
+    "row_norms": "norms",
+    "angle_histogram": "histogram",
+    "histogram_entropy": "histogram",
+    "gather_2d": "gather",
+    "gather_blocks": "gather",
+    "Blocks": "gather",
 }
 
 

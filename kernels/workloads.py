@@ -77,8 +77,7 @@ class Workload:
     @property
     def operation(self) -> str:
         """The folder of its kernel."""
-        first = self.kernel.split("_")[0]
-        return {"taylor": "taylor", "row": "norms", "angle": "histogram"}.get(first, "gather")
+        return kernels.FOLDERS[self.kernel.split()[0]]
 
     @property
     def path(self) -> str:

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 
 from slimvlm.compress.errors import MissingDependencyError
 from slimvlm.compress.processes import pick_device
+from slimvlm.kernels import FOLDERS
 from slimvlm.selfcheck.ground import Ground
 from slimvlm.selfcheck.outcome import FAIL, PASS, SKIP, Outcome, Report, SkippedError, WrongError
 from slimvlm.serve.options import ONNX, TORCH
@@ -23,7 +24,7 @@ CHECKS: Mapping[str, tuple[str, ...]] = {
     "memory": ("machine", "check_memory"),
     "energy": ("machine", "check_energy"),
     "triton": ("kernels", "check_triton"),
-    **{f"kernel {name}": ("kernels", "check_kernel", name) for name in ("taylor", "norms", "histogram", "gather")},
+    **{f"kernel {name}": ("kernels", "check_kernel", name) for name in dict.fromkeys(FOLDERS.values())},
     "calibration": ("kernels", "check_calibration"),
     "plan": ("job", "check_plan"),
     "slice and refit": ("job", "check_slice"),

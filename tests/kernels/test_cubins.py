@@ -10,6 +10,8 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from cubins import TARGETS, cases, compile_all, compile_case, describe, spills_on_rocm  # noqa: E402
 
+from slimvlm.kernels import FOLDERS  # noqa: E402
+
 TABLE = json.loads((Path(__file__).parent / "resources.json").read_text(encoding="utf-8"))
 
 
@@ -30,6 +32,7 @@ def test_every_kernel_compiles_without_spills_reads_whole_vectors_and_matches_th
 
 
 def test_every_kernel_and_setting_is_in_the_table():
+    assert {case.name.split()[0] for case in cases()} == set(FOLDERS.values())
     assert all(f"sm_90 {describe(case)}" in TABLE["kernels"] for case in cases())
 
 
