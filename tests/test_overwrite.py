@@ -1,7 +1,6 @@
 """Nothing that is not ours is ever deleted or replaced, and an earlier run stays until another one is in its place."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from forked import Forked
 from run_records import edit_record
 
 from slimvlm.cli import main
@@ -134,16 +134,16 @@ def test_a_run_that_was_changed_by_hand_is_not_overwritten(run):
 
 
 def test_a_second_run_is_told_who_holds_the_folder_and_a_killed_one_holds_nothing(tmp_path):
-    out, program = tmp_path / "out", Path(sys.executable).with_name("slimvlm")
-    words = [program, "compress", MODEL, out, "--data", SAMPLES / "train.jsonl", *CHEAP, "--criterion", "gate"]
+    out = tmp_path / "out"
+    words = ["slimvlm", "compress", MODEL, out, "--data", SAMPLES / "train.jsonl", *CHEAP, "--criterion", "gate"]
     held = rf"out is in use by process (\d+) on {re.escape(socket.gethostname())} since 20"
-    with subprocess.Popen(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True) as first:
+    with Forked(tmp_path, *words) as first:
         while not (out / "run.json").exists():
-            assert first.poll() is None
+            assert first.runs()
         for second in (compress(MODEL, out, "--resume"), compress(MODEL, out, "--overwrite"), slimvlm("recover", out)):
             assert_refused(second)
             assert int(re.search(held, second.stderr)[1]) == first.pid
-        os.killpg(first.pid, signal.SIGKILL)
+        assert first.kill() == -signal.SIGKILL
     assert (out / LOCK).exists()
     assert compress(MODEL, out, "--criterion", "gate", "--resume").exit_code == 0
     assert not (out / LOCK).exists()

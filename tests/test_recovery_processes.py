@@ -1,20 +1,20 @@
 """The whole job by two processes, with copies of the models and with shards of them."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from pairs import assert_done, run_pair
 from safetensors.torch import load_file
 from short_recoveries import options_in
 
+from slimvlm.compress.options import CompressOptions
 from slimvlm.pipeline import compress
 
 JOB = """
 import json, sys
 from pathlib import Path
+from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.options import CompressOptions
 from slimvlm.pipeline import compress
 
@@ -29,20 +29,25 @@ SHARDED = {
 }
 
 
+CHANGES = {"recover": "sft", "dropout": 0.0, "precision": "no", "steps": 4, "validate_every": 4, "warmup": 1}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> CompressOptions:
+    options = options_in(tmp_path_factory.mktemp("alone"), **CHANGES)
+    compress(options)
+    return options
+
+
 @pytest.mark.parametrize("sharding", [{}, SHARDED], ids=["copies", "shards"])
-def test_two_processes_recover_the_model_that_one_recovers(tmp_path: Path, sharding: dict[str, str]) -> None:
-    changes = {"recover": "sft", "dropout": 0.0, "precision": "no", "steps": 4, "validate_every": 4, "warmup": 1}
-    one = options_in(tmp_path, **changes)
-    compress(one)
-    two = {**{name: value for name, value in vars(one).items() if isinstance(value, str | int | float | Path)}}
+def test_two_processes_recover_the_model_that_one_recovers(alone, tmp_path: Path, sharding: dict[str, str]) -> None:
+    two = {name: value for name, value in vars(alone).items() if isinstance(value, str | int | float | Path)}
     two = {name: str(value) if isinstance(value, Path) else value for name, value in two.items()}
     (tmp_path / "job.py").write_text(JOB)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, **sharding, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    words = [*launcher, tmp_path / "job.py", json.dumps({**two, "out": str(tmp_path / "two")})]
-    subprocess.run(words, check=True, cwd=tmp_path, env=environment, timeout=300)
-    alone, together = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("out", "two"))
-    cut = load_file(tmp_path / "out" / "cut" / "model.safetensors")
-    for name, value in alone.items():
+    words = [tmp_path / "job.py", json.dumps({**two, "out": str(tmp_path / "two")})]
+    assert_done(run_pair(tmp_path, words, **sharding))
+    folders = (alone.out / "model", tmp_path / "two" / "model", alone.out / "cut")
+    one, together, cut = (load_file(folder / "model.safetensors") for folder in folders)
+    for name, value in one.items():
         moved = (value.float() - cut[name].float()).norm()
         assert (value.float() - together[name].float()).norm() <= 0.05 * moved + 1e-6, name

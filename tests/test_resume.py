@@ -1,13 +1,10 @@
 """Killed with SIGKILL in any stage and resumed, the command ends with the same plan bytes and the same weights."""
 
-import contextlib
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import Forked
 from safetensors.torch import load_file
 
 from slimvlm.demo import MODEL, SAMPLES
@@ -16,44 +13,35 @@ FILES = ("--data", str(SAMPLES / "train.jsonl"), "--eval-data", str(SAMPLES / "v
 NO_EXTRAS = ("--export", "none", "--no-profile")
 SIZES = ("--samples", "24", "--eval-samples", "12", "--rounds", "3", "--batch-size", "8", *NO_EXTRAS)
 TRAINING = ("--steps", "8", "--train-batch-size", "8", "--validation-samples", "16", "--checkpoint-every", "2")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def command(out: Path, *more: str) -> list[str]:
-    program = Path(sys.executable).with_name("slimvlm")
-    return [str(program), "compress", str(MODEL), str(out), *FILES, *SIZES, *TRAINING, *more]
+def command(out: Path, *more: str) -> Forked:
+    words = ["slimvlm", "compress", MODEL, out, *FILES, *SIZES, *TRAINING, *more]
+    return Forked(out.parent, *words, OMP_NUM_THREADS="1")
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "out"
-    subprocess.run(command(out), check=True, env=ENVIRONMENT, capture_output=True, timeout=120)
+    with command(out) as process:
+        assert process.wait() == 0, process.stderr.read_text()
     return out
 
 
 def kill_when_it_says(out: Path, stage: str, times: int) -> None:
     """Start the command and send SIGKILL at the `times`-th progress line of `stage`."""
-    with subprocess.Popen(command(out), env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
-        seen = 0
-        for line in process.stderr:
-            seen += line.startswith(stage.encode())
-            if seen == times:
-                process.send_signal(signal.SIGKILL)
-                break
-        else:
-            pytest.fail(f"never saw {times} lines of {stage}")
-    assert process.returncode == -signal.SIGKILL
+    with command(out) as process:
+        while sum(line.startswith(stage) for line in process.stderr.read_text().splitlines()) < times:
+            assert process.runs(), f"never said {times} lines of {stage}"
+        assert process.kill() == -signal.SIGKILL
 
 
 def kill_when_written(out: Path, file: str, words: str, times: int) -> None:
     """Start the command and send SIGKILL once `file` holds `words` so many times."""
-    with subprocess.Popen(command(out), env=ENVIRONMENT, stderr=subprocess.DEVNULL) as process:
+    with command(out) as process:
         while not ((out / file).exists() and (out / file).read_text().count(words) >= times):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(0.02)
-                pytest.fail(f"the command ended before {file} held {words}")
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+            assert process.runs(), f"the command ended before {file} held {words}"
+        assert process.kill() == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(("stage", "times"), [("round", 1), ("calibrate", 1), ("training", 4), ("evaluate", 1)])
@@ -67,7 +55,8 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, uninterrupted, stage, 
         assert not (out / "recovery.jsonl").exists()  # the training was not over
     else:
         kill_when_it_says(out, stage, times)
-    subprocess.run(command(out, "--resume"), check=True, env=ENVIRONMENT, capture_output=True, timeout=120)
+    with command(out, "--resume") as process:
+        assert process.wait() == 0, process.stderr.read_text()
     assert (out / "plan.json").read_bytes() == (uninterrupted / "plan.json").read_bytes()
     resumed, whole = (load_file(folder / "model" / "model.safetensors") for folder in (out, uninterrupted))
     assert resumed.keys() == whole.keys()

@@ -1,19 +1,31 @@
-"""Two processes on one machine, that find each other through a file in their folder."""
+"""Two processes that are one job."""
 
-import os
-import subprocess
-import sys
+import socket
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
+from forked import Forked
 
-def run_pair(worker: Path) -> None:
-    """Run the script `worker` with its folder and the ranks 0 and 1; both must end well."""
-    support = str(Path(__file__).parent)
-    environment = {**os.environ, "PYTHONPATH": support, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    words = [sys.executable, str(worker), str(worker.parent)]
-    workers = [subprocess.Popen([*words, str(rank)], env=environment) for rank in (0, 1)]
-    try:
-        assert [process.wait(timeout=300) for process in workers] == [0, 0]
-    finally:
-        for process in workers:
-            process.kill()
+
+def run_pair(folder: Path, first: Sequence[object], second: Sequence[object] = (), **environment: str) -> list[Forked]:
+    """Run the words `first` as rank 0 and the words `second`, if none the same, as rank 1 until both have ended."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    shared |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", **environment}
+    with ExitStack() as running:
+        pair = [
+            running.enter_context(Forked(folder, *words, RANK=rank, LOCAL_RANK=rank, **shared))
+            for rank, words in (("0", first), ("1", second or first))
+        ]
+        for process in pair:
+            process.wait()
+    return pair
+
+
+def assert_done(pair: list[Forked]) -> None:
+    """Both ended well."""
+    for process in pair:
+        assert process.returncode == 0, process.stderr.read_text()[-3000:]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from pairs import run_pair
+from pairs import assert_done, run_pair
 from recalled import SMALL, make_case, randomise, trainable
 from safetensors.torch import load_file
 
 WORKER = """
-import sys
+import os, sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from recalled import make_case, randomise, trainable
 
-folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 torch.set_num_threads(1)
 case = make_case(folder / str(rank))
 distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
@@ -39,7 +39,7 @@ distributed.destroy_process_group()
 
 def test_two_processes_that_share_the_model_find_the_gradients_of_one(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
-    run_pair(tmp_path / "worker.py")
+    assert_done(run_pair(tmp_path, [tmp_path / "worker.py", tmp_path]))
     found = load_file(tmp_path / "gradients.safetensors")
     assert 0.3 < found.pop("share").item() < 0.7
     case = make_case(tmp_path / "alone")

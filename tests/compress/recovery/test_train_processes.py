@@ -1,20 +1,17 @@
 """Training by two processes: the loss of one, with copies of the weights and with shards of them."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from pairs import run_pair
 from staged_training import staged_training
 from toy_distiller import COUNT, TAUGHT, ToyDistiller, collate
 
 from slimvlm.compress.recovery.training.state import load_best
 from slimvlm.compress.recovery.training.trainer import TrainOptions, train
 
-SUPPORT = Path(__file__).parents[2] / "support"
 SHARDED = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -68,29 +65,11 @@ processes.leave()
 """
 
 
-def two_processes(folder: Path, steps: int = 100, worker: str = WORKER, **environment: str) -> list[int]:
-    """Exit statuses. The processes meet through a file: no port is needed."""
+def two_processes(folder: Path, steps: int = 100, worker: str = WORKER, **environment: str) -> list[int | None]:
+    """Exit statuses. The processes meet through a file."""
     (folder / "worker.py").write_text(worker)
-    meeting = len(list(folder.glob("meet*")))
-    shared = {
-        "PYTHONPATH": str(SUPPORT),
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-    }
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(folder / "worker.py"), str(folder), str(steps), str(meeting)],
-            env={**os.environ, **shared, **environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        return [worker.wait(timeout=300) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
+    words = [folder / "worker.py", folder, steps, len(list(folder.glob("meet*")))]
+    return [process.returncode for process in run_pair(folder, words, **environment)]
 
 
 def curve(folder: Path, name: str) -> list[float]:

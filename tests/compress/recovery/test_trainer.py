@@ -2,17 +2,16 @@
 
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from forked import Forked
 from tiny_models import tiny_model
 from torch import Tensor, nn
 from toy_distiller import COUNT, TASK, TAUGHT, ToyDistiller, collate, token_loss
@@ -71,12 +70,12 @@ def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-def subprocess_killed(tmp_path: Path, folder: Path, when: int, which: int) -> int:
+def killed(folder: Path, when: int, which: int) -> int:
     """A real process that sends itself a signal after step `when`; its exit status."""
-    (tmp_path / "worker.py").write_text(WORKER)
-    environment = {**os.environ, "PYTHONPATH": str(SUPPORT), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, str(tmp_path / "worker.py"), str(folder), str(when), str(int(which))]
-    return subprocess.run(words, env=environment, timeout=300, check=False).returncode
+    script = folder.with_name("worker.py")
+    script.write_text(WORKER)
+    with Forked(folder.parent, script, folder, when, int(which)) as process:
+        return process.wait()
 
 
 def test_the_loss_falls_and_the_history_says_so(tmp_path) -> None:
@@ -156,7 +155,7 @@ def test_a_fresh_optimiser_per_stage_is_as_two_trainings(tmp_path) -> None:
 def test_after_sigkill_a_training_reaches_the_same_weights(tmp_path) -> None:
     whole = ToyDistiller(dropout=0.2)
     history = run(whole, tmp_path / "whole")
-    assert subprocess_killed(tmp_path, tmp_path / "killed", 7, signal.SIGKILL) == -signal.SIGKILL
+    assert killed(tmp_path / "killed", 7, signal.SIGKILL) == -signal.SIGKILL
     assert [line["step"] for line in steps(tmp_path / "killed")][-1] == 7
     resumed = ToyDistiller(dropout=0.2)
     again = run(resumed, tmp_path / "killed")
@@ -172,7 +171,7 @@ def test_after_sigkill_a_training_reaches_the_same_weights(tmp_path) -> None:
 
 @pytest.mark.parametrize(("when", "saved_at"), [(5, 6), (11, 12), (12, 12)])  # 12: due to validate
 def test_sigterm_saves_and_exits(tmp_path, when, saved_at) -> None:
-    assert subprocess_killed(tmp_path, tmp_path / "stopped", when, signal.SIGTERM) == 128 + signal.SIGTERM
+    assert killed(tmp_path / "stopped", when, signal.SIGTERM) == 128 + signal.SIGTERM
     saved = StateFolder(tmp_path / "stopped", writer=False).load()
     assert saved is not None and saved.facts["facts"].step == saved_at  # the step under way was finished
     whole, resumed = ToyDistiller(dropout=0.2), ToyDistiller(dropout=0.2)

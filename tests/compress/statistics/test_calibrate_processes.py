@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pairs import run_pair
+from pairs import assert_done, run_pair
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_models import tiny_model
@@ -16,7 +16,7 @@ from slimvlm.compress.statistics.rows import STATISTICS, CalibrationOptions
 
 COUNTS = ("num_samples", "text_tokens", "selected_tokens", "micro_batch")
 WORKER = f"""
-import sys
+import os, sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
@@ -28,7 +28,7 @@ from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import find_groups
 from tiny_models import tiny_model
 
-folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 torch.set_num_threads(1)
 distributed.init_process_group("gloo", init_method=f"file://{{folder}}/meet", rank=rank, world_size=2)
 tiny = tiny_model("llava")
@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes found."""
     folder = tmp_path_factory.mktemp("pair")
     (folder / "worker.py").write_text(WORKER)
-    run_pair(folder / "worker.py")
+    assert_done(run_pair(folder, [folder / "worker.py", folder]))
     return folder
 
 
