@@ -10,6 +10,7 @@ from typing import Any
 from slimvlm.compress.files.decoding import decode, parse
 
 SCHEMA = 1
+BLOCK = "block"  # kind of the groups whose units are whole blocks, and last part of their keys
 OVERSHOOT = 0.01  # of all parameters
 
 
@@ -51,7 +52,8 @@ class Plan:
         parameters_before, parameters_after: of the whole model, tied weights counted once.
         towers: the same per tower, with MACs.
         sizes: indices each group had (channels, or query heads).
-        keep: per group the sorted indices that stay; groups that keep everything are listed too.
+        keep: per group the sorted indices that stay; groups that keep everything are listed too. What is inside a block
+            that leaves is not listed.
         dropped: tower -> blocks at its end that nobody reads and that leave whole.
         dropped_parameters: of them; they leave for free.
         rescued: groups that an allocator without floors would have emptied, and that keep one unit.
@@ -94,6 +96,15 @@ class Plan:
             raise ValueError(f"plan: {dict(self.dropped)} blocks with {self.dropped_parameters} parameters are dropped")
 
     @property
+    def blocks(self) -> dict[str, tuple[int, ...]]:
+        """Tower -> numbers of the blocks that stay, where blocks were planned."""
+        return _blocks(self.keep)
+
+    def keeps(self, tower: str, layer: int) -> bool:
+        """Whether this block of `tower` stays."""
+        return layer in self.blocks.get(tower, (layer,))
+
+    @property
     def removed_fraction(self) -> float:
         """Removed fraction of all parameters."""
         return 1 - self.parameters_after / self.parameters_before
@@ -129,12 +140,18 @@ class Plan:
         Raises:
             ValueError: `later` was not made for the model this plan gives.
         """
-        for key, kept in self.keep.items():
-            if later.sizes.get(key) != len(kept):
-                raise ValueError(
-                    f"plan: group {key} has {len(kept)} indices left, the later plan expects {later.sizes.get(key)}"
-                )
-        keep = {key: tuple(kept[i] for i in later.keep[key]) for key, kept in self.keep.items()}
+        names = {_before(key, self.blocks): key for key in later.keep}  # as the model of this plan calls them
+        keep, sizes = dict(self.keep), dict(self.sizes)
+        for name, key in names.items():
+            kept = self.keep.get(name, range(later.sizes[key]))
+            _require_equal(name, len(kept), later.sizes[key])
+            keep[name] = tuple(kept[i] for i in later.keep[key])
+            sizes.setdefault(name, later.sizes[key])
+        keep = {name: kept for name, kept in keep.items() if _stays(name, _blocks(keep))}
+        told = {_is_block(key) for key in later.keep}  # a plan of blocks only leaves the groups inside them as they are
+        for name in keep.keys() - names.keys():
+            if told != {not _is_block(name)}:
+                _require_equal(name, len(keep[name]), None)
         towers = {
             name: replace(
                 count, parameters_after=later.towers[name].parameters_after, macs_after=later.towers[name].macs_after
@@ -146,9 +163,41 @@ class Plan:
             model_digest=self.model_digest,
             parameters_before=self.parameters_before,
             towers=towers,
-            sizes=self.sizes,
+            sizes={name: sizes[name] for name in keep},
             keep=keep,
             dropped={**self.dropped, **later.dropped},
             dropped_parameters=self.dropped_parameters + later.dropped_parameters,
             rescued=(*self.rescued, *later.rescued),
         )
+
+
+def _require_equal(key: str, left: int, expected: int | None) -> None:
+    if left != expected:
+        raise ValueError(f"plan: group {key} has {left} indices left, the later plan expects {expected}")
+
+
+def _is_block(key: str) -> bool:
+    return key.endswith(f".{BLOCK}")
+
+
+def _blocks(keep: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    return {key.removesuffix(f".{BLOCK}"): kept for key, kept in keep.items() if _is_block(key)}
+
+
+def _place(key: str) -> tuple[str, int | None, str]:
+    """(tower, layer, part) of a group; there is no layer where its units are blocks."""
+    tower, _, rest = key.partition(".")
+    layer, _, part = rest.partition(".")
+    return tower, int(layer) if layer.isdecimal() else None, part
+
+
+def _stays(key: str, blocks: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether the group is in none of the blocks that leave when `blocks` stay."""
+    tower, layer, _ = _place(key)
+    return layer is None or layer in blocks.get(tower, (layer,))
+
+
+def _before(key: str, blocks: Mapping[str, tuple[int, ...]]) -> str:
+    """What a group was called before `blocks` were all that was left."""
+    tower, layer, part = _place(key)
+    return key if layer is None or tower not in blocks else f"{tower}.{blocks[tower][layer]}.{part}"

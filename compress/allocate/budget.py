@@ -21,7 +21,7 @@ from slimvlm.compress.allocate.pool import Flags, Integers
 from slimvlm.compress.criteria.scores import Scores
 from slimvlm.compress.errors import InfeasibleBudgetError
 from slimvlm.compress.models.groups import Dead, Group
-from slimvlm.compress.plan import Plan, TowerCount
+from slimvlm.compress.plan import BLOCK, Plan, TowerCount
 
 LAYOUTS = ("per-layer", "stock")
 
@@ -89,6 +89,8 @@ def make_plan(groups: Sequence[Group], scores: Scores, budget: Budget, facts: Fa
     Raises:
         InfeasibleBudgetError: no plan can; the message says what the largest possible ratio is.
     """
+    if len({group.kind == BLOCK for group in groups}) > 1:
+        raise ValueError("blocks and what is inside them are planned one after the other; see Plan.compose")
     if budget.layout == "stock":
         lines = stock_lines_of(groups, scores, budget.round_channels, facts.family)
     else:
@@ -102,7 +104,7 @@ def make_plan(groups: Sequence[Group], scores: Scores, budget: Budget, facts: Fa
             rescued += [group.key for group in line.groups]
         for group, order in zip(line.groups, line.ranks, strict=True):
             removed[group.key] = order[goes]
-    lost = {group.key: len(removed[group.key]) * group.parameters_per_unit for group in groups}
+    lost = {group.key: int(group.parameters[removed[group.key]].sum()) for group in groups}
     free = sum(one.parameters for one in facts.dead.values())
     return Plan(
         family=facts.family.name,
@@ -151,7 +153,7 @@ def _tower_counts(
         members = [group for group in groups if group.tower == tower]
         dead = facts.dead.get(tower, Dead(0, 0, 0))
         after = before - dead.parameters - sum(lost[group.key] for group in members)
-        macs = facts.macs[tower] - dead.macs - sum(len(removed[group.key]) * group.macs_per_unit for group in members)
+        macs = facts.macs[tower] - dead.macs - sum(int(group.macs[removed[group.key]].sum()) for group in members)
         counts[tower] = TowerCount(before, after, facts.macs[tower], macs)
     return counts
 
@@ -213,6 +215,8 @@ def _of_tower(tower: str, line: Line) -> bool:
 
 
 def _shares(lines: Sequence[Line], budget: Budget, dense: Total, total: Total) -> list[_Share]:
+    if absent := [kind for kind in budget.kind_ratio if not dense.kinds[kind]]:
+        raise InfeasibleBudgetError(f"{absent[0]} ratio: no unit of that kind is planned here; leave it out")
     shares = [
         _Share(f"{kind} ratio", ratio, dense.kinds[kind], total.kinds[kind], partial(_of_kind, kind))
         for kind, ratio in sorted(budget.kind_ratio.items())

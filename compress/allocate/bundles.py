@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from slimvlm.compress.allocate.costs import Cost
 from slimvlm.compress.allocate.pool import Floats, Integers, Pool
@@ -52,7 +53,12 @@ class Line:
     @property
     def channels(self) -> Integers:
         """Matrix rows that leave with a bundle, int64 [bundles]."""
-        return self.widths * sum(group.size // group.num_units * group.head_dim for group in self.groups)
+        return self.widths * sum(group.indices_per_unit * group.head_dim for group in self.groups)
+
+    def sums(self, values: Sequence[NDArray[Any]]) -> NDArray[Any]:
+        """Over the units of each bundle, of `values`: one array per group, in the order of its units. [bundles]."""
+        ranked = sum(value[order] for value, order in zip(values, self.ranks, strict=True))
+        return np.add.reduceat(ranked, self.bounds[:-1])
 
 
 def lines_of(groups: Sequence[Group], scores: Scores, round_channels: int) -> list[Line]:

@@ -40,7 +40,7 @@ class Cost:
 
 
 def _parameters_of(line: Line) -> Floats:
-    return (line.widths * sum(group.parameters_per_unit for group in line.groups)).astype("float64")
+    return line.sums([group.parameters for group in line.groups]).astype("float64")
 
 
 def _parameters(facts: Facts) -> Total:

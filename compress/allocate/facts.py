@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from slimvlm.compress.models.families import Family, find_family
-from slimvlm.compress.models.groups import Dead, Group, count_parameters, dead_blocks
+from slimvlm.compress.models.groups import Dead, Group, count_parameters, dead_blocks, weigh
+from slimvlm.compress.plan import BLOCK
 
 KINDS = ("attention", "mlp")
 
@@ -21,7 +22,7 @@ class Facts:
         family: its row.
         parameters: of the whole model, tied weights once.
         towers: tower -> parameters of its blocks (norms and biases included).
-        macs: tower -> multiply-accumulates per token of the linears of its groups.
+        macs: tower -> multiply-accumulates per token of the linears of its blocks.
         kinds: kind -> prunable parameters.
         sizes: group key -> indices.
         dead: the blocks nobody reads, by tower; they leave before anything else.
@@ -47,20 +48,16 @@ def facts_of(model: nn.Module, groups: Sequence[Group], dense: Facts | None = No
         dense: its facts before any cut, when `model` was cut in an earlier round.
     """
     family = find_family(model.config)
-    dead = dead_blocks(model, family)
-    macs = {tower.name: dead[tower.name].macs if tower.name in dead else 0 for tower in family.towers}
-    kinds = dict.fromkeys(KINDS, 0)
+    kinds = dict.fromkeys((*KINDS, BLOCK), 0)
     for group in groups:
-        linears = {member.path for member in group.members if not member.norm}
-        macs[group.tower] += sum(model.get_parameter(f"{path}.weight").numel() for path in linears)
-        kinds[group.kind] += group.num_units * group.parameters_per_unit
+        kinds[group.kind] += int(group.parameters.sum())
     return Facts(
         family=family,
         parameters=count_parameters(model),
         towers={tower.name: count_parameters(model.get_submodule(tower.blocks)) for tower in family.towers},
-        macs=macs,
+        macs={tower.name: weigh(tower, model.get_submodule(tower.blocks).children())[1] for tower in family.towers},
         kinds=kinds,
         sizes={group.key: group.size for group in groups},
-        dead=dead,
+        dead=dead_blocks(model, family),
         dense=dense,
     )

@@ -6,7 +6,7 @@ patched after a cut. Adding a family is one row here and one factory in tests/ti
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from slimvlm.compress.errors import UnsupportedModelError
@@ -43,6 +43,11 @@ class Attention:
         """Config fields -> facts of a group (see `stock_fields`) from which the unmodified class builds its size."""
         return () if self.forward else self.stock  # the replaced forward is what the unmodified class lacks
 
+    @property
+    def exit(self) -> str:
+        """Path, relative to the block, of the linear through which it adds to the residual stream."""
+        return f"{self.module}.{self.output}"
+
 
 @dataclass(frozen=True, slots=True)
 class Mlp:
@@ -58,6 +63,11 @@ class Mlp:
         """As of an attention."""
         return () if self.stock is None else ((self.stock, "size"),)
 
+    @property
+    def exit(self) -> str:
+        """As of an attention."""
+        return self.output
+
 
 @dataclass(frozen=True, slots=True)
 class Tower:
@@ -65,9 +75,14 @@ class Tower:
 
     Attributes:
         modality: `vision` or `language`.
-        config: attribute path of its config; `depth`: the field of it that holds the number of blocks.
+        config: attribute path of its config; `depth`: the fields of it that hold the number of blocks.
         states: field of the model's config with the index (or indices) of the hidden states that are read, 0 what goes
             into the first block; blocks behind the last of them are dead. None: the output of the last block is.
+        listed: fields of its config with one entry per block, where the text model has them.
+        numbered: fields of its config, and attributes of the module that holds the blocks, that name some by number.
+        deepstack: where the model's config numbers the vision blocks whose outputs are added behind as many first
+            language blocks: these can leave neither here nor there.
+        first: (module, table, flag): the first block alone owns `table` of its `module`, and `flag` says that it does.
     """
 
     name: str
@@ -76,7 +91,16 @@ class Tower:
     blocks: str
     parts: tuple[Attention | Mlp, ...]
     states: str | None = None
-    depth: str = "num_hidden_layers"
+    depth: tuple[str, ...] = ("num_hidden_layers",)
+    listed: tuple[str, ...] = ("layer_types", "no_rope_layers")
+    numbered: tuple[str, ...] = ()
+    deepstack: str | None = None
+    first: tuple[str, str, str] | None = None
+
+    @property
+    def fields(self) -> tuple[tuple[str, str], ...]:
+        """As of an attention."""
+        return tuple((name, "size") for name in self.depth)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +204,7 @@ def _language(blocks: str, attention: Attention = GQA) -> Tower:
 
 
 QWEN_BLOCKS = "model.visual.blocks"
+DEEPSTACK = "vision_config.deepstack_visual_indexes"
 VISION_TOWER = "model.vision_tower.encoder.layers"
 LANGUAGE_MODEL = "model.language_model.layers"
 
@@ -229,12 +254,14 @@ def _t5_mlp(layer: int) -> Mlp:
     return Mlp((f"{inner}.wi_0", f"{inner}.wi_1"), f"{inner}.wo", stock="d_ff")
 
 
+T5_BIAS = ("layer.0.SelfAttention", "relative_attention_bias", "has_relative_attention_bias")
 T5_ENCODER = Tower(
     "encoder",
     "language",
     "text_config",
     "language_model.encoder.block",
     (_t5_attention("layer.0.SelfAttention", "attn"), _t5_mlp(1)),
+    first=T5_BIAS,
 )
 T5_DECODER = Tower(
     "decoder",
@@ -246,6 +273,8 @@ T5_DECODER = Tower(
         _t5_attention("layer.1.EncDecAttention", "cross_attn"),
         _t5_mlp(2),
     ),
+    depth=("num_decoder_layers", "decoder_layers"),  # the second sizes the cache, else as long as the encoder
+    first=T5_BIAS,
 )
 DUAL_TEXT = Tower("language", "language", "text_config", "text_model.encoder.layers", (ENCODER, PLAIN_MLP))
 # SigLIP's pooling head has the width of the vision MLPs: one config field for both, so no stock cut.
@@ -295,7 +324,10 @@ FAMILIES: tuple[Family, ...] = (
         "qwen2_5_vl",
         "qwen2_5_vl",
         "decoder",
-        (_vision(QWEN_BLOCKS, FUSED, GATED_MLP), _language(LANGUAGE_MODEL, GQA_HIDDEN)),
+        (
+            replace(_vision(QWEN_BLOCKS, FUSED, GATED_MLP), numbered=("fullatt_block_indexes",)),
+            _language(LANGUAGE_MODEL, GQA_HIDDEN),
+        ),
         export=Export("patches", positions="mrope", genai="qwen2_5_vl"),
         projector=MERGER,
     ),
@@ -304,8 +336,12 @@ FAMILIES: tuple[Family, ...] = (
         "qwen3_vl",
         "decoder",
         (
-            _vision(QWEN_BLOCKS, FUSED, Mlp(("mlp.linear_fc1",), "mlp.linear_fc2", stock="intermediate_size")),
-            _language(LANGUAGE_MODEL),
+            replace(
+                _vision(QWEN_BLOCKS, FUSED, Mlp(("mlp.linear_fc1",), "mlp.linear_fc2", stock="intermediate_size")),
+                numbered=("deepstack_visual_indexes",),
+                deepstack=DEEPSTACK,
+            ),
+            replace(_language(LANGUAGE_MODEL), deepstack=DEEPSTACK),
         ),
         export=Export("patches", positions="mrope", genai="qwen3_vl"),
         projector=(*MERGER, "model.visual.deepstack_merger_list"),

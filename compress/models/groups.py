@@ -4,20 +4,26 @@ A group is one attention or one MLP of one block. Its finest *index* is a hidden
 (attention; query head h belongs to KV head h // (H / K), so the kept KV heads follow from the kept query heads). What
 an allocator takes or leaves is a *unit*, a set of indices: one channel; one head; a KV group with all its query heads;
 or a query slot, one query head out of every KV group. The residual width is never cut, so every matrix loses either
-rows or columns.
+rows or columns. The blocks of a tower are a group of another kind (`find_blocks`): its units leave whole, and with
+them what is inside. No plan chooses among blocks and what is inside them at once: it plans blocks, or what is inside,
+or is composed of two plans, the later of which was made for the model that the earlier leaves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from slimvlm.compress.errors import UnsupportedModelError
 from slimvlm.compress.models.families import Attention, Family, Mlp, Tower
+from slimvlm.compress.plan import BLOCK
 
 ATTENTION_UNITS = ("auto", "kv-group", "query-slot")
 MIN_KV_HEADS = 4  # below this, cutting whole KV groups is too coarse: `auto` cuts query slots
@@ -55,20 +61,29 @@ class Dead:
 
 
 @dataclass(frozen=True, slots=True)
+class Block:
+    """A block that may leave: its number, parameters, and weights of linears."""
+
+    index: int
+    parameters: int
+    macs: int
+
+
+@dataclass(frozen=True, slots=True)
 class Group:
     """Units that must be cut together.
 
     Attributes:
-        key: `language.3.attn`.
+        key: `language.3.attn`, or `language.block` for the blocks of a tower.
         config: attribute path of the config of its tower.
         part: its row in the family table.
-        path: attention module, or the block of an MLP.
-        size: indices: channels I of an MLP, query heads H of an attention.
+        path: attention module, the block of an MLP, or the list of blocks.
+        size: indices: channels I of an MLP, query heads H of an attention, blocks that are not dead.
         kv_heads, head_dim: K and D of an attention; 0 and 1 for an MLP.
-        unit: `channel`, `head`, `kv-group` or `query-slot`; num_units of them.
+        unit: `channel`, `head`, `kv-group`, `query-slot` or `block`; num_units of them.
         weights_per_unit: weights one unit owns (biases not counted): the divisor of the block-wise normaliser.
-        parameters_per_unit: weights and biases that leave with one unit.
-        macs_per_unit: multiply-accumulates per token of the unit's projections (equals the weights).
+        parameters_per_unit: weights and biases that leave with one unit (of blocks, the mean; they differ).
+        blocks: what may leave, one block per unit; empty for groups of another kind.
     """
 
     key: str
@@ -86,11 +101,32 @@ class Group:
     weights_per_unit: int
     parameters_per_unit: int
     config: str
-    part: Attention | Mlp
+    part: Attention | Mlp | Tower
+    blocks: tuple[Block, ...] = ()
 
     @property
-    def macs_per_unit(self) -> int:
-        return self.weights_per_unit
+    def parameters(self) -> NDArray[np.int64]:
+        """Parameters that leave with each unit, int64 [num_units]."""
+        if self.blocks:
+            return np.array([block.parameters for block in self.blocks])
+        return np.full(self.num_units, self.parameters_per_unit)
+
+    @property
+    def macs(self) -> NDArray[np.int64]:
+        """Multiply-accumulates per token of each unit's linears: equal to their weights; int64 [num_units]."""
+        if self.blocks:
+            return np.array([block.macs for block in self.blocks])
+        return np.full(self.num_units, self.weights_per_unit)
+
+    @property
+    def fixed(self) -> list[int]:
+        """The blocks that cannot leave."""
+        free = {block.index for block in self.blocks}
+        return [index for index in range(self.size) if free and index not in free]
+
+    @property
+    def indices_per_unit(self) -> int:
+        return 1 if self.blocks else self.size // self.num_units
 
     @property
     def heads_per_kv(self) -> int:
@@ -128,6 +164,58 @@ def find_groups(
     return tuple(groups)
 
 
+def find_blocks(model: nn.Module, family: Family) -> tuple[Group, ...]:
+    """The blocks of every tower as units, one group per tower. Dead ones are none, nor those that must stay.
+
+    Raises:
+        UnsupportedModelError: as `find_groups`.
+    """
+    groups = []
+    for tower in family.towers:
+        live = live_blocks(model, family, tower)
+        fixed: list[int] = attrgetter(tower.deepstack)(model.config) if tower.deepstack else []
+        stays = set(fixed if tower.modality == "vision" else range(len(fixed)))
+        blocks = tuple(
+            Block(index, *weigh(tower, [block]))
+            for index, block in enumerate(resolve(model, tower.blocks, family)[:live])
+            if index not in stays
+        )
+        count = len(blocks)
+        groups.append(
+            Group(
+                key=f"{tower.name}.{BLOCK}",
+                tower=tower.name,
+                modality=tower.modality,
+                layer=0,
+                kind=BLOCK,
+                path=tower.blocks,
+                size=live,
+                kv_heads=0,
+                head_dim=1,
+                members=(),
+                unit=BLOCK,
+                num_units=count,
+                weights_per_unit=sum(block.macs for block in blocks) // max(count, 1),
+                parameters_per_unit=sum(block.parameters for block in blocks) // max(count, 1),
+                config=tower.config,
+                part=tower,
+                blocks=blocks,
+            )
+        )
+    return tuple(group for group in groups if group.blocks)
+
+
+def weigh(tower: Tower, blocks: Iterable[nn.Module]) -> tuple[int, int]:
+    """(parameters, weights of linears) that leave with `blocks`; what the first hands on to the next stays."""
+    parameters = macs = 0
+    for block in blocks:
+        parameters += count_parameters(block)
+        macs += sum(module.weight.numel() for module in block.modules() if isinstance(module, nn.Linear))
+        table = tower.first and getattr(block.get_submodule(tower.first[0]), tower.first[1], None)
+        parameters -= table.weight.numel() if table else 0
+    return parameters, macs
+
+
 def live_blocks(model: nn.Module, family: Family, tower: Tower) -> int:
     """Number of blocks of `tower` up to the last one whose output is read."""
     count = len(resolve(model, tower.blocks, family))
@@ -147,9 +235,7 @@ def dead_blocks(model: nn.Module, family: Family) -> dict[str, Dead]:
     for tower in family.towers:
         blocks = resolve(model, tower.blocks, family)[live_blocks(model, family, tower) :]
         if len(blocks):
-            linears = [module for module in blocks.modules() if isinstance(module, nn.Linear)]
-            weights = sum(linear.weight.numel() for linear in linears)
-            found[tower.name] = Dead(len(blocks), count_parameters(blocks), weights)
+            found[tower.name] = Dead(len(blocks), *weigh(tower, blocks))
     return found
 
 

@@ -7,7 +7,6 @@ was cut before, and on the meta device.
 from __future__ import annotations
 
 import copy
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -16,17 +15,17 @@ from transformers import PreTrainedModel
 
 from slimvlm import kernels
 from slimvlm.compress.errors import CheckpointError
-from slimvlm.compress.models.families import Attention, Tower, find_family
+from slimvlm.compress.models.families import Attention, Mlp, find_family
 from slimvlm.compress.models.groups import (
     Group,
     count_parameters,
-    dead_blocks,
     kept_kv_heads,
-    read_states,
+    weigh,
 )
 from slimvlm.compress.models.modeling_slim import RECORD, SCHEMA, replace_forward, resize, slim_class
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.slicing.cuts import Cut, find_cuts, matching_groups
+from slimvlm.compress.slicing.depth import drop_blocks, left_out, shortened, write_depth
 
 
 def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
@@ -41,11 +40,11 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """
     family = find_family(model.config)
     groups = matching_groups(model, family, plan)
-    dead = dead_blocks(model, family)
     kept = {group.key: torch.tensor(plan.keep[group.key], dtype=torch.int64) for group in groups}
     cuts = [cut for group in groups for cut in find_cuts(group, kept[group.key])]
-    after = count_parameters(model) - sum(one.parameters for one in dead.values())
-    after -= sum(_removed(model, cut) for cut in cuts)
+    shorter = list(shortened(model, family, plan))
+    after = count_parameters(model) - sum(_removed(model, cut) for cut in cuts)
+    after -= sum(weigh(tower, left_out(model, tower, stay))[0] for tower, stay in shorter)
     if after != plan.parameters_after:
         raise CheckpointError(
             f"the plan says {plan.parameters_after} parameters remain, cutting this model leaves {after}; "
@@ -54,9 +53,6 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     record = copy.deepcopy(getattr(model.config, RECORD, None)) or {
         "schema": SCHEMA, "shapes": {}, "attributes": {}, "forwards": {}, "per_layer_config": {}
     }  # fmt: skip
-    for tower in family.towers:
-        if tower.name in dead:
-            _drop(model, tower, dead[tower.name].blocks)
     for cut in cuts:
         _cut(model.get_submodule(cut.path), cut)
         record["shapes"][cut.path] = list(model.get_parameter(f"{cut.path}.weight").shape)
@@ -64,6 +60,10 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
         _record_sizes(record, group, kept[group.key])
         if isinstance(group.part, Attention) and len(kept[group.key]) < group.size:
             _patch_attention(model.get_submodule(group.path), group, group.part, kept[group.key], record)
+    for tower, stay in shorter:
+        drop_blocks(model, tower, stay, record)
+    for tower in family.towers if shorter else ():
+        write_depth(model, tower)
     _leave_file(model)
     setattr(model.config, RECORD, record)
     model.__class__ = slim_class(type(model))  # type: ignore[arg-type]  # a class is hashable
@@ -89,19 +89,6 @@ def _removed(model: nn.Module, cut: Cut) -> int:
     if cut.rows is None:
         return 0
     return (weight.shape[0] - len(cut.rows)) * (weight[0].numel() + (bias is not None))
-
-
-def _drop(model: PreTrainedModel, tower: Tower, dead: int) -> None:
-    """Take the last `dead` blocks out of `tower`, and say so in the config of the stock class.
-
-    The states that are read are then counted from the front: -1 is what InternVL normalises first.
-    """
-    blocks: Any = model.get_submodule(tower.blocks)
-    states = read_states(model.config, tower, len(blocks))
-    del blocks[len(blocks) - dead :]
-    setattr(attrgetter(tower.config)(model.config), tower.depth, len(blocks))
-    one = isinstance(getattr(model.config, str(tower.states)), int)
-    setattr(model.config, str(tower.states), states[0] if one else states)
 
 
 def _cut(module: nn.Module, cut: Cut) -> None:
@@ -143,10 +130,12 @@ def _record_sizes(record: dict[str, Any], group: Group, kept: Tensor) -> None:
     """Sizes under the names of transformers' `per_layer_config`. That itself cannot be set: the stock layers read the
     whole tower's value, which transformers refuses once layers differ.
     """
+    if group.blocks:
+        return
     layer = record["per_layer_config"].setdefault(group.tower, {}).setdefault(str(group.layer), {})
-    if group.kind == "mlp":
+    if isinstance(group.part, Mlp):
         layer["intermediate_size"] = len(kept)
-    else:
+    elif isinstance(group.part, Attention):
         prefix = "" if group.part.key == "attn" else f"{group.part.key}_"
         layer[f"{prefix}num_attention_heads"] = len(kept)
         layer[f"{prefix}num_key_value_heads"] = len(kept_kv_heads(group, kept))

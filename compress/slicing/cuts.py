@@ -13,11 +13,12 @@ from slimvlm.compress.models.families import Family
 from slimvlm.compress.models.groups import (
     Group,
     dead_blocks,
+    find_blocks,
     find_groups,
     kept_kv_heads,
     member_indices,
 )
-from slimvlm.compress.plan import Plan
+from slimvlm.compress.plan import BLOCK, Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,12 @@ def matching_groups(model: nn.Module, family: Family, plan: Plan) -> tuple[Group
     """
     if plan.family != family.name:
         raise CheckpointError(f"the plan is for family {plan.family!r}, this model is {family.name!r}")
-    groups = find_groups(model, family, plan.attention_unit)
+    kinds = {key.endswith(f".{BLOCK}") for key in plan.keep}
+    groups = tuple(
+        group
+        for group in (*find_blocks(model, family), *find_groups(model, family, plan.attention_unit))
+        if (group.kind == BLOCK) in kinds and (group.kind == BLOCK or plan.keeps(group.tower, group.layer))
+    )
     dead = {tower: one.blocks for tower, one in dead_blocks(model, family).items()}
     if dead != dict(plan.dropped):
         raise CheckpointError(
@@ -72,6 +78,8 @@ def matching_groups(model: nn.Module, family: Family, plan: Plan) -> tuple[Group
                 f"group {group.key} has {group.size} indices in this model, {plan.sizes[group.key]} in the plan; "
                 "apply the plan to the checkpoint it was made for"
             )
+        if fixed := set(group.fixed) - set(plan.keep[group.key]):
+            raise CheckpointError(f"block {min(fixed)} of {group.tower} cannot leave: other parts count on its place")
     return groups
 
 

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimvlm.compress.models.families import find_family
+from slimvlm.compress.models.families import Tower, find_family
+from slimvlm.compress.models.groups import Group
 from slimvlm.compress.plan import Plan
-from slimvlm.compress.slicing.cuts import complement, find_cuts, matching_groups
+from slimvlm.compress.slicing.cuts import Cut, complement, find_cuts, matching_groups
 
 
 def mask_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
-    """Zeroes, in place, the rows, biases and columns that `apply_plan` would remove. The sizes stay.
+    """Zeroes, in place, the rows, biases and columns that `apply_plan` would remove, and what a block that would leave
+    adds to the residual stream. The sizes stay.
 
     Raises:
         CheckpointError: the plan was made for another model.
     """
     with torch.no_grad():
         for group in matching_groups(model, find_family(model.config), plan):
-            for cut in find_cuts(group, torch.tensor(plan.keep[group.key], dtype=torch.int64)):
+            kept = torch.tensor(plan.keep[group.key], dtype=torch.int64)
+            for cut in (*find_cuts(group, kept), *_switched_off(group, kept)):
                 module: Any = model.get_submodule(cut.path)
                 if cut.rows is not None:
                     gone = complement(cut.rows, module.weight.shape[0])
@@ -30,3 +35,11 @@ def mask_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
                 if cut.columns is not None:
                     module.weight[:, complement(cut.columns, module.weight.shape[1])] = 0
     return model
+
+
+def _switched_off(group: Group, kept: Tensor) -> Iterator[Cut]:
+    """No row stays of the linears through which a block that leaves adds to the residual stream."""
+    if isinstance(group.part, Tower):
+        for index in complement(kept, group.size).tolist():
+            for part in group.part.parts:
+                yield Cut(f"{group.path}.{index}.{part.exit}", rows=kept[:0])

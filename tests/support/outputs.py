@@ -16,10 +16,14 @@ def logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tens
     return output.logits if hasattr(output, "logits") else output.logits_per_image
 
 
-def greedy_tokens(model: torch.nn.Module, batch: dict[str, torch.Tensor], count: int = 4) -> list[list[int]]:
+def greedy_tokens(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], count: int = 4, **options: Any
+) -> list[list[int]]:
     """Exactly `count` new tokens per example, with the KV cache; every one is sure."""
     prompt = {name: value for name, value in batch.items() if name != "labels"}
-    return sure_tokens(model, prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False)[:, -count:].tolist()
+    return sure_tokens(model, prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False, **options)[
+        :, -count:
+    ].tolist()
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterable
 
 from slimvlm.compress.models.families import find_family
-from slimvlm.compress.models.groups import Group, count_parameters, dead_blocks, find_groups
+from slimvlm.compress.models.groups import Group, count_parameters, dead_blocks, find_blocks, find_groups
 from slimvlm.compress.plan import Plan, TowerCount
 
 
@@ -14,8 +14,19 @@ def make_plan(
     model, choose: Callable[[Group], Iterable[int]], attention_unit: str = "auto", layout: str = "per-layer"
 ) -> Plan:
     """A plan in which every group keeps the indices `choose` gives; parameters are counted weight by weight."""
+    return plan_for(
+        model, find_groups(model, find_family(model.config), attention_unit), choose, attention_unit, layout
+    )
+
+
+def keep_blocks(model, leave: Callable[[Group], Iterable[int]], layout: str = "per-layer") -> Plan:
+    """A plan in which the blocks that `leave` gives leave every tower."""
+    groups = find_blocks(model, find_family(model.config))
+    return plan_for(model, groups, lambda group: set(range(group.size)) - set(leave(group)), "auto", layout)
+
+
+def plan_for(model, groups, choose, attention_unit: str, layout: str) -> Plan:
     family = find_family(model.config)
-    groups = find_groups(model, family, attention_unit)
     keep = {group.key: tuple(sorted(choose(group))) for group in groups}
     before = count_parameters(model)
     dead = dead_blocks(model, family)
@@ -25,7 +36,7 @@ def make_plan(
     for group in groups:
         count = removed_parameters(model, group, keep[group.key])
         removed[group.tower] += count
-        total[group.tower] += group.parameters_per_unit * group.num_units
+        total[group.tower] += int(group.parameters.sum())
     return Plan(
         family=family.name,
         model_digest="",
@@ -49,7 +60,11 @@ def make_plan(
 
 
 def removed_parameters(model, group: Group, kept: tuple[int, ...]) -> int:
-    """Counted from the member tensors' shapes alone."""
+    """Counted from the member tensors' shapes alone; of a block all but T5's table of biases, which stays."""
+    if group.blocks:
+        lost = [model.get_submodule(f"{group.path}.{index}") for index in set(range(group.size)) - set(kept)]
+        named = (item for block in lost for item in block.named_parameters())
+        return sum(weight.numel() for name, weight in named if "relative_attention_bias" not in name)
     kv_kept = len({index // group.heads_per_kv for index in kept})
     total = 0
     for member in group.members:

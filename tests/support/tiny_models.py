@@ -327,3 +327,12 @@ def tiny_model(name: str, attention: str = "eager") -> Tiny:
                 parameter.copy_(torch.randn(parameter.shape) * (0.5 / parameter.shape[-1] ** 0.5))
     model.set_attn_implementation(attention)
     return Tiny(model.eval(), inputs)
+
+
+def reading(name: str, states: int | tuple[int, ...]) -> Tiny:
+    """The tiny model of a family, built to read these hidden states of its three vision blocks."""
+    tiny = tiny_model(name, "sdpa")
+    config = tiny.model.config
+    config.vision_feature_layer = states if isinstance(states, int) else list(states)
+    torch.manual_seed(0)
+    return Tiny(type(tiny.model)(config).eval(), tiny.inputs)

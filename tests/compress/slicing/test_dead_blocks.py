@@ -6,7 +6,7 @@ import transformers
 from outputs import logits
 from plans import make_plan as uniform
 from plans import random_plan
-from tiny_models import FACTORIES, Tiny, tiny_model
+from tiny_models import FACTORIES, Tiny, reading, tiny_model
 
 from slimvlm.compress.allocate.budget import Budget, make_plan
 from slimvlm.compress.allocate.facts import facts_of
@@ -26,15 +26,6 @@ from slimvlm.compress.slicing.mask import mask_plan
 SELECTING = [family.name for family in FAMILIES if any(tower.states for tower in family.towers)]
 LIVE = {-1: 3, -2: 2, -3: 1, 3: 3, 2: 2, (-2, 1): 2, (0, -3): 1, (-1, -2): 3}  # of three blocks, by what is read
 CASES = [(name, read) for name in SELECTING for read in LIVE if name != "internvl" or isinstance(read, int)]
-
-
-def reading(name: str, states: int | tuple[int, ...]) -> Tiny:
-    """The tiny model of a family, built to read these hidden states of its three vision blocks."""
-    tiny = tiny_model(name, "sdpa")
-    config = tiny.model.config
-    config.vision_feature_layer = states if isinstance(states, int) else list(states)
-    torch.manual_seed(0)
-    return Tiny(type(tiny.model)(config).eval(), tiny.inputs)
 
 
 def features(tiny: Tiny) -> torch.Tensor:

@@ -1,0 +1,86 @@
+"""Whole blocks leave: the list of blocks gets shorter, and whatever counts blocks is renumbered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from operator import attrgetter
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from slimvlm.compress.models.families import Family, Tower
+from slimvlm.compress.models.groups import live_blocks, read_states, resolve
+from slimvlm.compress.plan import Plan
+
+
+def shortened(model: nn.Module, family: Family, plan: Plan) -> Iterator[tuple[Tower, tuple[int, ...]]]:
+    """The towers that lose blocks, dead ones included, with the numbers of those that stay."""
+    for tower in family.towers:
+        kept = plan.blocks.get(tower.name, tuple(range(live_blocks(model, family, tower))))
+        if len(kept) < len(resolve(model, tower.blocks, family)):
+            yield tower, kept
+
+
+def left_out(model: nn.Module, tower: Tower, kept: Sequence[int]) -> list[nn.Module]:
+    """The blocks of `tower` besides `kept`."""
+    blocks: Any = model.get_submodule(tower.blocks)
+    return [block for index, block in enumerate(blocks) if index not in kept]
+
+
+def drop_blocks(model: PreTrainedModel, tower: Tower, kept: Sequence[int], record: dict[str, Any]) -> None:
+    """Take all blocks but `kept` out of `tower`, in place.
+
+    Renumbered are the caches' layers, what the tower's config lists or numbers, the hidden states that are read (from
+    the front: -1 is what InternVL normalises first) and the paths of `record` (see modeling_slim).
+    """
+    stack: Any = model.get_submodule(tower.blocks.rpartition(".")[0])
+    blocks: Any = model.get_submodule(tower.blocks)
+    config = attrgetter(tower.config)(model.config)
+    states = [sum(index < state for index in kept) for state in read_states(model.config, tower, len(blocks))]
+    if tower.states:
+        one = isinstance(getattr(model.config, tower.states), int)
+        setattr(model.config, tower.states, states[0] if one else states)
+    for name in tower.listed:
+        if isinstance(listed := getattr(config, name, None), list):
+            setattr(config, name, [listed[index] for index in kept])
+    for name in tower.numbered:
+        numbers = [place for place, index in enumerate(kept) if index in getattr(config, name)]
+        for owner in (config, stack):
+            setattr(owner, name, numbers)
+    if tower.first and kept[0]:
+        module, table, flag = tower.first
+        heir = blocks[kept[0]].get_submodule(module)
+        setattr(heir, table, getattr(blocks[0].get_submodule(module), table))
+        setattr(heir, flag, True)
+    left = [blocks[index] for index in kept]
+    del blocks[:]
+    blocks.extend(left)
+    for index, block in enumerate(left):
+        for module in block.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index
+    for field in ("shapes", "attributes", "forwards"):
+        paths = ((moved(path, tower, kept), value) for path, value in record[field].items())
+        record[field] = {path: value for path, value in paths if path is not None}
+    layers = record["per_layer_config"].get(tower.name, {})
+    found = {str(place): layers[str(index)] for place, index in enumerate(kept) if str(index) in layers}
+    if layers:
+        record["per_layer_config"][tower.name] = found
+
+
+def write_depth(model: PreTrainedModel, tower: Tower) -> None:
+    """Say in the config of the stock class how many blocks `tower` has."""
+    count = len(model.get_submodule(tower.blocks))  # type: ignore[arg-type]  # a list of blocks
+    for name in tower.depth:
+        setattr(attrgetter(tower.config)(model.config), name, count)
+    stack: Any = model.get_submodule(tower.blocks.rpartition(".")[0])
+    stack.config.num_hidden_layers = count  # a copy of the other where T5 is
+
+
+def moved(path: str, tower: Tower, kept: Sequence[int]) -> str | None:
+    """Where the module at `path` is once only the blocks `kept` of `tower` are left; None: it left."""
+    if not path.startswith(f"{tower.blocks}."):
+        return path
+    index, _, rest = path.removeprefix(f"{tower.blocks}.").partition(".")
+    return f"{tower.blocks}.{kept.index(int(index))}.{rest}" if int(index) in kept else None

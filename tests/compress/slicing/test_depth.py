@@ -1,0 +1,144 @@
+"""Whole blocks leave: equal to the dense model with them switched off, for every family, and loadable in every way."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from outputs import greedy_tokens, logits
+from plans import keep_blocks, random_plan
+from tiny_models import FACTORIES, IMAGE_TOKEN, TEXT, reading, tiny_model
+
+from slimvlm.compress.errors import CheckpointError
+from slimvlm.compress.models.checkpoint import load_model
+from slimvlm.compress.models.families import find_family
+from slimvlm.compress.models.groups import count_parameters, find_blocks
+from slimvlm.compress.models.saving import save_checkpoint
+from slimvlm.compress.plan import Plan
+from slimvlm.compress.slicing.apply import apply_plan
+from slimvlm.compress.slicing.mask import mask_plan
+
+DUAL = ("clip", "siglip")
+
+
+def first_block(group):
+    return [group.blocks[0].index]
+
+
+def last_block(group):
+    return [group.blocks[-1].index]
+
+
+@pytest.fixture(scope="module", params=FACTORIES)
+def case(request):
+    """A family's tiny model without the first block of every tower that can leave."""
+    tiny = tiny_model(request.param, "sdpa")
+    plan = keep_blocks(tiny.model, first_block)
+    cut = apply_plan(copy.deepcopy(tiny.model), plan)
+    return SimpleNamespace(name=request.param, tiny=tiny, plan=plan, cut=cut, batch=tiny.inputs(2))
+
+
+def tokens(model, batch, **options):
+    return greedy_tokens(model, batch, 3, suppress_tokens=[IMAGE_TOKEN, IMAGE_TOKEN + 1], **options)
+
+
+def test_a_model_without_a_block_is_the_dense_one_with_it_switched_off(case):
+    masked = mask_plan(copy.deepcopy(case.tiny.model), case.plan)
+    expected = logits(masked, case.batch)
+    assert count_parameters(case.cut) == case.plan.parameters_after < case.plan.parameters_before
+    assert (logits(case.cut, case.batch) - expected).abs().max() <= 1e-5
+    assert (logits(case.tiny.model, case.batch) - expected).abs().max() > 1e-2
+    if case.name not in DUAL:
+        found = tokens(case.cut, case.batch)
+        assert found == tokens(masked, case.batch) == tokens(case.cut, case.batch, use_cache=False)
+
+
+@pytest.mark.parametrize("layout", ["per-layer", "stock"])
+def test_every_way_of_loading_builds_the_shorter_model(case, layout, tmp_path):
+    save_checkpoint(tmp_path / "slim", case.cut, None, case.plan, layout)
+    auto = transformers.AutoModel if case.name in DUAL else transformers.AutoModelForImageTextToText
+    remote = {"trust_remote_code": True, "code_revision": None} if layout == "per-layer" else {}
+    foreign, info = auto.from_pretrained(tmp_path / "slim", output_loading_info=True, **remote)
+    assert not any(info.values())
+    assert type(foreign).__module__.startswith("transformers.models.") == (layout == "stock")
+    for loaded in (load_model(tmp_path / "slim").model, foreign.eval()):
+        assert torch.equal(logits(loaded, case.batch), logits(case.cut, case.batch))
+        if case.name not in DUAL:
+            assert tokens(loaded, case.batch) == tokens(case.cut, case.batch)
+
+
+@pytest.mark.parametrize("order", ["blocks first", "units first"])
+@pytest.mark.parametrize("name", FACTORIES)
+def test_blocks_and_units_cut_one_after_the_other_are_the_composed_plan_and_count_once(name, order):
+    tiny = tiny_model(name, "sdpa")
+    makers = (lambda model: keep_blocks(model, first_block), random_plan)
+    plans, twice = [], copy.deepcopy(tiny.model)
+    for maker in makers if order == "blocks first" else makers[::-1]:
+        plans.append(maker(twice))
+        apply_plan(twice, plans[-1])
+    both = plans[0].compose(plans[1])
+    once = apply_plan(copy.deepcopy(tiny.model), Plan.from_json(both.to_json()))
+    assert count_parameters(once) == count_parameters(twice) == both.parameters_after
+    assert once.config.slimvlm == twice.config.slimvlm
+    batch = tiny.inputs(2)
+    masked = logits(mask_plan(copy.deepcopy(tiny.model), both), batch)
+    assert (logits(once, batch) - masked).abs().max() <= 1e-5
+    for found, expected in zip(once.state_dict().values(), twice.state_dict().values(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    base = getattr(type(once), "stock_class")  # noqa: B009
+    assert once.state_dict().keys() < base(tiny.model.config).state_dict().keys()
+
+
+@pytest.mark.parametrize("tower", ["encoder", "decoder"])
+def test_t5_generates_where_one_of_its_towers_is_the_longer(tower, tmp_path):
+    tiny = tiny_model("blip2_t5", "sdpa")
+    plan = keep_blocks(tiny.model, lambda group: [0] if group.tower == tower else [])
+    masked = mask_plan(copy.deepcopy(tiny.model), plan)
+    save_checkpoint(tmp_path / "slim", apply_plan(tiny.model, plan), None, plan, "stock")
+    batch, static = tiny.inputs(2), {"cache_implementation": "static", "disable_compile": True}
+    foreign = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "slim").eval()
+    for model in (tiny.model, foreign):
+        assert tokens(model, batch) == tokens(model, batch, **static) == tokens(masked, batch)
+        assert (logits(model, batch) - logits(masked, batch)).abs().max() <= 1e-5
+
+
+def test_a_block_whose_output_is_read_by_its_number_cannot_leave():
+    model = tiny_model("qwen3_vl").model
+    assert {group.key: group.fixed for group in find_blocks(model, find_family(model.config))} == {
+        "vision.block": [0], "language.block": [0]
+    }  # fmt: skip
+    plan = keep_blocks(model, lambda group: [0] if group.tower == "language" else [])
+    with pytest.raises(CheckpointError, match="block 0 of language cannot leave"):
+        apply_plan(model, plan)
+    assert not hasattr(model.config, "slimvlm")
+
+
+def test_what_is_listed_or_numbered_per_block_follows():
+    text = {**TEXT, "num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}
+    config = tiny_model("llava_onevision").model.config
+    config.text_config = transformers.Qwen2Config(**text)
+    torch.manual_seed(0)
+    model = transformers.LlavaOnevisionForConditionalGeneration(config).eval()
+    assert [kind.split("_")[0] for kind in config.text_config.layer_types] == ["full", "full", "sliding", "sliding"]
+    batch = tiny_model("llava_onevision").inputs(2)
+    plan = keep_blocks(model, lambda group: [0, 2] if group.tower == "language" else [])
+    expected = logits(mask_plan(copy.deepcopy(model), plan), batch)
+    apply_plan(model, plan)
+    assert [kind.split("_")[0] for kind in config.text_config.layer_types] == ["full", "sliding"]
+    assert (logits(model, batch) - expected).abs().max() <= 1e-5
+    assert tokens(model, batch) == tokens(model, batch, use_cache=False)
+    qwen = apply_plan(tiny_model("qwen2_5_vl").model, keep_blocks(tiny_model("qwen2_5_vl").model, first_block))
+    assert qwen.config.vision_config.fullatt_block_indexes == qwen.model.visual.fullatt_block_indexes == [0]
+
+
+@pytest.mark.parametrize(("states", "left"), [(-2, 1), ((-2, 1), [1, 0]), (-1, 2)])
+def test_the_states_that_are_read_are_counted_without_the_block(states, left):
+    tiny = reading("llava", states)
+    plan = keep_blocks(tiny.model, lambda group: [0] if group.tower == "vision" else [])
+    expected = logits(mask_plan(copy.deepcopy(tiny.model), plan), tiny.inputs(2))
+    apply_plan(tiny.model, plan)
+    assert tiny.model.config.vision_feature_layer == left
+    assert (logits(tiny.model, tiny.inputs(2)) - expected).abs().max() <= 1e-5
