@@ -203,10 +203,16 @@ def _language(blocks: str, attention: Attention = GQA) -> Tower:
     return Tower("language", "language", "text_config", blocks, (attention, GATED_MLP))
 
 
+def _decoder(name: str, vision: Tower, language: Tower, projector: tuple[str, ...], export: Export) -> Family:
+    return Family(name, name, "decoder", (vision, language), projector=projector, export=export)
+
+
 QWEN_BLOCKS = "model.visual.blocks"
 DEEPSTACK = "vision_config.deepstack_visual_indexes"
 VISION_TOWER = "model.vision_tower.encoder.layers"
 LANGUAGE_MODEL = "model.language_model.layers"
+LANGUAGE = _language(LANGUAGE_MODEL)
+IDEFICS = (_vision("model.vision_model.encoder.layers"), _language("model.text_model.layers"))
 
 BLIP2_VISION = _vision(
     "vision_model.encoder.layers",
@@ -288,89 +294,38 @@ PROJECTION = ("language_projection",)
 QFORMER = Resampler("qformer", "query_tokens", "crossattention")
 
 FAMILIES: tuple[Family, ...] = (
-    Family(
-        "llava",
-        "llava",
-        "decoder",
-        (SELECTED_VISION, _language(LANGUAGE_MODEL)),
-        export=Export("select"),
-        projector=PROJECTOR,
-    ),
-    Family(
-        "llava_next",
-        "llava_next",
-        "decoder",
-        (SELECTED_VISION, _language(LANGUAGE_MODEL)),
-        export=Export("tiles"),
-        projector=PROJECTOR,
-    ),
-    Family(
-        "llava_onevision",
-        "llava_onevision",
-        "decoder",
-        (SELECTED_VISION, _language(LANGUAGE_MODEL)),
-        export=Export("tiles"),
-        projector=PROJECTOR,
-    ),
-    Family(
+    _decoder("llava", SELECTED_VISION, LANGUAGE, PROJECTOR, Export("select")),
+    _decoder("llava_next", SELECTED_VISION, LANGUAGE, PROJECTOR, Export("tiles")),
+    _decoder("llava_onevision", SELECTED_VISION, LANGUAGE, PROJECTOR, Export("tiles")),
+    _decoder(
         "qwen2_vl",
-        "qwen2_vl",
-        "decoder",
-        (_vision(QWEN_BLOCKS, FUSED, Mlp(("mlp.fc1",), "mlp.fc2")), _language(LANGUAGE_MODEL, GQA_HIDDEN)),
-        export=Export("patches", positions="mrope", flat_config=True),
-        projector=MERGER,
+        _vision(QWEN_BLOCKS, FUSED, Mlp(("mlp.fc1",), "mlp.fc2")),
+        _language(LANGUAGE_MODEL, GQA_HIDDEN),
+        MERGER,
+        Export("patches", positions="mrope", flat_config=True),
     ),
-    Family(
+    _decoder(
         "qwen2_5_vl",
-        "qwen2_5_vl",
-        "decoder",
-        (
-            replace(_vision(QWEN_BLOCKS, FUSED, GATED_MLP), numbered=("fullatt_block_indexes",)),
-            _language(LANGUAGE_MODEL, GQA_HIDDEN),
-        ),
-        export=Export("patches", positions="mrope", genai="qwen2_5_vl"),
-        projector=MERGER,
+        replace(_vision(QWEN_BLOCKS, FUSED, GATED_MLP), numbered=("fullatt_block_indexes",)),
+        _language(LANGUAGE_MODEL, GQA_HIDDEN),
+        MERGER,
+        Export("patches", positions="mrope", genai="qwen2_5_vl"),
     ),
-    Family(
+    _decoder(
         "qwen3_vl",
-        "qwen3_vl",
-        "decoder",
-        (
-            replace(
-                _vision(QWEN_BLOCKS, FUSED, Mlp(("mlp.linear_fc1",), "mlp.linear_fc2", stock="intermediate_size")),
-                numbered=("deepstack_visual_indexes",),
-                deepstack=DEEPSTACK,
-            ),
-            replace(_language(LANGUAGE_MODEL), deepstack=DEEPSTACK),
+        replace(
+            _vision(QWEN_BLOCKS, FUSED, Mlp(("mlp.linear_fc1",), "mlp.linear_fc2", stock="intermediate_size")),
+            numbered=("deepstack_visual_indexes",),
+            deepstack=DEEPSTACK,
         ),
-        export=Export("patches", positions="mrope", genai="qwen3_vl"),
-        projector=(*MERGER, "model.visual.deepstack_merger_list"),
+        replace(LANGUAGE, deepstack=DEEPSTACK),
+        (*MERGER, "model.visual.deepstack_merger_list"),
+        Export("patches", positions="mrope", genai="qwen3_vl"),
     ),
-    Family(
-        "smolvlm",
-        "smolvlm",
-        "decoder",
-        (_vision("model.vision_model.encoder.layers"), _language("model.text_model.layers")),
-        export=Export("masked_tiles", text="model.text_model"),
-        projector=CONNECTOR,
-    ),
-    Family(
-        "idefics3",
-        "idefics3",
-        "decoder",
-        (_vision("model.vision_model.encoder.layers"), _language("model.text_model.layers")),
-        export=Export("masked_tiles", text="model.text_model"),
-        projector=CONNECTOR,
-    ),
-    Family(
-        "paligemma",
-        "paligemma",
-        "decoder",
-        (_vision(VISION_TOWER), _language(LANGUAGE_MODEL)),
-        export=Export(first_position=1, prefix=True),
-        projector=PROJECTOR,
-    ),
-    Family("internvl", "internvl", "decoder", (INTERNVL_VISION, _language(LANGUAGE_MODEL)), projector=PROJECTOR),
+    _decoder("smolvlm", *IDEFICS, CONNECTOR, Export("masked_tiles", text="model.text_model")),
+    _decoder("idefics3", *IDEFICS, CONNECTOR, Export("masked_tiles", text="model.text_model")),
+    _decoder("paligemma", _vision(VISION_TOWER), LANGUAGE, PROJECTOR, Export(first_position=1, prefix=True)),
+    _decoder("internvl", INTERNVL_VISION, LANGUAGE, PROJECTOR, Export()),
     Family(
         "blip2_opt",
         "blip-2",
