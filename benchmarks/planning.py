@@ -21,7 +21,7 @@ from transformers import (
     T5Config,
 )
 
-from slimvlm.compress.allocate.budget import Budget, make_plan
+from slimvlm.compress.allocate.budget import Budget, plan_units
 from slimvlm.compress.allocate.facts import facts_of
 from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.criteria.scoring import score_groups
@@ -87,7 +87,7 @@ def _plan(model: torch.nn.Module, seed: int) -> tuple[Plan, float]:
     groups = find_groups(model, find_family(model.config))
     scores = score_groups(groups, CRITERIA["random"], None, model, seed)
     started = time.perf_counter()
-    plan = make_plan(groups, scores, Budget(ratio=0.5, allocator="balanced"), facts_of(model, groups))
+    plan = plan_units(groups, scores, Budget(ratio=0.5, allocator="balanced"), facts_of(model, groups))
     return plan, time.perf_counter() - started
 
 

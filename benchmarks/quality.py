@@ -21,7 +21,7 @@ from statistics import mean
 
 import torch
 
-from slimvlm.compress.allocate.budget import make_plan
+from slimvlm.compress.allocate.budget import plan_units
 from slimvlm.compress.allocate.facts import facts_of
 from slimvlm.compress.allocate.pool import proportional_steps
 from slimvlm.compress.criteria.scoring import score_groups
@@ -119,7 +119,7 @@ def one_shot_plans(
     for ratio in ratios:
         try:
             budget = replace(planning.budget, ratio=ratio, steps=steps)
-            plans[ratio] = make_plan(groups, scores, budget, facts_of(loaded.model, groups)), seconds
+            plans[ratio] = plan_units(groups, scores, budget, facts_of(loaded.model, groups)), seconds
         except InfeasibleBudgetError:
             plans[ratio] = None, seconds
     return plans

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
-from slimvlm.compress.allocate.budget import Budget, make_plan
+from slimvlm.compress.allocate.budget import Budget, plan_units
 from slimvlm.compress.allocate.facts import facts_of
 from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.criteria.scoring import score_groups
@@ -89,7 +89,7 @@ def cut_model(model: PreTrainedModel, ratio: float) -> Plan:
     """Cuts random units, the same share of every group, in place."""
     groups = find_groups(model, find_family(model.config))
     scores = score_groups(groups, CRITERIA["random"])
-    plan = make_plan(groups, scores, Budget(ratio=ratio, allocator="local"), facts_of(model, groups))
+    plan = plan_units(groups, scores, Budget(ratio=ratio, allocator="local"), facts_of(model, groups))
     apply_plan(model, plan)
     return plan
 

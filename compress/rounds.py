@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 from transformers import PreTrainedModel
 
-from slimvlm.compress.allocate.budget import Budget, make_plan
+from slimvlm.compress.allocate.budget import Budget, plan_units
 from slimvlm.compress.allocate.facts import Facts, facts_of
 from slimvlm.compress.criteria.criterion import CRITERIA, Criterion
 from slimvlm.compress.criteria.scores import Scores
@@ -79,7 +79,7 @@ def check_budget(model: nn.Module, groups: Sequence[Group], budget: Budget) -> F
     """
     dense = facts_of(model, groups)
     # What the floors allow does not depend on the scores, so any scores tell whether the budget can be met.
-    make_plan(groups, score_groups(groups, CRITERIA["random"]), budget, dense)
+    plan_units(groups, score_groups(groups, CRITERIA["random"]), budget, dense)
     return dense
 
 
@@ -117,7 +117,7 @@ def plan_in_rounds(
             calibration = collect(model, family, groups, batches(number - 1), planning.calibration, told)
         scores = score_groups(groups, planning.criterion, calibration, model, planning.seed)
         facts = facts_of(model, groups, dense=dense if composed is not None else None)
-        later = make_plan(groups, scores, planning.budget.scaled(round_share(number, planning.rounds)), facts)
+        later = plan_units(groups, scores, planning.budget.scaled(round_share(number, planning.rounds)), facts)
         later = replace(later, attention_unit=planning.attention_unit, seed=planning.seed, rounds=planning.rounds)
         composed = later if composed is None else composed.compose(later)
         planned = Planned(number, composed, scores, calibration)

@@ -16,13 +16,13 @@ SCHEMA = 1
 ADVICE = "give the folder of a run of this version, or start again in another folder"
 
 
-class Stage(TypedDict):
+class StageRecord(TypedDict):
     """A stage that was begun."""
 
     status: Literal["running", "finished"]
 
 
-class Finished(Stage):
+class Finished(StageRecord):
     """A stage that is done."""
 
     seconds: float
@@ -65,7 +65,7 @@ class RecoverFacts(TypedDict, total=False):
     reload_difference: float
 
 
-class RecoverBegun(Stage):
+class RecoverBegun(StageRecord):
     """A recovery under way."""
 
     options: dict[str, Any]
@@ -97,7 +97,7 @@ class EvaluateFacts(TypedDict, total=False):
     held_out: bool
 
 
-class ExportBegun(Stage):
+class ExportBegun(StageRecord):
     """An export; `failed` or `refused` say why there is none to use."""
 
     formats: list[str]
@@ -111,7 +111,7 @@ class ExportFacts(TypedDict, total=False):
     checks: list[Check]
 
 
-class ProfileBegun(Stage):
+class ProfileBegun(StageRecord):
     """A profile."""
 
     backends: list[str]
@@ -139,7 +139,7 @@ class Record(TypedDict):
 
     command: list[str]
     options: dict[str, Any]
-    stages: dict[str, Stage]
+    stages: dict[str, StageRecord]
     versions: dict[str, str]
     schema: Literal[1]
     digest: str

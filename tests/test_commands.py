@@ -9,8 +9,7 @@ from click.testing import CliRunner, Result
 from tiny_models import tiny_model
 
 from slimvlm.cli import main
-from slimvlm.compress.allocate.budget import Budget
-from slimvlm.compress.allocate.budget import make_plan as plan_units
+from slimvlm.compress.allocate.budget import Budget, plan_units
 from slimvlm.compress.allocate.facts import facts_of
 from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.criteria.scoring import score_groups

@@ -82,7 +82,7 @@ class Budget:
         return replace(self, ratio=self.ratio * share, tower_ratio=towers, kind_ratio=kinds)
 
 
-def make_plan(groups: Sequence[Group], scores: Scores, budget: Budget, facts: Facts) -> Plan:
+def plan_units(groups: Sequence[Group], scores: Scores, budget: Budget, facts: Facts) -> Plan:
     """The plan that meets every ratio of `budget` to about half of its finest unit, always with the same bytes. What
     it cannot know of its making (digests, attention unit, rounds, seed) is for the caller to replace.
 

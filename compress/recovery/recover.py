@@ -34,7 +34,7 @@ from slimvlm.compress.recovery.distillation.teacher_checks import depths_of
 from slimvlm.compress.recovery.training.state import load_best
 from slimvlm.compress.recovery.training.trainer import History, TrainOptions, train
 from slimvlm.compress.recovery.training.workers import sharded
-from slimvlm.compress.statistics.fitting import evaluation_batch
+from slimvlm.compress.statistics.batch_size import evaluation_batch
 
 # Adam's best rate falls with the width: the rate is this over the hidden size of the language model. Tuned on the
 # validation split of the demo set; at a hidden size of 4096 it gives the 1e-4 (LoRA) and 2e-5 (all) of common practice.

@@ -18,7 +18,7 @@ from slimvlm.compress.models.computing import frees_memory, load_to_compute
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.progress import Progress
 from slimvlm.compress.runs import AGAIN, CUT, RunFolder
-from slimvlm.compress.statistics.fitting import evaluation_batch
+from slimvlm.compress.statistics.batch_size import evaluation_batch
 
 
 class Evaluated(NamedTuple):

@@ -53,7 +53,7 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class Qualities:
     """`quality.json`: the models that were evaluated, by the names of MODELS, dense against slim, and dense blind."""
 
     models: Mapping[str, Quality]
@@ -77,7 +77,7 @@ class RunFiles:
     plan: Plan | None
     scores: Scored | None
     journal: list[dict[str, Any]] | None
-    quality: Measured | None
+    quality: Qualities | None
     manifest: dict[str, Any] | None
     profile: Profile | None
     digests: Mapping[str, tuple[str, int]]
@@ -151,10 +151,10 @@ def _line(line: Any, where: str) -> Mapping[str, Any]:
     return decode(line, ValidationLine if "validation" in line else StepLine, where)
 
 
-def _read_quality(path: Path) -> Measured:
+def _read_quality(path: Path) -> Qualities:
     document = qualities_of(parse(content_of(path)))
     models = {name: document[name] for name in MODELS if name in document}
-    return Measured(models, document["comparison"], document.get("blind"))
+    return Qualities(models, document["comparison"], document.get("blind"))
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

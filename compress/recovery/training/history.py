@@ -60,7 +60,7 @@ class History:
 
 
 @dataclass
-class Facts:
+class TrainerState:
     """What is known so far; saved with every checkpoint.
 
     Attributes:

@@ -31,7 +31,7 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StepOutcome:
     """What a step gave, the same in all processes.
 
     Attributes:
@@ -70,7 +70,7 @@ class Stepper:
                 f"accumulated parts; take batches of at least {parts} samples"
             )
 
-    def __call__(self, step: int, told_to_stop: bool) -> Outcome:
+    def __call__(self, step: int, told_to_stop: bool) -> StepOutcome:
         """Step number `step` (from 0); the weights stay as they are if its loss or gradient is not finite."""
         workers, stage = self.workers, self.schedule.stages[self.schedule.index(step)]
         if self.options.reset_optimizer and self.schedule.starts_stage(step):
@@ -94,7 +94,7 @@ class Stepper:
         else:
             workers.forget()
         overflowed = not finite and scale is not None and scale > 1 and math.isfinite(loss)
-        return Outcome(loss, named, norm_value, int(counted), rate, finite, overflowed, stopping > 0)
+        return StepOutcome(loss, named, norm_value, int(counted), rate, finite, overflowed, stopping > 0)
 
     def _learn(self, step: int, stage: Stage) -> tuple[dict[str, Tensor], int]:
         """Gradients of this process's samples; their part of the loss (keyed "") and of the loss's parts; their tokens.

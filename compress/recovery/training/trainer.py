@@ -28,7 +28,7 @@ from slimvlm.compress.errors import OutputError, RecoveryError, UnsuitableOption
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.recovery.distillation.recipe import Stage
 from slimvlm.compress.recovery.distillation.teacher_cache import TeacherCache
-from slimvlm.compress.recovery.training.history import WORST, Facts, History, Journal, Score, peak_memory
+from slimvlm.compress.recovery.training.history import WORST, History, Journal, Score, TrainerState, peak_memory
 from slimvlm.compress.recovery.training.schedule import Schedule, TrainOptions
 from slimvlm.compress.recovery.training.state import StateFolder, fill, moments, set_moments, whole
 from slimvlm.compress.recovery.training.stepping import Samples, Stepper
@@ -109,7 +109,7 @@ class _Training:
         self.job, self.options, self.workers, self.files = job, job.options, workers, files
         self.schedule = Schedule(job.stages, job.options)
         self.stepper = Stepper(job.samples, self.schedule, job.options, workers)
-        self.facts = Facts()
+        self.facts = TrainerState()
         self.journal: Journal
 
     def go(self, resume: bool, signals: _Signals) -> History:

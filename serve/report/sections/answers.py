@@ -16,7 +16,7 @@ from slimvlm.compress.errors import SlimvlmError
 from slimvlm.compress.evaluation.quality import Quality, Row, exact_match
 from slimvlm.compress.run_record import options_of
 from slimvlm.serve.report.document import Example, Section, Table, percent, shown, whole
-from slimvlm.serve.report.files import QUALITY, Measured, RunFiles
+from slimvlm.serve.report.files import QUALITY, Qualities, RunFiles
 from slimvlm.serve.report.sections.quality import outcomes, right
 
 TITLE = "Answers side by side"
@@ -71,7 +71,7 @@ def _chosen(dense: Quality, cases: dict[tuple[bool, bool], list[int]], files: Ru
     return chosen
 
 
-def _evaluated(files: RunFiles, measured: Measured) -> dict[str, tuple[Sample, int]]:
+def _evaluated(files: RunFiles, measured: Qualities) -> dict[str, tuple[Sample, int]]:
     """Identity of a row -> its sample and the number of the turn it asks, checked against what was recorded."""
     options = options_of(files.folder, files.record)
     if options.eval_data:
@@ -96,7 +96,7 @@ def _answers(found: tuple[Sample, int]) -> tuple[str, ...]:
     return sample.turns[count - 1].answers
 
 
-def _example(measured: Measured, place: int, samples: dict[str, tuple[Sample, int]]) -> Example:
+def _example(measured: Qualities, place: int, samples: dict[str, tuple[Sample, int]]) -> Example:
     dense = measured.models["dense"].rows[place]
     sample, count = samples[dense.identity]
     return Example(

@@ -13,7 +13,7 @@ from tiny_models import FACTORIES, tiny_model
 from torch import Tensor, nn
 
 from slimvlm.compress.allocate.allocators import ALLOCATORS
-from slimvlm.compress.allocate.budget import Budget, make_plan
+from slimvlm.compress.allocate.budget import Budget, plan_units
 from slimvlm.compress.allocate.facts import Facts, facts_of
 from slimvlm.compress.allocate.pool import proportional_steps
 from slimvlm.compress.criteria.criterion import CRITERIA
@@ -44,7 +44,7 @@ def prepared(name: str, attention_unit: str = "auto", seed: int = 0) -> tuple[nn
 
 def plan_for(name: str, budget: Budget, attention_unit: str = "auto", seed: int = 0) -> tuple[Plan, tuple[Group, ...]]:
     model, groups, scores = prepared(name, attention_unit, seed)
-    return make_plan(groups, scores, budget, facts_of(model, groups)), groups
+    return plan_units(groups, scores, budget, facts_of(model, groups)), groups
 
 
 def removed(plan: Plan, groups: tuple[Group, ...], **where: str) -> int:
@@ -77,7 +77,7 @@ def single_mlp(values: list[float], unprunable: int = 5) -> tuple[tuple[Group, .
 
 
 def test_golden_g11_the_ratio_counts_parameters_that_cannot_be_cut():
-    plan = make_plan(*single_mlp([3, 1, 2, 4])[:2], Budget(0.2), single_mlp([3, 1, 2, 4])[2])
+    plan = plan_units(*single_mlp([3, 1, 2, 4])[:2], Budget(0.2), single_mlp([3, 1, 2, 4])[2])
     assert plan.removed_fraction == pytest.approx(0.219512, abs=1e-6)
     assert plan.keep["language.0.mlp"] == (0, 2, 3)
 
@@ -87,7 +87,7 @@ def test_golden_g11_the_ratio_counts_parameters_that_cannot_be_cut():
 def test_the_cut_model_has_exactly_the_planned_parameters_and_macs(name, allocator):
     model, groups, scores = prepared(name)
     facts = facts_of(model, groups)
-    plan = make_plan(groups, scores, Budget(0.2, allocator=allocator), facts)
+    plan = plan_units(groups, scores, Budget(0.2, allocator=allocator), facts)
     assert abs(facts.parameters - plan.parameters_after - 0.2 * facts.parameters) <= finest_unit(groups) / 2
     apply_plan(model, plan)
     after = facts_of(model, find_groups(model, find_family(model.config)))
@@ -104,7 +104,7 @@ def test_what_goes_is_within_two_thousandths_of_what_was_asked(name, ratio):
     facts = facts_of(model, groups)
     assert finest_unit(groups) < 0.004 * facts.parameters  # half of one is less
     for allocator in FLOORED:
-        plan = make_plan(groups, scores, Budget(ratio, allocator=allocator), facts)
+        plan = plan_units(groups, scores, Budget(ratio, allocator=allocator), facts)
         assert plan.removed_fraction == pytest.approx(ratio, abs=0.002)
 
 
@@ -112,7 +112,7 @@ def test_half_of_the_paper_s_model_is_planned_within_one_unit():
     model = blip2_flan_t5_xl()
     groups = find_groups(model, find_family(model.config))
     scores = score_groups(groups, CRITERIA["random"])
-    plan = make_plan(groups, scores, Budget(0.5), facts_of(model, groups))
+    plan = plan_units(groups, scores, Budget(0.5), facts_of(model, groups))
     assert abs(plan.parameters_after - plan.parameters_before / 2) <= finest_unit(groups) / 2
 
 
@@ -138,7 +138,7 @@ def test_the_same_arguments_give_the_same_bytes_and_another_seed_others():
 def test_floors_hold_and_the_lowest_units_of_every_group_go(ratio, allocator, seed):
     groups, facts = dense_llava()
     scores = score_groups(groups, CRITERIA["random"], seed=seed)
-    plan = make_plan(groups, scores, Budget(ratio, allocator=allocator, floor=0.25), facts)
+    plan = plan_units(groups, scores, Budget(ratio, allocator=allocator, floor=0.25), facts)
     for group in groups:
         kept = set(plan.keep[group.key])
         assert len(kept) >= max(0.25 * group.size, group.size // group.num_units)
@@ -254,9 +254,9 @@ def test_an_unknown_tower_is_refused_with_the_known_ones():
 
 def test_the_paper_s_loop_may_empty_a_group_and_the_plan_keeps_its_best_unit():
     groups, scores, facts = single_mlp([1, 1, 1, 1, 5, 5])
-    literal = make_plan(groups, scores, Budget(0.7, allocator="paper"), facts)
+    literal = plan_units(groups, scores, Budget(0.7, allocator="paper"), facts)
     assert literal.keep["language.0.mlp"] == (5,) and literal.rescued == ("language.0.mlp",)
-    product = make_plan(groups, scores, Budget(0.7), facts)
+    product = plan_units(groups, scores, Budget(0.7), facts)
     assert product.keep["language.0.mlp"] == (5,) and product.rescued == ()
 
 
@@ -264,7 +264,7 @@ def test_the_steps_of_the_paper_s_loop_can_be_in_proportion_to_the_model():
     model, groups, scores = prepared("llava")
     facts = facts_of(model, groups)
     letter, proportion = (
-        make_plan(groups, scores, Budget(0.3, allocator="paper", steps=steps), facts)
+        plan_units(groups, scores, Budget(0.3, allocator="paper", steps=steps), facts)
         for steps in (None, proportional_steps(sum(group.num_units for group in groups)))
     )
     assert proportion.removed_fraction == pytest.approx(0.3, abs=0.03)  # one step and what ties with its last unit
@@ -280,7 +280,7 @@ def test_rounds_count_from_the_dense_model():
     for share in (0.4, 0.8, 1.0):
         groups = find_groups(model, find_family(model.config))
         scores = score_groups(groups, CRITERIA["random"], seed=7)
-        later = make_plan(groups, scores, budget.scaled(share), facts_of(model, groups, dense=dense))
+        later = plan_units(groups, scores, budget.scaled(share), facts_of(model, groups, dense=dense))
         apply_plan(model, later)
         composed = later if composed is None else composed.compose(later)
     unit = finest_unit(groups)
@@ -295,4 +295,4 @@ def test_rounds_count_from_the_dense_model():
 def test_the_paper_s_loop_says_how_much_it_can_remove():
     groups, scores, facts = single_mlp([1, 2, 3, 4, 5, 6], unprunable=54)
     with pytest.raises(InfeasibleBudgetError, match=r"ratio 0\.9 cannot be reached: .* the paper's loop.* at most 54"):
-        make_plan(groups, scores, Budget(0.9, allocator="paper"), facts)
+        plan_units(groups, scores, Budget(0.9, allocator="paper"), facts)

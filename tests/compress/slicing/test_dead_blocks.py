@@ -8,7 +8,7 @@ from plans import make_plan as uniform
 from plans import random_plan
 from tiny_models import FACTORIES, Tiny, reading, tiny_model
 
-from slimvlm.compress.allocate.budget import Budget, make_plan
+from slimvlm.compress.allocate.budget import Budget, plan_units
 from slimvlm.compress.allocate.facts import facts_of
 from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.criteria.scoring import score_groups
@@ -89,15 +89,15 @@ def scored(name: str):
 def test_what_is_free_counts_and_comes_first(name):
     tiny, groups, scores = scored(name)
     facts = facts_of(tiny.model, groups)
-    plan = make_plan(groups, scores, Budget(0.25), facts)
+    plan = plan_units(groups, scores, Budget(0.25), facts)
     dead = facts.dead["vision"]
     assert plan.removed_fraction == pytest.approx(0.25, abs=0.002)
     assert (plan.dropped, plan.dropped_parameters) == ({"vision": 1}, dead.parameters)
     assert plan.towers["vision"].macs_before == facts.macs["vision"] > 3 * dead.macs - 1
-    little = make_plan(groups, scores, Budget(0.01), facts)
+    little = plan_units(groups, scores, Budget(0.01), facts)
     assert all(len(kept) == little.sizes[key] for key, kept in little.keep.items())
     assert little.parameters_before - little.parameters_after == dead.parameters
-    tower = make_plan(groups, scores, Budget(0.25, tower_ratio={"vision": 0.5}), facts).towers["vision"]
+    tower = plan_units(groups, scores, Budget(0.25, tower_ratio={"vision": 0.5}), facts).towers["vision"]
     assert tower.parameters_after / tower.parameters_before == pytest.approx(0.5, abs=0.005)
     assert Plan.from_json(plan.to_json()) == plan
 
