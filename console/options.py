@@ -28,7 +28,8 @@ from slimvlm.console.values import (
     shares,
 )
 from slimvlm.export.options import DTYPES as EXPORTED_DTYPES
-from slimvlm.export.options import EXPORTERS, FUSIONS, QUANTIZED
+from slimvlm.export.options import EXPORTERS, FUSIONS
+from slimvlm.export.variants import FULL, QUANTIZED
 from slimvlm.serve.options import DTYPES as MEASURED_DTYPES
 from slimvlm.serve.options import PROVIDERS, ProfileOptions
 
@@ -185,7 +186,7 @@ folder_options = together(
 )
 export_options = together(
     click.option("--format", "formats", type=Names(), metavar="NAMES", default="onnx", help="onnx, torchscript, pt2."),
-    click.option("--dtype", type=click.Choice(EXPORTED_DTYPES), default="fp32", help="Of weights and cache."),
+    click.option("--dtype", type=click.Choice(EXPORTED_DTYPES), default=FULL, help="Of weights and cache."),
     click.option("--quantize", type=click.Choice(QUANTIZED), help="A second set of ONNX graphs with int8 weights."),
     click.option("--opset", type=Count(), default=20, help="Of the ONNX graphs."),
     click.option("--exporter", type=click.Choice(EXPORTERS), default="auto", help="auto falls back to torchscript."),

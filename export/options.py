@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slimvlm.compress.errors import UnsuitableOptionError
+from slimvlm.export.variants import FULL, QUANTIZED, TRACED, VARIANTS
 
 FORMATS = ("onnx", "torchscript", "pt2")
-DTYPES = ("fp32", "fp16")
-QUANTIZED = ("int8",)
+DTYPES = tuple(TRACED.values())
 DYNAMO, TORCHSCRIPT = "dynamo", "torchscript"
 EXPORTERS = ("auto", DYNAMO, TORCHSCRIPT)
 FUSIONS = ("cpu", "cuda")
@@ -38,7 +38,7 @@ class ExportOptions:
     """
 
     formats: tuple[str, ...] = ("onnx",)
-    dtype: str = "fp32"
+    dtype: str = FULL
     quantize: str | None = None
     opset: int = 20
     exporter: str = "auto"
@@ -72,8 +72,10 @@ class ExportOptions:
             raise UnsuitableOptionError(f"--opset {self.opset} is not supported; choose {OPSETS[0]} to {OPSETS[-1]}")
         if "onnx" not in self.formats and (self.quantize or self.fuse):
             raise UnsuitableOptionError("--quantize and --fuse are for ONNX graphs; add onnx to --format")
-        if self.quantize and self.dtype != "fp32":
-            raise UnsuitableOptionError(f"--quantize {self.quantize} starts from fp32 graphs; leave --dtype at fp32")
+        if self.quantize and self.dtype != (base := TRACED[VARIANTS[self.quantize].dtype]):
+            raise UnsuitableOptionError(
+                f"--quantize {self.quantize} starts from {base} graphs; leave --dtype at {base}"
+            )
         if self.aoti and "pt2" not in self.formats:
             raise UnsuitableOptionError("--aoti compiles torch.export programs; add pt2 to --format")
         if self.seed < 0 or (self.image_size is not None and min(self.image_size) < 1):

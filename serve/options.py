@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slimvlm.compress.errors import UnsuitableOptionError
+from slimvlm.export.variants import VARIANTS
 
 BACKENDS = TORCH, ONNX, TORCHSCRIPT = ("torch", "onnx", "torchscript")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -127,7 +128,7 @@ def split_backend(backend: str) -> tuple[str, str | None]:
         UnsuitableOptionError: an unknown backend.
     """
     name, _, variant = backend.partition(":")
-    if name not in BACKENDS or (variant and name == TORCH):
+    if name not in BACKENDS or (variant and (name == TORCH or variant not in VARIANTS)):
         known = f"{', '.join(BACKENDS)}, or a variant of an export as onnx:int8"
         raise UnsuitableOptionError(f"--backend {backend} is unknown; choose from {known}")
     return name, variant or None

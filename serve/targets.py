@@ -14,8 +14,10 @@ from slimvlm.compress.files.decoding import read
 from slimvlm.compress.models.checkpoint import PLAN, load_processor, locate, read_config, weight_files
 from slimvlm.compress.plan import Plan
 from slimvlm.export import ExportOptions, export_checkpoint
+from slimvlm.export.options import DTYPES
 from slimvlm.export.running.exported import Exported, is_export
 from slimvlm.export.running.manifest import Manifest, inside
+from slimvlm.export.variants import FULL, QUANTIZED
 from slimvlm.serve.judging.roofline import kv_bytes_per_token
 from slimvlm.serve.judging.shapes import Shapes, checkpoint_shapes
 from slimvlm.serve.options import ONNX, TORCH, split_backend
@@ -156,8 +158,8 @@ def with_graphs(target: Target, backends: Sequence[str], scratch: Path) -> Targe
     formats, variants = zip(*map(split_backend, wanted), strict=True)
     options = ExportOptions(  # held against torch on a few generated samples
         formats=tuple(dict.fromkeys(formats)),
-        dtype="fp16" if "fp16" in variants else "fp32",
-        quantize="int8" if "int8" in variants else None,
+        dtype=next((name for name in reversed(DTYPES) if name in variants), FULL),
+        quantize=next((name for name in QUANTIZED if name in variants), None),
         samples=4,
         max_new_tokens=8,
     )

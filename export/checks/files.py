@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from slimvlm.compress.progress import Progress
-from slimvlm.export.checks.parity import TOLERANCES, measure
-from slimvlm.export.checks.reference import Reference, check_tokens
+from slimvlm.export.checks.parity import measure
+from slimvlm.export.checks.reference import Reference, check_tokens, graph_ports
 from slimvlm.export.graphs.graph import Graph
 from slimvlm.export.running.generation import Runner
 from slimvlm.export.running.manifest import Artifact, Manifest
 from slimvlm.export.running.runners import runner_of
+from slimvlm.export.variants import VARIANTS
 from slimvlm.export.writers.tracing import first_line
 
 
@@ -23,7 +25,7 @@ def check_graphs(
         manifest.generation = reference.prompting.to_dict()
     sets: dict[tuple[str, str], list[Artifact]] = {}
     for artifact in manifest.artifacts:
-        _note_outputs(artifact, next(graph for graph in graphs if graph.name == artifact.graph), reference)
+        _note_ports(artifact, next(graph for graph in graphs if graph.name == artifact.graph), reference)
         sets.setdefault((artifact.format, artifact.variant), []).append(artifact)
     for done, artifacts in enumerate(sets.values()):
         progress("check", done, len(sets))
@@ -31,8 +33,9 @@ def check_graphs(
     progress("check", len(sets), len(sets))
 
 
-def _note_outputs(artifact: Artifact, graph: Graph, reference: Reference) -> None:
-    """Outputs as the first case shows them, varying axes by name."""
+def _note_ports(artifact: Artifact, graph: Graph, reference: Reference) -> None:
+    """Inputs, and outputs as the first case shows them; varying axes by name."""
+    artifact.inputs = [asdict(port) for port in graph_ports(graph)]
     seen = next(case.outputs for case in reference.cases if case.graph == graph.name)
     artifact.outputs = [
         {
@@ -47,7 +50,7 @@ def _note_outputs(artifact: Artifact, graph: Graph, reference: Reference) -> Non
 def _check_set(folder: Path, artifacts: list[Artifact], reference: Reference, manifest: Manifest) -> None:
     """One format and variant: all its graphs alone, then together."""
     form, variant = artifacts[0].format, artifacts[0].variant
-    manifest.tolerances[variant] = TOLERANCES[variant].to_dict()
+    manifest.tolerances[variant] = VARIANTS[variant].tolerance.to_dict()
     try:
         runner = runner_of(folder, artifacts)
     except Exception as error:  # a runtime that cannot load its own file: that is what is checked here
@@ -63,7 +66,7 @@ def _check_set(folder: Path, artifacts: list[Artifact], reference: Reference, ma
 
 def _check_graph(runner: Runner, artifact: Artifact, reference: Reference, manifest: Manifest) -> None:
     """Runs every case of the graph."""
-    tolerance = TOLERANCES[artifact.variant]
+    tolerance = VARIANTS[artifact.variant].tolerance
     for case in reference.cases:
         if case.graph != artifact.graph:
             continue
@@ -85,7 +88,7 @@ def _check_graph(runner: Runner, artifact: Artifact, reference: Reference, manif
 def _check_generation(runner: Runner, kind: tuple[str, str], reference: Reference, manifest: Manifest) -> None:
     form, variant = kind
     check = check_tokens(runner, reference)
-    wrong = check.wrong(TOLERANCES[variant])
+    wrong = check.wrong(VARIANTS[variant].tolerance)
     manifest.checks.append({"format": form, "variant": variant, "ok": wrong is None, **check.to_dict()})
     if wrong is not None:
         manifest.failures.append(f"{form} {variant}: {wrong}")

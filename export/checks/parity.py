@@ -9,34 +9,7 @@ from typing import Any
 import numpy as np
 
 from slimvlm.export.running.generation import Arrays
-
-
-@dataclass(frozen=True, slots=True)
-class Tolerance:
-    """What is accepted of a variant: error relative to the largest output, cosine of outputs, and what it may cost.
-
-    Attributes:
-        loss: rise of the mean cross-entropy of torch's answers, in nats a token.
-        right: fall of the share of right answers; one sample is always accepted.
-    """
-
-    relative: float
-    cosine: float
-    loss: float
-    right: float = 0.02
-
-    def to_dict(self) -> dict[str, float]:
-        """As stored in manifest.json."""
-        return asdict(self)
-
-
-# fp32: what reordered sums give. fp16 and int8 are other numbers: close in direction, and measured by what they cost.
-# The demo model in int8 loses 0.0005 nats a token on 400 samples, and no right answer (docs/export.md).
-TOLERANCES = {
-    "fp32": Tolerance(1e-4, 0.99999, 1e-3),
-    "fp16": Tolerance(5e-2, 0.999, 0.01),
-    "int8": Tolerance(0.5, 0.98, 0.02),
-}
+from slimvlm.export.variants import Tolerance
 
 
 @dataclass(frozen=True, slots=True)

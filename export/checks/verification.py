@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from slimvlm.compress.errors import CheckFailedError, CheckpointError, MissingDependencyError, SlimvlmError
-from slimvlm.export.checks.parity import TOLERANCES, Case, cross_entropy, measure
+from slimvlm.export.checks.parity import Case, cross_entropy, measure
 from slimvlm.export.checks.sample import read_sample
 from slimvlm.export.running.generation import Arrays, Prompting, Runner, steps, until_end
 from slimvlm.export.running.manifest import Artifact, Manifest, check_files, inside
 from slimvlm.export.running.runners import runner_of
 from slimvlm.export.running.sessions import UnreadableGraphError
+from slimvlm.export.variants import VARIANTS
 
 RUNTIMES = {"onnx": "onnxruntime", "torchscript": "torch", "pt2": "torch", "aoti": "torch"}
 
@@ -77,7 +78,7 @@ def verify_folder(folder: Path) -> Verification:
 
 
 def _check(runner: Runner, manifest: Manifest, variant: str, given: Arrays, expected: Arrays) -> dict[str, Any]:
-    tolerance = TOLERANCES[variant]
+    tolerance = VARIANTS[variant].tolerance
     if manifest.generation is None:
         return _check_embeddings(runner, manifest.artifacts, variant, given, expected)
     prompting = Prompting.from_dict(manifest.generation)
@@ -102,7 +103,7 @@ def _check_embeddings(
         wanted = {name.split(".", 1)[1]: array for name, array in expected.items() if name.startswith(f"{graph}.")}
         difference = measure(Case(graph, "sample", feeds, wanted), runner.run(graph, feeds))
         relative, cosine = max(relative, difference.max_relative), min(cosine, difference.cosine)
-        ok = ok and difference.within(TOLERANCES[variant])
+        ok = ok and difference.within(VARIANTS[variant].tolerance)
     return {"ok": bool(ok), "max_relative": float(relative), "cosine": float(np.float64(cosine))}
 
 

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from slimvlm.compress.data.collate import Collator
 from slimvlm.compress.models.modeling_slim import PREFIX, RECORD
 from slimvlm.export.running.generation import Prompting
+from slimvlm.export.running.manifest import Manifest
 
 CARRIED = ("LICENSE*", "NOTICE*", "spiece.model", "tokenizer.model", "vocab.json", "merges.txt")
 TEXT_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -17,36 +19,40 @@ PIL = "Pil"  # suffix of image processor classes that work without torchvision; 
 
 
 def write_client_files(
-    folder: Path, model: Any, processor: Any, prompting: Prompting | None, source: Path, flat: bool
+    folder: Path, model: Any, collator: Collator, prompting: Prompting | None, external: Mapping[str, int]
 ) -> None:
     """Writes what transformers.js and its like load beside `onnx/`.
 
     Args:
-        flat: repeat the sizes of the text model at the top of the config.
         prompting: its ends and padding go into generation_config.json; None for dual encoders.
-        source: the checkpoint, for licences and tokenizer files that the tokenizer does not write by itself.
+        external: which graphs have how many files of weights beside them.
     """
-    _write(folder / "config.json", _config(model, flat))
+    config = _config(model, collator.family.export.flat_config)
+    if external:
+        config["transformers.js_config"] = {"use_external_data_format": dict(external)}
+    _write(folder / "config.json", config)
     if prompting is not None:
         _write(folder / "generation_config.json", _generation(model, prompting))
-    processor.tokenizer.save_pretrained(folder)
-    _save_processor(folder, processor)
+    collator.processor.tokenizer.save_pretrained(folder)
+    _save_processor(folder, collator.processor)
     for pattern in CARRIED:
-        for path in source.glob(pattern):
+        for path in Path(model.config.name_or_path or ".").glob(pattern):
             if not (folder / path.name).exists():
                 shutil.copyfile(path, folder / path.name)
 
 
-def name_external_data(folder: Path, files: Mapping[str, int]) -> None:
-    """Tells transformers.js which graphs have how many files of weights beside them."""
-    if files:
-        config = json.loads((folder / "config.json").read_text())
-        config["transformers.js_config"] = {"use_external_data_format": dict(files)}
-        _write(folder / "config.json", config)
+def external_data(folder: Path, manifest: Manifest) -> dict[str, int]:
+    """Names of the ONNX graphs with weights in files beside them, and how many files."""
+    files = (artifact.file for artifact in manifest.artifacts if artifact.format == "onnx")
+    return {file.removeprefix("onnx/"): 1 for file in files if (folder / f"{file}_data").exists()}
 
 
 def _config(model: Any, flat: bool) -> dict[str, Any]:
-    """The model's config under the name of its stock class; `auto_map` points to code that is not here."""
+    """The model's config under the name of its stock class; `auto_map` points to code that is not here.
+
+    Args:
+        flat: repeat the sizes of the text model at the top.
+    """
     config = model.config.to_dict()
     config.pop("auto_map", None)
     config.pop("_name_or_path", None)

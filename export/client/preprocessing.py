@@ -7,8 +7,10 @@ does not give the processor's tokens and pixels, the folder is shipped without i
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,8 +26,35 @@ CHECKED = 4  # samples
 PIXEL_ERROR = 0.05  # mean, of values that are about 1: libraries resize a little differently
 
 
+EXAMPLE = "run_onnx.py"
+
+
 class NoRecipeError(ValueError):
     """This processor does what the recipe cannot say; the message names it."""
+
+
+def write_example(
+    folder: Path, collator: Collator, samples: list[Sample], size: tuple[int, int] | None
+) -> dict[str, Any]:
+    """Writes `run_onnx.py`, if its recipe gives what the processor gives.
+
+    Args:
+        size: that all images are brought to first, if any.
+
+    Returns:
+        Of `run` in manifest.json: `prompt` and `image`, maybe with a `note`; else `why_not`.
+    """
+    try:
+        with one_tile(collator) as plain:
+            alone = single_batches(plain, samples)
+            recipe = make_recipe(plain, samples[0], alone[0], size)
+            check_recipe(plain, recipe, samples[: len(alone)], alone)
+    except NoRecipeError as error:
+        return {"why_not": str(error)}
+    if plain is not collator:
+        recipe["note"] = f"{EXAMPLE} gives the model the whole image only; its processor also cuts it into tiles"
+    shutil.copyfile(Path(__file__).with_name(EXAMPLE), folder / EXAMPLE)
+    return recipe
 
 
 def make_recipe(collator: Collator, sample: Sample, batch: Arrays, size: tuple[int, int] | None) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from slimvlm.compress.files.folders import FileEntry
 from slimvlm.compress.files.writing import file_digest, installed_versions, real, write_text
 from slimvlm.compress.run_record import Check
 from slimvlm.export.running.generation import Prompting
+from slimvlm.export.variants import FULL, VARIANTS
 
 MANIFEST = "manifest.json"
 SAMPLE = "sample.safetensors"
 SCHEMA = 1
-FULL = "fp32"  # the variant that needs no name
 VERSIONED = ("slimvlm", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy")
 
 
@@ -84,7 +84,7 @@ class Artifact:
 
     graph: str
     format: Annotated[str, Literal["onnx", "torchscript", "pt2", "aoti"]]
-    variant: Annotated[str, Literal["fp32", "fp16", "int8"]]
+    variant: Annotated[str, Literal[tuple(VARIANTS)]]
     file: str
     exporter: str
     seconds: float

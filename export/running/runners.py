@@ -16,6 +16,7 @@ from slimvlm.export.running.generation import Arrays, PortInfo, Runner
 from slimvlm.export.running.manifest import Artifact, inside
 from slimvlm.export.running.quiet import quiet
 from slimvlm.export.running.sessions import open_session, providers_of
+from slimvlm.export.variants import VARIANTS
 
 ONNX_DTYPES = {
     "tensor(float)": "float32",
@@ -145,7 +146,7 @@ def runner_of(
     first = artifacts[0]
     files = {artifact.graph: inside(folder, artifact.file) for artifact in artifacts}
     if first.format == "onnx":
-        return SessionRunner(files, device, threads, first.variant == "fp16", engines)
+        return SessionRunner(files, device, threads, VARIANTS[first.variant].dtype == "float16", engines)
     if device != "cpu":
         raise DeviceError(f"{first.backend} graphs were traced on the CPU and run there only; use --device cpu")
     ports = {

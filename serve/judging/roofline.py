@@ -15,6 +15,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from slimvlm.export.variants import VARIANTS
 from slimvlm.serve.profile import Device, Run
 
 # Parts of a model, as they are spoken of. The cut narrows the towers, their attention, and maybe the cache.
@@ -27,8 +28,8 @@ VISION, PROJECTOR, LANGUAGE, ATTENTION, CACHE, EMBEDDINGS, HEAD = PARTS = (
 # logits, `pooled` one per text, `memory` encoder states where a decoder makes keys of them. Kinds that are attended to
 # only: `context` a decoder's past and present, `source` all encoder states.
 
-# Bytes of a weight and of a value in the cache; an int8 export keeps its cache in fp32.
-ELEMENT_BYTES = {"fp32": (4, 4), "fp16": (2, 2), "bf16": (2, 2), "int8": (1, 4)}
+# Bytes of a weight and of a value in the cache: of what exports are written in, and of what torch computes in besides.
+ELEMENT_BYTES = {name: (row.weight_bytes, row.value_bytes) for name, row in VARIANTS.items()} | {"bf16": (2, 2)}
 
 ONE_PASS = ("vision", "text", "prefill", "tpot")  # phases that are one pass over the weights; the others add them up
 

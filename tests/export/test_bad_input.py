@@ -34,11 +34,12 @@ from slimvlm.compress.errors import (
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.export import ExportOptions, export_checkpoint, verify
-from slimvlm.export.checks.parity import TOLERANCES, TokenCheck
+from slimvlm.export.checks.parity import TokenCheck
 from slimvlm.export.checks.reference import image_size
 from slimvlm.export.graphs.windows import refuse_windows
 from slimvlm.export.job import export_model, refuse_occupied
 from slimvlm.export.running.manifest import Manifest
+from slimvlm.export.variants import VARIANTS
 
 
 @pytest.mark.parametrize(
@@ -201,13 +202,13 @@ GOOD = TokenCheck(100, 100, 1.0, 0.5, 0.5, 1e-6, 1.0, 400, 0.9, 0.9)
     ),
 )
 def test_an_int8_export_that_costs_quality_is_not_accepted(change, words):
-    assert GOOD.wrong(TOLERANCES["int8"]) is None
-    assert words in replace(GOOD, **change).wrong(TOLERANCES["int8"])
+    assert GOOD.wrong(VARIANTS["int8"].tolerance) is None
+    assert words in replace(GOOD, **change).wrong(VARIANTS["int8"].tolerance)
 
 
 def test_one_wrong_answer_more_is_accepted_of_a_few():
-    assert replace(GOOD, samples=16, accuracy=0.9 - 1 / 16).wrong(TOLERANCES["int8"]) is None
-    assert replace(GOOD, samples=16, accuracy=0.9 - 2 / 16).wrong(TOLERANCES["int8"]) is not None
+    assert replace(GOOD, samples=16, accuracy=0.9 - 1 / 16).wrong(VARIANTS["int8"].tolerance) is None
+    assert replace(GOOD, samples=16, accuracy=0.9 - 2 / 16).wrong(VARIANTS["int8"].tolerance) is not None
 
 
 def test_an_occupied_folder_is_not_touched(tmp_path):

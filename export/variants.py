@@ -1,0 +1,65 @@
+"""The precisions that graphs are written in, a row each. No torch: the command line and the report read them, too."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """What is accepted of a variant: error relative to the largest output, cosine of outputs, and what it may cost.
+
+    Attributes:
+        loss: rise of the mean cross-entropy of torch's answers, in nats a token.
+        right: fall of the share of right answers; one sample is always accepted.
+    """
+
+    relative: float
+    cosine: float
+    loss: float
+    right: float = 0.02
+
+    def to_dict(self) -> dict[str, float]:
+        """As stored in manifest.json."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """How the numbers of a graph are kept.
+
+    Attributes:
+        suffix: of file names, as transformers.js asks for them.
+        dtype: torch's name of what the graph is traced in, which its activations and its cache keep.
+        weight_bytes: of one weight of a matrix.
+        writer: of ONNX graphs alone, `module:function`: (traced graph's file, file to be, bytes from which weights
+            stand apart); none where the graph is written as it was traced.
+    """
+
+    name: str
+    suffix: str
+    dtype: str
+    weight_bytes: float
+    tolerance: Tolerance
+    writer: str | None = None
+
+    @property
+    def value_bytes(self) -> int:
+        """Of a value in the cache."""
+        return {"float32": 4, "float16": 2}[self.dtype]
+
+
+# fp32: what reordered sums give. fp16 and int8 are other numbers: close in direction, and measured by what they cost.
+# The demo model in int8 loses 0.0005 nats a token on 400 samples, and no right answer (docs/export.md).
+_ROWS = (
+    Variant("fp32", "", "float32", 4, Tolerance(1e-4, 0.99999, 1e-3)),
+    Variant("fp16", "_fp16", "float16", 2, Tolerance(5e-2, 0.999, 0.01)),
+    Variant(
+        *("int8", "_int8", "float32", 1, Tolerance(0.5, 0.98, 0.02)),
+        writer="slimvlm.export.writers.onnx_rewriting:quantize_int8",
+    ),
+)
+VARIANTS = {row.name: row for row in _ROWS}
+FULL = "fp32"  # the variant that needs no name
+TRACED = {row.dtype: row.name for row in _ROWS if row.writer is None}  # dtype -> the variant that is written so
+QUANTIZED = tuple(row.name for row in _ROWS if row.writer is not None)
