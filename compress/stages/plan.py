@@ -53,21 +53,17 @@ def chosen_criterion(options: CompressOptions) -> Criterion:
             f"--{ablations[0]} changes which tokens count, and {criterion.name} sees none: it scores without samples; "
             f"choose another --criterion, or leave --{ablations[0]} out"
         )
+    if options.threshold is not None and all(STATISTICS[name].reads == "forward" for name in criterion.statistics):
+        raise UnsuitableOptionError(
+            f"--threshold changes which answers give a gradient, and {criterion.name} takes none; "
+            "choose another --criterion, or leave --threshold out"
+        )
+    tokens = criterion.tokens
     if options.threshold is not None:
-        if all(STATISTICS[name].reads == "forward" for name in criterion.statistics):
-            raise UnsuitableOptionError(
-                f"--threshold changes which answers give a gradient, and {criterion.name} takes none; "
-                "choose another --criterion, or leave --threshold out"
-            )
         tokens = ALL if options.threshold >= 1 else replace(POORLY_FITTED, threshold=options.threshold)
-        criterion = replace(criterion, tokens=tokens)
-    if options.entropy is not None:
-        criterion = replace(criterion, angles="angles" if options.entropy else None)
-    if criterion.angles is not None:
-        criterion = replace(criterion, angles=options.angles)
-    if options.taylor is not None:
-        criterion = replace(criterion, statistics=(options.taylor,))
-    return criterion
+    entropy = criterion.angles is not None if options.entropy is None else options.entropy
+    statistics = criterion.statistics if options.taylor is None else (options.taylor,)
+    return replace(criterion, statistics=statistics, tokens=tokens, angles=options.angles if entropy else None)
 
 
 def planning_of(options: CompressOptions) -> Planning:

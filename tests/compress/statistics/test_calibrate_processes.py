@@ -1,4 +1,4 @@
-"""Calibration by two processes: every statistic is that of one, and one message when something is wrong."""
+"""Calibration by two processes: every statistic and every criterion's plan is that of one, and so is a message."""
 
 from pathlib import Path
 
@@ -9,8 +9,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_models import tiny_model
 
+from slimvlm.compress.allocate.budget import Budget
+from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import find_groups
+from slimvlm.compress.plan import Plan
+from slimvlm.compress.rounds import Planning, plan_in_rounds
 from slimvlm.compress.statistics.collect import collect
 from slimvlm.compress.statistics.rows import STATISTICS, CalibrationOptions
 
@@ -21,6 +25,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import distributed
+from slimvlm.compress.allocate.budget import Budget
+from slimvlm.compress.criteria.criterion import CRITERIA
+from slimvlm.compress.rounds import Planning, plan_in_rounds
 from slimvlm.compress.statistics.collect import collect
 from slimvlm.compress.statistics.rows import STATISTICS, CalibrationOptions
 from slimvlm.compress.errors import CalibrationError
@@ -38,6 +45,9 @@ batches = [tiny.inputs(count) for count in (1, 3, 2)]
 for name in STATISTICS:
     found = collect(tiny.model, family, groups, batches, CalibrationOptions((name,)))
     save_file(dict(found.seen[name]), folder / f"{{name}}.{{rank}}", {{c: str(getattr(found, c)) for c in {COUNTS}}})
+for name, criterion in CRITERIA.items():
+    planned = plan_in_rounds(tiny_model("llava").model, lambda _: batches, Planning(Budget(0.3), criterion))
+    (folder / f"{{name}}.{{rank}}.json").write_text(planned.plan.to_json())
 batches[1]["pixel_values"][:] = float("inf")  # only the second process reads it; both must stop
 try:
     collect(tiny.model, family, groups, batches, CalibrationOptions(("first",)))
@@ -73,6 +83,19 @@ def test_two_processes_give_the_statistics_of_one(name: str, folder: Path) -> No
             torch.testing.assert_close(value, first[key], rtol=1e-4, atol=1e-6 * value.max().item() + 1e-12)
     with safe_open(folder / f"{name}.0", "pt") as file:
         assert file.metadata() == {count: str(getattr(alone, count)) for count in COUNTS}
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_two_processes_give_the_plan_of_one(name: str, folder: Path) -> None:
+    batches = [tiny_model("llava").inputs(count) for count in (1, 3, 2)]
+    planning = Planning(Budget(0.3), CRITERIA[name])
+    alone = plan_in_rounds(tiny_model("llava").model, lambda _: batches, planning).plan
+    first, second = ((folder / f"{name}.{rank}.json").read_text() for rank in (0, 1))
+    assert first == second
+    # Sums are added in another order: of the units at the threshold another one may go, no others.
+    pair = Plan.from_json(first)
+    other = sum(len(set(alone.keep[key]) ^ set(kept)) for key, kept in pair.keep.items())
+    assert other <= 0.01 * sum(pair.sizes.values()) and pair.sizes == alone.sizes
 
 
 def test_both_processes_stop_with_one_message(folder: Path) -> None:
