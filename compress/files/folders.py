@@ -14,7 +14,7 @@ from typing import TypedDict
 from slimvlm.compress.errors import OutputError, UnsuitableOptionError
 from slimvlm.compress.files.decoding import content_of, decode, parse
 from slimvlm.compress.files.locks import LOCK, locked_folder
-from slimvlm.compress.files.writing import PARTIAL, real, reported_as_output_errors, require_kind, sync
+from slimvlm.compress.files.writing import PARTIAL, file_digest, real, reported_as_output_errors, require_kind, sync
 
 EARLIER = ".earlier"  # begins the names of folders that hold what is being replaced, until that is done
 MANIFEST = "manifest.json"  # of a checkpoint or an export
@@ -31,6 +31,15 @@ class Listing(TypedDict):
     """What every manifest has: the files of its folder by name."""
 
     files: dict[str, FileEntry]
+
+
+def list_files(folder: Path) -> dict[str, FileEntry]:
+    """What a manifest of `folder` lists: every file but the manifest, `/` in names."""
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path != folder / MANIFEST
+    }
 
 
 def listed_files(folder: Path) -> tuple[str, ...]:

@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from slimvlm.compress.files.folders import written_folder
-from slimvlm.compress.files.writing import file_digest, write_text
+from slimvlm.compress.files.folders import list_files, written_folder
+from slimvlm.compress.files.writing import write_text
 from slimvlm.compress.models.checkpoint import CARRIED, LAYOUTS, MANIFEST, PLAN
 from slimvlm.compress.models.stock import stock_model
 from slimvlm.compress.plan import Plan
@@ -60,7 +60,4 @@ def _save_processor(folder: Path, processor: Any | None, source: Path) -> None:
 
 
 def _write_manifest(folder: Path) -> None:
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in sorted(folder.iterdir())
-    }
-    write_text(folder / MANIFEST, json.dumps({"schema": 1, "files": files}, indent=2) + "\n")
+    write_text(folder / MANIFEST, json.dumps({"schema": 1, "files": list_files(folder)}, indent=2) + "\n")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypedDict
 
 from slimvlm.compress.errors import CheckpointError
 from slimvlm.compress.files.decoding import content_of, decode, dump, parse, refused_as
-from slimvlm.compress.files.folders import FileEntry
+from slimvlm.compress.files.folders import FileEntry, list_files
 from slimvlm.compress.files.writing import file_digest, installed_versions, real, write_text
 from slimvlm.compress.run_record import Check
 from slimvlm.export.running.generation import Prompting
@@ -115,7 +115,7 @@ class Manifest:
     checks: list[Annotated[Document, Check]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=lambda: installed_versions(VERSIONED))
-    files: dict[str, Annotated[Document, FileEntry]] = field(default_factory=dict)
+    files: dict[str, FileEntry] = field(default_factory=dict)
     ok: bool = True
     schema: int = SCHEMA
 
@@ -140,15 +140,6 @@ class Manifest:
             return manifest
 
 
-def list_files(folder: Path) -> dict[str, Document]:
-    """Every file of a folder but its manifest."""
-    return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_digest(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path != folder / MANIFEST
-    }
-
-
 def inside(folder: Path, name: str) -> Path:
     """The file `name` of a manifest.
 
@@ -163,7 +154,7 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def check_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def check_files(folder: Path, files: Mapping[str, FileEntry]) -> list[str]:
     """What is wrong with the files of a manifest: missing, of another size, changed.
 
     Raises:
