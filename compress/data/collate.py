@@ -55,20 +55,13 @@ class Collator:
         processor: of the model, as loaded.
         family: its row, which says what labels are.
         model_config: of the whole model.
-        max_text_tokens: longest sequence in tokens, image tokens included; by default what the model can take.
 
     Raises:
         MissingDependencyError: there is no processor, because a package it needs is missing.
         UnsupportedModelError: the processor has no tokenizer with offsets or no image processor.
     """
 
-    def __init__(
-        self,
-        processor: Any,
-        family: Family,
-        model_config: Any,
-        max_text_tokens: int | None = None,
-    ) -> None:
+    def __init__(self, processor: Any, family: Family, model_config: Any) -> None:
         if processor is None:
             raise MissingDependencyError(
                 f"the processor of this {family.name} model could not be built; most often torchvision is missing: "
@@ -81,7 +74,7 @@ class Collator:
                 "save the complete processor (AutoProcessor) beside the weights."
             )
         self.processor, self.family, self.config = processor, family, model_config
-        self.max_text_tokens = max_text_tokens or self._longest()
+        self.max_text_tokens = self._longest()
         self._takes_suffix = "suffix" in inspect.signature(type(processor).__call__).parameters
         self._image_first = getattr(processor, "num_query_tokens", None) is not None
         self._template = getattr(processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
@@ -149,6 +142,7 @@ class Collator:
     # ---------------------------------------------------------------- text
 
     def _longest(self) -> int:
+        """Tokens the model can take, image tokens included."""
         text = getattr(self.config, "text_config", self.config)
         return getattr(text, "max_position_embeddings", None) or self.tokenizer.model_max_length
 

@@ -34,6 +34,7 @@ from slimvlm.compress.progress import Progress, silent
 __all__ = ["Comparison", "Quality", "Row", "compare", "evaluate", "shuffle_images"]
 
 WIDENED = 64 * 2**20  # bytes of logits that are looked at in fp32 at once
+FORWARD_ON_GPU = 4  # times the samples of a calibration batch, where nothing is kept for a backward pass
 MARGIN = 4  # tokens a generated answer may be longer than the longest right one, before it is cut
 LEAD, HALF_LEAD = 1e-2, 0.5  # of a logit over the runner-up that batching and caching cannot turn over: fp32, half
 GREEDY = {  # said in full: what is left out is filled in from the generation settings of the model
@@ -81,6 +82,11 @@ def evaluate(
         rows = _retrieve(run, samples) if is_dual else _answer(run, _questions(samples))
     kind = "retrieval" if is_dual else "generation"
     return summarize(kind, rows, blind=blind_seed is not None, seconds=time.perf_counter() - started)
+
+
+def evaluation_batch(device: torch.device, wanted: int) -> int:
+    """Questions of an evaluation batch, from the samples `wanted` in a calibration batch."""
+    return wanted * (FORWARD_ON_GPU if device.type == "cuda" else 1)
 
 
 def shuffle_images(samples: Sequence[Sample], seed: int) -> list[Sample]:

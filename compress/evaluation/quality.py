@@ -6,7 +6,7 @@ import math
 import re
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, TypedDict
 
 import numpy as np
@@ -130,17 +130,7 @@ class Quality:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        document = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {**document, "rows": [asdict(row) for row in self.rows]}
-
-    @classmethod
-    def from_dict(cls, document: Mapping[str, Any]) -> Quality:
-        """The quality of `to_dict`.
-
-        Raises:
-            ValueError: another schema, or the field that is unknown, missing or wrong.
-        """
-        return decode(document, cls, "quality")
+        return asdict(self)
 
 
 def summarize(kind: str, rows: Sequence[Row], *, blind: bool, seconds: float) -> Quality:
@@ -209,15 +199,6 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         return asdict(self)
-
-    @classmethod
-    def from_dict(cls, document: Mapping[str, Any]) -> Comparison:
-        """The comparison of `to_dict`.
-
-        Raises:
-            ValueError: the field that is unknown, missing or wrong.
-        """
-        return decode(document, cls, "comparison")
 
 
 class QualityFile(TypedDict):

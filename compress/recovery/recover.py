@@ -17,7 +17,7 @@ from slimvlm.compress.data.samples import Sample
 from slimvlm.compress.data.splits import Trained
 from slimvlm.compress.errors import CheckFailedError, CheckpointError
 from slimvlm.compress.evaluation.equality import CHECKED_SAMPLES, TOLERANCE, outputs, relative_error
-from slimvlm.compress.evaluation.evaluate import evaluate
+from slimvlm.compress.evaluation.evaluate import evaluate, evaluation_batch
 from slimvlm.compress.models.checkpoint import Loaded, locate
 from slimvlm.compress.models.computing import cast, load_to_compute
 from slimvlm.compress.models.groups import resolve
@@ -34,7 +34,6 @@ from slimvlm.compress.recovery.distillation.teacher_checks import depths_of
 from slimvlm.compress.recovery.training.state import load_best
 from slimvlm.compress.recovery.training.trainer import History, TrainOptions, train
 from slimvlm.compress.recovery.training.workers import sharded
-from slimvlm.compress.statistics.batch_size import evaluation_batch
 
 # Adam's best rate falls with the width: the rate is this over the hidden size of the language model. Tuned on the
 # validation split of the demo set; at a hidden size of 4096 it gives the 1e-4 (LoRA) and 2e-5 (all) of common practice.

@@ -9,7 +9,7 @@ from slimvlm.compress.data.collate import collator_of
 from slimvlm.compress.data.samples import Sample
 from slimvlm.compress.data.splits import Measured
 from slimvlm.compress.errors import OutputError
-from slimvlm.compress.evaluation.evaluate import compare, evaluate
+from slimvlm.compress.evaluation.evaluate import compare, evaluate, evaluation_batch
 from slimvlm.compress.evaluation.quality import Quality, qualities_of
 from slimvlm.compress.evaluation.soundness import check_computes
 from slimvlm.compress.files.decoding import content_of, dump, parse, refused_as
@@ -18,7 +18,6 @@ from slimvlm.compress.models.computing import frees_memory, load_to_compute
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.progress import Progress
 from slimvlm.compress.runs import AGAIN, CUT, RunFolder
-from slimvlm.compress.statistics.batch_size import evaluation_batch
 
 
 class Evaluated(NamedTuple):

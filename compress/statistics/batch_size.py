@@ -1,4 +1,4 @@
-"""How many samples go through a model at once, so that activations stay small beside the weights in host memory.
+"""How many samples of a calibration go through a model at once, so that activations stay small in host memory.
 
 Only where a batch is no part of what is measured: squares of gradients are taken per batch, and a contrastive loss
 compares the samples of one. On a GPU small batches are slow, and its memory is the user's to divide (--batch-size).
@@ -7,8 +7,6 @@ compares the samples of one. On a GPU small batches are slow, and its memory is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
 
 from slimvlm.compress.data.collate import Collator
 from slimvlm.compress.data.samples import Sample
@@ -19,7 +17,6 @@ from slimvlm.compress.statistics.rows import STATISTICS, CalibrationOptions
 
 LEAST = 128 * 2**20  # bytes of activations that are never too many
 ACTIVATIONS = 1  # bytes of activations per parameter: a quarter of the fp32 weights
-FORWARD_ON_GPU = 4  # times the samples of a calibration batch, where nothing is kept for a backward pass
 
 
 def calibration_batch(
@@ -33,8 +30,3 @@ def calibration_batch(
     longest = max(samples, key=lambda sample: sum(len(turn.prompt) + len(turn.target) for turn in sample.turns))
     kept = bytes_kept(model, family, find_groups(model, family), collator.training([longest]), options)
     return max(1, min(wanted, max(LEAST, ACTIVATIONS * count_parameters(model)) // max(kept, 1)))
-
-
-def evaluation_batch(device: torch.device, wanted: int) -> int:
-    """Questions of an evaluation batch, from the samples `wanted` in a calibration batch."""
-    return wanted * (FORWARD_ON_GPU if device.type == "cuda" else 1)

@@ -61,7 +61,6 @@ def train(  # noqa: PLR0913 (what is trained, on what, how, where, and who watch
     *,
     validate: Callable[[], Score] | None = None,
     progress: Progress = silent,
-    resume: bool = True,
     cache: TeacherCache | None = None,
 ) -> History:
     """Train `distiller.student` in place; afterwards it has its best weights, or its starting ones if none were better.
@@ -75,12 +74,11 @@ def train(  # noqa: PLR0913 (what is trained, on what, how, where, and who watch
             ask for gradients are trained.
         collate: the samples' padded training batch, on the CPU. Called by every process for its part of a step.
         count: samples there are.
-        folder: where the checkpoint, the best weights and `recovery.jsonl` are kept.
+        folder: where the checkpoint, from which a training goes on, the best weights and `recovery.jsonl` are kept.
         validate: (score, -loss) of the student, larger is better; called by all processes, with the student in
             evaluation mode, before the first step, every `validate_every` steps and after the last. Without it the
             student keeps its last weights.
         progress: called after every step by the first process, with ("recover", step, steps, stage, loss and speed).
-        resume: go on from the checkpoint in `folder`, if there is one; otherwise start again.
         cache: where the teacher's outputs are kept between epochs, in a folder of this teacher, these samples and this
             collation alone; not used with sharded weights.
 
@@ -97,7 +95,7 @@ def train(  # noqa: PLR0913 (what is trained, on what, how, where, and who watch
         workers = Workers(distiller, options.mixed_precision, options.weight_decay)
         try:
             with _Signals() as signals:
-                return _Training(job, workers, StateFolder(folder, writer=workers.rank == 0)).go(resume, signals)
+                return _Training(job, workers, StateFolder(folder, writer=workers.rank == 0)).go(signals)
         finally:
             workers.close()
 
@@ -112,9 +110,9 @@ class _Training:
         self.facts = TrainerState()
         self.journal: Journal
 
-    def go(self, resume: bool, signals: _Signals) -> History:
+    def go(self, signals: _Signals) -> History:
         """Train from the start or the checkpoint to the end."""
-        self._start(resume)
+        self._start()
         self.began = time.perf_counter() - self.facts.seconds
         try:
             self.workers.model.train()
@@ -227,9 +225,9 @@ class _Training:
         with self._together():
             self.files.save(tensors, facts, self.facts.best_file)
 
-    def _start(self, resume: bool) -> None:
-        """From the checkpoint, if there is one and it is wanted."""
-        saved = self.files.load() if resume else None
+    def _start(self) -> None:
+        """From the checkpoint, if there is one."""
+        saved = self.files.load()
         if saved is None:
             self.files.clear()
         else:

@@ -29,9 +29,9 @@ def samples(tmp_path: Path) -> list[Sample]:
     return made
 
 
-def collator_of(name: str, **options: object) -> tuple[torch.nn.Module, Collator]:
+def collator_of(name: str) -> tuple[torch.nn.Module, Collator]:
     model = tiny_model(name).model
-    return model, Collator(tiny_processor(name), find_family(model.config), model.config, **options)
+    return model, Collator(tiny_processor(name), find_family(model.config), model.config)
 
 
 def words(collator: Collator, ids: torch.Tensor) -> str:
@@ -243,7 +243,8 @@ def test_captions_are_split_the_same_way_whatever_the_batch(samples: list[Sample
 
 @pytest.mark.parametrize("name", ["llava", "blip2_t5", "clip"])
 def test_a_text_longer_than_the_model_takes_is_an_error_that_names_the_sample(name: str, samples: list[Sample]) -> None:
-    _, collator = collator_of(name, max_text_tokens=30 if name != "clip" else 10)
+    _, collator = collator_of(name)
+    collator.max_text_tokens = 30 if name != "clip" else 10
     long = Sample(samples[0].image, (Turn("red " * 40, ("fox",)),), "set:7")
     with pytest.raises(SampleError, match=r"set:7: \d+ tokens.*at most"):
         collator.training([samples[1], long])

@@ -14,6 +14,7 @@ from slimvlm.compress.evaluation.quality import (
     untold,
     vqa_accuracy,
 )
+from slimvlm.compress.files.decoding import decode
 
 
 def rows_of(scores: dict[str, list[float]], vendor: str | None = None) -> list[Row]:
@@ -82,10 +83,10 @@ def test_each_task_counts_the_same_and_the_loss_is_per_token() -> None:
 
 def test_a_quality_survives_json() -> None:
     quality = quality_of({"count": [1, 0], "where": [0.5]})
-    assert Quality.from_dict(json.loads(json.dumps(quality.to_dict()))) == quality
+    assert decode(json.loads(json.dumps(quality.to_dict())), Quality) == quality
     ranks = [Row("set:0", "all", None, image_to_text=1, text_to_image=7, image=0)]
     retrieval = summarize("retrieval", ranks, blind=False, seconds=0.0)
-    assert Quality.from_dict(json.loads(json.dumps(retrieval.to_dict()))) == retrieval
+    assert decode(json.loads(json.dumps(retrieval.to_dict())), Quality) == retrieval
     assert retrieval.scores["text_to_image_r5"] == 0.0
     assert retrieval.scores["text_to_image_r10"] == 1.0
 
@@ -99,14 +100,14 @@ def test_unknown_and_missing_keys_are_errors_that_name_the_key(where: str) -> No
     whole, part = document()
     part["colour"] = 1
     with pytest.raises(ValueError, match="unknown key 'colour'"):
-        Quality.from_dict(whole)
+        decode(whole, Quality)
     whole, part = document()
     first = sorted(part)[0]
     del part[first]
     with pytest.raises(ValueError, match=f"key '{first}' is missing"):
-        Quality.from_dict(whole)
+        decode(whole, Quality)
     with pytest.raises(ValueError, match="schema 99"):
-        Quality.from_dict({**quality_of({"count": [1]}).to_dict(), "schema": 99})
+        decode({**quality_of({"count": [1]}).to_dict(), "schema": 99}, Quality)
 
 
 # ------------------------------------------------------------------ comparison
@@ -209,7 +210,7 @@ def test_the_interval_follows_from_the_seed_and_survives_json() -> None:
     dense, slim = quality_of({"a": [1, 0, 1, 1, 0, 1]}), quality_of({"a": [0, 0, 1, 1, 1, 0]})
     assert compare(dense, slim, seed=2) == compare(dense, slim, seed=2)
     result = compare(dense, slim, seed=2, metric="token_loss")
-    assert Comparison.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+    assert decode(json.loads(json.dumps(result.to_dict())), Comparison) == result
 
 
 def test_a_task_tells_nothing_where_the_dense_model_is_no_better_with_its_image() -> None:

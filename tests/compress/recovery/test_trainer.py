@@ -189,14 +189,6 @@ def test_a_finished_training_is_not_repeated(tmp_path) -> None:
     assert_same(weights(first.student), weights(again.student))
 
 
-def test_without_resume_a_training_starts_again(tmp_path) -> None:
-    run(ToyDistiller(), tmp_path)
-    distiller = ToyDistiller()
-    run(distiller, tmp_path, resume=False)
-    assert distiller.calls == OPTIONS.steps
-    assert len(steps(tmp_path)) == OPTIONS.steps
-
-
 def test_another_training_is_not_continued(tmp_path) -> None:
     run(ToyDistiller(), tmp_path)
     with pytest.raises(RecoveryError, match=r"lr = 0\.01, not 0\.5"):
