@@ -1,4 +1,4 @@
-"""The tables of commands, families and extras in the README: `make readme` writes them, `make test` compares.
+"""The tables of criteria, families, commands and extras in the README: `make readme` writes them, `make test` compares.
 
 A page names its table in a comment, `[[[cog print(tables.commands()) ]]]`, and cog puts it there.
 """
@@ -15,7 +15,9 @@ import click
 import cogapp
 
 from slimvlm.cli import main as slimvlm
+from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.models.families import FAMILIES
+from slimvlm.compress.statistics.rows import STATISTICS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md",)
@@ -35,10 +37,21 @@ def commands() -> str:
     return table(("command", "does"), rows)
 
 
+def criteria() -> str:
+    """The rows of CRITERIA: the first line of their sections in docs/methods.md, and how the data is read for them."""
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    rows = []
+    for name, row in CRITERIA.items():
+        said = page.partition(f"\n### {name}\n\n")[2].partition("\n")[0]
+        reads = {STATISTICS[statistic].reads for statistic in row.calibration().statistics}
+        rows.append((f"`{name}`", said, min(reads, default="not at all")))
+    return table(("criterion", "asks", "reads the data"), rows)
+
+
 def families() -> str:
     """The rows of FAMILIES, by what kind of model they are."""
     by_kind = groupby(sorted(FAMILIES, key=lambda family: family.kind), key=lambda family: family.kind)
-    return table(("kind", "families"), ((kind, ", ".join(f"`{row.name}`" for row in rows)) for kind, rows in by_kind))
+    return table(("kind", "families, a row each; unknown model types are refused"), ((kind, ", ".join(f"`{row.name}`" for row in rows)) for kind, rows in by_kind))
 
 
 def extras() -> str:

@@ -7,7 +7,20 @@ from pathlib import Path
 import pytest
 from tiny_folders import write_tiny
 
+from slimvlm.compress.allocate.allocators import ALLOCATORS
+from slimvlm.compress.criteria.criterion import CRITERIA
+from slimvlm.compress.recovery.distillation.recipe import LOSSES, PROGRESSIONS
+from slimvlm.export.variants import VARIANTS
+
 ROOT = Path(__file__).parents[1]
+
+ROWS = {
+    "Criteria": CRITERIA,
+    "Allocators": ALLOCATORS,
+    "Compensation": ("refit",),
+    "Recovery": (*PROGRESSIONS, *LOSSES),
+    "Variants": VARIANTS,
+}
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +44,13 @@ def shown(folder):
 
 
 PAGE = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+
+
+def test_every_row_of_a_registry_has_its_section_in_the_page_of_methods():
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    chapters = re.findall(r"^## (\w+).*?\n(.*?)(?=^## |\Z)", page, re.M | re.S)
+    found = {name: sorted(re.findall(r"^### (\S+)$", text, re.M)) for name, text in chapters}
+    assert found == {name: sorted(rows) for name, rows in ROWS.items()}
 
 
 def test_the_blocks_of_the_python_page_run(shown):

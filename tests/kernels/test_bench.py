@@ -6,21 +6,23 @@ from dataclasses import replace
 import pytest
 import torch
 
-from slimvlm.kernels import bench
+from slimvlm.kernels import FOLDERS, bench
 from slimvlm.kernels.bench import BenchOptions, describe, run
 from slimvlm.kernels.workloads import SHAPES, Shape, make_workloads, shapes_of
 
 TINY = Shape("tiny", "gate", 48, 32)
-KERNELS = {
-    "taylor_sums rows", "taylor_sums columns", "taylor_sums_batch of a gated MLP", "row_norms", "angle_histogram",
-    "gather_2d half of both", "gather_2d half of the rows", "gather_blocks",
-}  # fmt: skip
+WORKLOADS = make_workloads(TINY, torch.float32, torch.device("cpu"))
+KERNELS = {workload.kernel for workload in WORKLOADS}
 
 
 @pytest.fixture(autouse=True)
 def small_memory(monkeypatch):
     monkeypatch.setattr(bench, "CACHE_BYTES", {"cpu": 1024, "cuda": 1024})
     monkeypatch.setattr(bench, "COPY_BYTES", 4096)
+
+
+def test_every_operation_has_a_workload():
+    assert {workload.operation for workload in WORKLOADS} == set(FOLDERS.values())
 
 
 @pytest.mark.parametrize(
@@ -50,7 +52,9 @@ def test_a_cpu_report_says_that_it_is_no_gpu_report():
     assert (
         document["device"] == "cpu" and document["passed"] and "the Triton kernels were not run" in document["notes"][0]
     )
-    assert "the Triton kernels were not run" in describe(report) and "8 of 8 checks" in describe(report)
+    assert "the Triton kernels were not run" in describe(
+        report
+    ) and f"{len(WORKLOADS)} of {len(WORKLOADS)} checks" in describe(report)
 
 
 def test_nothing_is_timed_once_a_kernel_is_wrong(monkeypatch):
