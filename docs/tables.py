@@ -43,6 +43,7 @@ def criteria() -> str:
     rows = []
     for name, row in CRITERIA.items():
         said = page.partition(f"\n### {name}\n\n")[2].partition("\n")[0]
+        # A backward pass begins with a forward one.
         reads = {STATISTICS[statistic].reads for statistic in row.calibration().statistics}
         rows.append((f"`{name}`", said, min(reads, default="not at all")))
     return table(("criterion", "asks", "reads the data"), rows)
