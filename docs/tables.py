@@ -51,8 +51,10 @@ def criteria() -> str:
 
 def families() -> str:
     """The rows of FAMILIES, by what kind of model they are."""
-    by_kind = groupby(sorted(FAMILIES, key=lambda family: family.kind), key=lambda family: family.kind)
-    return table(("kind", "families, a row each; unknown model types are refused"), ((kind, ", ".join(f"`{row.name}`" for row in rows)) for kind, rows in by_kind))
+    rows = []
+    for kind, found in groupby(sorted(FAMILIES, key=lambda row: row.kind), key=lambda row: row.kind):
+        rows.append((kind, ", ".join(f"`{row.name}`" for row in found)))
+    return table(("kind", "families, a row each; unknown model types are refused"), rows)
 
 
 def extras() -> str:
