@@ -11,7 +11,7 @@ import torch
 from tiny_models import Tiny, tiny_model
 
 from slimvlm.compress.allocate.allocators import ALLOCATORS
-from slimvlm.compress.allocate.budget import Budget, make_plan
+from slimvlm.compress.allocate.budget import Budget, plan_units
 from slimvlm.compress.allocate.facts import facts_of
 from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.criteria.scores import Scores
@@ -53,7 +53,7 @@ once = cache(scored)
 
 def planned(name: str, allocator: str, scores: Scores) -> Plan:
     tiny, groups = tiny_groups(name)
-    return make_plan(groups, scores, Budget(0.3, allocator=allocator), facts_of(tiny.model, groups))
+    return plan_units(groups, scores, Budget(0.3, allocator=allocator), facts_of(tiny.model, groups))
 
 
 @pytest.mark.parametrize("name", NAMES)
