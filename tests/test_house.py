@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ FOLDERS = (
 FILES = sorted(ROOT.glob("*.py")) + sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
+MAX_FOLDER_FILES = 10
 # Split so that this file does not contain what it forbids.
 FORBIDDEN_CODE = re.compile("|".join((r"torch\.sa" r"ve\(", r"torch\.lo" r"ad\(", r"import \*", r"shell=Tr" r"ue")))
 FORBIDDEN_IMPORTS = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -60,6 +62,13 @@ def test_file_keeps_the_house_limits(path: Path) -> None:
         found = FORBIDDEN_CODE.search(line)
         assert found is None, f"{_name(path)}:{number}: {found.group()} is forbidden here"
     assert not _imported(tree) & FORBIDDEN_IMPORTS, f"{_name(path)}: JSON and safetensors only"
+
+
+def test_no_room_holds_more_than_ten_files() -> None:
+    """Of the product: tests and benchmarks are looked up by the name of what they are about."""
+    rooms = Counter(path.parent for path in FILES if path.name != "__init__.py")
+    product = {room: count for room, count in rooms.items() if not _name(room).startswith(("benchmarks", "tests"))}
+    assert {_name(room): count for room, count in product.items() if count > MAX_FOLDER_FILES} == {}
 
 
 def test_no_module_has_a_name_that_says_nothing() -> None:
