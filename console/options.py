@@ -30,14 +30,12 @@ from slimvlm.console.values import (
 from slimvlm.export.options import DTYPES as EXPORTED_DTYPES
 from slimvlm.export.options import EXPORTERS, FUSIONS
 from slimvlm.export.variants import FULL, QUANTIZED
-from slimvlm.serve.options import DTYPES as MEASURED_DTYPES
-from slimvlm.serve.options import PROVIDERS, ProfileOptions
+from slimvlm.serve.options import DTYPES, PROVIDERS, ProfileOptions
 
 # Names the library knows, repeated because importing them imports torch; a test compares.
 ATTENTION_UNITS = ("auto", "kv-group", "query-slot")
 LAYOUTS = ("per-layer", "stock")
 KINDS = ("attention", "mlp")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 TRAINED = ("lora", "projector", "lora+projector", "full")
 SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
@@ -209,9 +207,7 @@ profile_options = together(
     profile_option("--device", type=Device(), metavar="DEVICE", help="auto, cpu, cuda or cuda:N."),
     profile_option("--provider", type=click.Choice(PROVIDERS), help="Of ONNX Runtime; auto is the device's own."),
     profile_option("--threads", type=COUNT, help="On the CPU; else as many as physical cores."),
-    profile_option(
-        "--dtype", type=click.Choice(MEASURED_DTYPES), help="Of the torch models; auto is the checkpoint's own."
-    ),
+    profile_option("--dtype", type=click.Choice(DTYPES), help="Of the torch models; auto is the checkpoint's own."),
     profile_option("--batch-sizes", type=Listed(COUNT), metavar="N,N", help="Images and prompts at once."),
     profile_option("--image-sizes", type=Listed(ImageSize()), metavar="HxW,HxW", help="Else the processor's own."),
     profile_option(

@@ -29,8 +29,8 @@ from slimvlm.compress.models.checkpoint import Loaded, load_model
 from slimvlm.compress.processes import pick_device
 from slimvlm.export.running.exported import Exported, is_export
 from slimvlm.export.running.generation import steps
+from slimvlm.serve.options import TORCH
 
-TORCH = "torch"  # the backend of a checkpoint
 ANSWERING = {"vision_encoder", "embed_tokens", "encoder_model", "decoder_model_merged"}  # graphs of an answer
 CHANGE = "/image "  # a line that begins so changes the image
 Tell = Callable[[str], None]

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from slimvlm.compress.errors import UnsuitableOptionError
+from slimvlm.compress.runs import PROFILE
+from slimvlm.export.running.sessions import PROVIDERS as KNOWN_PROVIDERS
 from slimvlm.export.variants import VARIANTS
 
 BACKENDS = TORCH, ONNX, TORCHSCRIPT = ("torch", "onnx", "torchscript")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-PROFILE = "profile.json"
-PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")
+PROVIDERS = ("auto", *KNOWN_PROVIDERS)
 COUNTED = 2**31 - 1  # which every library counts to
 RANGES = {
     **dict.fromkeys(("batch_sizes", "prompt_tokens", "new_tokens", "starts", "rounds"), (1, COUNTED)),

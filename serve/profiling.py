@@ -19,7 +19,7 @@ from slimvlm.compress.progress import Progress, silent
 from slimvlm.export.running import manifest
 from slimvlm.export.running.exported import Exported
 from slimvlm.export.running.sessions import NO_TENSORRT
-from slimvlm.serve.judging.intervals import RULE
+from slimvlm.serve.judging.intervals import RATIO_RULE
 from slimvlm.serve.judging.limits import check_limits, limit_words
 from slimvlm.serve.judging.roofline import Sizes, count_costs, rate_run
 from slimvlm.serve.judging.verdict import Judged, judge_cell
@@ -81,7 +81,7 @@ def profile_models(options: ProfileOptions, progress: Progress = silent) -> Prof
     check_installed(options.backend)
     device = pick_device(options.device)
     _provider(options.provider, device)
-    refuse_occupied(options.written)
+    refuse_unless_profile(options.written)
     with locked_file(options.written), TemporaryDirectory(prefix="slimvlm-profile-") as scratch:
         job = _prepare(options, device, Path(scratch), progress)
         profile = _measure(job, progress)
@@ -94,7 +94,7 @@ def profile_models(options: ProfileOptions, progress: Progress = silent) -> Prof
     return profile
 
 
-def refuse_occupied(path: Path) -> None:
+def refuse_unless_profile(path: Path) -> None:
     """Refuse to write a profile where none can be, or in the place of anything but a profile.
 
     Raises:
@@ -201,7 +201,7 @@ def _started(job: _Job, device: Device) -> Profile:
             "cell_seconds": options.cell_seconds,
             "turn_seconds": TURN_SECONDS,
             "data": None if options.data is None else str(options.data),
-            "rule": RULE,
+            "rule": RATIO_RULE,
         },
         models={model: target.subject(dtype) for model, target in job.targets.items()},
         skipped=job.skipped,

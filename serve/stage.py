@@ -8,9 +8,9 @@ from slimvlm.compress.errors import OutputError, SlimvlmError
 from slimvlm.compress.files.decoding import read
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.progress import Progress
-from slimvlm.compress.runs import AGAIN, RunFolder
+from slimvlm.compress.runs import AGAIN, PROFILE, RunFolder
 from slimvlm.export.stage import exported_formats
-from slimvlm.serve.options import BACKENDS, PROFILE, TORCH, ProfileOptions
+from slimvlm.serve.options import BACKENDS, TORCH, ProfileOptions
 from slimvlm.serve.profile import Profile
 from slimvlm.serve.profiling import profile_models
 

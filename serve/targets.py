@@ -17,15 +17,12 @@ from slimvlm.export import ExportOptions, export_checkpoint
 from slimvlm.export.options import DTYPES
 from slimvlm.export.running.exported import Exported, is_export
 from slimvlm.export.running.manifest import Manifest, inside
+from slimvlm.export.running.sessions import NO_RUNTIME
 from slimvlm.export.variants import FULL, QUANTIZED
 from slimvlm.serve.judging.roofline import kv_bytes_per_token
 from slimvlm.serve.judging.shapes import Shapes, checkpoint_shapes
 from slimvlm.serve.options import ONNX, TORCH, split_backend
 from slimvlm.serve.profile import Subject
-
-PACKAGES = {
-    ONNX: ("onnxruntime", "ONNX graphs need ONNX Runtime: pip install 'slimvlm[onnx]' ('slimvlm[gpu]' for CUDA)")
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +125,8 @@ def _export_target(name: str, folder: Path, trust_remote_code: bool) -> Target:
 
 def check_installed(backends: Sequence[str]) -> None:
     """Raises MissingDependencyError if a backend's runtime is not here."""
-    for backend in backends:
-        package, message = PACKAGES.get(split_backend(backend)[0], (None, ""))
-        if package is not None and importlib.util.find_spec(package) is None:
-            raise MissingDependencyError(message)
+    if any(split_backend(backend)[0] == ONNX for backend in backends) and not importlib.util.find_spec("onnxruntime"):
+        raise MissingDependencyError(NO_RUNTIME)
 
 
 def has_graphs(target: Target, backend: str) -> bool:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from slimvlm.compress.errors import CheckpointError, one_line
 from slimvlm.compress.files.decoding import read
-from slimvlm.compress.files.folders import Listing
+from slimvlm.compress.files.folders import MANIFEST, Listing
 from slimvlm.compress.files.writing import file_digest
 from slimvlm.compress.models.families import Family
 from slimvlm.compress.models.loaders import (
@@ -34,7 +34,6 @@ from slimvlm.compress.models.loaders import (
 
 LAYOUTS = ("per-layer", "stock")
 PLAN = "plan.json"
-MANIFEST = "manifest.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SLACK = 2**24  # weights that may be made anew without anybody noticing

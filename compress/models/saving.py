@@ -10,9 +10,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from slimvlm.compress.files.folders import list_files, written_folder
+from slimvlm.compress.files.folders import MANIFEST, list_files, written_folder
 from slimvlm.compress.files.writing import write_text
-from slimvlm.compress.models.checkpoint import CARRIED, LAYOUTS, MANIFEST, PLAN
+from slimvlm.compress.models.checkpoint import CARRIED, LAYOUTS, PLAN
 from slimvlm.compress.models.stock import stock_model
 from slimvlm.compress.plan import Plan
 

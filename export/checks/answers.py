@@ -16,7 +16,7 @@ import torch
 from slimvlm.compress.data.collate import Collator
 from slimvlm.compress.data.samples import Sample
 from slimvlm.compress.evaluation.evaluate import greedy
-from slimvlm.export.checks.parity import Case, Difference, cross_entropy, measure
+from slimvlm.export.checks.parity import Case, Difference, measure, token_losses
 from slimvlm.export.running.generation import Arrays, Prompting, Runner, steps, until_end
 
 LONG = 1024  # tokens of the longest prompt that is tried, where the model can take it
@@ -67,8 +67,8 @@ def retell(runner: Runner, prompting: Prompting, answers: Answers, what: str) ->
         choices.append(logits[row, : len(real)].argmax(-1).tolist())
         found.append(logits[row, : len(real)])
         wanted.append(answers.logits[row, : len(real)])
-        losses.append(cross_entropy(found[-1], real))
-        torch_losses.append(cross_entropy(wanted[-1], real))
+        losses.append(token_losses(found[-1], real))
+        torch_losses.append(token_losses(wanted[-1], real))
     case = Case("decoder_model_merged", what, answers.prompts, {"logits": np.concatenate(wanted)})
     return Retold(choices, losses, torch_losses, measure(case, {"logits": np.concatenate(found)}))
 

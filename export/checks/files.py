@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from slimvlm.compress.progress import Progress
 from slimvlm.export.checks.parity import measure
 from slimvlm.export.checks.reference import Reference, check_tokens, graph_ports
 from slimvlm.export.graphs.graph import Graph
-from slimvlm.export.running.generation import Runner
+from slimvlm.export.running.generation import PortInfo, Runner
 from slimvlm.export.running.manifest import Artifact, Manifest
 from slimvlm.export.running.runners import runner_of
 from slimvlm.export.variants import VARIANTS
@@ -35,14 +34,14 @@ def check_graphs(
 
 def _note_ports(artifact: Artifact, graph: Graph, reference: Reference) -> None:
     """Inputs, and outputs as the first case shows them; varying axes by name."""
-    artifact.inputs = [asdict(port) for port in graph_ports(graph)]
+    artifact.inputs = list(graph_ports(graph))
     seen = next(case.outputs for case in reference.cases if case.graph == graph.name)
     artifact.outputs = [
-        {
-            "name": name,
-            "dtype": str(seen[name].dtype),
-            "shape": [axes.get(axis, size) for axis, size in enumerate(seen[name].shape)],
-        }
+        PortInfo(
+            name,
+            str(seen[name].dtype),
+            tuple(axes.get(axis, size) for axis, size in enumerate(seen[name].shape)),
+        )
         for name, axes in graph.outputs.items()
     ]
 

@@ -63,7 +63,7 @@ def _cosine(left: np.ndarray, right: np.ndarray) -> float:
     return float(left @ right / norms) if norms > 0 else 1.0
 
 
-def cross_entropy(logits: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
+def token_losses(logits: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
     """Losses [T] of tokens by their logits [T, V], in nats."""
     wide = logits.astype(np.float64)
     top = wide.max(axis=-1, keepdims=True)

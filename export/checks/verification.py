@@ -14,15 +14,13 @@ from typing import Any
 import numpy as np
 
 from slimvlm.compress.errors import CheckFailedError, CheckpointError, MissingDependencyError, SlimvlmError
-from slimvlm.export.checks.parity import Case, cross_entropy, measure
+from slimvlm.export.checks.parity import Case, measure, token_losses
 from slimvlm.export.checks.sample import read_sample
 from slimvlm.export.running.generation import Arrays, Prompting, Runner, steps, until_end
 from slimvlm.export.running.manifest import Artifact, Manifest, check_files, inside
 from slimvlm.export.running.runners import runner_of
 from slimvlm.export.running.sessions import UnreadableGraphError
 from slimvlm.export.variants import VARIANTS
-
-RUNTIMES = {"onnx": "onnxruntime", "torchscript": "torch", "pt2": "torch", "aoti": "torch"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +51,9 @@ def verify_folder(folder: Path) -> Verification:
     checks, skipped, failures = [], [], list(manifest.failures)
     given, expected = read_sample(folder)
     for (form, variant), artifacts in sets.items():
-        if importlib.util.find_spec(RUNTIMES[form]) is None:
-            skipped.append(f"{form} {variant}: {RUNTIMES[form]} is not installed")
+        runtime = "onnxruntime" if form == "onnx" else "torch"
+        if importlib.util.find_spec(runtime) is None:
+            skipped.append(f"{form} {variant}: {runtime} is not installed")
             continue
         try:
             check = _check(runner_of(folder, artifacts), manifest, variant, given, expected)
@@ -87,7 +86,7 @@ def _check(runner: Runner, manifest: Manifest, variant: str, given: Arrays, expe
     difference = measure(case, {"first_logits": told[0][1]})
     tokens = until_end(expected["tokens"][0], prompting.end)
     logits = np.stack([logits[0] for _, logits in told])[: len(tokens)]
-    loss, torch_loss = float(cross_entropy(logits, tokens).mean()), float(expected["losses"].mean())
+    loss, torch_loss = float(token_losses(logits, tokens).mean()), float(expected["losses"].mean())
     ok = difference.within(tolerance) and loss - torch_loss <= tolerance.loss
     share = float(np.mean(logits.argmax(-1) == tokens))
     found = {"max_relative": difference.max_relative, "cosine": difference.cosine, "token_share": share}

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from slimvlm.compress.errors import UnsupportedModelError
 
-FULL = "full_attention"
+FULL_ATTENTION = "full_attention"
 WINDOW = re.compile(r"^(?!use_|max_|num_)(?=.*(sliding|attention|attn|local|window_size)).*(window|chunk)(?!.*pattern)")
 OTHERS = ("vision_config", "audio_config", "qformer_config")  # towers whose windows are inside their graph
 
@@ -47,7 +47,7 @@ def _parts(config: Any, path: str) -> Iterator[tuple[str, Any]]:
 def _limited(config: Any) -> tuple[str, Any] | None:
     """The field that limits how far a token sees, and its value."""
     kinds = getattr(config, "layer_types", None) or ()
-    if other := next((kind for kind in kinds if kind != FULL), None):
+    if other := next((kind for kind in kinds if kind != FULL_ATTENTION), None):
         return "layer_types", other
     by_layer = bool(kinds) and _reads(config, "layer_types")
     switched_off = _reads(config, "use_sliding_window") and not config.use_sliding_window

@@ -9,27 +9,18 @@ from typing import Annotated, Any, Literal, TypedDict
 
 from slimvlm.compress.errors import CheckpointError
 from slimvlm.compress.files.decoding import content_of, decode, dump, parse, refused_as
-from slimvlm.compress.files.folders import FileEntry, list_files
+from slimvlm.compress.files.folders import MANIFEST, FileEntry, list_files
 from slimvlm.compress.files.writing import file_digest, installed_versions, real, write_text
 from slimvlm.compress.run_record import Check
-from slimvlm.export.running.generation import Prompting
+from slimvlm.export.running.generation import PortInfo, Prompting
 from slimvlm.export.variants import FULL, VARIANTS
 
-MANIFEST = "manifest.json"
 SAMPLE = "sample.safetensors"
 SCHEMA = 1
 VERSIONED = ("slimvlm", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy")
 
 
 Document = dict[str, Any]
-
-
-class Port(TypedDict):
-    """An input or output; axes that vary by name."""
-
-    name: str
-    dtype: str
-    shape: list[int | str]
 
 
 class Parity(TypedDict):
@@ -42,14 +33,14 @@ class Parity(TypedDict):
     cosine: float | None
 
 
-class Family(TypedDict):
+class OfModel(TypedDict):
     """What every export says of its model."""
 
     family: str
     type: str
 
 
-class Origin(Family, total=False):
+class Origin(OfModel, total=False):
     """What was exported."""
 
     source: str
@@ -91,8 +82,8 @@ class Artifact:
     opset: int | None = None
     fallback_reason: str | None = None
     fused_for: str | None = None
-    inputs: list[Annotated[Document, Port]] = field(default_factory=list)
-    outputs: list[Annotated[Document, Port]] = field(default_factory=list)
+    inputs: list[PortInfo] = field(default_factory=list)
+    outputs: list[PortInfo] = field(default_factory=list)
     parity: list[Annotated[Document, Parity]] = field(default_factory=list)
     ok: bool = True
 

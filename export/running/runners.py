@@ -149,11 +149,8 @@ def runner_of(
         return SessionRunner(files, device, threads, VARIANTS[first.variant].dtype == "float16", engines)
     if device != "cpu":
         raise DeviceError(f"{first.backend} graphs were traced on the CPU and run there only; use --device cpu")
-    ports = {
-        artifact.graph: [PortInfo(port["name"], port["dtype"], tuple(port["shape"])) for port in artifact.inputs]
-        for artifact in artifacts
-    }
-    outputs = {artifact.graph: [port["name"] for port in artifact.outputs] for artifact in artifacts}
+    ports = {artifact.graph: artifact.inputs for artifact in artifacts}
+    outputs = {artifact.graph: [port.name for port in artifact.outputs] for artifact in artifacts}
     return TorchRunner({graph: LOADERS[first.format](path) for graph, path in files.items()}, ports, outputs)
 
 

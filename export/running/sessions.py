@@ -18,6 +18,7 @@ NO_TENSORRT = (
     f"tensorrt: {' and '.join(GROWING)} run on CUDA: their shapes grow with every token, and TensorRT would build an "
     "engine for each"
 )
+NO_RUNTIME = "ONNX graphs need ONNX Runtime: pip install 'slimvlm[onnx]' ('slimvlm[gpu]' for CUDA)"
 Provider = tuple[str, dict[str, str]]
 
 
@@ -62,9 +63,7 @@ def open_session(path: Path, providers: Sequence[Provider], threads: int = 0) ->
     try:
         import onnxruntime
     except ImportError:
-        raise MissingDependencyError(
-            "ONNX graphs need ONNX Runtime: pip install 'slimvlm[onnx]' ('slimvlm[gpu]' for CUDA)"
-        ) from None
+        raise MissingDependencyError(NO_RUNTIME) from None
     present = onnxruntime.get_available_providers()
     if missing := [name for name, _ in providers if name not in present]:
         raise DeviceError(

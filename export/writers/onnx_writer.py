@@ -48,7 +48,7 @@ def write_onnx(graph: Graph, path: Path, settings: OnnxSettings) -> Written:
     for exporter in wanted:
         try:
             with quiet(), torch.no_grad():
-                model = EXPORTERS[exporter](graph, settings.opset)
+                model = WRITTEN_BY[exporter](graph, settings.opset)
                 check_axes(graph, model)
         except OSError:
             raise
@@ -164,7 +164,7 @@ class _AdditiveMasks(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-EXPORTERS = {DYNAMO: _by_dynamo, TORCHSCRIPT: _by_torchscript}
+WRITTEN_BY = {DYNAMO: _by_dynamo, TORCHSCRIPT: _by_torchscript}
 
 
 def _name_shapes(graph: Graph, model: onnx_ir.Model) -> None:

@@ -49,13 +49,13 @@ class Graphs(Protocol):
         """Outputs in the order of their names; `values` are exactly what the graph takes, in its dtypes."""
 
 
-def run(graphs: Graphs, graph: str, feeds: Mapping[str, Tensor]) -> Tensors:
+def run_graph(graphs: Graphs, graph: str, feeds: Mapping[str, Tensor]) -> Tensors:
     """Outputs by name; feeds the graph does not take are left out."""
-    outputs = graphs.call(graph, fitting(graphs, graph, feeds))
+    outputs = graphs.call(graph, values_for(graphs, graph, feeds))
     return {name: graphs.tensor(value) for name, value in zip(graphs.outputs(graph), outputs, strict=True)}
 
 
-def fitting(graphs: Graphs, graph: str, feeds: Mapping[str, Tensor]) -> dict[str, Any]:
+def values_for(graphs: Graphs, graph: str, feeds: Mapping[str, Tensor]) -> dict[str, Any]:
     """Of `feeds` what the graph takes, as values in its dtypes, in its order."""
     ports = graphs.inputs(graph)
     return {
@@ -226,17 +226,17 @@ class GraphBackend:
     def vision(self) -> Any:
         """See `Backend`."""
         if self.prompting is None:
-            return run(self.graphs, DUAL[0], self._batch)
+            return run_graph(self.graphs, DUAL[0], self._batch)
         if "pixel_values" not in self._batch:
             return None
-        features = run(self.graphs, VISION, self._batch)["image_features"]
+        features = run_graph(self.graphs, VISION, self._batch)["image_features"]
         if "pixel_attention_mask" in self._batch:  # images of nothing but padding stand for no token
             features = features[self._batch["pixel_attention_mask"].reshape(len(features), -1).any(dim=1)]
         return features
 
     def text(self) -> Any:
         """See `Backend`."""
-        return run(self.graphs, DUAL[1], self._batch)
+        return run_graph(self.graphs, DUAL[1], self._batch)
 
     def prefill(self, features: Any, new_tokens: int) -> Any:
         """See `Backend`."""
@@ -247,11 +247,11 @@ class GraphBackend:
         self._prepare(new_tokens)
         feeds = {EMBEDS: embeds, MASK: torch.ones_like(ids), POSITIONS: self._positions}
         if self._start is not None:
-            encoded = run(self.graphs, ENCODER, feeds)
+            encoded = run_graph(self.graphs, ENCODER, feeds)
             given = {_past(name): value for name, value in encoded.items() if name.startswith(PRESENT)}
             start = self._embed(ids.new_full((len(ids), 1), self._start))
             feeds = {**given, EMBEDS: start, "encoder_attention_mask": feeds[MASK]}
-        self._feeds = fitting(self.graphs, DECODER, {**self._empty, **feeds})
+        self._feeds = values_for(self.graphs, DECODER, {**self._empty, **feeds})
         self._steps = 0
         return self._decode()
 
@@ -267,10 +267,10 @@ class GraphBackend:
         for step in range(len(self._later), new_tokens - 1):
             length = self._positions.shape[-1] + step + 1
             later = {MASK: ids.new_ones(len(ids), length), POSITIONS: following + step}
-            self._later.append(fitting(self.graphs, DECODER, later) if self._start is None else {})
+            self._later.append(values_for(self.graphs, DECODER, later) if self._start is None else {})
 
     def _embed(self, ids: Tensor) -> Tensor:
-        return run(self.graphs, EMBED, {"input_ids": ids})[EMBEDS]
+        return run_graph(self.graphs, EMBED, {"input_ids": ids})[EMBEDS]
 
     def _decode(self) -> Any:
         self._steps += 1

@@ -21,7 +21,7 @@ WIDEST = 12.0  # of an interval, as a logarithm to either side: a factor of 160,
 STUDENT = (4.30265, 3.18245, 2.77645, 2.57058, 2.44691, 2.36462, 2.306, 2.26216)  # 2 to 9 degrees of freedom
 RESOLUTION = 0.01  # what the profiler's own work may change in a median
 EQUAL = 0.05  # an interval within 5 % of 1, either way, is no difference
-RULE = (
+RATIO_RULE = (
     f"faster or slower: the whole interval ({100 * LEVEL:g} %) of the ratio is more than {100 * RESOLUTION:g} % beyond "
     f"1; same: it lies within {100 * EQUAL:g} % of 1; too noisy: neither, or fewer than {MIN_STARTS} starts of the "
     f"processes or {MIN_ROUNDS} rounds in all"
@@ -99,7 +99,7 @@ def _widening(starts: int) -> float:
 
 
 def _relation(low: float, high: float, rounds: Sequence[int]) -> str:
-    """As RULE says; `rounds` of every start."""
+    """As RATIO_RULE says; `rounds` of every start."""
     if len(rounds) < MIN_STARTS or sum(rounds) < MIN_ROUNDS:
         return TOO_NOISY
     if low > 1 + RESOLUTION:

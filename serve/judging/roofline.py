@@ -114,7 +114,7 @@ class Sizes:
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
+class Work:
     """Floating-point operations and bytes of one phase, by part of the model (PARTS); `matmuls`: how many matrix
     products that is, two for an attention.
     """
@@ -133,10 +133,10 @@ class Cost:
         """Of all parts."""
         return math.fsum(self.bytes.values())
 
-    def plus(self, other: Cost, times: float = 1) -> Cost:
+    def plus(self, other: Work, times: float = 1) -> Work:
         """This one, and the other so many times."""
         flops, moved = _sum(self.flops, other.flops, times), _sum(self.bytes, other.bytes, times)
-        return Cost(flops, moved, self.matmuls + times * other.matmuls)
+        return Work(flops, moved, self.matmuls + times * other.matmuls)
 
 
 def _sum(first: Mapping[str, float], second: Mapping[str, float], times: float) -> dict[str, float]:
@@ -144,7 +144,7 @@ def _sum(first: Mapping[str, float], second: Mapping[str, float], times: float) 
     return {name: first.get(name, 0.0) + times * second.get(name, 0.0) for name in names}
 
 
-def count_costs(shapes: Shapes, sizes: Sizes, dtype: str) -> dict[str, Cost]:
+def count_costs(shapes: Shapes, sizes: Sizes, dtype: str) -> dict[str, Work]:
     """Phase (profile.PHASES) -> work. Without pixels there is no vision, and `ttft` is `prefill`.
 
     Raises:
@@ -214,7 +214,7 @@ def _step_tokens(shapes: Shapes, sizes: Sizes) -> Tokens:
     return step | ({"source": (batch, prompt)} if shapes.kind == "encoder-decoder" else {})
 
 
-def _cost(shapes: Shapes, tokens: Tokens, dtype: str) -> Cost:
+def _cost(shapes: Shapes, tokens: Tokens, dtype: str) -> Work:
     weight_bytes, value_bytes = ELEMENT_BYTES[dtype]
     flops: dict[str, float] = {}
     moved: dict[str, float] = {}
@@ -235,13 +235,13 @@ def _cost(shapes: Shapes, tokens: Tokens, dtype: str) -> Cost:
             matmuls += 2
             if one.kept:
                 moved = _sum(moved, {CACHE: float(value_bytes * one.kept * sequences * span)}, 1)
-    return Cost(flops, moved, matmuls)
+    return Work(flops, moved, matmuls)
 
 
 # ------------------------------------------------------------------ against the device
 
 
-def rate_run(run: Run, costs: Mapping[str, Cost], device: Device, dtype: str) -> Run:
+def rate_run(run: Run, costs: Mapping[str, Work], device: Device, dtype: str) -> Run:
     """The run with `flops` and `bytes` of its measured phases, and `mfu` and `mbu` of those that are one pass over the
     weights; `medians` must be there. A share above 1 is possible: reading can be faster than the copying it is
     compared with.
@@ -258,7 +258,7 @@ def rate_run(run: Run, costs: Mapping[str, Cost], device: Device, dtype: str) ->
     )
 
 
-def memory_seconds(cost: Cost, device: Device) -> float:
+def memory_seconds(cost: Work, device: Device) -> float:
     """Time to move the bytes of `cost` at the copy bandwidth measured for so many bytes: a model that fits into a
     cache is read from there.
     """
@@ -267,12 +267,12 @@ def memory_seconds(cost: Cost, device: Device) -> float:
     return cost.total_bytes / rate
 
 
-def compute_seconds(cost: Cost, device: Device, dtype: str) -> float | None:
+def compute_seconds(cost: Work, device: Device, dtype: str) -> float | None:
     """Time of the operations of `cost` at the measured matmul rate; None where that is not known."""
     matmul = device.matmul_flops_per_second.get(dtype)
     return None if matmul is None else cost.total_flops / matmul
 
 
-def ideal_seconds(cost: Cost, device: Device, dtype: str) -> float:
+def ideal_seconds(cost: Work, device: Device, dtype: str) -> float:
     """The roof: what moving and computing take at least, whichever is longer."""
     return max(memory_seconds(cost, device), compute_seconds(cost, device, dtype) or 0.0)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from statistics import median
 
-from slimvlm.serve.judging.roofline import ONE_PASS, Cost, Shapes, compute_seconds, ideal_seconds, memory_seconds
+from slimvlm.serve.judging.roofline import ONE_PASS, Shapes, Work, compute_seconds, ideal_seconds, memory_seconds
 from slimvlm.serve.profile import FASTER, SAME, SLOWER, TOO_NOISY, Cell, Device, Profile, Ratio, Verdict
 
 OVERHEAD = 1 / 3
@@ -22,7 +22,7 @@ LEAST_IDEAL = 1.02  # below it the cut left nothing out that could be gained
 WORSE_USED = 0.9
 # A matrix unit takes so many values of a row at once; widths in between cost as much as the next multiple.
 MULTIPLES = {("cuda", "fp16"): 8, ("cuda", "bf16"): 8, ("cuda", "fp32"): 4, ("cpu", "bf16"): 16}
-RULE = (
+BOUND_RULE = (
     f"overhead-bound: neither moving the bytes nor computing takes {100 * OVERHEAD:.0f} % of the time; else bound by "
     "what takes longer at the measured rates"
 )
@@ -32,7 +32,7 @@ RULE = (
 class Judged:
     """A model in a cell: its work per phase, and its inner widths."""
 
-    costs: Mapping[str, Cost]
+    costs: Mapping[str, Work]
     shapes: Shapes
 
 
@@ -76,7 +76,7 @@ def _judge(cell: Cell, phase: str, models: Mapping[str, Judged], device: Device)
     )
 
 
-def _bound(cost: Cost, seconds: float, device: Device, dtype: str) -> str:
+def _bound(cost: Work, seconds: float, device: Device, dtype: str) -> str:
     memory, compute = memory_seconds(cost, device), compute_seconds(cost, device, dtype) or 0.0
     if max(memory, compute) < OVERHEAD * seconds:
         return "overhead"
@@ -86,7 +86,7 @@ def _bound(cost: Cost, seconds: float, device: Device, dtype: str) -> str:
 # ------------------------------------------------------------------ sentences
 
 
-def _uses(cost: Cost, seconds: float, device: Device, dtype: str) -> str:
+def _uses(cost: Work, seconds: float, device: Device, dtype: str) -> str:
     moved = memory_seconds(cost, device) / seconds
     computed = compute_seconds(cost, device, dtype)
     rate = "is not known for this dtype" if computed is None else _percent(computed / seconds)
@@ -98,7 +98,7 @@ def _too_noisy(ratio: Ratio) -> Iterator[str]:
         yield f"The ratio is too noisy to decide ({ratio.low:.2f} to {ratio.high:.2f}): more rounds are needed."
 
 
-def _overhead(bound: str, slim: Cost, dense: Cost, device: Device) -> Iterator[str]:
+def _overhead(bound: str, slim: Work, dense: Work, device: Device) -> Iterator[str]:
     if bound != "overhead":
         return
     least = slim.matmuls * device.launch_seconds
@@ -109,7 +109,7 @@ def _overhead(bound: str, slim: Cost, dense: Cost, device: Device) -> Iterator[s
     )
 
 
-def _left_alone(bound: str, slim: Cost, dense: Cost) -> Iterator[str]:
+def _left_alone(bound: str, slim: Work, dense: Work) -> Iterator[str]:
     """Parts that the cut did not make smaller."""
     what = "operations" if bound == "compute" else "bytes"
     left, before = (cost.flops if bound == "compute" else cost.bytes for cost in (slim, dense))

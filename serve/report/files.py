@@ -14,15 +14,15 @@ from safetensors import SafetensorError, safe_open
 from slimvlm.compress.errors import CheckpointError, OutputError
 from slimvlm.compress.evaluation.quality import Comparison, Quality, qualities_of
 from slimvlm.compress.files.decoding import content_of, decode, parse
+from slimvlm.compress.files.folders import MANIFEST as MANIFEST_NAME
 from slimvlm.compress.files.writing import file_digest
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.run_record import read_record
+from slimvlm.compress.runs import EXPORT, JOURNAL, PLAN, PROFILE, QUALITY, SCORES
 from slimvlm.export.running.manifest import Manifest
-from slimvlm.serve.options import PROFILE
 from slimvlm.serve.profile import Profile
 
-PLAN, SCORES, JOURNAL, QUALITY = "plan.json", "scores.safetensors", "recovery.jsonl", "quality.json"
-MANIFEST = "export/manifest.json"
+MANIFEST = f"{EXPORT}/{MANIFEST_NAME}"
 MODELS = ("dense", "cut", "slim")  # before; cut but not recovered; what was delivered
 
 Read = TypeVar("Read")

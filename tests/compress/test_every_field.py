@@ -30,7 +30,7 @@ from slimvlm.compress.stages.plan import finished_rounds
 from slimvlm.export.running.exported import Exported
 from slimvlm.export.running.manifest import Manifest
 from slimvlm.pipeline import recover_run
-from slimvlm.serve.profiling import refuse_occupied
+from slimvlm.serve.profiling import refuse_unless_profile
 from slimvlm.serve.report import write_report
 from slimvlm.serve.report.files import read_run
 
@@ -126,7 +126,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "plan.json": lambda run: read(run / "plan.json", Plan),
     ROUNDS: lambda run: finished_rounds(run / ROUNDS),
     "quality.json": read_run,
-    "profile.json": lambda run: refuse_occupied(run / "profile.json"),
+    "profile.json": lambda run: refuse_unless_profile(run / "profile.json"),
     "recovery.jsonl": read_run,
     "export/manifest.json": _open_export,
     "checkpoint/manifest.json": lambda run: check_weights(run / "checkpoint"),

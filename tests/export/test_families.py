@@ -43,9 +43,9 @@ def test_every_graph_equals_torch_at_two_sizes_of_every_axis(exported, name):
             assert difference["max_relative"] < 1e-5
             assert difference["cosine"] > 1 - 1e-9
             for port in artifact.inputs:
-                for axis, label in enumerate(port["shape"]):
-                    if isinstance(label, str) and port["name"] in difference["shapes"]:
-                        sizes.setdefault(label, set()).add(difference["shapes"][port["name"]][axis])
+                for axis, label in enumerate(port.shape):
+                    if isinstance(label, str) and port.name in difference["shapes"]:
+                        sizes.setdefault(label, set()).add(difference["shapes"][port.name][axis])
         assert all(len(seen) >= 2 for seen in sizes.values()), sizes
         if artifact.graph == "decoder_model_merged" and "past_sequence_length" in sizes:
             assert 0 in sizes["past_sequence_length"]
@@ -58,9 +58,9 @@ def test_graphs_are_valid_onnx_with_the_stated_ports(exported, name):
         path = result.out / artifact.file
         onnx.checker.check_model(path, full_check=True)
         model = onnx.shape_inference.infer_shapes(onnx.load(path), strict_mode=True)
-        assert [value.name for value in model.graph.input] == [port["name"] for port in artifact.inputs]
+        assert [value.name for value in model.graph.input] == [port.name for port in artifact.inputs]
         for port in artifact.inputs:
-            assert dims(input_of(model, port["name"])) == list(port["shape"])
+            assert dims(input_of(model, port.name)) == list(port.shape)
 
 
 @pytest.mark.parametrize("name", GENERATIVE)
@@ -95,13 +95,13 @@ def test_a_dual_encoder_gives_the_embeddings_of_torch(exported):
     for name, outputs in (("clip", ["image_embeds", "text_embeds"]), ("siglip", ["pooler_output"] * 2)):
         artifacts = exported(name).manifest.artifacts
         assert [artifact.graph for artifact in artifacts] == ["vision_model", "text_model"]
-        assert [artifact.outputs[0]["name"] for artifact in artifacts] == outputs
+        assert [artifact.outputs[0].name for artifact in artifacts] == outputs
 
 
 def test_windows_of_qwen_vision_keep_apart_in_the_graph(exported):
     """The 32-pixel image of the test has four windows of one layer; the other layer attends to all of it."""
     artifact = exported("qwen2_5_vl").manifest.artifacts[0]
-    assert artifact.inputs[0]["shape"] == ("num_patches", 96)
+    assert artifact.inputs[0].shape == ("num_patches", 96)
     assert artifact.parity[1]["shapes"]["pixel_values"][0] == 2 * 64
     assert artifact.parity[1]["max_relative"] < 1e-5
 
@@ -109,7 +109,7 @@ def test_windows_of_qwen_vision_keep_apart_in_the_graph(exported):
 def test_features_of_later_layers_travel_in_the_embedding(exported):
     """Qwen3-VL adds vision features after its first decoder layers; the embedding is as wide as all of them."""
     embed = next(artifact for artifact in exported("qwen3_vl").manifest.artifacts if artifact.graph == "embed_tokens")
-    assert embed.outputs[0]["shape"] == ["batch_size", "sequence_length", 64]
+    assert embed.outputs[0].shape == ("batch_size", "sequence_length", 64)
 
 
 @pytest.mark.parametrize("name", [family.name for family in FAMILIES if family.export.genai])

@@ -6,11 +6,9 @@ import shlex
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
-from slimvlm.serve.judging.intervals import LEVEL
-from slimvlm.serve.judging.intervals import RULE as RATIO_RULE
-from slimvlm.serve.judging.verdict import RULE as BOUND_RULE
-from slimvlm.serve.judging.verdict import nothing_faster
-from slimvlm.serve.options import PROFILE
+from slimvlm.compress.runs import PROFILE
+from slimvlm.serve.judging.intervals import LEVEL, RATIO_RULE
+from slimvlm.serve.judging.verdict import BOUND_RULE, nothing_faster
 from slimvlm.serve.profile import FAILED, FASTER, MEASURED, OUT_OF_MEMORY, SLOWER, TOO_NOISY, Cell, Profile, Ratio, Run
 from slimvlm.serve.report.charts import Estimate, memory_bars, speedup_dots, time_dots
 from slimvlm.serve.report.document import Chart, Finding, Section, change, share, shown

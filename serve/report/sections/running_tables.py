@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from slimvlm.serve.options import PROFILE
+from slimvlm.compress.runs import PROFILE
 from slimvlm.serve.profile import Cell, DecoderTest, Device, Memory, Profile, Ratio, Run, Subject
 from slimvlm.serve.report.document import Table, change, figure, percent, shown, whole
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from profiles import DEVICE, example_cell, example_profile
 
-from slimvlm.serve.judging.roofline import EMBEDDINGS, HEAD, LANGUAGE, Cost, Shapes
+from slimvlm.serve.judging.roofline import EMBEDDINGS, HEAD, LANGUAGE, Shapes, Work
 from slimvlm.serve.judging.verdict import Judged, judge_cell, nothing_faster
 from slimvlm.serve.profile import Cell, Ratio
 
@@ -23,7 +23,7 @@ def judged(language: tuple[float, float], head: tuple[float, float] = (0, 0), **
     costs = {}
     for name, times in (("dense", 2), ("slim", 1)):
         flops, moved = ({LANGUAGE: times * language[at], HEAD: head[at], EMBEDDINGS: 1.0} for at in (0, 1))
-        costs[name] = Judged({"tpot": Cost(flops, moved, 100)}, replace(SHAPES, **changes))
+        costs[name] = Judged({"tpot": Work(flops, moved, 100)}, replace(SHAPES, **changes))
     return costs
 
 
