@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from transformers import AutoProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from slimvlm.compress.files.writing import installed_versions
 from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.options import CompressOptions
-from slimvlm.compress.runs import installed_versions
 from slimvlm.demo import MODEL, SAMPLES
 from slimvlm.pipeline import compress
 

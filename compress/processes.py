@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any
 
 import torch
 from torch import distributed
@@ -158,6 +157,6 @@ def _told() -> SlimvlmError | None:
         with suppress(RuntimeError):
             if store.check([REFUSED]):
                 name, message = json.loads(store.get(REFUSED))
-                kind: Any = getattr(errors, name)
+                kind: type[SlimvlmError] = getattr(errors, name)
                 return kind(message)
     return None

@@ -68,7 +68,7 @@ class Planned:
 
 def round_share(index: int, rounds: int) -> float:
     """Share of the target ratio that is removed after round `index` (1-based) of `rounds`; 1 after the last."""
-    return 1 - (1 - index / rounds) ** SCHEDULE_POWER
+    return float(1 - (1 - index / rounds) ** SCHEDULE_POWER)
 
 
 def check_budget(model: nn.Module, groups: Sequence[Group], budget: Budget) -> Facts:

@@ -155,7 +155,7 @@ class RunFolder:
 
     def finished(self, stage: str) -> bool:
         """Whether `stage` was finished by this or an earlier process."""
-        return self.record["stages"].get(stage, {}).get("status") == "finished"
+        return bool(self.facts(stage).get("status") == "finished")
 
     @contextmanager
     def stage(self, name: str, **known: Any) -> Iterator[dict[str, Any]]:
@@ -173,7 +173,8 @@ class RunFolder:
 
     def facts(self, stage: str) -> dict[str, Any]:
         """What a stage recorded; nothing where it never began."""
-        return self.record["stages"].get(stage, {})
+        facts: dict[str, Any] = self.record["stages"].get(stage, {})
+        return facts
 
     def forget(self, *stages: str) -> None:
         """Take `stages` as never run."""

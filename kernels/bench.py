@@ -159,7 +159,7 @@ class Clock:
             function()
             end.record()
             end.synchronize()
-        return start.elapsed_time(end)
+        return float(start.elapsed_time(end))
 
 
 def check_workload(workload: Workload) -> Check:

@@ -11,7 +11,8 @@ from typing import Any
 from slimvlm.compress.data.collate import Collator
 from slimvlm.compress.errors import CheckpointError, MissingDependencyError, UnsuitableOptionError
 from slimvlm.compress.files.decoding import read
-from slimvlm.compress.models.checkpoint import PLAN, load_processor, locate, read_config, weight_files
+from slimvlm.compress.models.checkpoint import PLAN, locate, weight_files
+from slimvlm.compress.models.loaders import load_processor, read_config
 from slimvlm.compress.plan import Plan
 from slimvlm.export import ExportOptions, export_checkpoint
 from slimvlm.export.options import DTYPES

@@ -144,7 +144,7 @@ class Collator:
     def _longest(self) -> int:
         """Tokens the model can take, image tokens included."""
         text = getattr(self.config, "text_config", self.config)
-        return getattr(text, "max_position_embeddings", None) or self.tokenizer.model_max_length
+        return int(getattr(text, "max_position_embeddings", None) or self.tokenizer.model_max_length)
 
     def _image_token_id(self) -> int:
         """Of the model's config, else of the processor; -100 for dual encoders, whose texts hold no image."""
@@ -155,7 +155,8 @@ class Collator:
         return IGNORED if token is None else token
 
     def _ids(self, text: str, special: bool) -> list[int]:
-        return encode(self.tokenizer, text, add_special_tokens=special)["input_ids"]
+        ids: list[int] = encode(self.tokenizer, text, add_special_tokens=special)["input_ids"]
+        return ids
 
     def _single(self, sample: Sample) -> Turn:
         turns = sample.turns

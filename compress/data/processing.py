@@ -26,7 +26,8 @@ def render_chat(processor: Any, messages: Sequence[Mapping[str, Any]], ask: bool
         CheckpointError: the template fails, or does not end.
     """
     with foreign(f"the chat template of {type(processor).__name__} fails", TEMPLATE), _stopped():
-        return processor.apply_chat_template(list(messages), add_generation_prompt=ask, tokenize=False)
+        text: str = processor.apply_chat_template(list(messages), add_generation_prompt=ask, tokenize=False)
+        return text
 
 
 def encode(tokenizer: Any, text: str, **how: Any) -> Any:

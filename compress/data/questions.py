@@ -182,14 +182,16 @@ def _decoder_inputs(model: nn.Module, tower: Tower, labels: Tensor) -> Tensor:
         path = path.rpartition(".")[0]
         shift = getattr(model.get_submodule(path), "prepare_decoder_input_ids_from_labels", None)
         if shift is not None:
-            return shift(labels)
+            shifted: Tensor = shift(labels)
+            return shifted
     raise ValueError(f"no module above {tower.blocks} makes decoder inputs from labels")
 
 
 def _patches(model: nn.Module, batch: Mapping[str, Any]) -> int:
     config: Any = model.config
-    size = config.vision_config.patch_size
-    return len(batch["pixel_values"]) * math.prod(side // size for side in batch["pixel_values"].shape[-2:])
+    size: int = config.vision_config.patch_size
+    pixels: Tensor = batch["pixel_values"]
+    return len(pixels) * math.prod(side // size for side in pixels.shape[-2:])
 
 
 def _image_token(model: nn.Module) -> int:

@@ -28,10 +28,12 @@ def outputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
     with torch.inference_mode():
         output = model(**placed(posed.inputs, model.device))
     if family.contrastive:
-        return output.logits_per_image
+        similar: Tensor = output.logits_per_image
+        return similar
     real = posed.masks[stream_through(family, family.towers[-1])]
     assert real is not None  # collators make it
-    return output.logits[real.to(output.logits.device)]
+    logits: Tensor = output.logits
+    return logits[real.to(logits.device)]
 
 
 def relative_difference(expected: Tensor, found: Tensor) -> float:
@@ -68,4 +70,4 @@ def relative_error(expected: Tensor, found: Tensor) -> float:
     be 6e-6 from fp64 by its largest value and 1.5e-6 by the norm; one wrong token in a thousand makes 1e-2 of the norm.
     """
     expected, found = expected.float(), found.float()
-    return ((expected - found).norm() / expected.norm().clamp(min=1e-30)).item()
+    return float((expected - found).norm() / expected.norm().clamp(min=1e-30))

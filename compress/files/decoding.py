@@ -112,7 +112,8 @@ def decode(value: Any, wanted: type[Noun], what: str = "") -> Noun:
         MisfitError: the field that does not fit, by its path.
     """
     try:
-        return _decode(value, wanted, 0)
+        found: Noun = _decode(value, wanted, 0)
+        return found
     except MisfitError as error:
         raise error.inside(what) from None
 

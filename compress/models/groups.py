@@ -359,6 +359,7 @@ def kept_kv_heads(group: Group, kept: Tensor) -> Tensor:
     Raises:
         ValueError: the kept KV heads would have different numbers of query heads.
     """
+    kv: Tensor
     kv, counts = torch.unique(kept // group.heads_per_kv, return_counts=True)
     if len(set(counts.tolist())) > 1:
         raise ValueError(

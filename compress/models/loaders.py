@@ -99,7 +99,8 @@ def build_empty(folder: Path, config: transformers.PreTrainedConfig, family: Fam
     """
     model_class = _model_class(config, family)
     with foreign(f"{folder}: the model cannot be built"), _quiet(), torch.device("meta"):
-        return model_class(config)
+        model: PreTrainedModel = model_class(config)
+        return model
 
 
 def build_loaded(
@@ -112,7 +113,7 @@ def build_loaded(
     """
     model_class = _model_class(config, family)
     with foreign(f"{folder}: the model cannot be built"), _quiet():
-        model, info = model_class.from_pretrained(
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = model_class.from_pretrained(
             folder,
             config=config,
             use_safetensors=True,
@@ -120,6 +121,7 @@ def build_loaded(
             ignore_mismatched_sizes=True,  # so that they are listed; they are refused below
             **options,
         )
+    model, info = loaded
     _check_loading(folder, info)
     _check_finite(folder, model)
     return model

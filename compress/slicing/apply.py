@@ -82,8 +82,8 @@ def _leave_file(model: nn.Module) -> None:
 
 def _removed(model: nn.Module, cut: Cut) -> int:
     """Parameters that leave with `cut`."""
-    module: Any = model.get_submodule(cut.path)
-    weight, bias = module.weight, getattr(module, "bias", None)
+    module = model.get_submodule(cut.path)
+    weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
     if cut.columns is not None:
         return (weight.shape[1] - len(cut.columns)) * weight.shape[0]
     if cut.rows is None:

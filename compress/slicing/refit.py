@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -104,8 +104,8 @@ def refit(  # noqa: PLR0913 (the model with what is known of it, what is kept, w
 class _Projection:
     """The sums of one output projection: C = sum of x x^T [I, I] and sum of x [I], fp32, on the model's device."""
 
-    def __init__(self, module: Any, cut: Cut, stream: str, modality: str) -> None:
-        self.module, self.cut, self.stream, self.modality = module, cut, stream, modality
+    def __init__(self, module: nn.Module, cut: Cut, stream: str, modality: str) -> None:
+        self.module, self.cut, self.stream, self.modality = cast(nn.Linear, module), cut, stream, modality
         self.mask: Tensor | None = None
         self.tokens = 0
         self.products: Tensor

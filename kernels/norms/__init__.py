@@ -23,4 +23,5 @@ def row_norms(matrix: Tensor) -> Tensor:
         raise ValueError(
             f"row_norms: needs a matrix of floating numbers, got {matrix.dtype} of shape {tuple(matrix.shape)}"
         )
-    return dispatch.choose("norms", matrix, dtypes=DTYPES).row_norms(matrix)
+    norms: Tensor = dispatch.choose("norms", matrix, dtypes=DTYPES).row_norms(matrix)
+    return norms

@@ -9,4 +9,5 @@ from torch import Tensor
 def row_norms(matrix: Tensor) -> Tensor:
     """As the reference; torch fuses widening, squares and sum."""
     wide = torch.promote_types(matrix.dtype, torch.float32)  # torch narrows no input
-    return torch.linalg.vector_norm(matrix, dim=1, dtype=wide).float()
+    norms: torch.Tensor = torch.linalg.vector_norm(matrix, dim=1, dtype=wide)
+    return norms.float()

@@ -97,7 +97,8 @@ def _reduce(batch: Sequence[Operands], variant: str) -> list[Tensor]:
     if len(devices) > 1:
         raise ValueError(f"taylor_sums: weights are on {sorted(map(str, devices))}; batch those of one device")
     tensors = [tensor for operands in batch for tensor in operands[:3]]
-    return dispatch.choose("taylor", *tensors, dtypes=DTYPES).saliency_sums(batch, variant)
+    sums: list[Tensor] = dispatch.choose("taylor", *tensors, dtypes=DTYPES).saliency_sums(batch, variant)
+    return sums
 
 
 def _check(function: str, weight: Tensor, dim: int, operands: dict[str, Tensor | None]) -> None:

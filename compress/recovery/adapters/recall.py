@@ -178,7 +178,7 @@ class RecallLinear(LoraLinear):
         """What the factors add to the weight, [R, C], in fp32 or wider."""
         inner, outer = self.factors(adapter)
         dtype = torch.promote_types(torch.float32, inner[0].dtype)
-        return torch.cat(outer, 1).to(dtype) @ torch.cat(inner).to(dtype) * self.scaling[adapter]
+        return torch.cat(outer, 1).to(dtype) @ torch.cat(inner).to(dtype) * float(self.scaling[adapter])
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

@@ -6,7 +6,7 @@ their gradient at once and keep nothing else, in the student's own dtype. Block 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -30,7 +30,8 @@ def feature_distance(student: Tensor, teacher: Tensor, mask: Tensor | None = Non
         ValueError: the shapes differ.
     """
     _same_shape("block outputs", student, teacher)
-    return _Distance.apply(student, teacher, None if mask is None else mask.reshape(student.shape[:-1]))
+    rows = None if mask is None else mask.reshape(student.shape[:-1])
+    return cast(Tensor, _Distance.apply(student, teacher, rows))
 
 
 def normalised_error(student: Tensor, teacher: Tensor) -> Tensor:
@@ -52,7 +53,7 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0, *, re
         ValueError: the shapes differ.
     """
     _same_shape("logits", student, teacher)
-    return _Divergence.apply(student, teacher, temperature, reverse)
+    return cast(Tensor, _Divergence.apply(student, teacher, temperature, reverse))
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         logits: [rows, V].
         labels: int64 [rows]; -100 is ignored.
     """
-    return _CrossEntropy.apply(logits, labels)
+    return cast(Tensor, _CrossEntropy.apply(logits, labels))
 
 
 def squared_error(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -99,7 +100,7 @@ class _Distance(torch.autograd.Function):
         if mask is not None:  # where, not a product: a padded row may hold anything
             s, t = (torch.where(mask[..., None], value, 0) for value in (s, t))
         norms = [torch.linalg.vector_norm(value).clamp_min(FLOOR) for value in (s, t)]
-        distance = (s / norms[0]).sub_(t / norms[1]).square_().sum() / 2
+        distance: Tensor = (s / norms[0]).sub_(t / norms[1]).square_().sum() / 2
         ctx.save_for_backward(student, teacher, mask, distance, *norms)
         return distance
 

@@ -69,7 +69,7 @@ def depths_of(model: nn.Module, family: Family) -> dict[str, int]:
 
 def _vocabulary(model: nn.Module) -> int:
     config: Any = model.config
-    return config.text_config.vocab_size
+    return int(config.text_config.vocab_size)
 
 
 def _images(model: nn.Module) -> dict[str, Any]:

@@ -56,7 +56,8 @@ class History:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
-        return json.loads(json.dumps(asdict(self)))
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain
 
 
 @dataclass

@@ -132,7 +132,8 @@ class Stepper:
 
         def compute() -> dict[str, Tensor]:
             with workers.accelerator.autocast():
-                return workers.distiller.targets(batch, stage)
+                found: dict[str, Tensor] = workers.distiller.targets(batch, stage)
+                return found
 
         key = batch_key(*map(str, indices))
         return cache.outputs(key, workers.distiller.target_names(stage), compute)

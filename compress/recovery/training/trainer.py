@@ -270,16 +270,14 @@ class _Training:
     def _fingerprint(self) -> dict[str, Any]:
         """What must be the same for a training to go on; how often it is saved may change."""
         options = {name: value for name, value in asdict(self.options).items() if name != "checkpoint_every"}
-        return json.loads(
-            json.dumps(
-                {
-                    "options": options,
-                    "samples": self.job.samples.count,
-                    "stages": [asdict(stage) for stage in self.job.stages],
-                    "weights": {name: list(value.shape) for name, value in self.workers.trained.items()},
-                }
-            )
-        )
+        facts = {
+            "options": options,
+            "samples": self.job.samples.count,
+            "stages": [asdict(stage) for stage in self.job.stages],
+            "weights": {name: list(value.shape) for name, value in self.workers.trained.items()},
+        }
+        as_saved: dict[str, Any] = json.loads(json.dumps(facts))
+        return as_saved
 
     def _require_same_training(self, earlier: Mapping[str, Any]) -> None:
         now = self._fingerprint()
