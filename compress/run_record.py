@@ -189,7 +189,7 @@ def _digest(record: Mapping[str, Any]) -> str:
 class Logits(TypedDict, total=False):
     """Logits of the answers; exports made before 0.1.0 was released say nothing of them."""
 
-    loss: float
+    loss: float | None
     torch_loss: float
     max_relative: float | None
     cosine: float | None

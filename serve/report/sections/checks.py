@@ -37,6 +37,8 @@ def parity_section(files: RunFiles) -> Section:
     tables.append(_graph_table(manifest))
     if manifest.get("checks"):
         tables.append(_token_table(manifest))
+    if any("loss" in check for check in manifest.get("checks", ())):
+        tables.append(_logit_table(manifest))
     found = tuple(Finding(shown(text), f"{MANIFEST}: failures", bad=True) for text in manifest.get("failures", ()))
     if not found:
         count = whole(len(manifest["artifacts"]))
@@ -81,6 +83,25 @@ def _token_table(manifest: Mapping[str, Any]) -> Table:
     ]
     columns = ("format", "variant", "passed", "samples", "equal", "equal tokens", "right", "right in torch")
     return Table("Greedy answers against torch", columns, rows, f"{MANIFEST}: checks", texts=3)
+
+
+def _logit_table(manifest: Mapping[str, Any]) -> Table:
+    """What torch's answers cost in the graphs, which says how near two models are also where their tokens differ."""
+    rows = []
+    for check in manifest["checks"]:
+        if "loss" in check:
+            tolerance = manifest["tolerances"].get(check["variant"], {})
+            more = None if check["loss"] is None else check["loss"] - check["torch_loss"]
+            rows.append(
+                (
+                    *(check["format"], check["variant"], figure(check["loss"]), figure(check["torch_loss"])),
+                    *(figure(more), figure(tolerance.get("loss"))),
+                    *(figure(check["max_relative"]), figure(tolerance.get("relative")), whole(check["long_prompt"])),
+                )
+            )
+    columns = ("format", "variant", "loss", "in torch", "more", "accepted", "logits", "accepted", "longest prompt")
+    title = "Torch's answers: nats a token, and the largest relative difference of a logit"
+    return Table(title, columns, rows, f"{MANIFEST}: checks, tolerances", texts=2)
 
 
 # ------------------------------------------------------------------ repeat

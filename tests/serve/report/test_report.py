@@ -17,6 +17,7 @@ from run_records import edit_record
 from slimvlm.compress.errors import OutputError
 from slimvlm.compress.evaluation.quality import Row, compare, summarize
 from slimvlm.export.running.manifest import Artifact, Manifest
+from slimvlm.export.variants import VARIANTS
 from slimvlm.serve.report import write_report
 from slimvlm.serve.report.charts import Curve, training_curve
 from slimvlm.serve.report.sections.quality import wilson, worth
@@ -183,11 +184,14 @@ def test_parity_of_an_export_is_shown_and_a_failed_check_is_bad_news(run: Path) 
     case = {"case": "a", "shapes": {}, "max_absolute": 1e-3, "max_relative": 2e-6, "cosine": 0.9999999}
     artifact = Artifact("decoder", "onnx", "fp32", "onnx/decoder.onnx", "torch.onnx", 1.0)
     artifact.parity = [case, {**case, "max_relative": 3e-6, "cosine": 0.99995}]
-    tolerances = {"fp32": {"relative": 1e-4, "cosine": 0.99999, "tokens": 1.0}}
+    tolerances = {"fp32": VARIANTS["fp32"].tolerance.to_dict()}
     manifest = Manifest({"family": "llava", "type": "llava"}, {"max_new_tokens": 8}, tolerances=tolerances)
     manifest.artifacts = [artifact]
     manifest.checks = [{"format": "onnx", "variant": "fp32", "ok": False, "samples": 4, "equal": 3}]
     manifest.checks[0] |= {"token_share": 0.75, "accuracy": None, "torch_accuracy": 0.5}
+    known = {"loss": 0.75, "torch_loss": 0.5, "max_relative": 3e-2, "cosine": 0.9, "long_prompt": 1024}
+    unknown = {"loss": float("nan"), "torch_loss": 0.5, "max_relative": float("nan"), "cosine": 0.0, "long_prompt": 9}
+    manifest.checks += [{**manifest.checks[0], **known}, {**manifest.checks[0], **unknown}]
     manifest.failures = ["onnx fp32: 75.0 % of the tokens equal torch's"]
     (run / "export").mkdir()
     manifest.write(run / "export")
@@ -196,6 +200,11 @@ def test_parity_of_an_export_is_shown_and_a_failed_check_is_bad_news(run: Path) 
         [*("onnx/decoder.onnx", "torch.onnx", "yes", "2"), *("0.001", "3e-06", "0.0001", "0.999950", "1")]
     ]
     assert table(text, "Greedy answers against torch")[0][2:] == ["NO", "4", "3", "75.0 %", "none", "50.0 %"]
+    title = "Torch's answers: nats a token, and the largest relative difference of a logit"
+    assert [row[2:] for row in table(text, title)] == [  # of an export made before 0.1.0 there are none
+        ["0.75", "0.5", "0.25", "0.001", "0.03", "0.0001", "1,024"],
+        ["none", "0.5", "none", "0.001", "none", "0.0001", "9"],
+    ]
     assert "75.0 % of the tokens equal torch's" in bad_news(text)
 
 
