@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from slimvlm.compress.errors import CheckFailedError
-from slimvlm.compress.options import CompressOptions
+from slimvlm.compress.options import CompressOptions, EvaluateOptions
 from slimvlm.console import show, show_profile, show_selfcheck
 from slimvlm.console.commands import Commands, Interrupted
 from slimvlm.console.options import (
@@ -220,7 +220,7 @@ def evaluate(against: str | None, as_json: bool, quiet: bool, **values: Any) -> 
     from slimvlm import pipeline
 
     with progress(quiet) as report:
-        options = CompressOptions(out=Path(), **values)
+        options = EvaluateOptions(**values)
         evaluation = pipeline.evaluate_checkpoint(options, against, report)
     show.show_quality(evaluation, options.seed, as_json=as_json)
 

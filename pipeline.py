@@ -15,16 +15,16 @@ from slimvlm.compress.data.splits import Measured, Trained, read_evaluation, rea
 from slimvlm.compress.errors import CheckFailedError, CheckpointError, SampleError
 from slimvlm.compress.evaluation.evaluate import Comparison, Quality, compare
 from slimvlm.compress.files.decoding import read
-from slimvlm.compress.files.folders import require_free, reserved
+from slimvlm.compress.files.folders import refuse_inside, require_free, reserved
 from slimvlm.compress.files.locks import locked_folder
 from slimvlm.compress.models.computing import cast, load_to_compute
 from slimvlm.compress.models.saving import save_checkpoint
-from slimvlm.compress.options import CompressOptions
+from slimvlm.compress.options import CompressOptions, DeliverOptions, EvaluateOptions, PlanOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.recovery.checks import check_models, recipe_of
 from slimvlm.compress.run_record import options_of, read_record
-from slimvlm.compress.runs import RunFolder, check_places
+from slimvlm.compress.runs import RunFolder
 from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.compress.stages.evaluate import evaluate_model, evaluate_seeing_and_blind, evaluate_stage
 from slimvlm.compress.stages.plan import check_plan, chosen_criterion, plan_stage
@@ -35,6 +35,14 @@ from slimvlm.export.packages import require_packages
 from slimvlm.export.stage import export_stage
 from slimvlm.serve.profile import Profile
 from slimvlm.serve.stage import profile_stage
+
+READ = (
+    "model",
+    "data",
+    "eval_data",
+    "recover_data",
+    "teacher",
+)  # options that name what a run reads, not in its folder
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ def _joined(options: CompressOptions, progress: Progress, plan_only: bool) -> Re
         recipe_of(options)
     if options.export:
         require_packages(ExportOptions(formats=options.export).checked())
-    check_places(options)
+    refuse_inside(options.out, {name: getattr(options, name) for name in READ})
     with processes.joined(), locked_folder(options.out) if processes.rank() == 0 else nullcontext():
         return _compress(options, progress, plan_only)
 
@@ -99,7 +107,7 @@ def apply_saved_plan(
     """
     require_free(out)
     plan = read(plan_file, Plan, advice="make the plan again")
-    options = CompressOptions(model=model, out=out, data=data or out, seed=plan.seed, refit=False, **changes)
+    options = PlanOptions(model=model, data=data or out, seed=plan.seed, refit=False, **changes)
     samples: Sequence[Sample] = ()
     if data is not None and plan.refit is not None:
         options = replace(options, refit=True, **asdict(plan.refit))
@@ -153,7 +161,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate_checkpoint(
-    options: CompressOptions, against: str | None = None, progress: Progress = silent
+    options: EvaluateOptions, against: str | None = None, progress: Progress = silent
 ) -> Evaluation:
     """Quality of `options.model` on `options.data`, and compared with the checkpoint `against` when one is given."""
     samples = read_evaluation(options)
@@ -176,7 +184,7 @@ def _compress(options: CompressOptions, progress: Progress, plan_only: bool) -> 
         check_plan(options)
         if options.recover != "none" and not plan_only:
             training()
-            check_models(options)
+            check_models(options, options.attention_unit)
     with run.begun() if run is not None else nullcontext():
         processes.wait_for_all()
         run = run or RunFolder(out, identity, resume=True, writer=False)
@@ -201,7 +209,7 @@ def _after_plan(
     if not run.writer:
         return Result(options.out, plan, None, {}, len(data.bad), data.left_out)
     dense, cut, slim, blind = evaluate_stage(run, options, data, progress)
-    exported = export_stage(run, options, progress)
+    exported = export_stage(run, options, options.eval_data or options.data, progress)
     profile = profile_stage(run, options, progress)
     comparison = compare(dense, slim, options.seed)
     seconds = {name: stage["seconds"] for name, stage in run.record["stages"].items()}
@@ -227,7 +235,7 @@ def _after_plan(
     return result
 
 
-def _check(options: CompressOptions, result: Result) -> None:
+def _check(options: DeliverOptions, result: Result) -> None:
     """Fail for what is wrong with a result whose files are all there."""
     if "failed" in result.export:
         raise CheckFailedError(result.export["failed"], result)
@@ -235,6 +243,6 @@ def _check(options: CompressOptions, result: Result) -> None:
     if compared and limit is not None and not (drop := 100 * compared.drop) <= limit:  # a drop of NaN is one, too
         raise CheckFailedError(
             f"quality fell by {drop:.1f} points, more than --max-quality-drop {limit:g}; "
-            f"the files are kept in {options.out}; remove less",
+            f"the files are kept in {result.out}; remove less",
             result,
         )

@@ -1,4 +1,7 @@
-"""Everything `slimvlm compress` can be told, as data. No torch: the command line reads its defaults from here."""
+"""Everything `slimvlm compress` can be told, as data: the options of every stage, and all of them together.
+
+No torch: the command line reads its defaults from here.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,87 @@ PAPER: Mapping[str, Any] = {  # UKMP's 50 % script; it bounds no gradient
 }  # fmt: skip
 PAPER_LITTLE = {**PAPER, "warmup": 100, "train_batch_size": 10, "learning_rate": 1e-5}  # its 20 % script
 LITTLE_RATIO = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeOptions:
+    """What a model is computed with: device, type of its weights, and whether code it brings is run."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(ComputeOptions):
+    """A model, and the samples it is asked about.
+
+    Attributes:
+        model: checkpoint folder, or a hub name.
+        data: samples; of a run those it calibrates on.
+        eval_samples: at most so many are evaluated with.
+        max_bad_samples: fraction of unreadable ones that is skipped.
+        prefix_split: split captions as the paper does (encoder-decoder models).
+    """
+
+    model: str
+    data: Path
+    eval_samples: int | None = None
+    batch_size: int = 16
+    seed: int = 0
+    max_bad_samples: float = 0.01
+    prefix_split: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(EvaluateOptions):
+    """What is cut, how that is decided, and how what is left is fitted.
+
+    Attributes:
+        eval_data: samples for the before/after comparison; default: those of `data` that were not calibrated on.
+        ratio: fraction of ALL parameters to remove.
+        faithful: the paper's method to the letter: its rows (criterion `ukmi`, allocator `paper`, recipe `lpd-paper`),
+            one round, no refit, and its schedule in the recovery. Give it when the options are made: what is asked of
+            the training besides it stays, also where it is our default. It is spelled out by `resolved`, and nobody
+            else reads it.
+        rounds: re-calibrations on the partly cut model while the ratio grows.
+        samples: calibration samples per round; 512, or with `faithful` the paper's 1000.
+        grad_memory: bound in bytes on the sums held at once, of gradients or of the refit; None: none, or
+            (refit) a quarter of the fp32 weights.
+        host_sums: keep gradient sums in host memory while the model is on a GPU.
+        threshold, entropy, taylor: ablations; None: what the criterion says. A threshold of 1 selects all tokens.
+        refit: fit the kept columns of output projections to the dense outputs, by least squares.
+    """
+
+    eval_data: Path | None = None
+    ratio: float = 0.5
+    criterion: str = "gate"
+    faithful: bool = False
+    allocator: str = "global"
+    rounds: int = 8
+    tower_ratio: Mapping[str, float] = field(default_factory=dict)
+    kind_ratio: Mapping[str, float] = field(default_factory=dict)
+    round_channels: int = 1
+    attention_unit: str = "auto"
+    layout: str = "per-layer"
+    refit: bool = True
+    samples: int = NOT_GIVEN
+    grad_memory: int | None = None
+    host_sums: bool = False
+    threshold: float | None = None
+    entropy: bool | None = None
+    taylor: str | None = None
+
+    def __post_init__(self) -> None:
+        paper = PAPER_LITTLE if self.ratio <= LITTLE_RATIO else PAPER
+        for name, value in (paper if self.faithful else OURS).items():
+            if getattr(self, name, value) is NOT_GIVEN:
+                object.__setattr__(self, name, value)
+
+    @property
+    def angles(self) -> str:
+        """The statistic of angles that UKMI weighs by."""
+        return "paper-angles" if self.faithful else "angles"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,79 +173,40 @@ class RecoverOptions:
     patience: int | None = None
     teacher_cache: int | None = None
 
+    def recovery_identity(self) -> dict[str, Any]:
+        """What makes two recoveries of one run the same."""
+        names = {field.name for field in fields(RecoverOptions)} - {"teacher_cache"}
+        return {name: value for name, value in _plain(self).items() if name in names}
+
 
 @dataclass(frozen=True, kw_only=True)
-class CompressOptions(RecoverOptions):
-    """Options of the one-shot job; the names are the command line's.
+class LearnOptions(EvaluateOptions, RecoverOptions):
+    """A recovery with the model and the samples it is for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeliverOptions(EvaluateOptions):
+    """What is made of the slim model at the end.
 
     Attributes:
-        model: checkpoint folder, or a hub name.
-        out: run folder.
-        data: calibration samples.
-        eval_data: samples for the before/after comparison; default: those of `data` that were not calibrated on.
-        ratio: fraction of ALL parameters to remove.
-        faithful: the paper's method to the letter: its rows (criterion `ukmi`, allocator `paper`, recipe `lpd-paper`),
-            one round, no refit, and its schedule in the recovery. Give it when the options are made: what is asked of
-            the training besides it stays, also where it is our default. It is spelled out by `resolved`, and nobody
-            else reads it.
-        rounds: re-calibrations on the partly cut model while the ratio grows.
-        samples: calibration samples per round; 512, or with `faithful` the paper's 1000.
-        grad_memory: bound in bytes on the sums held at once, of gradients or of the refit; None: none, or
-            (refit) a quarter of the fp32 weights.
-        host_sums: keep gradient sums in host memory while the model is on a GPU.
-        threshold, entropy, taylor: ablations; None: what the criterion says. A threshold of 1 selects all tokens.
-        refit: fit the kept columns of output projections to the dense outputs, by least squares.
-        export: formats to export the slim model in; none where it is empty; None: TorchScript, and ONNX where its
-            packages are installed.
+        export: formats to export it in; none where it is empty; None: TorchScript, and ONNX where its packages are
+            installed.
         profile: measure latency and memory of the dense and the slim model.
         max_quality_drop: largest accepted loss in points of the mean metric; crossing it is a failed check.
     """
 
-    model: str
-    out: Path
-    data: Path
-    ratio: float = 0.5
-    criterion: str = "gate"
-    faithful: bool = False
-    allocator: str = "global"
-    rounds: int = 8
-    tower_ratio: Mapping[str, float] = field(default_factory=dict)
-    kind_ratio: Mapping[str, float] = field(default_factory=dict)
-    round_channels: int = 1
-    attention_unit: str = "auto"
-    layout: str = "per-layer"
-    refit: bool = True
-    samples: int = NOT_GIVEN
-    batch_size: int = 16
-    seed: int = 0
-    device: str = "auto"
-    dtype: str = "auto"
-    grad_memory: int | None = None
-    host_sums: bool = False
-    max_bad_samples: float = 0.01
-    prefix_split: bool = False
-    eval_data: Path | None = None
-    eval_samples: int | None = None
-    max_quality_drop: float | None = None
-    trust_remote_code: bool = False
-    threshold: float | None = None
-    entropy: bool | None = None
-    taylor: str | None = None
-    resume: bool = False
-    overwrite: bool = False
     export: tuple[str, ...] | None = None
     profile: bool = True
+    max_quality_drop: float | None = None
 
-    def __post_init__(self) -> None:
-        paper = PAPER_LITTLE if self.ratio <= LITTLE_RATIO else PAPER
-        for name, value in (paper if self.faithful else OURS).items():
-            if getattr(self, name) is NOT_GIVEN:
-                object.__setattr__(self, name, value)
 
-    @property
-    def angles(self) -> str:
-        """The statistic of angles that UKMI weighs by."""
-        return "paper-angles" if self.faithful else "angles"
+@dataclass(frozen=True, kw_only=True)
+class CompressOptions(PlanOptions, LearnOptions, DeliverOptions):
+    """Options of the one-shot job: those of its stages (the names are the command line's), and of its folder `out`."""
+
+    out: Path
+    resume: bool = False
+    overwrite: bool = False
 
     def resolved(self) -> CompressOptions:
         """The same options with the rows and settings that `faithful` stands for."""
@@ -176,11 +221,6 @@ class CompressOptions(RecoverOptions):
         apart = {*NOT_IDENTITY, *(field.name for field in fields(RecoverOptions))}
         return {name: value for name, value in _plain(self).items() if name not in apart}
 
-    def recovery_identity(self) -> dict[str, Any]:
-        """What makes two recoveries of one run the same."""
-        names = {field.name for field in fields(RecoverOptions)} - {"teacher_cache"}
-        return {name: value for name, value in _plain(self).items() if name in names}
-
     @classmethod
     def of_run(cls, out: Path, identity: Mapping[str, Any], **changes: Any) -> CompressOptions:
         """The options of an earlier run, from its `identity`, with `changes`.
@@ -193,7 +233,7 @@ class CompressOptions(RecoverOptions):
         return cls(**{**decode_fields(identity, known, "options"), "out": out, "resume": True, **changes})
 
 
-def _plain(options: CompressOptions) -> dict[str, Any]:
+def _plain(options: RecoverOptions) -> dict[str, Any]:
     """The fields as JSON types."""
     convert = {Path: str, tuple: list}
     return {

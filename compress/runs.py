@@ -22,11 +22,9 @@ from slimvlm.compress.files.folders import (
     other_files,
     put_aside,
     put_back,
-    refuse_inside,
     remove_files,
 )
 from slimvlm.compress.files.writing import PARTIAL, installed_versions, reported_as_output_errors, write_text
-from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.run_record import RECORD, SCHEMA, read_record, record_text
 
 PLAN, ROUNDS, SCORES = "plan.json", "plan.partial.json", "scores.safetensors"
@@ -51,16 +49,6 @@ def run_files(folder: Path) -> list[str]:
     for place in folder.glob(f".*{PARTIAL}"):  # of a checkpoint or an export that was not finished
         found += [path for path in place.rglob("*") if path.is_file()]
     return [path.relative_to(folder).as_posix() for path in found if path.is_file() and not path.is_symlink()]
-
-
-def check_places(options: CompressOptions) -> None:
-    """A run reads nothing of the folder it writes.
-
-    Raises:
-        UnsuitableOptionError: the model, its teacher or samples lie in the run folder.
-    """
-    names = ("model", "data", "eval_data", "recover_data", "teacher")
-    refuse_inside(options.out, {name: getattr(options, name) for name in names})
 
 
 class RunFolder:

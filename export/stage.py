@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from slimvlm.compress.errors import CheckFailedError, SlimvlmError
-from slimvlm.compress.options import CompressOptions
+from slimvlm.compress.options import DeliverOptions
 from slimvlm.compress.progress import Progress
 from slimvlm.compress.runs import EXPORT, MODEL, RunFolder
 from slimvlm.export import ExportOptions, export_checkpoint
 from slimvlm.export.packages import installed_formats
 
 
-def export_stage(run: RunFolder, options: CompressOptions, progress: Progress) -> dict[str, Any]:
-    """Write `export/`; what was recorded.
+def export_stage(run: RunFolder, options: DeliverOptions, data: Path, progress: Progress) -> dict[str, Any]:
+    """Write `export/`, checked on the samples of `data`; what was recorded.
 
     A check that fails is recorded, and fails the run at its end; so is a model that cannot be exported, unless formats
     were asked for: then it is refused.
@@ -26,7 +27,7 @@ def export_stage(run: RunFolder, options: CompressOptions, progress: Progress) -
     run.remove(EXPORT)
     with run.stage("export", formats=list(formats)) as facts:
         if formats:
-            facts.update(_export(options, formats, progress))
+            facts.update(_export(run, options, formats, data, progress))
     return run.facts("export")
 
 
@@ -35,15 +36,13 @@ def exported_formats(recorded: Mapping[str, Any]) -> tuple[str, ...]:
     return () if "failed" in recorded or "refused" in recorded else tuple(recorded["formats"])
 
 
-def _export(options: CompressOptions, formats: tuple[str, ...], progress: Progress) -> dict[str, Any]:
-    chosen = ExportOptions(
-        formats=formats,
-        data=options.eval_data or options.data,
-        seed=options.seed,
-        trust_remote_code=options.trust_remote_code,
-    )
+def _export(
+    run: RunFolder, options: DeliverOptions, formats: tuple[str, ...], data: Path, progress: Progress
+) -> dict[str, Any]:
+    code = options.trust_remote_code
+    chosen = ExportOptions(formats=formats, data=data, seed=options.seed, trust_remote_code=code)
     try:
-        exported = export_checkpoint(options.out / MODEL, options.out / EXPORT, chosen, progress)
+        exported = export_checkpoint(run.path / MODEL, run.path / EXPORT, chosen, progress)
     except CheckFailedError as failed:
         return {"failed": str(failed)}
     except SlimvlmError as refused:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from slimvlm.compress.errors import OutputError, SlimvlmError
 from slimvlm.compress.files.decoding import read
-from slimvlm.compress.options import CompressOptions
+from slimvlm.compress.options import DeliverOptions
 from slimvlm.compress.progress import Progress
 from slimvlm.compress.runs import AGAIN, PROFILE, RunFolder
 from slimvlm.export.stage import exported_formats
@@ -17,28 +18,28 @@ from slimvlm.serve.profiling import profile_models
 CELL_SECONDS = 6.0  # half of what `slimvlm profile` takes: nobody asked for this one
 
 
-def profile_stage(run: RunFolder, options: CompressOptions, progress: Progress) -> Profile | None:
+def profile_stage(run: RunFolder, options: DeliverOptions, progress: Progress) -> Profile | None:
     """Write `profile.json`: both models on torch and in what was exported; None where nothing is to be measured."""
     usable = TORCH, *exported_formats(run.facts("export"))
     backends = [name for name in BACKENDS if name in usable] if options.profile else []
-    path = options.out / PROFILE
+    path = run.path / PROFILE
     if not run.finished("profile") or run.facts("profile")["backends"] != backends:
         path.unlink(missing_ok=True)
         with run.stage("profile", backends=backends) as facts:
             if backends:
-                facts.update(_profile(options, tuple(backends), progress))
+                facts.update(_profile(run.path, options, tuple(backends), progress))
     return read(path, Profile, OutputError, AGAIN) if path.is_file() else None
 
 
-def _profile(options: CompressOptions, backends: tuple[str, ...], progress: Progress) -> dict[str, Any]:
+def _profile(out: Path, options: DeliverOptions, backends: tuple[str, ...], progress: Progress) -> dict[str, Any]:
     chosen = ProfileOptions(
-        slim=str(options.out),
+        slim=str(out),
         against=options.model,
         backend=backends,
         device=options.device,
         seed=options.seed,
         cell_seconds=CELL_SECONDS,
-        out=options.out / PROFILE,
+        out=out / PROFILE,
         trust_remote_code=options.trust_remote_code,
     )
     try:

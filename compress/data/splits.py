@@ -12,7 +12,7 @@ from pathlib import Path
 
 from slimvlm.compress.data.samples import BadSample, Sample, SampleSet, digest_of, load_samples
 from slimvlm.compress.errors import SampleError
-from slimvlm.compress.options import CompressOptions
+from slimvlm.compress.options import EvaluateOptions, LearnOptions, PlanOptions, RecoverOptions
 
 HELD_OUT = 512  # samples of --data kept for the comparison when no --eval-data is given
 # To validate a sample (its right answer read, its own answer generated) costs about what it costs to train on it.
@@ -56,7 +56,7 @@ class Trained:
     left_out: int = 0
 
 
-def read_measured(options: CompressOptions) -> Measured:
+def read_measured(options: PlanOptions) -> Measured:
     """Calibration samples from --data; evaluation samples from --eval-data, else some of --data.
 
     Raises:
@@ -80,12 +80,12 @@ def read_measured(options: CompressOptions) -> Measured:
     return Measured(calibration, evaluation or calibration, bool(evaluation), read.digest, read.bad)
 
 
-def read_evaluation(options: CompressOptions) -> Sequence[Sample]:
+def read_evaluation(options: EvaluateOptions) -> Sequence[Sample]:
     """The samples of --data, at most --eval-samples of them."""
     return _load(options, options.data, options.eval_samples).samples
 
 
-def read_trained(options: CompressOptions, measured: Measured) -> Trained:
+def read_trained(options: LearnOptions, measured: Measured) -> Trained:
     """Training and validation samples from --recover-data, else from --data; no image of the evaluation is among them.
 
     Raises:
@@ -115,7 +115,7 @@ def read_trained(options: CompressOptions, measured: Measured) -> Trained:
     return Trained(_drawn(training, count, options.seed), validation, read.digest, read.bad, validations, left_out)
 
 
-def validation_of(options: CompressOptions, usable: int) -> tuple[int, int]:
+def validation_of(options: RecoverOptions, usable: int) -> tuple[int, int]:
     """(samples of a validation, validations during the training): what was asked for, else so few that all validations
     together read at most VALIDATED of what the training reads. Counted, not timed, so the same every time.
 
@@ -154,7 +154,7 @@ def _without(samples: Sequence[Sample], others: Sequence[Sample]) -> Sequence[Sa
     return [sample for sample in samples if sample.image_key not in shown]
 
 
-def _load(options: CompressOptions, data: Path, limit: int | None) -> SampleSet:
+def _load(options: EvaluateOptions, data: Path, limit: int | None) -> SampleSet:
     return load_samples(
         data, limit=limit, seed=options.seed, max_bad=options.max_bad_samples, split_prefix=options.prefix_split
     )

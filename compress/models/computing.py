@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from slimvlm.compress import processes
 from slimvlm.compress.models.checkpoint import Loaded, load_model
-from slimvlm.compress.options import CompressOptions
+from slimvlm.compress.options import ComputeOptions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HALVES = (torch.float16, torch.bfloat16)
@@ -42,7 +42,7 @@ def frees_memory(stage: Callable[Given, Made]) -> Callable[Given, Made]:
     return run
 
 
-def load_to_compute(options: CompressOptions, name: str, attention: str | None = None) -> Loaded:
+def load_to_compute(options: ComputeOptions, name: str, attention: str | None = None) -> Loaded:
     """The model in the dtype to compute in, and the dtype it is stored in as `config.dtype`.
 
     What earlier models have left is given back to the system first.

@@ -8,7 +8,7 @@ from dataclasses import fields
 from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.models.checkpoint import build_meta
 from slimvlm.compress.models.families import Family
-from slimvlm.compress.options import CompressOptions, RecoverOptions
+from slimvlm.compress.options import LearnOptions, RecoverOptions
 from slimvlm.compress.recovery.adapters.targets import LowRank, check_rank, find_targets
 from slimvlm.compress.recovery.distillation.recipe import Recipe, parse_recipe
 from slimvlm.compress.recovery.distillation.teacher_checks import check_states, check_teacher
@@ -17,7 +17,7 @@ TRAINED = ("lora", "projector", "lora+projector", "full")
 DEFAULTS = {field.name: field.default for field in fields(RecoverOptions)}
 
 
-def recipe_of(options: CompressOptions) -> Recipe:
+def recipe_of(options: RecoverOptions) -> Recipe:
     """What the student learns from.
 
     Raises:
@@ -40,12 +40,12 @@ def recipe_of(options: CompressOptions) -> Recipe:
     return recipe
 
 
-def low_rank(options: CompressOptions) -> LowRank:
+def low_rank(options: RecoverOptions) -> LowRank:
     """The low-rank layers that the options ask for."""
     return LowRank(options.rank, options.recall_rank, options.alpha, options.dropout, options.recall, options.targets)
 
 
-def require_projector(options: CompressOptions, family: Family) -> None:
+def require_projector(options: RecoverOptions, family: Family) -> None:
     """Refuse to train a projector that is not there.
 
     Raises:
@@ -55,7 +55,7 @@ def require_projector(options: CompressOptions, family: Family) -> None:
         raise UnsuitableOptionError(f"family {family.name} has no projector to train; use --train lora or full")
 
 
-def check_models(options: CompressOptions) -> None:
+def check_models(options: LearnOptions, attention_unit: str) -> None:
     """The recovery fits the dense model and its teacher, as far as their configurations tell.
 
     Raises:
@@ -67,14 +67,14 @@ def check_models(options: CompressOptions) -> None:
     require_projector(options, family)
     if "lora" in options.train:
         layers = low_rank(options)
-        for path in find_targets(model, options.attention_unit, layers.targets):
+        for path in find_targets(model, attention_unit, layers.targets):
             check_rank(path, model.get_submodule(path), layers)
     if recipe.needs_teacher and options.teacher is not None:
         check_teacher(model, build_meta(options.teacher, options.trust_remote_code)[0], family, {})
     check_states(recipe, model, family)
 
 
-def _idle(options: CompressOptions, recipe: Recipe) -> Iterator[tuple[str, str]]:
+def _idle(options: RecoverOptions, recipe: Recipe) -> Iterator[tuple[str, str]]:
     """(option, what it is for) that change nothing in this recovery."""
     adapts = "lora" in options.train
     purposes = {

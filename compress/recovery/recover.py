@@ -21,7 +21,7 @@ from slimvlm.compress.evaluation.evaluate import evaluate, evaluation_batch
 from slimvlm.compress.models.checkpoint import Loaded, locate
 from slimvlm.compress.models.computing import cast, load_to_compute
 from slimvlm.compress.models.groups import resolve
-from slimvlm.compress.options import CompressOptions
+from slimvlm.compress.options import LearnOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.progress import Progress
 from slimvlm.compress.recovery.adapters.recall import attach, merge
@@ -34,6 +34,7 @@ from slimvlm.compress.recovery.distillation.teacher_checks import depths_of
 from slimvlm.compress.recovery.training.state import load_best
 from slimvlm.compress.recovery.training.trainer import History, TrainOptions, train
 from slimvlm.compress.recovery.training.workers import sharded
+from slimvlm.compress.runs import TEACHER
 
 # Adam's best rate falls with the width: the rate is this over the hidden size of the language model. Tuned on the
 # validation split of the demo set; at a hidden size of 4096 it gives the 1e-4 (LoRA) and 2e-5 (all) of common practice.
@@ -51,13 +52,14 @@ class Recovered:
 
 
 def recover(
-    options: CompressOptions, plan: Plan, student: Path, data: Trained, folder: Path, progress: Progress
+    options: LearnOptions, plan: Plan, student: Path, data: Trained, folder: Path, progress: Progress
 ) -> Recovered:
     """Train the cut checkpoint `student` as the options say, and merge what was learnt into its weights.
 
     Args:
         plan: what was cut from `options.model`.
         folder: where checkpoints of the training and `recovery.jsonl` go; training continues from what is there.
+            The teacher's outputs are kept beside it.
 
     Raises:
         UnsuitableOptionError: options that do not fit each other or this model.
@@ -82,7 +84,7 @@ def recover(
         folder,
         validate=lambda: _score(options, distiller.student, collator, data.validation),
         progress=progress,
-        cache=_cache(options, data, loaded),
+        cache=_cache(options, data, loaded, folder.with_name(TEACHER)),
     )
     if any(isinstance(parameter, DTensor) for parameter in loaded.model.parameters()):  # FSDP leaves it in pieces
         loaded = _load_student(options, student, data)
@@ -117,7 +119,7 @@ def _round(loaded: Loaded) -> None:
     cast(cast(loaded.model, stored), computed)
 
 
-def _load_student(options: CompressOptions, folder: Path, data: Trained) -> Loaded:
+def _load_student(options: LearnOptions, folder: Path, data: Trained) -> Loaded:
     loaded = load_to_compute(options, str(folder))
     if options.train != "lora":  # weights that take small steps must be able to hold them
         cast(loaded.model, torch.float32)
@@ -137,7 +139,7 @@ def _device(loaded: Loaded) -> torch.device:
     return torch.device("cuda") if sharded() and torch.cuda.is_available() else loaded.model.device
 
 
-def _prepare(options: CompressOptions, plan: Plan, loaded: Loaded) -> Any | None:
+def _prepare(options: LearnOptions, plan: Plan, loaded: Loaded) -> Any | None:
     """Say what is trained, in place; the adapted model, where low-rank layers were added."""
     model, family = loaded.model, loaded.family
     model.requires_grad_(options.train == "full")
@@ -166,7 +168,7 @@ def _dense_folder(name: str, plan: Plan) -> Path:
     return folder
 
 
-def _distiller(options: CompressOptions, plan: Plan, loaded: Loaded, recipe: Recipe) -> Distiller:
+def _distiller(options: LearnOptions, plan: Plan, loaded: Loaded, recipe: Recipe) -> Distiller:
     teacher = None
     if recipe.needs_teacher:
         folder = options.teacher or str(_dense_folder(options.model, plan))
@@ -175,18 +177,18 @@ def _distiller(options: CompressOptions, plan: Plan, loaded: Loaded, recipe: Rec
     return Distiller(loaded.model, teacher, loaded.family, recipe)
 
 
-def _cache(options: CompressOptions, data: Trained, loaded: Loaded) -> TeacherCache | None:
-    """On disk, for this teacher and these samples; what an earlier recovery of the run kept is used again."""
+def _cache(options: LearnOptions, data: Trained, loaded: Loaded, folder: Path) -> TeacherCache | None:
+    """In `folder`, for this teacher and these samples; what an earlier recovery of the run kept is used again."""
     if options.teacher_cache is None:
         return None
     _, digest = locate(options.teacher or options.model)
     drawn = f"{options.seed} {options.data_fraction} {len(data.validation)}"
     collation = f"{digest} {data.digest} {drawn} {options.dtype} {precision(options.precision, _device(loaded))}"
     name = hashlib.sha256(collation.encode()).hexdigest()[:16]
-    return TeacherCache(options.out / "teacher" / name, options.teacher_cache)
+    return TeacherCache(folder / name, options.teacher_cache)
 
 
-def _train_options(options: CompressOptions, recipe: Recipe, loaded: Loaded, data: Trained) -> TrainOptions:
+def _train_options(options: LearnOptions, recipe: Recipe, loaded: Loaded, data: Trained) -> TrainOptions:
     steps = options.steps or max(1, round(options.epochs * len(data.training) / options.train_batch_size))
     width = loaded.model.config.get_text_config().hidden_size
     return TrainOptions(
@@ -220,7 +222,7 @@ def precision(asked: str, device: torch.device) -> str:
 
 
 def _score(
-    options: CompressOptions, model: nn.Module, collator: Collator, samples: Sequence[Sample]
+    options: LearnOptions, model: nn.Module, collator: Collator, samples: Sequence[Sample]
 ) -> tuple[float, float]:
     """(share of right answers, minus the loss of the right answers' tokens) on the validation samples."""
     device = next(model.parameters()).device

@@ -15,7 +15,7 @@ from slimvlm.compress.evaluation.soundness import check_computes
 from slimvlm.compress.files.decoding import content_of, dump, parse, refused_as
 from slimvlm.compress.files.writing import write_text
 from slimvlm.compress.models.computing import frees_memory, load_to_compute
-from slimvlm.compress.options import CompressOptions
+from slimvlm.compress.options import EvaluateOptions
 from slimvlm.compress.progress import Progress
 from slimvlm.compress.runs import AGAIN, CUT, RunFolder
 
@@ -30,20 +30,20 @@ class Evaluated(NamedTuple):
 
 
 @frees_memory
-def evaluate_stage(run: RunFolder, options: CompressOptions, data: Measured, progress: Progress) -> Evaluated:
+def evaluate_stage(run: RunFolder, options: EvaluateOptions, data: Measured, progress: Progress) -> Evaluated:
     """Quality of the dense, the cut (where a recovery followed) and the slim model, and of the dense one blind."""
-    path = options.out / "quality.json"
+    path = run.path / "quality.json"
     if run.finished("evaluate"):
         with refused_as(path, OutputError, AGAIN):
             kept = qualities_of(parse(content_of(path)))
         return Evaluated(kept["dense"], kept.get("cut"), kept["slim"], kept.get("blind"))
     with run.stage("evaluate") as facts:
         facts.update(samples=len(data.evaluation), held_out=data.held_out)
-        cut, slim = (str(options.out / name) for name in (CUT, "model"))
+        cut, slim = (str(run.path / name) for name in (CUT, "model"))
         dense, blind = evaluate_seeing_and_blind(options, options.model, data.evaluation, progress)
         found = Evaluated(
             dense,
-            evaluate_model(options, cut, data.evaluation, progress) if (options.out / CUT).is_dir() else None,
+            evaluate_model(options, cut, data.evaluation, progress) if (run.path / CUT).is_dir() else None,
             evaluate_model(options, slim, data.evaluation, progress),
             blind,
         )
@@ -54,7 +54,7 @@ def evaluate_stage(run: RunFolder, options: CompressOptions, data: Measured, pro
 
 
 def evaluate_seeing_and_blind(
-    options: CompressOptions, name: str, samples: Sequence[Sample], progress: Progress
+    options: EvaluateOptions, name: str, samples: Sequence[Sample], progress: Progress
 ) -> tuple[Quality, Quality | None]:
     """Quality of the checkpoint `name` on `samples`, and with the images shuffled among them: what needs no image.
 
@@ -64,13 +64,13 @@ def evaluate_seeing_and_blind(
     return seeing, blind[0] if blind else None
 
 
-def evaluate_model(options: CompressOptions, name: str, samples: Sequence[Sample], progress: Progress) -> Quality:
+def evaluate_model(options: EvaluateOptions, name: str, samples: Sequence[Sample], progress: Progress) -> Quality:
     """Quality of the checkpoint `name` on `samples`."""
     return _qualities(options, name, samples, progress, (None,))[0]
 
 
 def _qualities(
-    options: CompressOptions, name: str, samples: Sequence[Sample], progress: Progress, seeds: Sequence[int | None]
+    options: EvaluateOptions, name: str, samples: Sequence[Sample], progress: Progress, seeds: Sequence[int | None]
 ) -> list[Quality]:
     """One evaluation per seed of `evaluate`, with the model loaded once."""
     loaded = load_to_compute(options, name)

@@ -17,7 +17,7 @@ from slimvlm.compress.files.writing import write_text
 from slimvlm.compress.models.checkpoint import build_meta
 from slimvlm.compress.models.computing import frees_memory, load_to_compute
 from slimvlm.compress.models.groups import find_groups
-from slimvlm.compress.options import CompressOptions
+from slimvlm.compress.options import PlanOptions
 from slimvlm.compress.plan import Plan, Refitting
 from slimvlm.compress.processes import pick_device
 from slimvlm.compress.progress import Progress
@@ -35,7 +35,7 @@ class FinishedRounds:
     plan: Plan
 
 
-def chosen_criterion(options: CompressOptions) -> Criterion:
+def chosen_criterion(options: PlanOptions) -> Criterion:
     """The criterion with the asked ablations applied.
 
     Raises:
@@ -66,7 +66,7 @@ def chosen_criterion(options: CompressOptions) -> Criterion:
     return replace(criterion, statistics=statistics, tokens=tokens, angles=options.angles if entropy else None)
 
 
-def planning_of(options: CompressOptions) -> Planning:
+def planning_of(options: PlanOptions) -> Planning:
     """The options of the plan stage in the library's terms."""
     return Planning(
         budget=Budget(
@@ -86,7 +86,7 @@ def planning_of(options: CompressOptions) -> Planning:
     )
 
 
-def check_plan(options: CompressOptions) -> None:
+def check_plan(options: PlanOptions) -> None:
     """Refuse what no calibration can mend: a model that is not there or that cannot lose so much.
 
     Raises:
@@ -99,12 +99,12 @@ def check_plan(options: CompressOptions) -> None:
 
 
 @frees_memory
-def plan_stage(run: RunFolder, options: CompressOptions, data: Measured, progress: Progress) -> Plan:
+def plan_stage(run: RunFolder, options: PlanOptions, data: Measured, progress: Progress) -> Plan:
     """The plan of this or an earlier process. Every process of the run calls it."""
-    path = options.out / "plan.json"
+    path = run.path / "plan.json"
     if run.finished("plan"):
         return read(path, Plan, OutputError, AGAIN)
-    partial = options.out / ROUNDS
+    partial = run.path / ROUNDS
     with run.stage("plan") as facts:
         loaded = load_to_compute(options, options.model)
         collator = collator_of(loaded)
@@ -136,7 +136,7 @@ def plan_stage(run: RunFolder, options: CompressOptions, data: Measured, progres
         facts.update(left_out_samples=data.left_out, batch_size=size)
         facts["bad_samples"] = [f"{bad.name}: {bad.reason}" for bad in data.bad]
         if run.writer:
-            planned.scores.save(options.out / "scores.safetensors")
+            planned.scores.save(run.path / "scores.safetensors")
             write_text(path, plan.to_json())
             partial.unlink(missing_ok=True)
     processes.wait_for_all()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from slimvlm.compress import processes
@@ -17,7 +16,7 @@ from slimvlm.compress.files.folders import move_folder
 from slimvlm.compress.models.checkpoint import Loaded
 from slimvlm.compress.models.computing import cast, frees_memory, load_to_compute
 from slimvlm.compress.models.saving import save_checkpoint
-from slimvlm.compress.options import CompressOptions
+from slimvlm.compress.options import LearnOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.progress import Progress
 from slimvlm.compress.runs import CUT, JOURNAL, MODEL, RECOVERED, TRAINING, RunFolder
@@ -26,7 +25,7 @@ from slimvlm.compress.runs import CUT, JOURNAL, MODEL, RECOVERED, TRAINING, RunF
 @frees_memory
 def recover_stage(
     run: RunFolder,
-    options: CompressOptions,
+    options: LearnOptions,
     plan: Plan,
     data: Measured,
     training: Callable[[], Trained],
@@ -41,19 +40,19 @@ def recover_stage(
         SlimvlmError: refused; the model and the record of an earlier recovery stay.
         CheckFailedError: the merged or reloaded model differs from the trained one.
     """
-    asked, earlier, folder = options.recovery_identity(), run.facts("recover"), options.out / TRAINING
+    asked, earlier, folder = options.recovery_identity(), run.facts("recover"), run.path / TRAINING
     if run.finished("recover") and earlier["options"] == asked:
         return earlier
     if run.writer and earlier.get("interrupted", earlier.get("options", asked)) != asked:
         run.remove(TRAINING)  # an interrupted one, with other options
     processes.wait_for_all()
     if options.recover == "none":
-        _undo_recovery(run, options.out)
+        _undo_recovery(run)
         return None
     from slimvlm.compress.recovery.recover import recover  # peft and accelerate take seconds to import
 
     trained = training()
-    start = options.out / (CUT if (options.out / CUT).is_dir() else "model")
+    start = run.path / (CUT if (run.path / CUT).is_dir() else "model")
     with _kept_if_refused(run, earlier, asked), run.stage("recover", options=asked) as facts:
         recovered = recover(options, plan, start, trained, folder, progress)
         facts.update(recovered.history.to_dict(), merged_difference=recovered.merged_difference)
@@ -61,7 +60,7 @@ def recover_stage(
         facts.update(left_out_samples=trained.left_out, data_digest=trained.digest)
         if run.writer:
             facts["reload_difference"] = _save_recovered(run, options, plan, recovered.loaded, data)
-            (folder / JOURNAL).replace(options.out / JOURNAL)
+            (folder / JOURNAL).replace(run.path / JOURNAL)
             run.remove(TRAINING)
             run.forget("evaluate", "export", "profile")
     processes.wait_for_all()
@@ -81,26 +80,26 @@ def _kept_if_refused(run: RunFolder, earlier: dict[str, Any], asked: dict[str, A
         raise
 
 
-def _undo_recovery(run: RunFolder, out: Path) -> None:
+def _undo_recovery(run: RunFolder) -> None:
     """Back to the cut model."""
-    if run.writer and (out / CUT).is_dir():
+    if run.writer and (run.path / CUT).is_dir():
         run.forget("recover", "evaluate", "export", "profile")
         run.remove(MODEL)
-        move_folder(out / CUT, out / MODEL)
+        move_folder(run.path / CUT, run.path / MODEL)
 
 
-def _save_recovered(run: RunFolder, options: CompressOptions, plan: Plan, loaded: Loaded, data: Measured) -> float:
+def _save_recovered(run: RunFolder, options: LearnOptions, plan: Plan, loaded: Loaded, data: Measured) -> float:
     """Write the checkpoint, check that it reloads to the same outputs, and put it in place."""
-    model, folder = loaded.model, options.out / RECOVERED
+    model, folder = loaded.model, run.path / RECOVERED
     run.remove(RECOVERED)
     stored: Any = model.config.dtype  # a dtype once loaded
-    save_checkpoint(folder, cast(model, stored), loaded.processor, plan, options.layout)
+    save_checkpoint(folder, cast(model, stored), loaded.processor, plan, plan.layout)
     reloaded = load_to_compute(replace(options, device=str(model.device)), str(folder)).model
     model.set_attn_implementation(reloaded.config._attn_implementation)
     batch = collator_of(loaded).training(data.calibration[:CHECKED_SAMPLES])
     difference = reload_difference(cast(model, reloaded.dtype), reloaded, batch, folder)
-    if not (options.out / CUT).is_dir():
-        move_folder(options.out / MODEL, options.out / CUT)
+    if not (run.path / CUT).is_dir():
+        move_folder(run.path / MODEL, run.path / CUT)
     run.remove(MODEL)
-    move_folder(folder, options.out / MODEL)
+    move_folder(folder, run.path / MODEL)
     return difference

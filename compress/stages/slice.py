@@ -24,7 +24,7 @@ from slimvlm.compress.models.checkpoint import Loaded
 from slimvlm.compress.models.computing import ComputedInFloat32, cast, frees_memory, give_back_memory, load_to_compute
 from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.models.saving import save_checkpoint
-from slimvlm.compress.options import CompressOptions
+from slimvlm.compress.options import PlanOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.progress import Progress
 from slimvlm.compress.runs import CUT, MODEL, RunFolder
@@ -34,18 +34,18 @@ from slimvlm.compress.slicing.refit import refit
 
 
 @frees_memory
-def slice_stage(run: RunFolder, options: CompressOptions, plan: Plan, data: Measured, progress: Progress) -> None:
+def slice_stage(run: RunFolder, options: PlanOptions, plan: Plan, data: Measured, progress: Progress) -> None:
     """Cut, check the cut against the masked dense model, refit what is left to it, save, and check the checkpoint."""
     if run.finished("slice"):
         return
     with run.stage("slice") as facts:
         run.remove(MODEL, CUT)  # of a process that died before it could say finished
         loaded = load_to_compute(options, options.model)
-        facts.update(save_cut(options.out / MODEL, loaded, options, plan, data.calibration, progress))
+        facts.update(save_cut(run.path / MODEL, loaded, options, plan, data.calibration, progress))
 
 
 def save_cut(
-    out: Path, loaded: Loaded, options: CompressOptions, plan: Plan, samples: Sequence[Sample], progress: Progress
+    out: Path, loaded: Loaded, options: PlanOptions, plan: Plan, samples: Sequence[Sample], progress: Progress
 ) -> dict[str, float]:
     """Cut the dense `loaded`, refit it where the options say so, save it in `out`, and check what was done.
 
