@@ -22,6 +22,7 @@ from slimvlm.compress.models.groups import (
     kept_kv_heads,
     weigh,
 )
+from slimvlm.compress.models.mapped import leave_files
 from slimvlm.compress.models.modeling_slim import RECORD, SCHEMA, replace_forward, resize, slim_class
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.slicing.cuts import Cut, find_cuts, matching_groups
@@ -53,6 +54,7 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     record = copy.deepcopy(getattr(model.config, RECORD, None)) or {
         "schema": SCHEMA, "shapes": {}, "attributes": {}, "forwards": {}, "per_layer_config": {}
     }  # fmt: skip
+    leave_files(model)
     for cut in cuts:
         _cut(model.get_submodule(cut.path), cut)
         record["shapes"][cut.path] = list(model.get_parameter(f"{cut.path}.weight").shape)
@@ -64,20 +66,10 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
         drop_blocks(model, tower, stay, record)
     for tower in family.towers if shorter else ():
         write_depth(model, tower)
-    _leave_file(model)
     setattr(model.config, RECORD, record)
     model.__class__ = slim_class(type(model))  # type: ignore[arg-type]  # a class is hashable
     assert count_parameters(model) == plan.parameters_after
     return model
-
-
-def _leave_file(model: nn.Module) -> None:
-    """Copy one tensor after the other: weights on a CPU are pages of the checkpoint's file, and as long as one of them
-    is used, say a bias that was not cut, all of it stays mapped, the dense weights included.
-    """
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type == "cpu":
-            tensor.data = tensor.data.clone()
 
 
 def _removed(model: nn.Module, cut: Cut) -> int:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from slimvlm.compress.models.families import Tower, find_family
 from slimvlm.compress.models.groups import Group
+from slimvlm.compress.models.mapped import leave_files
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.slicing.cuts import Cut, complement, find_cuts, matching_groups
 
@@ -22,8 +23,10 @@ def mask_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     Raises:
         CheckpointError: the plan was made for another model.
     """
+    groups = matching_groups(model, find_family(model.config), plan)
+    leave_files(model)  # before it is written into: the pages could not be given back
     with torch.no_grad():
-        for group in matching_groups(model, find_family(model.config), plan):
+        for group in groups:
             kept = torch.tensor(plan.keep[group.key], dtype=torch.int64)
             for cut in (*find_cuts(group, kept), *_switched_off(group, kept)):
                 module: Any = model.get_submodule(cut.path)

@@ -189,13 +189,26 @@ def test_the_dense_tensors_are_freed():
 
 @pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="mappings are listed in /proc")
 @pytest.mark.parametrize("name", sorted(FACTORIES))
-def test_the_dense_file_is_not_mapped_once_its_model_is_cut(name, tmp_path):
-    save_checkpoint(tmp_path / "dense", tiny_model(name).model, None, None)
-    model = load_model(tmp_path / "dense").model
+def test_a_model_that_is_cut_leaves_the_dense_file_with_the_same_weights(name, tmp_path):
+    dense = tiny_model(name).model
+    save_checkpoint(tmp_path / "dense", dense, None, None)
+    model, plan = load_model(tmp_path / "dense").model, random_plan(dense)
     assert str(tmp_path / "dense") in Path("/proc/self/maps").read_text()
-    apply_plan(model, random_plan(model))
+    apply_plan(model, plan)
     gc.collect()
     assert str(tmp_path / "dense") not in Path("/proc/self/maps").read_text()
+    assert same_weights(weights(model), weights(apply_plan(dense, plan)))
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="mappings are listed in /proc")
+def test_a_model_that_is_masked_leaves_the_dense_file_before_it_is_written_into(tmp_path):
+    dense = tiny_model("llava").model
+    save_checkpoint(tmp_path / "dense", dense, None, None)
+    model, plan = load_model(tmp_path / "dense").model, random_plan(dense)
+    mask_plan(model, plan)
+    gc.collect()
+    assert str(tmp_path / "dense") not in Path("/proc/self/maps").read_text()
+    assert same_weights(weights(model), weights(mask_plan(dense, plan)))
 
 
 def test_head_counts_on_the_modules_follow_the_cut():
