@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,6 +51,15 @@ def test_every_token_that_is_read_is_compared(name: str, tmp_path: Path) -> None
     model, batch = batch_of(name, tmp_path)
     read = (batch["labels"] != -100) if name == "blip2_t5" else batch["attention_mask"].bool()
     assert outputs(model, batch).shape == (read.sum(), model.config.get_text_config().vocab_size)
+
+
+@pytest.mark.parametrize("name", ["llava", "blip2_t5"])
+def test_no_loss_is_computed_to_compare(name: str, tmp_path: Path) -> None:
+    model, batch = batch_of(name, tmp_path)
+    asked: list[dict[str, Any]] = []
+    model.register_forward_pre_hook(lambda _module, _given, words: asked.append(words), with_kwargs=True)
+    outputs(model, batch)
+    assert "labels" not in asked[0]  # a loss takes copies of all logits
 
 
 def test_a_difference_is_relative_to_the_largest_logit_but_to_one_at_least() -> None:
