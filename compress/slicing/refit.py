@@ -90,8 +90,9 @@ def refit(  # noqa: PLR0913 (the model with what is known of it, what is kept, w
         for index, question in enumerate(_read(model, family, batches, chosen)):
             for projection in chosen:
                 projection.mask = question.masks.get(projection.stream) if projection.modality == "language" else None
+            unread = {"logits_to_keep": 1} if "logits_to_keep" in question.inputs else {}  # as few as can be asked for
             with torch.no_grad():
-                model(**question.inputs)
+                model(**{**question.inputs, **unread})
             progress("refit", number * len(batches) + index + 1, len(passes) * len(batches))
         for projection in chosen:
             weight, bias, lost = projection.solve()
