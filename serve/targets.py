@@ -20,8 +20,8 @@ from slimvlm.export.running.exported import Exported, is_export
 from slimvlm.export.running.manifest import Manifest, inside
 from slimvlm.export.running.sessions import NO_RUNTIME
 from slimvlm.export.variants import FULL, QUANTIZED
-from slimvlm.serve.judging.roofline import kv_bytes_per_token
-from slimvlm.serve.judging.shapes import Shapes, checkpoint_shapes
+from slimvlm.serve.judging.roofline import Shapes, kv_bytes_per_token
+from slimvlm.serve.judging.shapes import checkpoint_shapes
 from slimvlm.serve.options import ONNX, TORCH, split_backend
 from slimvlm.serve.profile import Subject
 

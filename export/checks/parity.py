@@ -67,7 +67,7 @@ def token_losses(logits: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
     """Losses [T] of tokens by their logits [T, V], in nats."""
     wide = logits.astype(np.float64)
     top = wide.max(axis=-1, keepdims=True)
-    total = np.log(np.exp(wide - top).sum(axis=-1)) + top[:, 0]
+    total: np.ndarray = np.log(np.exp(wide - top).sum(axis=-1)) + top[:, 0]
     return total - wide[np.arange(len(tokens)), list(tokens)]
 
 

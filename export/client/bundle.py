@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from slimvlm.compress.files.decoding import LARGEST_FILE, decode, parse
+from slimvlm.compress.files.folders import MANIFEST
 from slimvlm.compress.files.writing import written_file
-from slimvlm.export.running.manifest import MANIFEST, Manifest
+from slimvlm.export.running.manifest import Manifest
 
 README = "README.md"
 

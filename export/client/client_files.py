@@ -62,7 +62,8 @@ def _config(model: Any, flat: bool) -> dict[str, Any]:
         config |= {name: text[name] for name in TEXT_SIZES if name in text and name not in config}
     if RECORD in config:
         config[RECORD] = {"per_layer_config": config[RECORD].get("per_layer_config")}
-    return json.loads(json.dumps(config, default=str))
+    plain: dict[str, Any] = json.loads(json.dumps(config, default=str))
+    return plain
 
 
 def _generation(model: Any, prompting: Prompting) -> dict[str, Any]:

@@ -102,7 +102,8 @@ def deepstack_layers(model: Any) -> int:
 
 def embedding_width(model: Any) -> int:
     """Of `inputs_embeds`: the model's own width, and what DeepStack adds (see Decoder)."""
-    return model.get_input_embeddings().weight.shape[1] * (1 + deepstack_layers(model))
+    width: int = model.get_input_embeddings().weight.shape[1]
+    return width * (1 + deepstack_layers(model))
 
 
 def _embed_graph(model: Any, width: int) -> Graph:

@@ -20,7 +20,8 @@ class Encoder(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Pixels, or token ids and mask."""
-        return getattr(self.model, self.method)(*inputs).pooler_output.float()
+        embedding: Tensor = getattr(self.model, self.method)(*inputs).pooler_output
+        return embedding.float()
 
 
 def dual_encoder(model: Any, family: Family, batch: Mapping[str, Tensor]) -> tuple[Graph, ...]:

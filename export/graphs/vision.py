@@ -40,7 +40,9 @@ class Pooled(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Features, fp32."""
-        return self.model.base_model.get_image_features(pixel_values.to(self.model.dtype)).pooler_output.float()
+        output = self.model.base_model.get_image_features(pixel_values.to(self.model.dtype))
+        features: Tensor = output.pooler_output
+        return features.float()
 
 
 class Select(nn.Module):
@@ -59,7 +61,8 @@ class Select(nn.Module):
         pixel_values = pixel_values.to(self.tower.dtype)
         states = self.tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
         chosen = [states[layer][:, 1:] if self.skip_first else states[layer] for layer in self.layers]
-        return self.projector(torch.cat(chosen, dim=-1)).float()
+        features: Tensor = self.projector(torch.cat(chosen, dim=-1))
+        return features.float()
 
 
 class Tiles(Select):
@@ -136,7 +139,8 @@ class MaskedTiles(nn.Module):
         padding = ~real.flatten(1)[:, None, None, :].expand(-1, 1, hidden.shape[1], -1)
         mask = padding.to(hidden.dtype) * (torch.finfo(hidden.dtype).min / 2)
         hidden = self.tower.encoder(inputs_embeds=hidden, attention_mask=mask).last_hidden_state
-        return self.connector(self.tower.post_layernorm(hidden)).float()
+        features: Tensor = self.connector(self.tower.post_layernorm(hidden))
+        return features.float()
 
     def _places(self, real: Tensor) -> Tensor:
         """Rows of the position table for patches [B, h, w]: the table is stretched over the real part of an image."""
@@ -149,7 +153,7 @@ class MaskedTiles(nn.Module):
 
         rows = bucket(real[:, :, 0].sum(1), real.shape[1])
         columns = bucket(real[:, 0, :].sum(1), real.shape[2])
-        places = rows[:, :, None] * side + columns[:, None, :]
+        places: Tensor = rows[:, :, None] * side + columns[:, None, :]
         return (places * real).flatten(1)
 
 
@@ -207,7 +211,8 @@ class Patches(nn.Module):
             align_corners=self.tower.interpolation_align_corners,
             spatial_merge_size=merge,
         )
-        return (table(indices) * weights[:, :, None]).sum(1)
+        corners: Tensor = table(indices) * weights[:, :, None]
+        return corners.sum(1)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Features, fp32."""
@@ -225,7 +230,7 @@ class Patches(nn.Module):
         return torch.cat([self._merge(self.tower.merger, hidden), *deep], dim=-1).float()
 
     def _merge(self, merger: nn.Module, hidden: Tensor) -> Tensor:
-        merged = merger(hidden.flatten(0, 1)).unflatten(0, (-1, self.back.shape[0]))
+        merged: Tensor = merger(hidden.flatten(0, 1)).unflatten(0, (-1, self.back.shape[0]))
         return merged[:, self.back].flatten(0, 1)
 
     def _attend(self, attention: Any, hidden: Tensor, mask: Tensor | None) -> Tensor:
@@ -235,7 +240,8 @@ class Patches(nn.Module):
         query, key = (_rotate(part, self.cos, self.sin) for part in (query, key))
         bias = None if mask is None else mask.to(hidden.dtype)
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=attention.scaling)
-        return attention.proj(mixed.transpose(1, 2).flatten(2))
+        projected: Tensor = attention.proj(mixed.transpose(1, 2).flatten(2))
+        return projected
 
 
 def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from slimvlm.compress.data.collate import Collator
 from slimvlm.compress.errors import CheckpointError, UnsuitableOptionError
+from slimvlm.compress.files.folders import MANIFEST
 from slimvlm.compress.models.checkpoint import INDEX, SINGLE
 from slimvlm.compress.models.loaders import load_processor, read_config
 from slimvlm.export.running.generation import Prompting
-from slimvlm.export.running.manifest import MANIFEST, Artifact, Manifest, check_files
+from slimvlm.export.running.manifest import Artifact, Manifest, check_files
 from slimvlm.export.running.runners import SessionRunner, TorchRunner, runner_of
 
 

@@ -158,7 +158,8 @@ def prompt_positions(
         grids: [images, 3], frames, rows and columns of patches of every image, in the order of the image tokens.
     """
     if prompting.positions == "count":
-        return np.maximum(mask.cumsum(-1) - 1, 0) + prompting.first_position
+        counted: np.ndarray = np.maximum(mask.cumsum(-1) - 1, 0) + prompting.first_position
+        return counted
     remaining = iter(() if grids is None else grids.tolist())
     result = np.ones((3, *ids.shape), np.int64)
     for row, (tokens, real) in enumerate(zip(ids, mask.astype(bool), strict=True)):

@@ -128,7 +128,8 @@ class OnnxGraphs:
     def call(self, graph: str, values: Mapping[str, Any]) -> Sequence[Any]:
         """See `Graphs`."""
         session, _, names = self._opened.get(graph) or self.open(graph)
-        return session.run(names, values)
+        arrays: list[np.ndarray] = session.run(names, values)
+        return arrays
 
 
 class BoundOnnxGraphs(OnnxGraphs):
@@ -173,7 +174,8 @@ class BoundOnnxGraphs(OnnxGraphs):
         if self._nowhere.is_cuda:  # the session has a stream of its own, and leaves it when all is done
             torch.cuda.current_stream(self._nowhere.device).synchronize()
         session.run_with_iobinding(binding)
-        return binding.get_outputs()
+        outputs: list[Any] = binding.get_outputs()
+        return outputs
 
     def _bind(self, binding: Any, name: str, value: Any) -> None:
         if not isinstance(value, Tensor):

@@ -75,10 +75,16 @@ class TorchBackend:
         if self._encoder:
             self._state["encoder_outputs"] = BaseModelOutput(last_hidden_state=output.encoder_last_hidden_state)
             self._state["attention_mask"] = self._batch["attention_mask"]
-        return output.logits[:, -1]
+        return _last(output)
 
     def step(self, token: Tensor) -> Tensor:
         """See `Backend`."""
         if self._encoder:
-            return self.speaker(decoder_input_ids=token, **self._state).logits[:, -1]
-        return self.speaker(input_ids=token, **self._state).logits[:, -1]
+            return _last(self.speaker(decoder_input_ids=token, **self._state))
+        return _last(self.speaker(input_ids=token, **self._state))
+
+
+def _last(output: Any) -> Tensor:
+    """Logits [B, V] of the last token, of what a model of transformers gave."""
+    logits: Tensor = output.logits
+    return logits[:, -1]

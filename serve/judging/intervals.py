@@ -84,7 +84,8 @@ def _drawn(dense: Starts, slim: Starts, seed: int) -> np.ndarray:
         pairs, where = np.array(pair), chosen == start
         draws = random.integers(pairs.shape[1], size=(int(where.sum()), pairs.shape[1]))
         logarithms[where] = np.subtract(*np.log(np.median(pairs[:, draws], axis=2)))
-    return logarithms.mean(axis=1)
+    means: np.ndarray = logarithms.mean(axis=1)
+    return means
 
 
 def _widening(starts: int) -> float:

@@ -172,19 +172,17 @@ def _window(config: Any, layer: int) -> int | None:
     side, full = getattr(config, "window_size", None), getattr(config, "fullatt_block_indexes", None)
     if side is None or full is None or layer in full:
         return None
-    return (side // config.patch_size) ** 2
+    return int(side // config.patch_size) ** 2
 
 
 def _resampler_attention(model: nn.Module, root: str, cross: str) -> list[Attended]:
     found = []
     for path, module in model.get_submodule(root).named_modules():
         if isinstance(getattr(module, "query", None), nn.Linear):
-            found.append(Attended("query", "patch" if f".{cross}." in f".{path}." else "query", _rows(module.query)))
+            found.append(
+                Attended("query", "patch" if f".{cross}." in f".{path}." else "query", module.query.out_features)
+            )
     return found
-
-
-def _rows(linear: Any) -> int:
-    return linear.out_features
 
 
 def _pooling(model: nn.Module, places: tuple[Place, ...]) -> list[Any]:

@@ -144,7 +144,7 @@ def _cpu_caches() -> dict[str, int]:
 
 def _host_memory() -> int:
     """Bytes of memory, or what a container may use of them."""
-    total = psutil.virtual_memory().total
+    total = int(psutil.virtual_memory().total)
     try:
         return min(total, int(MEMORY_LIMIT.read_text()))
     except (OSError, ValueError):  # no limit: no file, or `max`
@@ -246,4 +246,4 @@ def _cuda_seconds(run: Callable[[], object]) -> float:
     run()
     ended.record()
     ended.synchronize()
-    return began.elapsed_time(ended) / 1000
+    return float(began.elapsed_time(ended)) / 1000

@@ -101,7 +101,8 @@ class Gpu:
         with suppress(self._nvml.NVMLError):
             for process in self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle):
                 if process.pid == os.getpid():
-                    return process.usedGpuMemory
+                    used: int | None = process.usedGpuMemory
+                    return used
         return None
 
     def used_bytes(self) -> int | None:
@@ -119,7 +120,7 @@ class Gpu:
         if self._nvml is None:
             return None
         with suppress(self._nvml.NVMLError):
-            return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1000
+            return float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1000
         return None
 
 

@@ -84,7 +84,8 @@ class RunFiles:
 
     def stage(self, name: str) -> dict[str, Any]:
         """What run.json says of a stage; nothing where it never began."""
-        return self.record["stages"].get(name, {})
+        stage: dict[str, Any] = self.record["stages"].get(name, {})
+        return stage
 
 
 def read_run(folder: Path) -> RunFiles:

@@ -15,8 +15,9 @@ from slimvlm.compress.data.splits import read_evaluation, read_measured
 from slimvlm.compress.errors import SlimvlmError
 from slimvlm.compress.evaluation.quality import Quality, Row, exact_match
 from slimvlm.compress.run_record import options_of
+from slimvlm.compress.runs import QUALITY
 from slimvlm.serve.report.document import Example, Section, Table, percent, shown, whole
-from slimvlm.serve.report.files import QUALITY, Qualities, RunFiles
+from slimvlm.serve.report.files import Qualities, RunFiles
 from slimvlm.serve.report.sections.quality import outcomes, right
 
 TITLE = "Answers side by side"

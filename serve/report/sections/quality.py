@@ -17,9 +17,10 @@ from slimvlm.compress.evaluation.quality import (
     image_numbers,
     untold,
 )
+from slimvlm.compress.runs import QUALITY
 from slimvlm.serve.report.charts import Estimate, task_dots
 from slimvlm.serve.report.document import Chart, Finding, Section, Table, figure, percent, points, share, shown, whole
-from slimvlm.serve.report.files import QUALITY, RunFiles
+from slimvlm.serve.report.files import RunFiles
 
 TITLE = "Quality"
 LEVEL, NORMAL_QUANTILE = 0.95, 1.959964  # of the intervals; the standard normal's (1 + LEVEL) / 2 quantile
@@ -219,7 +220,7 @@ def worth(values: Sequence[float], images: np.ndarray) -> float:
     sums = np.bincount(images, centred)
     if len(sums) < 2 or not centred.any():
         return float(len(sums))
-    effect = (sums**2).sum() / (centred**2).sum() * len(sums) / (len(sums) - 1)
+    effect = float((sums**2).sum() / (centred**2).sum()) * len(sums) / (len(sums) - 1)
     return len(values) / max(1.0, effect * (len(values) - 1) / len(values))
 
 

@@ -10,9 +10,10 @@ import numpy as np
 from slimvlm.compress.errors import OutputError
 from slimvlm.compress.models.families import FAMILIES
 from slimvlm.compress.plan import Plan
+from slimvlm.compress.runs import PLAN, SCORES
 from slimvlm.serve.report.charts import kept_bars, score_steps, size_bars
 from slimvlm.serve.report.document import Chart, Finding, Section, Table, change, figure, percent, shown, whole
-from slimvlm.serve.report.files import PLAN, SCORES, RunFiles, Scored
+from slimvlm.serve.report.files import RunFiles, Scored
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 UNITS = {"mlp": "MLP channels", "attn": "attention heads", "cross_attn": "cross-attention heads"}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from slimvlm.compress.runs import JOURNAL
 from slimvlm.serve.report.charts import Curve, training_curve
 from slimvlm.serve.report.document import Chart, Finding, Section, Table, figure, percent, shown, whole
-from slimvlm.serve.report.files import JOURNAL, RunFiles
+from slimvlm.serve.report.files import RunFiles
 
 RECOVER = "run.json: stages.recover"
 TITLE = "Recovery"
