@@ -66,5 +66,6 @@ CRITERIA: Mapping[str, Criterion] = {
         Criterion("gate", ("gate",)),  # Kwon et al., NeurIPS 2022
         Criterion("magnitude", file="magnitude"),  # Li et al., ICLR 2017
         Criterion("random", file="chance", normalise=None),
+        Criterion("wanda-sp", ("input-norms",), file="wanda", normalise="mean"),  # An et al., FLAP, AAAI 2024
     )
 }
