@@ -19,7 +19,7 @@ from slimvlm.compress.criteria.scores import Scores
 from slimvlm.compress.criteria.scoring import score_groups
 from slimvlm.compress.models.computing import give_back_memory
 from slimvlm.compress.models.families import find_family
-from slimvlm.compress.models.groups import Group, find_groups
+from slimvlm.compress.models.groups import Group, find_units
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.slicing.apply import apply_plan
@@ -54,6 +54,10 @@ class Planning:
     def calibration(self) -> CalibrationOptions:
         """What each calibration collects."""
         return self.criterion.calibration(grad_memory_bytes=self.grad_memory_bytes, host_sums=self.host_sums)
+
+    def groups(self, model: nn.Module) -> tuple[Group, ...]:
+        """What of `model` (the meta device is enough) is chosen among: what the criterion can judge."""
+        return find_units(model, find_family(model.config), self.criterion.units, self.attention_unit)
 
 
 @dataclass(frozen=True)
@@ -104,13 +108,13 @@ def plan_in_rounds(
         InfeasibleBudgetError: no plan meets the budget; found before any calibration.
     """
     family = find_family(model.config)
-    groups = find_groups(model, family, planning.attention_unit)
+    groups = planning.groups(model)
     dense = check_budget(model, groups, planning.budget)
     first, composed = done or (0, None)
     if composed is not None:
         apply_plan(model, composed)
     for number in range(first + 1, planning.rounds + 1):
-        groups = find_groups(model, family, planning.attention_unit)
+        groups = planning.groups(model)
         calibration = None
         if planning.calibration.statistics:
             told = _over_rounds(progress, number, first, planning.rounds)

@@ -27,6 +27,7 @@ class Criterion:
         file: of this folder; its function `score` gives a value per unit.
         normalise: makes units of different groups comparable: division by the `weights` of a unit, or by the `mean` of
             the group; None: they are.
+        units: `width`, the channels and heads of a block, or `block`, whole blocks.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Criterion:
     angles: str | None = None
     file: str = "saliency"
     normalise: str | None = "weights"
+    units: str = "width"
 
     @property
     def score(self) -> Score:

@@ -57,4 +57,5 @@ def units_of(group: Group, importance: Tensor) -> Tensor:
         by_kv_head = importance.view(group.kv_heads, group.heads_per_kv)
         first = torch.arange(group.kv_heads) * group.heads_per_kv
         return (by_kv_head.argsort(dim=1, stable=True) + first[:, None]).t().contiguous()
-    return torch.arange(group.size).view(group.num_units, -1)
+    indices = torch.tensor([block.index for block in group.blocks]) if group.blocks else torch.arange(group.size)
+    return indices.view(group.num_units, -1)

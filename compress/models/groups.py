@@ -119,6 +119,11 @@ class Group:
         return np.full(self.num_units, self.weights_per_unit)
 
     @property
+    def block_paths(self) -> list[str]:
+        """Of the blocks that may leave. [num_units]."""
+        return [f"{self.path}.{block.index}" for block in self.blocks]
+
+    @property
     def fixed(self) -> list[int]:
         """The blocks that cannot leave."""
         free = {block.index for block in self.blocks}
@@ -132,6 +137,11 @@ class Group:
     def heads_per_kv(self) -> int:
         """Query heads per KV head (1 for plain multi-head attention and MLPs)."""
         return self.size // self.kv_heads if self.kv_heads else 1
+
+
+def find_units(model: nn.Module, family: Family, kind: str, attention_unit: str = "auto") -> tuple[Group, ...]:
+    """The groups with units of this kind: `width` (see `find_groups`) or `block` (see `find_blocks`)."""
+    return find_blocks(model, family) if kind == BLOCK else find_groups(model, family, attention_unit)
 
 
 def find_groups(

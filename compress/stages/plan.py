@@ -16,7 +16,6 @@ from slimvlm.compress.files.decoding import dump, read
 from slimvlm.compress.files.writing import write_text
 from slimvlm.compress.models.checkpoint import build_meta
 from slimvlm.compress.models.computing import frees_memory, load_to_compute
-from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.options import PlanOptions
 from slimvlm.compress.plan import Plan, Refitting
 from slimvlm.compress.processes import pick_device
@@ -94,8 +93,8 @@ def check_plan(options: PlanOptions) -> None:
     """
     pick_device(options.device)
     planning = planning_of(options)
-    model, family = build_meta(options.model, options.trust_remote_code)
-    check_budget(model, find_groups(model, family, planning.attention_unit), planning.budget)
+    model, _ = build_meta(options.model, options.trust_remote_code)
+    check_budget(model, planning.groups(model), planning.budget)
 
 
 @frees_memory

@@ -26,10 +26,10 @@ class AngleHistograms(Collector):
         self._norms: dict[str, Tensor] = {}
         for side in self.sides:
             if side.stream is not None and 0 in side.dims:
-                weight = side.linear.weight.detach()
+                weight = side.module.weight.detach()
                 self._norms[side.path] = row_norms(weight)
                 self.counts[side.path] = torch.zeros(weight.shape[0], BINS, dtype=torch.int64, device=weight.device)
-                self._handles.append(side.linear.register_forward_hook(partial(self._count, side)))
+                self._handles.append(side.module.register_forward_hook(partial(self._count, side)))
 
     def stop(self) -> None:
         self._last: tuple[Tensor, Tensor] | None = None

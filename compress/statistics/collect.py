@@ -11,15 +11,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 
-from slimvlm.compress.data.questions import Question, ask, stream_of
+from slimvlm.compress.data.questions import Question, ask, stream_of, stream_through
 from slimvlm.compress.errors import CalibrationError
 from slimvlm.compress.models.computing import in_passes, undisturbed
-from slimvlm.compress.models.families import Family
+from slimvlm.compress.models.families import Family, Tower
 from slimvlm.compress.models.groups import Group, Member
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.statistics.collector import Collector, Side
@@ -233,7 +233,15 @@ def _collectors(options: CalibrationOptions) -> list[Collector]:
 
 
 def _sides(model: nn.Module, family: Family, groups: Sequence[Group]) -> list[Side]:
-    """Every prunable linear once (the parts of a fused one are one tensor), in the order of the groups."""
+    """Every prunable linear once (the parts of a fused one are one tensor), or every block that may leave, in the order
+    of the groups.
+    """
+    blocks = [
+        Side(path, model.get_submodule(path), (), stream=_stream(group, stream_through(family, group.part)))
+        for group in groups
+        if isinstance(group.part, Tower)
+        for path in group.block_paths
+    ]
     dims: dict[str, set[int]] = {}
     first: dict[str, tuple[Group, Member]] = {}
     for group in groups:
@@ -241,18 +249,22 @@ def _sides(model: nn.Module, family: Family, groups: Sequence[Group]) -> list[Si
             if not member.norm:
                 dims.setdefault(member.path, set()).add(member.dim)
                 first.setdefault(member.path, (group, member))
-    if not dims:
+    if not (dims or blocks):
         raise ValueError("there is no prunable weight in these groups")
-    return [
+    return blocks + [
         Side(
             path,
-            cast(nn.Linear, model.get_submodule(path)),
+            model.get_submodule(path),
             tuple(sorted(dims[path])),
             member.width,
-            stream_of(family, group, member) if group.modality == "language" else None,
+            _stream(group, stream_of(family, group, member)),
         )
         for path, (group, member) in first.items()
     ]
+
+
+def _stream(group: Group, name: str) -> str | None:
+    return name if group.modality == "language" else None
 
 
 def _passes(sides: Sequence[Side], collectors: Sequence[Collector], bound: int | None) -> list[list[Side]]:

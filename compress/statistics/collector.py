@@ -1,13 +1,14 @@
-"""The seam of what is collected: a with-block that watches linears, by hooks, while a model reads the data."""
+"""The seam of what is collected: a with-block that watches linears or blocks, by hooks, while the data is read."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from slimvlm.compress.data.questions import Question
 from slimvlm.compress.errors import CalibrationError
@@ -19,11 +20,12 @@ Reduce = Callable[[Tensor, str], None]  # (tensor, "sum" | "min" | "max"): in pl
 @dataclass(frozen=True, slots=True)
 class Side:
     """A prunable linear, the dimensions its scores are wanted for (0: rows, 1: columns), `width`, rows or columns of
-    one index (D for heads, 1 for channels), and the stream of the tokens it reads (None: not the text model's).
+    one index (D for heads, 1 for channels), and the stream of the tokens it reads (None: not the text model's). Or a
+    block that may leave, which has no dimensions.
     """
 
     path: str
-    linear: nn.Linear
+    module: Any  # nn.Linear, or a block
     dims: tuple[int, ...]
     width: int = 1
     stream: str | None = None

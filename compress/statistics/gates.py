@@ -28,7 +28,7 @@ class GateSquares(GradientSums):
 
     def _listen(self, index: int, side: Side) -> None:
         if 1 in side.dims:
-            self._handles.append(side.linear.register_forward_pre_hook(partial(self._watch, index)))
+            self._handles.append(side.module.register_forward_pre_hook(partial(self._watch, index)))
 
     def _watch(self, index: int, _linear: nn.Linear, inputs: tuple[Any, ...]) -> None:
         if torch.is_grad_enabled():
@@ -51,11 +51,11 @@ class GateSquares(GradientSums):
         """A gate's square spread evenly over its columns, no row has any."""
         result = {}
         for side in self.sides:
-            rows, columns = side.linear.weight.shape
+            rows, columns = side.module.weight.shape
             if 0 in side.dims:
                 result[f"{side.path}:0"] = torch.zeros(rows)
             if 1 in side.dims:
-                empty = torch.zeros(columns // side.width, device=side.linear.weight.device)
+                empty = torch.zeros(columns // side.width, device=side.module.weight.device)
                 squares = self._squares.get(side.path, empty)
                 reduce(squares, "sum")
                 result[f"{side.path}:1"] = squares.repeat_interleave(side.width).cpu() / side.width

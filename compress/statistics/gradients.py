@@ -25,10 +25,10 @@ class GradientSums(Collector):
     """
 
     def bytes_needed(self, side: Side) -> int:
-        return 4 * MATRICES.get(self.statistic.name, 0) * side.linear.weight.numel()
+        return 4 * MATRICES.get(self.statistic.name, 0) * side.module.weight.numel()
 
     def start(self) -> None:
-        device = self.sides[0].linear.weight.device
+        device = self.sides[0].module.weight.device
         self._checks = torch.zeros(len(self.sides) + 1, device=device)  # one sum per weight, then the loss
         self._first_bad = torch.full_like(self._checks, STILL_FINITE, dtype=torch.int64)
         self._sums: dict[str, Tensor] = {}
@@ -38,14 +38,14 @@ class GradientSums(Collector):
             self._listen(index, side)
 
     def _listen(self, index: int, side: Side) -> None:
-        weight = side.linear.weight
+        weight = side.module.weight
         weight.requires_grad_(True)
         self._handles.append(weight.register_post_accumulate_grad_hook(partial(self._add, index)))
 
     def stop(self) -> None:
         for side in self.sides:
-            side.linear.weight.grad = None
-            side.linear.weight.requires_grad_(False)
+            side.module.weight.grad = None
+            side.module.weight.requires_grad_(False)
         self._sums.clear()
         self._squares.clear()
 
@@ -121,7 +121,7 @@ class GradientSums(Collector):
         result = {}
         for dim in side.dims:
             key = f"{side.path}:{dim}"
-            weight = side.linear.weight
+            weight = side.module.weight
             sums = self._squares.get(key, torch.zeros(weight.shape[dim], device=weight.device))
             reduce(sums, "sum")
             result[key] = (sums / self._micro_batches if self.statistic.name == "second" else sums).cpu()
@@ -133,13 +133,13 @@ class GradientSums(Collector):
             grad, square = self._accumulated(side, reduce)
             wanted += [(side, grad, square, dim) for dim in side.dims]
         _, grads, squares, dims = zip(*wanted, strict=True)
-        weights = [side.linear.weight.detach() for side, *_ in wanted]
+        weights = [side.module.weight.detach() for side, *_ in wanted]
         sums = taylor_sums_batch(weights, grads, dims, variant=self.statistic.name, squares=squares)
         return {f"{side.path}:{dim}": values.cpu() for (side, *_, dim), values in zip(wanted, sums, strict=True)}
 
     def _accumulated(self, side: Side, reduce: Reduce) -> tuple[Tensor, Tensor | None]:
         """The sum of the gradients and the mean of their squares over all processes; gives up what this object held."""
-        weight = side.linear.weight
+        weight = side.module.weight
         # A weight the loss does not reach (a block behind LLaVA's feature layer) has no gradient: its sum is zero.
         held = weight.grad if self._native(weight) else self._sums.pop(side.path, None)
         grad = torch.zeros_like(weight, dtype=torch.float32) if held is None else held.to(weight.device)

@@ -18,9 +18,9 @@ class InputNorms(Collector):
     def start(self) -> None:
         self.squares: dict[str, Tensor] = {}
         for side in self.sides:
-            weight = side.linear.weight
+            weight = side.module.weight
             self.squares[side.path] = torch.zeros(weight.shape[1], device=weight.device)
-            self._handles.append(side.linear.register_forward_pre_hook(partial(self._add, side)))
+            self._handles.append(side.module.register_forward_pre_hook(partial(self._add, side)))
 
     def stop(self) -> None:
         self._last: tuple[Tensor, Tensor] | None = None

@@ -22,6 +22,7 @@ class Statistic:
         reads: `forward`, or `backward` where a backward pass of the loss is needed too.
         file: of this folder; `collector`: the class in it.
         per_batch: squares are taken per batch, so it depends on how samples are batched.
+        units: what it watches: linears, for units of `width`, or blocks, for units of `block`.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Statistic:
     file: str
     collector: str
     per_batch: bool = False
+    units: str = "width"
 
     def make(self, host: bool = False) -> Collector:
         """A collector of this statistic, its sums in `host` memory or where the weights are."""
@@ -48,6 +50,7 @@ STATISTICS: Mapping[str, Statistic] = {
         Statistic("angles", "forward", "angles", "AngleHistograms"),
         Statistic("paper-angles", "forward", "angles", "AngleHistograms"),
         Statistic("input-norms", "forward", "norms", "InputNorms"),
+        Statistic("turning", "forward", "turning", "Turning", units="block"),
     )
 }
 

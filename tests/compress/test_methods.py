@@ -17,7 +17,7 @@ from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.criteria.scores import Scores
 from slimvlm.compress.criteria.scoring import score_groups
 from slimvlm.compress.models.families import find_family
-from slimvlm.compress.models.groups import Group, find_groups
+from slimvlm.compress.models.groups import Group, find_units
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.statistics.collect import collect
 from slimvlm.compress.statistics.rows import STATISTICS
@@ -32,13 +32,13 @@ UNBATCHED = [
 
 
 @cache
-def tiny_groups(name: str) -> tuple[Tiny, tuple[Group, ...]]:
+def tiny_groups(name: str, criterion: str) -> tuple[Tiny, tuple[Group, ...]]:
     tiny = tiny_model(name)
-    return tiny, find_groups(tiny.model, find_family(tiny.model.config))
+    return tiny, find_units(tiny.model, find_family(tiny.model.config), CRITERIA[criterion].units)
 
 
 def scored(name: str, criterion: str, order: str = "together") -> Scores:
-    tiny, groups = tiny_groups(name)
+    tiny, groups = tiny_groups(name, criterion)
     row, calibration = CRITERIA[criterion], None
     if row.calibration().statistics:
         samples = tiny.inputs(4)
@@ -52,7 +52,7 @@ once = cache(scored)
 
 
 def planned(name: str, allocator: str, scores: Scores) -> Plan:
-    tiny, groups = tiny_groups(name)
+    tiny, groups = tiny_groups(name, scores.criterion.name)
     return plan_units(groups, scores, Budget(0.3, allocator=allocator), facts_of(tiny.model, groups))
 
 
@@ -60,7 +60,7 @@ def planned(name: str, allocator: str, scores: Scores) -> Plan:
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_a_criterion_gives_every_unit_one_finite_score(criterion: str, name: str) -> None:
     scores = once(name, criterion)
-    for group in tiny_groups(name)[1]:
+    for group in tiny_groups(name, criterion)[1]:
         values, members = scores.values[group.key], scores.members[group.key]
         assert values.dtype == torch.float32 and values.shape == (group.num_units,) and len(members) == group.num_units
         assert values.isfinite().all() and (values >= 0).all() and len(set(values.tolist())) > 1, group.key
@@ -86,9 +86,9 @@ def test_a_plan_meets_its_budget_within_a_unit_keeps_the_floors_and_has_the_same
     criterion: str, allocator: str, name: str
 ) -> None:
     plan = planned(name, allocator, once(name, criterion))
-    groups = tiny_groups(name)[1]
+    groups = tiny_groups(name, criterion)[1]
     if ALLOCATORS[allocator].floors:
-        unit = max(group.parameters_per_unit for group in groups)
+        unit = max(group.parameters.max() for group in groups)
         assert abs(plan.parameters_before - plan.parameters_after - 0.3 * plan.parameters_before) <= unit
         assert all(len(plan.keep[group.key]) >= 0.1 * group.size for group in groups)
     assert all(plan.keep[group.key] for group in groups)

@@ -13,7 +13,7 @@ from tiny_models import FACTORIES, IMAGE_TOKEN, Tiny, tiny_model
 from slimvlm.compress.criteria.criterion import CRITERIA, Criterion
 from slimvlm.compress.errors import CalibrationError
 from slimvlm.compress.models.families import find_family
-from slimvlm.compress.models.groups import find_groups
+from slimvlm.compress.models.groups import find_groups, find_units
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.statistics.collect import Calibration, collect
 from slimvlm.compress.statistics.rows import STATISTICS, CalibrationOptions, Statistic, TokenRule
@@ -28,7 +28,9 @@ def run(tiny: Tiny, batches: list, criterion: Criterion = UKMI, progress: Progre
 
 def collect_from(tiny: Tiny, batches: list, options: CalibrationOptions, progress: Progress = silent) -> Calibration:
     family = find_family(tiny.model.config)
-    return collect(tiny.model, family, find_groups(tiny.model, family), batches, options, progress)
+    units = next((STATISTICS[name].units for name in options.statistics), "width")
+    groups = find_units(tiny.model, family, units)
+    return collect(tiny.model, family, groups, batches, options, progress)
 
 
 def uneven_samples(name: str, count: int = 4) -> list[dict[str, torch.Tensor]]:

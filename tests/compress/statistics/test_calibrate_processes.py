@@ -12,7 +12,7 @@ from tiny_models import tiny_model
 from slimvlm.compress.allocate.budget import Budget
 from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.models.families import find_family
-from slimvlm.compress.models.groups import find_groups
+from slimvlm.compress.models.groups import find_units
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.rounds import Planning, plan_in_rounds
 from slimvlm.compress.statistics.collect import collect
@@ -32,7 +32,7 @@ from slimvlm.compress.statistics.collect import collect
 from slimvlm.compress.statistics.rows import STATISTICS, CalibrationOptions
 from slimvlm.compress.errors import CalibrationError
 from slimvlm.compress.models.families import find_family
-from slimvlm.compress.models.groups import find_groups
+from slimvlm.compress.models.groups import find_units
 from tiny_models import tiny_model
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
@@ -40,9 +40,9 @@ torch.set_num_threads(1)
 distributed.init_process_group("gloo", init_method=f"file://{{folder}}/meet", rank=rank, world_size=2)
 tiny = tiny_model("llava")
 family = find_family(tiny.model.config)
-groups = find_groups(tiny.model, family)
 batches = [tiny.inputs(count) for count in (1, 3, 2)]
 for name in STATISTICS:
+    groups = find_units(tiny.model, family, STATISTICS[name].units)
     found = collect(tiny.model, family, groups, batches, CalibrationOptions((name,)))
     save_file(dict(found.seen[name]), folder / f"{{name}}.{{rank}}", {{c: str(getattr(found, c)) for c in {COUNTS}}})
 for name, criterion in CRITERIA.items():
@@ -50,7 +50,7 @@ for name, criterion in CRITERIA.items():
     (folder / f"{{name}}.{{rank}}.json").write_text(planned.plan.to_json())
 batches[1]["pixel_values"][:] = float("inf")  # only the second process reads it; both must stop
 try:
-    collect(tiny.model, family, groups, batches, CalibrationOptions(("first",)))
+    collect(tiny.model, family, find_units(tiny.model, family, "width"), batches, CalibrationOptions(("first",)))
 except CalibrationError as error:
     (folder / f"error.{{rank}}").write_text(str(error))
 distributed.destroy_process_group()
@@ -70,7 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_give_the_statistics_of_one(name: str, folder: Path) -> None:
     tiny = tiny_model("llava")
     family = find_family(tiny.model.config)
-    groups = find_groups(tiny.model, family)
+    groups = find_units(tiny.model, family, STATISTICS[name].units)
     batches = [tiny.inputs(count) for count in (1, 3, 2)]
     alone = collect(tiny.model, family, groups, batches, CalibrationOptions((name,)))
     first, second = (load_file(folder / f"{name}.{rank}") for rank in (0, 1))

@@ -1,0 +1,47 @@
+"""How far blocks turn the residual stream: the published figure, of every block of every family that may leave."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from plans import keep_blocks
+from tiny_models import FACTORIES, tiny_model
+
+from slimvlm.compress.models.families import find_family
+from slimvlm.compress.models.groups import find_blocks
+from slimvlm.compress.slicing.mask import mask_plan
+from slimvlm.compress.statistics.collect import collect
+from slimvlm.compress.statistics.rows import CalibrationOptions
+
+
+def turning(model, *batches) -> dict[str, float]:
+    family = find_family(model.config)
+    seen = collect(model, family, find_blocks(model, family), batches, CalibrationOptions(("turning",))).seen
+    return {path: value.item() for path, value in seen["turning"].items()}
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_every_block_that_may_leave_turns_its_tokens_and_one_that_is_switched_off_does_not(name):
+    tiny = tiny_model(name)
+    batch = tiny.inputs(2)
+    found = turning(tiny.model, batch)
+    groups = find_blocks(tiny.model, find_family(tiny.model.config))
+    assert list(found) == [path for group in groups for path in group.block_paths]
+    assert all(1e-3 < value < 2 for value in found.values())
+    again = turning(mask_plan(tiny.model, keep_blocks(tiny.model, lambda group: [group.blocks[0].index])), batch)
+    off = {group.block_paths[0] for group in groups}
+    assert all((value < 1e-6) == (path in off) for path, value in again.items())
+
+
+def test_it_is_one_minus_the_cosine_over_the_tokens_that_are_no_padding_however_they_are_batched():
+    tiny = tiny_model("llava")
+    batch = tiny.inputs(3)
+    batch["attention_mask"][0, :3] = 0
+    with torch.no_grad():
+        states = tiny.model(**batch, output_hidden_states=True).hidden_states
+    mask = batch["attention_mask"].bool()
+    expected = 1 - torch.cosine_similarity(states[0][mask], states[1][mask], dim=-1).mean()
+    found = turning(tiny.model, batch)
+    assert found["model.language_model.layers.0"] == pytest.approx(expected.item(), abs=1e-6)
+    single = [{name: value[index : index + 1] for name, value in batch.items()} for index in (2, 0, 1)]
+    assert turning(tiny.model, *single) == pytest.approx(found, abs=1e-6)
