@@ -17,9 +17,8 @@ from operator import attrgetter
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from slimvlm.compress.errors import UnsupportedModelError
 from slimvlm.compress.models.families import Attention, Family, Mlp, Tower
@@ -361,36 +360,6 @@ def _owned(model: nn.Module, members: list[Member], num_units: int) -> tuple[int
         if member.dim == 0 and module.bias is not None:
             extras += module.bias.numel() // member.parts
     return weights // num_units, (weights + extras) // num_units
-
-
-def kept_kv_heads(group: Group, kept: Tensor) -> Tensor:
-    """The KV heads that stay when the query heads `kept` (sorted int64) stay.
-
-    Raises:
-        ValueError: the kept KV heads would have different numbers of query heads.
-    """
-    kv: Tensor
-    kv, counts = torch.unique(kept // group.heads_per_kv, return_counts=True)
-    if len(set(counts.tolist())) > 1:
-        raise ValueError(
-            f"{group.key}: every kept KV head must keep the same number of query heads, got {counts.tolist()}"
-        )
-    return kv
-
-
-def member_indices(group: Group, member: Member, kept: Tensor) -> Tensor:
-    """Rows (dim 0) or columns (dim 1) of `member`'s tensor that stay, int64, sorted.
-
-    For one part of a fused projection these are the rows of that part only.
-
-    Args:
-        kept: sorted indices of the group that stay (channels or query heads), int64.
-    """
-    index = kept_kv_heads(group, kept) if member.heads == "kv" else kept
-    if member.width > 1:
-        index = (index[:, None] * member.width + torch.arange(member.width)).flatten()
-    count = group.kv_heads if member.heads == "kv" else group.size
-    return index + member.part * count * member.width
 
 
 def unique_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

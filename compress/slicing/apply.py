@@ -16,16 +16,11 @@ from transformers import PreTrainedModel
 from slimvlm import kernels
 from slimvlm.compress.errors import CheckpointError
 from slimvlm.compress.models.families import Attention, Mlp, find_family
-from slimvlm.compress.models.groups import (
-    Group,
-    count_parameters,
-    kept_kv_heads,
-    weigh,
-)
+from slimvlm.compress.models.groups import Group, count_parameters, weigh
 from slimvlm.compress.models.mapped import leave_files
 from slimvlm.compress.models.modeling_slim import RECORD, SCHEMA, replace_forward, resize, slim_class
 from slimvlm.compress.plan import Plan
-from slimvlm.compress.slicing.cuts import Cut, find_cuts, matching_groups
+from slimvlm.compress.slicing.cuts import Cut, find_cuts, kept_kv_heads, matching_groups
 from slimvlm.compress.slicing.depth import drop_blocks, left_out, shortened, write_depth
 
 

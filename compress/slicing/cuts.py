@@ -10,14 +10,7 @@ from torch import Tensor, nn
 
 from slimvlm.compress.errors import CheckpointError
 from slimvlm.compress.models.families import Family
-from slimvlm.compress.models.groups import (
-    Group,
-    dead_blocks,
-    find_blocks,
-    find_groups,
-    kept_kv_heads,
-    member_indices,
-)
+from slimvlm.compress.models.groups import Group, Member, dead_blocks, find_blocks, find_groups
 from slimvlm.compress.plan import BLOCK, Plan
 
 
@@ -88,3 +81,33 @@ def complement(kept: Tensor, size: int) -> Tensor:
     mask = torch.ones(size, dtype=torch.bool)
     mask[kept] = False
     return mask.nonzero().flatten()
+
+
+def kept_kv_heads(group: Group, kept: Tensor) -> Tensor:
+    """The KV heads that stay when the query heads `kept` (sorted int64) stay.
+
+    Raises:
+        ValueError: the kept KV heads would have different numbers of query heads.
+    """
+    kv: Tensor
+    kv, counts = torch.unique(kept // group.heads_per_kv, return_counts=True)
+    if len(set(counts.tolist())) > 1:
+        raise ValueError(
+            f"{group.key}: every kept KV head must keep the same number of query heads, got {counts.tolist()}"
+        )
+    return kv
+
+
+def member_indices(group: Group, member: Member, kept: Tensor) -> Tensor:
+    """Rows (dim 0) or columns (dim 1) of `member`'s tensor that stay, int64, sorted.
+
+    For one part of a fused projection these are the rows of that part only.
+
+    Args:
+        kept: sorted indices of the group that stay (channels or query heads), int64.
+    """
+    index = kept_kv_heads(group, kept) if member.heads == "kv" else kept
+    if member.width > 1:
+        index = (index[:, None] * member.width + torch.arange(member.width)).flatten()
+    count = group.kv_heads if member.heads == "kv" else group.size
+    return index + member.part * count * member.width

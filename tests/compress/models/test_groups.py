@@ -14,16 +14,9 @@ from torch import nn
 
 from slimvlm.compress.errors import UnsupportedModelError
 from slimvlm.compress.models.families import GQA, find_family
-from slimvlm.compress.models.groups import (
-    Group,
-    Member,
-    count_parameters,
-    find_groups,
-    kept_kv_heads,
-    live_blocks,
-    member_indices,
-)
+from slimvlm.compress.models.groups import Group, Member, count_parameters, find_groups, live_blocks
 from slimvlm.compress.slicing.apply import apply_plan
+from slimvlm.compress.slicing.cuts import kept_kv_heads, member_indices
 
 UNITS = ("auto", "kv-group", "query-slot")
 

@@ -19,12 +19,12 @@ from tiny_models import FACTORIES, tiny_model
 from slimvlm.compress.errors import CheckpointError
 from slimvlm.compress.models.checkpoint import load
 from slimvlm.compress.models.families import find_family
-from slimvlm.compress.models.groups import find_groups, member_indices
+from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.recovery.adapters import slices
 from slimvlm.compress.recovery.adapters.slices import Slices
 from slimvlm.compress.slicing.apply import apply_plan
-from slimvlm.compress.slicing.cuts import Cut
+from slimvlm.compress.slicing.cuts import Cut, member_indices
 
 LLAVA = (
     (r"^lm_head\.", "language_model.lm_head."),
