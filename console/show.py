@@ -250,7 +250,7 @@ def show_written(path: Path, *, as_json: bool) -> None:
 
 
 def _warn_of_plan(plan: Plan) -> None:
-    """What the loop of the faithful method did to a model it was not made for; plans of the other one pass."""
+    """What an allocator without floors did to a model it was not made for; plans of the others pass."""
     if plan.overshoots:
         print_warning(
             f"{percent(plan.removed_fraction)} of all parameters go where {percent(plan.ratio)} was asked for: the "

@@ -36,7 +36,7 @@ def test_the_printed_tables_are_the_measured_ones(benchmarks):
 
 
 def test_cells_of_one_column_removed_the_same_share(benchmarks):
-    """All but the faithful loop, which says beside its cells what it removed; three calibration sets everywhere."""
+    """All but the loop of the paper, which says beside its cells what it removed; three calibration sets everywhere."""
     rows = [row for row in benchmarks["quality"].read(RESULTS / "quality.jsonl") if row["score"] and row["ratio"]]
     exact = [row for row in rows if not row["method"].startswith("ukmi")]
     assert len(exact) > 100

@@ -49,7 +49,7 @@ class AngleHistograms(Collector):
         counts, mask = self.counts[side.path], self.mask_of(side, len(norms))
         literal = self.statistic.name == "paper-angles"
         try:
-            angle_histogram(rows, norms, self._norms[side.path], bias, counts, mask=mask, faithful=literal)
+            angle_histogram(rows, norms, self._norms[side.path], bias, counts, mask=mask, drop_outside=literal)
         except ValueError as error:
             raise CalibrationError(f"the activations of {side.path} cannot be used: {error}") from error
 

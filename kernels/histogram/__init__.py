@@ -19,7 +19,7 @@ def angle_histogram(  # noqa: PLR0913 (a kernel's operands)
     counts: Tensor,
     *,
     mask: Tensor | None = None,
-    faithful: bool = False,
+    drop_outside: bool = False,
 ) -> None:
     """Add, per output channel, the histogram of cos(token, weight row) = (y - b) / (|x| |w|) on [-1, 1] to `counts`.
 
@@ -33,8 +33,8 @@ def angle_histogram(  # noqa: PLR0913 (a kernel's operands)
         bias: [R] or None.
         counts: int64 or int32 [R, bins], added to in place.
         mask: bool [T], True for the tokens that count (padding is False).
-        faithful: drop values that rounding pushed outside [-1, 1], as the paper's code does, instead of counting them
-            in the end bins.
+        drop_outside: drop values that rounding pushed outside [-1, 1], as the paper's code does; else the end bins
+            count them.
 
     Raises:
         ValueError: shapes, devices or the dtype of `counts` do not fit, or (seen where torch counts; a Triton kernel
@@ -67,7 +67,7 @@ def angle_histogram(  # noqa: PLR0913 (a kernel's operands)
         raise ValueError(f"angle_histogram: mask must be bool, got {mask.dtype}")
     floating = (outputs, input_norms, weight_norms, bias)
     path = dispatch.choose("histogram", *floating, dtypes=DTYPES)
-    path.angle_histogram(outputs, (input_norms, weight_norms), bias, counts, mask, faithful)
+    path.angle_histogram(outputs, (input_norms, weight_norms), bias, counts, mask, drop_outside)
 
 
 def histogram_entropy(counts: Tensor) -> Tensor:

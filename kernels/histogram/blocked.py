@@ -17,7 +17,7 @@ def angle_histogram(
     bias: Tensor | None,
     counts: Tensor,
     mask: Tensor | None,
-    faithful: bool,
+    drop_outside: bool,
 ) -> None:
     """As the reference, with 2 MB of extra memory whatever the shape.
 
@@ -44,16 +44,16 @@ def angle_histogram(
             else:
                 torch.sub(block, shift[channels], out=position).mul_(per_length[tokens, None])
             torch.addcmul(middle, position, per_width[channels], out=position)
-            counts[channels] += _block_counts(position, bins, faithful)
+            counts[channels] += _block_counts(position, bins, drop_outside)
 
 
-def _block_counts(position: Tensor, bins: int, faithful: bool) -> Tensor:
+def _block_counts(position: Tensor, bins: int, drop_outside: bool) -> Tensor:
     """Counts [channels, bins] of one block [tokens, channels] of positions, which is overwritten."""
     channels = position.shape[1]
     low, high = torch.stack(position.aminmax()).tolist()
     if low != low:
         raise ValueError("angle_histogram: outputs or norms hold NaN; check the model's activations for overflow")
-    dropped = (position < 0) | (position > bins) if faithful and (low < 0 or high > bins) else None
+    dropped = (position < 0) | (position > bins) if drop_outside and (low < 0 or high > bins) else None
     if low < 0 or high >= bins:
         position.clamp_(0, bins - 1)
     index = position.to(torch.int16 if channels * bins <= NARROW else torch.int32)

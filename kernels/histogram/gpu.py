@@ -25,7 +25,7 @@ SETTINGS = {"BLOCK_T": 256, "num_warps": 4}  # twice the tokens spill on sm_100
 @triton.jit(do_not_specialize=["tokens", "rows", "bins", "per_token", "share"])
 def histogram_kernel(
     outputs, lengths, widths, bias, mask, counts, tokens, rows, bins, per_token, per_channel, share,
-    FAITHFUL: tl.constexpr, ALIGN: tl.constexpr, SLOTS: tl.constexpr, BLOCK_T: tl.constexpr,
+    DROP: tl.constexpr, ALIGN: tl.constexpr, SLOTS: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Eight channels, `share` tokens. SLOTS: a power of two above `bins`; what does not count goes to slot `bins`."""
     channel = tl.program_id(0).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
@@ -51,7 +51,7 @@ def histogram_kernel(
         value = tl.load(outputs + places, mask=inside, other=0).to(tl.float32) - shift[None, :]
         position = value / length[:, None] * scale[None, :] + 0.5 * bins
         inside = inside & (position == position)
-        if FAITHFUL:
+        if DROP:
             inside = inside & (position >= 0) & (position <= bins)
         index = tl.minimum(tl.maximum(position, 0.0), bins - 1.0).to(tl.int32)
         index = tl.where(inside, index, bins)
@@ -100,7 +100,7 @@ def angle_histogram(
     bias: Tensor | None,
     counts: Tensor,
     mask: Tensor | None,
-    faithful: bool,
+    drop_outside: bool,
 ) -> None:
     """As the reference, but NaN is not counted."""
     tokens, rows = outputs.shape
@@ -117,7 +117,7 @@ def angle_histogram(
         "bias": None if bias is None else bias.contiguous(),
         "mask": None if mask is None else mask.contiguous().view(torch.uint8), "counts": target, "tokens": tokens,
         "rows": rows // align, "bins": bins, "per_token": outputs.stride(0) // align,
-        "per_channel": outputs.stride(1), "share": share, "FAITHFUL": faithful, "ALIGN": align,
+        "per_channel": outputs.stride(1), "share": share, "DROP": drop_outside, "ALIGN": align,
         "SLOTS": max(LANES, triton.next_power_of_2(bins + 1)),
     }  # fmt: skip
     launch(histogram_kernel, (programs, triton.cdiv(tokens, share)), arguments | SETTINGS, outputs.device)

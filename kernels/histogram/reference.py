@@ -14,7 +14,7 @@ def angle_histogram(
     bias: Tensor | None,
     counts: Tensor,
     mask: Tensor | None,
-    faithful: bool,
+    drop_outside: bool,
 ) -> None:
     """Channel by channel; `norms` are those of (inputs [T], weight rows [R]), `mask` [T] is True for what counts."""
     bins = counts.shape[1]
@@ -24,7 +24,7 @@ def angle_histogram(
     for row in range(counts.shape[0]):
         product = outputs[:, row].float() - (0 if bias is None else bias[row].float())
         cosine = product / (lengths * widths[row])
-        if faithful:
+        if drop_outside:
             cosine = cosine[cosine.abs() <= 1]
         index = ((cosine + 1) / 2 * bins).floor().clamp(0, bins - 1).long()
         counts[row] += torch.bincount(index, minlength=bins)

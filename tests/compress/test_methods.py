@@ -12,6 +12,8 @@ from tiny_models import Tiny, tiny_model
 
 from slimvlm.compress.allocate.allocators import ALLOCATORS
 from slimvlm.compress.allocate.budget import Budget, plan_units
+from slimvlm.compress.allocate.bundles import lines_of
+from slimvlm.compress.allocate.costs import COSTS
 from slimvlm.compress.allocate.facts import facts_of
 from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.criteria.scores import Scores
@@ -93,6 +95,20 @@ def test_a_plan_meets_its_budget_within_a_unit_keeps_the_floors_and_has_the_same
         assert all(len(plan.keep[group.key]) >= 0.1 * group.size for group in groups)
     assert all(plan.keep[group.key] for group in groups)
     assert planned(name, allocator, once(name, criterion)).to_json() == plan.to_json()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("cost", COSTS)
+def test_what_bundles_cost_is_above_nothing_and_together_what_their_kind_costs(cost: str, name: str) -> None:
+    tiny, groups = tiny_groups(name)
+    total = COSTS[cost].total(facts_of(tiny.model, groups))
+    kinds = dict.fromkeys(total.kinds, 0.0)
+    for line in lines_of(groups, once(name, "magnitude"), round_channels=7):
+        spent = COSTS[cost].of(line)
+        assert spent.dtype == float and spent.shape == line.scores.shape and (spent > 0).all()
+        kinds[line.kind] += spent.sum()
+    assert kinds == pytest.approx(total.kinds)
+    assert 0 < sum(kinds.values()) < total.whole
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)

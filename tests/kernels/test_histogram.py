@@ -40,11 +40,11 @@ def test_golden_g5_edges(cosine, bin_):
     assert bins_of(counts) == [[bin_]]
 
 
-@pytest.mark.parametrize(("faithful", "bins"), [(True, [[]]), (False, [[0, 99]])])
-def test_values_pushed_outside_by_rounding_are_dropped_only_when_faithful(faithful, bins):
+@pytest.mark.parametrize(("drop_outside", "bins"), [(True, [[]]), (False, [[0, 99]])])
+def test_values_pushed_outside_by_rounding_are_dropped_only_when_asked(drop_outside, bins):
     counts = torch.zeros(1, 100, dtype=torch.int64)
     outputs = torch.tensor([[1.0000002], [-1.0000002]])
-    angle_histogram(outputs, torch.ones(2), torch.ones(1), None, counts, faithful=faithful)
+    angle_histogram(outputs, torch.ones(2), torch.ones(1), None, counts, drop_outside=drop_outside)
     assert bins_of(counts) == bins
 
 
@@ -61,38 +61,38 @@ def away_from_edges(shape, norms, bias, dtype):
     return torch.where(near_an_edge(exact), (0.003 * norms[0][:, None] * norms[1] + bias).to(dtype), outputs)
 
 
-@pytest.mark.parametrize("faithful", [False, True])
+@pytest.mark.parametrize("drop_outside", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (530, 17), (7, 40), (0, 3), (5, 0)], ids=str)
-def test_counts_equal_the_reference_away_from_edges(path, shape, dtype, faithful):
+def test_counts_equal_the_reference_away_from_edges(path, shape, dtype, drop_outside):
     generator = torch.Generator().manual_seed(0)
     norms = (torch.rand(shape[0], generator=generator) + 0.5, torch.rand(shape[1], generator=generator) + 0.5)
     bias = torch.randn(shape[1], generator=generator).to(dtype) * (dtype == torch.float32)
     outputs = away_from_edges(shape, norms, bias, dtype)
     mask = torch.arange(shape[0]) % 2 == 0
     expected = torch.zeros(shape[1], 100, dtype=torch.int64)
-    reference.angle_histogram(outputs, norms, bias, expected, None, faithful)
-    reference.angle_histogram(outputs, norms, bias, expected, mask, faithful)
+    reference.angle_histogram(outputs, norms, bias, expected, None, drop_outside)
+    reference.angle_histogram(outputs, norms, bias, expected, mask, drop_outside)
     turned = outputs.t().contiguous().t()
     for one, count in ((outputs, torch.int64), (turned, torch.int32)):
         found = torch.zeros(shape[1], 100, dtype=count, device=path.device)
         for valid in (None, mask):
             operands = (path.put(one), tuple(map(path.put, norms)), path.put(bias), found, path.put(valid))
-            path.module("histogram").angle_histogram(*operands, faithful)
+            path.module("histogram").angle_histogram(*operands, drop_outside)
         assert torch.equal(found.cpu().long(), expected)
-        assert faithful or found.sum(1).tolist() == [shape[0] + int(mask.sum())] * shape[1]
+        assert drop_outside or found.sum(1).tolist() == [shape[0] + int(mask.sum())] * shape[1]
 
 
 @pytest.mark.parametrize("bins", [1, 7, 100, 128, 700])
 def test_any_number_of_bins_and_values_outside(path, bins):
     outputs = torch.tensor([[-3.0, 0.1], [-0.35, 0.93], [2.0, 7.0]])
     norms = (torch.ones(3), torch.ones(2))
-    for faithful in (False, True):
+    for drop_outside in (False, True):
         found, expected = (torch.zeros(2, bins, dtype=torch.int64) for _ in range(2))
-        reference.angle_histogram(outputs, norms, None, expected, None, faithful)
+        reference.angle_histogram(outputs, norms, None, expected, None, drop_outside)
         moved = path.put(found)
         path.module("histogram").angle_histogram(
-            path.put(outputs), tuple(map(path.put, norms)), None, moved, None, faithful
+            path.put(outputs), tuple(map(path.put, norms)), None, moved, None, drop_outside
         )
         assert torch.equal(moved.cpu(), expected)
 
