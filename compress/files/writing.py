@@ -110,7 +110,7 @@ def load_tensors(path: Path, names: Collection[str] | None = None) -> tuple[dict
 
 def real(path: Path) -> Path:
     """Where `path` leads, links followed; a loop of links leads nowhere (`Path.resolve` would raise RuntimeError)."""
-    return Path(os.path.realpath(path))  # noqa: PTH
+    return Path(os.path.realpath(path))
 
 
 def require_kind(path: Path, is_kind: Any, words: str) -> None:
