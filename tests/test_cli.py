@@ -63,7 +63,7 @@ def test_every_command_explains_itself_and_its_options(command: str) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_is_in_the_readme(command: str) -> None:
-    assert f"`slimvlm {command} " in README
+    assert re.search(rf"`slimvlm {command}[ `]", README)
 
 
 def test_every_command_and_option_of_the_readme_exists() -> None:
@@ -74,7 +74,7 @@ def test_every_command_and_option_of_the_readme_exists() -> None:
         for parameter in command.params
         for name in (*parameter.opts, *parameter.secondary_opts)
     }
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - known == set()
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - known == {"--help"}
 
 
 def test_help_takes_at_most_half_a_second_of_processor_time() -> None:

@@ -235,7 +235,7 @@ def test_ratios_that_contradict_each_other_are_refused():
         ({"ratio": 1.0}, "ratio 1 is no fraction"),
         ({"ratio": 0.1, "tower_ratio": {"vision": -0.1}}, r"vision -0\.1 is no fraction"),
         ({"ratio": 0.1, "kind_ratio": {"norm": 0.1}}, "kind 'norm' is unknown; choose one of attention, mlp"),
-        ({"ratio": 0.1, "allocator": "best"}, "choose one of balanced, global, local, paper"),
+        ({"ratio": 0.1, "allocator": "best"}, f"choose one of {', '.join(ALLOCATORS)}"),
         ({"ratio": 0.1, "cost": "dollars"}, "cost 'dollars' is unknown; choose one of parameters"),
         ({"ratio": 0.1, "layout": "flat"}, "choose one of per-layer, stock"),
         ({"ratio": 0.1, "round_channels": 0}, "accepted is 1 or more"),
