@@ -36,7 +36,7 @@ from slimvlm.compress.models.families import find_family
 from slimvlm.export.graphs.build import build_graphs
 from slimvlm.export.graphs.decoder import Embed
 from slimvlm.export.graphs.graph import Graph, Port
-from slimvlm.export.options import EXTERNAL_BYTES, OnnxSettings
+from slimvlm.export.options import EXTERNAL_BYTES, ExportOptions
 from slimvlm.export.running.generation import empty_cache
 from slimvlm.export.running.manifest import VERSIONED
 from slimvlm.export.running.runners import SessionRunner
@@ -82,7 +82,7 @@ def speed(repeats: int, exporter: str) -> dict[str, object]:
         for name, heads, channels in (("dense", 16, 4096), ("half", 8, 2048)):
             graph = decoder_of(medium(heads, channels), torch.zeros(2, 3, 16, 16))
             full, fused = (Path(scratch) / f"{name}{suffix}.onnx" for suffix in ("", "_fused"))
-            write_onnx(graph, full, OnnxSettings(exporter=exporter))
+            write_onnx(graph, full, ExportOptions(exporter=exporter))
             shutil.copyfile(full, fused)
             fuse(fused, "cpu", EXTERNAL_BYTES)
             files |= {f"{name} fp32": full, f"{name} int8": Path(scratch) / f"{name}_int8.onnx"}
@@ -140,7 +140,7 @@ def large() -> dict[str, object]:
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "embed_tokens.onnx"
         started = time.perf_counter()
-        written = write_onnx(graph, path, OnnxSettings())
+        written = write_onnx(graph, path, ExportOptions())
         seconds = time.perf_counter() - started
         found = SessionRunner({"embed_tokens": path}).run("embed_tokens", {"input_ids": ids.numpy()})["inputs_embeds"]
         error = float(np.abs(found - table(ids).detach().numpy()).max())
@@ -163,7 +163,7 @@ def smolvlm(exporter: str) -> dict[str, object]:
         graphs = build_graphs(model, find_family(model.config), {"pixel_values": pixels, "pixel_attention_mask": mask})
         for graph in graphs:
             started = time.perf_counter()
-            written = write_onnx(graph, Path(scratch) / f"{graph.name}.onnx", OnnxSettings(exporter=exporter))
+            written = write_onnx(graph, Path(scratch) / f"{graph.name}.onnx", ExportOptions(exporter=exporter))
             seconds[graph.name] = [written.exporter, round(time.perf_counter() - started, 1)]
         size = sum(file.stat().st_size for file in Path(scratch).iterdir())
     used = peak.bytes - before

@@ -113,7 +113,7 @@ class Bare:
         export = Exported.open(Path(folder))
         files = {artifact.graph: export.folder / artifact.file for artifact in export.graphs["onnx"]}
         self.runner = SessionRunner(files, threads=threads)
-        self.prompting: Any = export.prompting
+        self.prompting: Any = export.manifest.generation
         self.read = read
         self.embed, self.decoder = (self.runner.session(name) for name in ("embed_tokens", "decoder_model_merged"))
         self.outputs = [port.name for port in self.decoder.get_outputs()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from slimvlm.console.show import print_json, print_line, print_table
@@ -18,7 +19,7 @@ MEBIBYTE = 2**20
 def show_profile(profile: Profile, written: Path, *, as_json: bool) -> None:
     """Times of both models per cell and phase with the interval of their ratio, memory, and what holds the slim one."""
     if as_json:
-        print_json(profile.to_dict())
+        print_json(asdict(profile))
         return
     device = profile.device
     print_line(f"device   {device.name} ({device.kind}), {device.threads} threads")

@@ -83,17 +83,3 @@ class ExportOptions:
         if self.samples < 1 or self.max_new_tokens < 1:
             raise UnsuitableOptionError("--samples and --max-new-tokens must be 1 or more: an export is always checked")
         return self
-
-    @property
-    def onnx(self) -> OnnxSettings:
-        """What the writer of ONNX files needs to know."""
-        return OnnxSettings(self.opset, self.exporter, self.external_bytes)
-
-
-@dataclass(frozen=True, slots=True)
-class OnnxSettings:
-    """How an ONNX file is written."""
-
-    opset: int = 20
-    exporter: str = "auto"
-    external_bytes: int = EXTERNAL_BYTES

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,10 +18,6 @@ class Tolerance:
     cosine: float
     loss: float
     right: float = 0.02
-
-    def to_dict(self) -> dict[str, float]:
-        """As stored in manifest.json."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)

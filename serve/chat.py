@@ -210,7 +210,7 @@ def converse(chats: Sequence[Chat], image: Sample, lines: Iterable[str], most: i
 
 
 def _open_export(name: str, exported: Exported, backend: str | None, device: str) -> Chat:
-    prompting = exported.prompting
+    prompting = exported.manifest.generation
     if prompting is None:
         raise _answers_nothing(name)
     runner = exported.runner(backend, device)

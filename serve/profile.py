@@ -14,8 +14,6 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import Any
 
-from slimvlm.compress.files.decoding import decode, parse
-
 SCHEMA = 2
 LARGEST = 1e18  # of a time, a rate or a ratio
 MODELS = ("dense", "slim")
@@ -311,32 +309,10 @@ class Profile:
     skipped: tuple[str, ...] = ()
     schema: int = SCHEMA
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types (tuples become lists in JSON)."""
-        return asdict(self)
-
     def to_json(self) -> str:
         """Indented JSON.
 
         Raises:
             ValueError: a figure is not finite.
         """
-        return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
-
-    @classmethod
-    def from_dict(cls, document: Any) -> Profile:
-        """The profile of `to_dict`.
-
-        Raises:
-            ValueError: another schema, or the field that is unknown, missing or wrong.
-        """
-        return decode(document, cls, "profile")
-
-    @classmethod
-    def from_json(cls, text: str) -> Profile:
-        """The profile of `to_json`.
-
-        Raises:
-            ValueError: not JSON, or as `from_dict`.
-        """
-        return cls.from_dict(parse(text))
+        return json.dumps(asdict(self), indent=1, allow_nan=False) + "\n"

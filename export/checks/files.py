@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from slimvlm.compress.progress import Progress
@@ -20,8 +21,7 @@ def check_graphs(
     folder: Path, graphs: Sequence[Graph], reference: Reference, manifest: Manifest, progress: Progress
 ) -> None:
     """Checks every format and variant in `manifest` and notes there what was found."""
-    if reference.prompting is not None:
-        manifest.generation = reference.prompting.to_dict()
+    manifest.generation = reference.prompting
     sets: dict[tuple[str, str], list[Artifact]] = {}
     for artifact in manifest.artifacts:
         _note_ports(artifact, next(graph for graph in graphs if graph.name == artifact.graph), reference)
@@ -49,7 +49,7 @@ def _note_ports(artifact: Artifact, graph: Graph, reference: Reference) -> None:
 def _check_set(folder: Path, artifacts: list[Artifact], reference: Reference, manifest: Manifest) -> None:
     """One format and variant: all its graphs alone, then together."""
     form, variant = artifacts[0].format, artifacts[0].variant
-    manifest.tolerances[variant] = VARIANTS[variant].tolerance.to_dict()
+    manifest.tolerances[variant] = asdict(VARIANTS[variant].tolerance)
     try:
         runner = runner_of(folder, artifacts)
     except Exception as error:  # a runtime that cannot load its own file: that is what is checked here
@@ -75,7 +75,7 @@ def _check_graph(runner: Runner, artifact: Artifact, reference: Reference, manif
             artifact.ok = False
             manifest.failures.append(f"{artifact.file} does not run on {case.what} ({first_line(error)})")
             continue
-        artifact.parity.append(difference.to_dict())
+        artifact.parity.append(asdict(difference))
         if not difference.within(tolerance):
             artifact.ok = False
             manifest.failures.append(
@@ -88,6 +88,6 @@ def _check_generation(runner: Runner, kind: tuple[str, str], reference: Referenc
     form, variant = kind
     check = check_tokens(runner, reference)
     wrong = check.wrong(VARIANTS[variant].tolerance)
-    manifest.checks.append({"format": form, "variant": variant, "ok": wrong is None, **check.to_dict()})
+    manifest.checks.append({"format": form, "variant": variant, "ok": wrong is None, **asdict(check)})
     if wrong is not None:
         manifest.failures.append(f"{form} {variant}: {wrong}")

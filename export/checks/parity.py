@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -35,10 +34,6 @@ class Difference:
     def within(self, tolerance: Tolerance) -> bool:
         """Whether the tolerance is kept; NaN never is."""
         return self.max_relative <= tolerance.relative and self.cosine >= tolerance.cosine
-
-    def to_dict(self) -> dict[str, Any]:
-        """As stored in manifest.json."""
-        return asdict(self)
 
 
 def measure(case: Case, found: Mapping[str, np.ndarray]) -> Difference:
@@ -110,7 +105,3 @@ class TokenCheck:
         if fallen > max(tolerance.right, 1 / self.samples) + 1e-9:
             return f"{self.accuracy:.1%} of the answers are right, in torch {self.torch_accuracy:.1%}"
         return None
-
-    def to_dict(self) -> dict[str, Any]:
-        """As stored in manifest.json."""
-        return asdict(self)

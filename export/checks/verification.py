@@ -16,7 +16,7 @@ import numpy as np
 from slimvlm.compress.errors import CheckFailedError, CheckpointError, MissingDependencyError, SlimvlmError
 from slimvlm.export.checks.parity import Case, measure, token_losses
 from slimvlm.export.checks.sample import read_sample
-from slimvlm.export.running.generation import Arrays, Prompting, Runner, steps, until_end
+from slimvlm.export.running.generation import Arrays, Runner, steps, until_end
 from slimvlm.export.running.manifest import Artifact, Manifest, check_files, inside
 from slimvlm.export.running.runners import runner_of
 from slimvlm.export.running.sessions import UnreadableGraphError
@@ -78,9 +78,9 @@ def verify_folder(folder: Path) -> Verification:
 
 def _check(runner: Runner, manifest: Manifest, variant: str, given: Arrays, expected: Arrays) -> dict[str, Any]:
     tolerance = VARIANTS[variant].tolerance
-    if manifest.generation is None:
+    prompting = manifest.generation
+    if prompting is None:
         return _check_embeddings(runner, manifest.artifacts, variant, given, expected)
-    prompting = Prompting.from_dict(manifest.generation)
     told = list(steps(runner, prompting, given, expected["tokens"].shape[1], follow=expected["tokens"]))
     case = Case("decoder_model_merged", "sample", {}, {"first_logits": expected["first_logits"]})
     difference = measure(case, {"first_logits": told[0][1]})

@@ -10,7 +10,6 @@ from slimvlm.compress.errors import CheckpointError, UnsuitableOptionError
 from slimvlm.compress.files.folders import MANIFEST
 from slimvlm.compress.models.checkpoint import INDEX, SINGLE
 from slimvlm.compress.models.loaders import load_processor, read_config
-from slimvlm.export.running.generation import Prompting
 from slimvlm.export.running.manifest import Artifact, Manifest, check_files
 from slimvlm.export.running.runners import SessionRunner, TorchRunner, runner_of
 
@@ -47,11 +46,6 @@ class Exported:
             if artifact.format == form and variant in (None, artifact.variant):
                 return key
         return None
-
-    @property
-    def prompting(self) -> Prompting | None:
-        """How answers are generated; None for a dual encoder."""
-        return None if self.manifest.generation is None else Prompting.from_dict(self.manifest.generation)
 
     @property
     def image_size(self) -> tuple[int, int] | None:

@@ -7,12 +7,10 @@ whose shapes the decoder's inputs state, one step after the other.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
-
-from slimvlm.compress.files.decoding import decode
 
 Arrays = dict[str, np.ndarray]
 PAST, PRESENT = "past_key_values.", "present."
@@ -61,19 +59,6 @@ class Prompting:
     def __post_init__(self) -> None:
         if self.image_token < 0 or self.merge < 1 or self.first_position < 0:
             raise ValueError("a token is below 0, or merge below 1")
-
-    def to_dict(self) -> dict[str, Any]:
-        """As stored in manifest.json."""
-        return {**asdict(self), "end": list(self.end)}
-
-    @classmethod
-    def from_dict(cls, document: Mapping[str, Any]) -> Prompting:
-        """The reverse.
-
-        Raises:
-            ValueError: the field that is unknown, missing or wrong.
-        """
-        return decode(document, cls, "generation")
 
 
 @dataclass(frozen=True, slots=True)

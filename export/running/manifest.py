@@ -95,11 +95,13 @@ class Artifact:
 
 @dataclass(slots=True)
 class Manifest:
-    """What an export holds; `checks` are of whole generations, `failures` say what is wrong, `run` is for clients."""
+    """What an export holds; `generation` is none for a dual encoder, `checks` are of whole generations, `failures` say
+    what is wrong, `run` is for clients.
+    """
 
     model: Annotated[Document, Origin]
     options: Annotated[Document, Stated]
-    generation: Document | None = None
+    generation: Prompting | None = None
     run: Annotated[Document, ForClients] = field(default_factory=dict)
     tolerances: dict[str, dict[str, float]] = field(default_factory=dict)
     artifacts: list[Artifact] = field(default_factory=list)
@@ -125,10 +127,7 @@ class Manifest:
         """
         advice = "give a folder that slimvlm export wrote"
         with refused_as(folder / MANIFEST, CheckpointError, advice):
-            manifest = decode(parse(content_of(folder / MANIFEST)), cls)
-            if manifest.generation is not None:
-                Prompting.from_dict(manifest.generation)
-            return manifest
+            return decode(parse(content_of(folder / MANIFEST)), cls)
 
 
 def inside(folder: Path, name: str) -> Path:

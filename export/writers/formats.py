@@ -40,7 +40,7 @@ def _onnx(folder: Path, graph: Graph, options: ExportOptions) -> Iterator[Artifa
     from slimvlm.export.writers.onnx_writer import write_onnx
 
     started, file = time.perf_counter(), _file("onnx", graph, options.dtype, ".onnx")
-    written = write_onnx(graph, folder / file, options.onnx)
+    written = write_onnx(graph, folder / file, options)
     if options.fuse is not None:
         fuse(folder / file, options.fuse, options.external_bytes)
     traced = Artifact(

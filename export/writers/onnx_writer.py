@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from slimvlm.compress.errors import UnsupportedModelError
 from slimvlm.export.graphs.graph import Graph
-from slimvlm.export.options import DYNAMO, TORCHSCRIPT, OnnxSettings
+from slimvlm.export.options import DYNAMO, TORCHSCRIPT, ExportOptions
 from slimvlm.export.running.quiet import quiet
 from slimvlm.export.writers.tracing import dynamic_shapes, first_line
 
@@ -36,19 +36,19 @@ class Written:
     fallback_reason: str | None = None
 
 
-def write_onnx(graph: Graph, path: Path, settings: OnnxSettings) -> Written:
+def write_onnx(graph: Graph, path: Path, options: ExportOptions) -> Written:
     """Writes `path`, and `path` with suffix `.onnx_data` beside it where the weights exceed the threshold.
 
     Raises:
         UnsupportedModelError: no exporter gives this graph with all its axes.
         OSError: the file cannot be written.
     """
-    wanted = (DYNAMO, TORCHSCRIPT) if settings.exporter == "auto" else (settings.exporter,)
+    wanted = (DYNAMO, TORCHSCRIPT) if options.exporter == "auto" else (options.exporter,)
     failures = []
     for exporter in wanted:
         try:
             with quiet(), torch.no_grad():
-                model = WRITTEN_BY[exporter](graph, settings.opset)
+                model = WRITTEN_BY[exporter](graph, options.opset)
                 check_axes(graph, model)
         except OSError:
             raise
@@ -56,7 +56,7 @@ def write_onnx(graph: Graph, path: Path, settings: OnnxSettings) -> Written:
             failures.append(f"{exporter}: {first_line(error)}")
             continue
         _name_shapes(graph, model)
-        save_onnx(model, path, settings.external_bytes)
+        save_onnx(model, path, options.external_bytes)
         return Written(exporter, model.opset_imports[""], "; ".join(failures) or None)
     raise UnsupportedModelError(f"{graph.name} cannot be exported to ONNX ({'; '.join(failures)})")
 

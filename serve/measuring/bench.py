@@ -175,5 +175,5 @@ def open_backend(source: Source) -> tuple[Backend, bool, str]:
         graphs = OnnxGraphs(runner) if device.type == "cpu" else BoundOnnxGraphs(runner, device)
     for artifact in export.graphs[key]:
         graphs.inputs(artifact.graph)  # opens it
-    prompting = export.prompting
+    prompting = export.manifest.generation
     return GraphBackend(graphs, prompting, device), prompting is None, export.graphs[key][0].variant

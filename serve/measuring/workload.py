@@ -17,6 +17,8 @@ from slimvlm.compress.data.collate import PER_TOKEN, Collator
 from slimvlm.compress.data.records import Turn
 from slimvlm.compress.data.samples import Sample, load_samples, open_image
 from slimvlm.compress.errors import UnsuitableOptionError
+from slimvlm.export.checks.reference import image_size
+from slimvlm.export.options import ExportOptions
 from slimvlm.export.running.generation import Arrays
 from slimvlm.serve.options import ProfileOptions
 
@@ -177,14 +179,8 @@ class InputMaker:
 
 def _own_size(collator: Collator) -> tuple[int, int] | None:
     """Where the image decides how much there is to see: a size that the family's processor keeps as it is."""
-    kind, config = collator.family.export.vision, collator.config
-    if kind == "patches":
-        unit = config.vision_config.patch_size * config.vision_config.spatial_merge_size
-        return (round(NOISE / unit) * unit,) * 2
-    if kind == "tiles":
-        height, width = min(config.image_grid_pinpoints, key=lambda size: (size[0] != size[1], size[0] * size[1]))
-        return height, width
-    return (NOISE, NOISE) if kind == "masked_tiles" else None
+    size = image_size(collator, collator.config, ExportOptions())
+    return size or ((NOISE, NOISE) if collator.family.export.vision == "masked_tiles" else None)
 
 
 def _png(image: Image.Image) -> bytes:

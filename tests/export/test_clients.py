@@ -20,7 +20,7 @@ from slimvlm.demo import MODEL, SAMPLES
 from slimvlm.export import ExportOptions, export_checkpoint
 from slimvlm.export.checks.reference import generated_sample
 from slimvlm.export.checks.sample import read_sample
-from slimvlm.export.running.generation import Prompting, generate
+from slimvlm.export.running.generation import generate
 from slimvlm.export.running.runners import SessionRunner
 
 CLIENTS = os.environ.get("SLIMVLM_CLIENTS", "")
@@ -74,7 +74,7 @@ def test_transformers_js_generates_the_tokens_of_torch(exported, tmp_path, name)
     result = exported(name)
     given, expected = read_sample(result.out)
     request = {"max_new_tokens": expected["tokens"].shape[1], "tensors": tensors_of(given)}
-    end = result.manifest.generation["end"]
+    end = result.manifest.generation.end
     assert [ended(row, end) for row in in_node(result.out, request, tmp_path)] == [
         ended(row, end) for row in expected["tokens"].tolist()
     ]
@@ -88,7 +88,7 @@ def test_transformers_js_reads_image_and_prompt_of_the_pruned_demo_by_itself(dem
     open_image(samples[-1]).save(tmp_path / "image.png")
     text = recipe["text"].replace("{question}", samples[-1].turns[0].prompt)
     request = {"max_new_tokens": 8, "image": str(tmp_path / "image.png"), "text": text}
-    end = demo.manifest.generation["end"]
+    end = demo.manifest.generation.end
     assert [ended(row, end) for row in in_node(demo.out, request, tmp_path)] == [
         ended(row, end) for row in expected["tokens"].tolist()
     ]
@@ -97,7 +97,7 @@ def test_transformers_js_reads_image_and_prompt_of_the_pruned_demo_by_itself(dem
 def test_transformers_js_runs_the_int8_variant(demo, tmp_path):
     given, expected = read_sample(demo.out)
     runner = SessionRunner({graph: demo.out / "onnx" / f"{graph}_int8.onnx" for graph in GRAPHS})
-    prompting = Prompting.from_dict(demo.manifest.generation)
+    prompting = demo.manifest.generation
     own = generate(runner, prompting, given, 8).tokens.tolist()
     request = {"max_new_tokens": 8, "dtype": "int8", "tensors": tensors_of(given)}
     found = in_node(demo.out, request, tmp_path)
@@ -110,7 +110,7 @@ def test_onnxruntime_genai_generates_the_tokens_of_torch(exported, tmp_path, nam
     result = exported(name)
     given, expected = read_sample(result.out)
     tensors = [tensor for tensor in tensors_of(given) if tensor["name"] in GENAI_TENSORS]
-    images = int((given["input_ids"] == result.manifest.generation["image_token"]).sum())
+    images = int((given["input_ids"] == result.manifest.generation.image_token).sum())
     tensors.append({"name": "num_image_tokens", "dims": [1], "data": [images]})
     request = {"max_new_tokens": expected["tokens"].shape[1], "max_length": 64, "tensors": tensors}
     (tmp_path / "request.json").write_text(json.dumps(request))
@@ -118,7 +118,7 @@ def test_onnxruntime_genai_generates_the_tokens_of_torch(exported, tmp_path, nam
     command = [str(PYTHON), str(script), str(result.out), str(tmp_path / "request.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    end = result.manifest.generation["end"]
+    end = result.manifest.generation.end
     assert ended(json.loads(done.stdout)[0], end) == ended(expected["tokens"][0].tolist(), end)
 
 

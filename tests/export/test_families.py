@@ -11,7 +11,7 @@ from exports import cut_model
 from tiny_models import FACTORIES
 
 from slimvlm.compress.models.families import FAMILIES
-from slimvlm.export.running.generation import Prompting, empty_cache
+from slimvlm.export.running.generation import empty_cache
 from slimvlm.export.running.runners import SessionRunner, runner_of
 
 DUAL = ("clip", "siglip")
@@ -66,7 +66,7 @@ def test_graphs_are_valid_onnx_with_the_stated_ports(exported, name):
 @pytest.mark.parametrize("name", GENERATIVE)
 def test_the_decoder_states_a_cache_that_differs_from_layer_to_layer(exported, name):
     result = exported(name)
-    prompting = Prompting.from_dict(result.manifest.generation)
+    prompting = result.manifest.generation
     runner = runner_of(result.out, result.manifest.artifacts)
     own = [
         array.shape
@@ -117,7 +117,7 @@ def test_an_image_token_that_the_model_gives_itself_has_its_own_embedding(export
     """onnxruntime-genai puts every new token through the graph that merges features into a prompt, then without any."""
     result = exported(name)
     runner = SessionRunner({graph: result.out / "onnx" / f"{graph}.onnx" for graph in ("embedding", "embed_tokens")})
-    token = result.manifest.generation["image_token"]
+    token = result.manifest.generation.image_token
     ids = np.array([[3, token, token, 4]])
     own = runner.run("embed_tokens", {"input_ids": ids})["inputs_embeds"]
     features = np.ones((1, own.shape[-1]), np.float32)

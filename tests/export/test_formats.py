@@ -19,7 +19,7 @@ from slimvlm.export.checks.reference import first_batch, graph_ports, torch_runn
 from slimvlm.export.graphs import vision
 from slimvlm.export.graphs.build import build_graphs
 from slimvlm.export.graphs.graph import BATCH, Graph, Port
-from slimvlm.export.options import EXTERNAL_BYTES, OnnxSettings
+from slimvlm.export.options import EXTERNAL_BYTES, ExportOptions
 from slimvlm.export.running.runners import SessionRunner, TorchRunner, load_pt2
 from slimvlm.export.writers.onnx_rewriting import fuse, quantize_int8
 from slimvlm.export.writers.onnx_writer import write_onnx
@@ -99,7 +99,7 @@ def decoder(tmp_path_factory):
     """The decoder of a cut LLaVA and its file by the dynamo exporter."""
     graph = graphs_of(*cut_model("llava"))["decoder_model_merged"]
     path = tmp_path_factory.mktemp("dynamo") / "decoder_model_merged.onnx"
-    assert write_onnx(graph, path, OnnxSettings()).exporter == "dynamo"
+    assert write_onnx(graph, path, ExportOptions()).exporter == "dynamo"
     return graph, path
 
 
@@ -160,7 +160,7 @@ def test_a_torch_export_program_equals_torch_at_other_sizes(decoder, tmp_path):
 @pytest.mark.parametrize("opset", (18, 21, 23))
 def test_the_opset_is_the_asked_one(tmp_path, opset):
     graph = graphs_of(*cut_model("llava"))["embed_tokens"]
-    written = write_onnx(graph, tmp_path / "embed.onnx", OnnxSettings(opset=opset, exporter="dynamo"))
+    written = write_onnx(graph, tmp_path / "embed.onnx", ExportOptions(opset=opset, exporter="dynamo"))
     assert written.opset == opset
     assert {entry.domain: entry.version for entry in onnx.load(tmp_path / "embed.onnx").opset_import}[""] == opset
 
@@ -173,11 +173,11 @@ def test_the_dynamo_exporter_comes_first_and_the_other_where_it_fails(tmp_path):
             return x + 1 if x.sum() > 0 else x - 1
 
     graph = graph_of(Branch())
-    written = write_onnx(graph, tmp_path / "branch.onnx", OnnxSettings())
+    written = write_onnx(graph, tmp_path / "branch.onnx", ExportOptions())
     assert written.exporter == "torchscript"
     assert written.fallback_reason.startswith("dynamo: ")
     with pytest.raises(UnsupportedModelError, match="vision_encoder cannot be exported to ONNX"):
-        write_onnx(graph, tmp_path / "branch.onnx", OnnxSettings(exporter="dynamo"))
+        write_onnx(graph, tmp_path / "branch.onnx", ExportOptions(exporter="dynamo"))
 
 
 def test_an_axis_that_the_exporter_fixed_is_refused(tmp_path):
@@ -189,7 +189,7 @@ def test_an_axis_that_the_exporter_fixed_is_refused(tmp_path):
 
     graph = graph_of(Listed())
     with pytest.raises(UnsupportedModelError, match="dynamo"):
-        write_onnx(graph, tmp_path / "listed.onnx", OnnxSettings(exporter="dynamo"))
+        write_onnx(graph, tmp_path / "listed.onnx", ExportOptions(exporter="dynamo"))
 
 
 def test_a_graph_that_is_wrong_at_another_size_fails_its_check_and_is_kept(tmp_path, monkeypatch):

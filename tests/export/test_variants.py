@@ -14,7 +14,7 @@ from slimvlm.export.checks.parity import Case, measure
 from slimvlm.export.checks.reference import first_batch, torch_runner
 from slimvlm.export.client import run_onnx
 from slimvlm.export.graphs.build import build_graphs
-from slimvlm.export.options import OnnxSettings
+from slimvlm.export.options import ExportOptions
 from slimvlm.export.running.runners import SessionRunner
 from slimvlm.export.variants import FULL, QUANTIZED, TRACED, VARIANTS, Variant
 from slimvlm.export.writers.onnx_writer import write_onnx
@@ -68,7 +68,7 @@ def test_the_dynamo_exporter_writes_the_graphs_of_every_family(tmp_path, name):
     graphs = build_graphs(model, collator.family, first_batch(collator, samples))
     for graph in graphs if name in DECODERS else graphs[:1]:
         path = tmp_path / f"{graph.name}.onnx"
-        assert write_onnx(graph, path, OnnxSettings(exporter="dynamo")).fallback_reason is None
+        assert write_onnx(graph, path, ExportOptions(exporter="dynamo")).fallback_reason is None
         feeds = {port.name: port.sample.numpy() for port in graph.inputs}
         for what, given in (("as traced", feeds), ("the first of the batch", first_row(graph, feeds))):
             case = Case(graph.name, what, given, torch_runner([graph]).run(graph.name, given))

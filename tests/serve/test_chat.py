@@ -95,7 +95,7 @@ def test_an_encoder_decoder_checkpoint_streams_what_generate_gives(tmp_path, pic
         asked(open_chat(str(tmp_path / folder), device="cpu"), picture)[1].text for folder in ("model", "export")
     ]
     assert answers[0] == answers[1] != ""
-    assert result.manifest.generation["start"] == 0
+    assert result.manifest.generation.start == 0
 
 
 def test_half_a_character_waits_for_the_rest():

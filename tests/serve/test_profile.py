@@ -8,7 +8,12 @@ from dataclasses import replace
 import pytest
 from profiles import example_profile
 
+from slimvlm.compress.files.decoding import decode, parse
 from slimvlm.serve.profile import Cell, Profile, Ratio, Verdict
+
+
+def read_back(text: str) -> Profile:
+    return decode(parse(text), Profile, "profile")
 
 
 def changed(path: str, value: object) -> str:
@@ -27,8 +32,7 @@ def changed(path: str, value: object) -> str:
 
 def test_a_profile_survives_its_file() -> None:
     profile = example_profile()
-    assert Profile.from_json(profile.to_json()) == profile
-    assert Profile.from_dict(profile.to_dict()) == profile
+    assert read_back(profile.to_json()) == profile
 
 
 @pytest.mark.parametrize(
@@ -59,13 +63,13 @@ def test_a_profile_survives_its_file() -> None:
 )
 def test_what_does_not_fit_is_named_with_its_place(path: str, value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Profile.from_json(changed(path, value))
+        read_back(changed(path, value))
 
 
 def test_text_that_is_no_profile_is_refused() -> None:
     for text, message in (("{", "not JSON"), ("[]", "is not an object")):
         with pytest.raises(ValueError, match=message):
-            Profile.from_json(text)
+            read_back(text)
 
 
 def test_a_figure_that_is_not_finite_is_not_written() -> None:

@@ -13,6 +13,7 @@ from exports import export_tiny
 from profiling import quick, save_pair
 
 from slimvlm.compress.errors import CheckFailedError, CheckpointError, DeviceError, OutputError, UnsuitableOptionError
+from slimvlm.compress.files.decoding import read
 from slimvlm.serve.profile import MEASURED, OUT_OF_MEMORY, Profile
 from slimvlm.serve.profiling import profile_models
 
@@ -56,7 +57,7 @@ def test_a_profile_holds_paired_raw_samples_and_what_follows_from_them(pair, tmp
     dense, slim = pair
     options = quick(tmp_path, slim, against=dense, batch_sizes=(1, 2), decoder_tests=True, prompt_tokens=(60,))
     profile = profile_models(options)
-    assert Profile.from_json(options.written.read_text()) == profile
+    assert read(options.written, Profile) == profile
     assert [(cell.batch_size, cell.prompt_tokens, cell.new_tokens) for cell in profile.cells] == [
         (1, 60, 3),
         (2, 60, 3),
@@ -109,7 +110,7 @@ def test_a_killed_dense_model_leaves_the_slim_one_and_the_other_cells(pair, tmp_
     assert first.status == OUT_OF_MEMORY
     assert "killed" in first.reason
     assert second.status == MEASURED
-    assert Profile.from_json(options.written.read_text()).cells[0].status == OUT_OF_MEMORY
+    assert read(options.written, Profile).cells[0].status == OUT_OF_MEMORY
 
 
 @pytest.fixture
@@ -131,7 +132,7 @@ def test_an_interrupt_keeps_what_was_measured_and_leaves_no_process(pair, tmp_pa
 
     with pytest.raises(KeyboardInterrupt):
         profile_models(options, interrupt)
-    [cell] = Profile.from_json(options.written.read_text()).cells
+    [cell] = read(options.written, Profile).cells
     assert cell.status == MEASURED
     assert not workers()
 
@@ -140,7 +141,7 @@ def test_a_crossed_limit_fails_with_the_whole_profile(pair, tmp_path):
     options = quick(tmp_path, pair[1], max_ttft_ms=1e-6, max_tpot_ms=1e6, max_memory=2**40)
     with pytest.raises(CheckFailedError, match=r"--max-ttft-ms 1e-06: the slim model takes .* ms \(torch, batch 1"):
         profile_models(options)
-    profile = Profile.from_json(options.written.read_text())
+    profile = read(options.written, Profile)
     assert [(limit.name, limit.crossed) for limit in profile.limits] == [
         ("max_ttft_ms", True),
         ("max_tpot_ms", False),

@@ -74,7 +74,7 @@ def export_tiny(name: str, out: Path, make=cut_model, **options) -> ExportResult
 def answer_of(result: ExportResult, name: str) -> str:
     """What torch answers to the stored sample, the last of them."""
     tokens = read_sample(result.out)[1]["tokens"][0].tolist()
-    kept = until_end(tokens, result.manifest.generation["end"])
+    kept = until_end(tokens, result.manifest.generation.end)
     return tiny_processor(name).tokenizer.decode(kept, skip_special_tokens=True).strip()
 
 

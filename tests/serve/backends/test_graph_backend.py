@@ -33,16 +33,16 @@ def exported(tmp_path_factory):
 
 
 def backends_of(export):
-    yield GraphBackend(OnnxGraphs(export.runner("onnx", threads=1)), export.prompting, CPU)
-    yield GraphBackend(BoundOnnxGraphs(export.runner("onnx", threads=1), CPU), export.prompting, CPU)
-    yield GraphBackend(TorchGraphs(export.runner("torchscript")), export.prompting, CPU)
+    yield GraphBackend(OnnxGraphs(export.runner("onnx", threads=1)), export.manifest.generation, CPU)
+    yield GraphBackend(BoundOnnxGraphs(export.runner("onnx", threads=1), CPU), export.manifest.generation, CPU)
+    yield GraphBackend(TorchGraphs(export.runner("torchscript")), export.manifest.generation, CPU)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_timed_loop_over_graphs_gives_the_tokens_of_torch(exported, name):
     export = exported(name)
     given, expected = read_sample(export.folder)
-    wanted = until_end(expected["tokens"][0], export.prompting.end)
+    wanted = until_end(expected["tokens"][0], export.manifest.generation.end)
     for backend in backends_of(export):
         backend.place(given)
         timed = time_generation(backend, HostClock(), 6)
@@ -104,7 +104,7 @@ def test_a_later_token_is_two_runs_of_sessions_and_no_question_to_them(exported,
 
     runner = WatchedRunner(export.runner("onnx").files, threads=1)
     graphs = OnnxGraphs(runner) if kind == "arrays" else BoundOnnxGraphs(runner, CPU)
-    backend = GraphBackend(graphs, export.prompting, CPU)
+    backend = GraphBackend(graphs, export.manifest.generation, CPU)
     backend.place(read_sample(export.folder)[0])
     with torch.inference_mode():
         token = backend.prefill(backend.vision(), 6).argmax(-1, keepdims=True)

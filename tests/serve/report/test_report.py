@@ -5,7 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -184,7 +184,7 @@ def test_parity_of_an_export_is_shown_and_a_failed_check_is_bad_news(run: Path) 
     case = {"case": "a", "shapes": {}, "max_absolute": 1e-3, "max_relative": 2e-6, "cosine": 0.9999999}
     artifact = Artifact("decoder", "onnx", "fp32", "onnx/decoder.onnx", "torch.onnx", 1.0)
     artifact.parity = [case, {**case, "max_relative": 3e-6, "cosine": 0.99995}]
-    tolerances = {"fp32": VARIANTS["fp32"].tolerance.to_dict()}
+    tolerances = {"fp32": asdict(VARIANTS["fp32"].tolerance)}
     manifest = Manifest({"family": "llava", "type": "llava"}, {"max_new_tokens": 8}, tolerances=tolerances)
     manifest.artifacts = [artifact]
     manifest.checks = [{"format": "onnx", "variant": "fp32", "ok": False, "samples": 4, "equal": 3}]
