@@ -1,7 +1,7 @@
 """The family table: everything that is true of one model family, and nowhere else.
 
 A row says where the towers of a transformers model are, which projections form an attention or an MLP, and what must be
-patched after a cut. Adding a family is one row here and one factory in tests/tiny.py. No torch is imported.
+patched after a cut. How a family is added: CONTRIBUTING.md. No torch is imported.
 """
 
 from __future__ import annotations
