@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from slimvlm.compress.data.collate import IGNORED, Batch, Collator
 from slimvlm.compress.data.questions import ask, placed, pose
@@ -51,7 +51,7 @@ GREEDY = {  # said in full: what is left out is filled in from the generation se
 
 
 def evaluate(
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     collator: Collator,
     samples: Sequence[Sample],
     *,
@@ -104,7 +104,7 @@ def shuffle_images(samples: Sequence[Sample], seed: int) -> list[Sample]:
     return [sample.showing(images[other[sample.image_key]]) for sample in samples]
 
 
-def greedy(model: Any, collator: Collator, max_new_tokens: int) -> GenerationConfig:
+def greedy(model: PreTrainedModel, collator: Collator, max_new_tokens: int) -> GenerationConfig:
     """What `generate` needs to give the most probable tokens and to end as the tokenizer and the model say."""
     end = end_ids(model, collator)
     return GenerationConfig(
@@ -112,14 +112,21 @@ def greedy(model: Any, collator: Collator, max_new_tokens: int) -> GenerationCon
     )
 
 
-def end_ids(model: Any, collator: Collator) -> tuple[int, ...]:
+def generate(model: PreTrainedModel, collator: Collator, prompts: Batch, most: int) -> torch.Tensor:
+    """Ids of the greedy answers, `most` tokens each at most; behind the prompt where the model repeats that."""
+    mixed: Any = model  # transformers does not say in the type of a model that it generates
+    ids: torch.Tensor = mixed.generate(**prompts, generation_config=greedy(model, collator, most))
+    return ids
+
+
+def end_ids(model: PreTrainedModel, collator: Collator) -> tuple[int, ...]:
     """Tokens that end an answer: the tokenizer's own, then those of the model's generation settings."""
     given = getattr(model.generation_config, "eos_token_id", None)
     given = given if isinstance(given, list) else [given]
     return tuple(dict.fromkeys(token for token in (collator.tokenizer.eos_token_id, *given) if token is not None))
 
 
-def pad_id(model: Any, collator: Collator) -> int:
+def pad_id(model: PreTrainedModel, collator: Collator) -> int:
     """What generation fills a finished row with."""
     pad = collator.tokenizer.pad_token_id
     return end_ids(model, collator)[0] if pad is None else pad
@@ -127,7 +134,7 @@ def pad_id(model: Any, collator: Collator) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Evaluation:
-    model: Any
+    model: PreTrainedModel
     collator: Collator
     batch_size: int
     progress: Progress
@@ -264,7 +271,7 @@ def _generate(run: _Evaluation, questions: Sequence[Sample]) -> list[str]:
     inputs = placed(run.collator.prompts(questions), run.model.device, run.model.dtype)
     longest = max(map(run.collator.answer_length, questions)) + MARGIN
     with foreign("the model cannot answer", "check its config.json and generation_config.json"):
-        ids = run.model.generate(**inputs, generation_config=greedy(run.model, run.collator, longest))
+        ids = generate(run.model, run.collator, inputs, longest)
     prompt = inputs["input_ids"]
     if ids.shape[1] >= prompt.shape[1] and torch.equal(ids[:, : prompt.shape[1]], prompt):
         ids = ids[:, prompt.shape[1] :]
@@ -301,8 +308,8 @@ def _retrieve(run: _Evaluation, samples: Sequence[Sample]) -> list[Row]:
     ]
 
 
-def _numbered(keys: Sequence[Any]) -> list[int]:
-    numbers: dict[Any, int] = {}
+def _numbered(keys: Sequence[Hashable]) -> list[int]:
+    numbers: dict[Hashable, int] = {}
     return [numbers.setdefault(key, len(numbers)) for key in keys]
 
 

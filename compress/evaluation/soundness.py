@@ -6,20 +6,19 @@ shows when the model runs. Then it is refused, before the minutes that would end
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+from transformers import PreTrainedModel
 
 from slimvlm.compress.data.collate import Batch, Collator
 from slimvlm.compress.data.questions import placed
 from slimvlm.compress.data.samples import Sample
 from slimvlm.compress.errors import CheckpointError, foreign
-from slimvlm.compress.evaluation.evaluate import greedy
+from slimvlm.compress.evaluation.evaluate import generate
 
 UNFIT = "its config, its weights and its processor do not fit together"
 
 
-def check_computes(model: Any, collator: Collator, sample: Sample, where: object) -> None:
+def check_computes(model: PreTrainedModel, collator: Collator, sample: Sample, where: object) -> None:
     """Run the model once on `sample` and its right answer.
 
     Args:
@@ -36,7 +35,7 @@ def check_computes(model: Any, collator: Collator, sample: Sample, where: object
         raise CheckpointError(f"{where}: the loss of {sample.identity} is {loss.item()}, no finite number; {UNFIT}")
 
 
-def check_answers(model: Any, collator: Collator, sample: Sample, where: object) -> None:
+def check_answers(model: PreTrainedModel, collator: Collator, sample: Sample, where: object) -> None:
     """Let the model answer `sample` with one token.
 
     Raises:
@@ -44,10 +43,10 @@ def check_answers(model: Any, collator: Collator, sample: Sample, where: object)
     """
     batch = _placed(model, collator.prompts([sample]), collator, where)
     with foreign(f"{where}: the model cannot answer {sample.identity}", UNFIT), torch.inference_mode():
-        model.generate(**batch, generation_config=greedy(model, collator, 1))
+        generate(model, collator, batch, 1)
 
 
-def _placed(model: Any, batch: Batch, collator: Collator, where: object) -> Batch:
+def _placed(model: PreTrainedModel, batch: Batch, collator: Collator, where: object) -> Batch:
     """On the model's device, after a look at the token ids: on a GPU an id past the table ends the process."""
     known = getattr(model.config.get_text_config(), "vocab_size", None)
     ids = batch["input_ids"]

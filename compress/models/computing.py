@@ -107,6 +107,12 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
+def as_stored(model: PreTrainedModel) -> PreTrainedModel:
+    """`cast` to the dtype the model is stored in, which `load_to_compute` left in its config."""
+    stored: Any = model.config.dtype  # a dtype once loaded
+    return cast(model, stored)
+
+
 class ComputedInFloat32(TorchFunctionMode):
     """Within `with`, every operation on half precision is done in fp32 and gives fp32: one weight at a time is widened.
 

@@ -6,11 +6,11 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
+from peft import PeftModel
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from slimvlm.compress.data.collate import Batch, Collator, collator_of
 from slimvlm.compress.data.samples import Sample
@@ -19,7 +19,7 @@ from slimvlm.compress.errors import CheckFailedError, CheckpointError
 from slimvlm.compress.evaluation.equality import CHECKED_SAMPLES, TOLERANCE, outputs, relative_error
 from slimvlm.compress.evaluation.evaluate import evaluate, evaluation_batch
 from slimvlm.compress.models.checkpoint import Loaded, locate
-from slimvlm.compress.models.computing import cast, load_to_compute
+from slimvlm.compress.models.computing import as_stored, cast, load_to_compute
 from slimvlm.compress.models.groups import resolve
 from slimvlm.compress.options import LearnOptions
 from slimvlm.compress.plan import Plan
@@ -98,7 +98,7 @@ def recover(
     return Recovered(loaded, history, difference)
 
 
-def _merge(loaded: Loaded, adapted: Any | None, batch: Batch) -> float:
+def _merge(loaded: Loaded, adapted: PeftModel | None, batch: Batch) -> float:
     """Fold the low-rank layers into the weights, if there are any; how much that changed the outputs."""
     loaded.model.eval()
     before = outputs(loaded.model, batch)
@@ -114,9 +114,8 @@ def _merge(loaded: Loaded, adapted: Any | None, batch: Batch) -> float:
 
 def _round(loaded: Loaded) -> None:
     """To the precision it is stored in: what is saved must not be worse than the cut model, whatever was trained."""
-    stored: Any = loaded.model.config.dtype  # a dtype once loaded
     computed = loaded.model.dtype
-    cast(cast(loaded.model, stored), computed)
+    cast(as_stored(loaded.model), computed)
 
 
 def _load_student(options: LearnOptions, folder: Path, data: Trained) -> Loaded:
@@ -139,7 +138,7 @@ def _device(loaded: Loaded) -> torch.device:
     return torch.device("cuda") if sharded() and torch.cuda.is_available() else loaded.model.device
 
 
-def _prepare(options: LearnOptions, plan: Plan, loaded: Loaded) -> Any | None:
+def _prepare(options: LearnOptions, plan: Plan, loaded: Loaded) -> PeftModel | None:
     """Say what is trained, in place; the adapted model, where low-rank layers were added."""
     model, family = loaded.model, loaded.family
     model.requires_grad_(options.train == "full")
@@ -222,9 +221,8 @@ def precision(asked: str, device: torch.device) -> str:
 
 
 def _score(
-    options: LearnOptions, model: nn.Module, collator: Collator, samples: Sequence[Sample]
+    options: LearnOptions, model: PreTrainedModel, collator: Collator, samples: Sequence[Sample]
 ) -> tuple[float, float]:
     """(share of right answers, minus the loss of the right answers' tokens) on the validation samples."""
-    device = next(model.parameters()).device
-    quality = evaluate(model, collator, samples, batch_size=evaluation_batch(device, options.batch_size))
+    quality = evaluate(model, collator, samples, batch_size=evaluation_batch(model.device, options.batch_size))
     return quality.score, -quality.scores.get("token_loss", 0.0)

@@ -14,7 +14,7 @@ from slimvlm.compress.errors import SlimvlmError
 from slimvlm.compress.evaluation.equality import CHECKED_SAMPLES, reload_difference
 from slimvlm.compress.files.folders import move_folder
 from slimvlm.compress.models.checkpoint import Loaded
-from slimvlm.compress.models.computing import cast, frees_memory, load_to_compute
+from slimvlm.compress.models.computing import as_stored, cast, frees_memory, load_to_compute
 from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.options import LearnOptions
 from slimvlm.compress.plan import Plan
@@ -92,8 +92,7 @@ def _save_recovered(run: RunFolder, options: LearnOptions, plan: Plan, loaded: L
     """Write the checkpoint, check that it reloads to the same outputs, and put it in place."""
     model, folder = loaded.model, run.path / RECOVERED
     run.remove(RECOVERED)
-    stored: Any = model.config.dtype  # a dtype once loaded
-    save_checkpoint(folder, cast(model, stored), loaded.processor, plan, plan.layout)
+    save_checkpoint(folder, as_stored(model), loaded.processor, plan, plan.layout)
     reloaded = load_to_compute(replace(options, device=str(model.device)), str(folder)).model
     model.set_attn_implementation(reloaded.config._attn_implementation)
     batch = collator_of(loaded).training(data.calibration[:CHECKED_SAMPLES])

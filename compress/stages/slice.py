@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -21,7 +20,14 @@ from slimvlm.compress.evaluation.equality import (
     reload_difference,
 )
 from slimvlm.compress.models.checkpoint import Loaded
-from slimvlm.compress.models.computing import ComputedInFloat32, cast, frees_memory, give_back_memory, load_to_compute
+from slimvlm.compress.models.computing import (
+    ComputedInFloat32,
+    as_stored,
+    cast,
+    frees_memory,
+    give_back_memory,
+    load_to_compute,
+)
 from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.options import PlanOptions
@@ -57,7 +63,6 @@ def save_cut(
     """
     facts, fitted = {}, None
     model = loaded.model
-    stored: Any = model.config.dtype  # a dtype once loaded
     computed = model.dtype
     collator = collator_of(loaded)
     batch = collator.training(samples[:CHECKED_SAMPLES])
@@ -71,7 +76,7 @@ def save_cut(
     if fitted is not None:
         fitted.put_into(model)
         del fitted  # as large as what it replaced
-    save_checkpoint(out, cast(model, stored), loaded.processor, plan, plan.layout)
+    save_checkpoint(out, as_stored(model), loaded.processor, plan, plan.layout)
     _require_equal(facts, out)
     reloaded = load_to_compute(options, str(out)).model
     facts["reload_difference"] = reload_difference(cast(model, computed), reloaded, batch, out)

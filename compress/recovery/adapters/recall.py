@@ -25,6 +25,7 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from slimvlm.compress.errors import CheckFailedError
 from slimvlm.compress.plan import Plan
@@ -76,7 +77,7 @@ def attach(model: nn.Module, plan: Plan, slices: Slices | None, options: LowRank
     return adapted
 
 
-def merge(adapted: peft.PeftModel) -> Any:
+def merge(adapted: peft.PeftModel) -> PreTrainedModel:
     """Folds the factors into the weights and removes every trace of the adapter.
 
     Each delta is formed in fp32, added and cast once to the dtype of its weight. Shapes, ties, classes, config and the
@@ -93,7 +94,8 @@ def merge(adapted: peft.PeftModel) -> Any:
                     f"{path}: the recovered weights are not finite in {layer.weight.dtype}, so nothing was merged; "
                     "go back to an earlier state, or train with a lower learning rate"
                 )
-    return adapted.merge_and_unload(safe_merge=True).requires_grad_(True)
+    merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
+    return merged.requires_grad_(True)
 
 
 def recall_layers(model: nn.Module) -> dict[str, RecallLinear]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from slimvlm.compress.data.collate import IGNORED
@@ -70,8 +71,8 @@ class Distiller(nn.Module):
 
     def __init__(
         self,
-        student: nn.Module,
-        teacher: nn.Module | None,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel | None,
         family: Family,
         recipe: Recipe,
         block_map: Mapping[str, tuple[int, ...]] | None = None,
@@ -173,7 +174,7 @@ class Distiller(nn.Module):
         seen = self._observe(self.teacher, question, stage, teacher=True)
         return {name: seen[name] for name in self.target_names(stage)}
 
-    def _observe(self, model: nn.Module, question: _Question, stage: Stage, *, teacher: bool) -> Targets:
+    def _observe(self, model: PreTrainedModel, question: _Question, stage: Stage, *, teacher: bool) -> Targets:
         """The outputs that the stage asks for, by name; the forward ends once they are complete."""
         wanted: list[tuple[str, str]] = []
         for block in stage.blocks:
@@ -191,7 +192,7 @@ class Distiller(nn.Module):
         to_the_end = bool(asked if dual else asked - {"hidden"})  # somebody wants logits
         with _Watch(model, wanted, to_the_end) as watch:
             if to_the_end and question.rows is not None:
-                watch.select(cast(Any, model).get_output_embeddings(), question.rows)
+                watch.select(model.get_output_embeddings(), question.rows)
             output = watch.run(question.inputs)
         seen = watch.seen
         if to_the_end and dual:

@@ -21,11 +21,12 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from slimvlm.compress.data.collate import Batch
 from slimvlm.compress.errors import OutputError, RecoveryError, UnsuitableOptionError
 from slimvlm.compress.progress import Progress, silent
+from slimvlm.compress.recovery.distillation.distiller import Distiller
 from slimvlm.compress.recovery.distillation.recipe import Stage
 from slimvlm.compress.recovery.distillation.teacher_cache import TeacherCache
 from slimvlm.compress.recovery.training.history import WORST, History, Journal, Score, TrainerState, peak_memory
@@ -52,7 +53,7 @@ class _Job:
 
 
 def train(  # noqa: PLR0913 (what is trained, on what, how, where, and who watches)
-    distiller: nn.Module,
+    distiller: Distiller,
     stages: Sequence[Stage],
     collate: Callable[[list[int]], Batch],
     count: int,
@@ -337,7 +338,7 @@ class _Signals:
 
 
 @contextmanager
-def _checkpointed_activations(distiller: Any, options: TrainOptions) -> Iterator[None]:
+def _checkpointed_activations(distiller: Distiller, options: TrainOptions) -> Iterator[None]:
     student = distiller.student
     if not options.gradient_checkpointing:
         yield

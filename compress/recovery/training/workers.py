@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from slimvlm.compress.data.questions import placed
 from slimvlm.compress.errors import DeviceError, UnsuitableOptionError, foreign
 from slimvlm.compress.processes import LAUNCH
+from slimvlm.compress.recovery.distillation.distiller import Distiller
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 KNOWN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
@@ -48,7 +49,7 @@ class Workers:
         sharded: whether FSDP spreads the weights over the processes.
     """
 
-    def __init__(self, distiller: Any, mixed_precision: str, decay: float) -> None:
+    def __init__(self, distiller: Distiller, mixed_precision: str, decay: float) -> None:
         self.distiller = distiller
         self.accelerator = _accelerator(distiller, mixed_precision)
         self.device = self.accelerator.device
@@ -194,7 +195,7 @@ def _accelerator(distiller: nn.Module, mixed_precision: str) -> Accelerator:
     return accelerator
 
 
-def _trained(distiller: Any) -> dict[str, nn.Parameter]:
+def _trained(distiller: Distiller) -> dict[str, nn.Parameter]:
     return {name: value for name, value in distiller.student.named_parameters() if value.requires_grad}
 
 
