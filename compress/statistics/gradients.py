@@ -25,7 +25,7 @@ class GradientSums(Collector):
     """
 
     def bytes_needed(self, side: Side) -> int:
-        return 4 * MATRICES.get(self.statistic.name, 0) * side.module.weight.numel()
+        return 4 * MATRICES.get(self.statistic.name, 0) * int(side.module.weight.numel())
 
     def start(self) -> None:
         device = self.sides[0].module.weight.device
