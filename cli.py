@@ -14,11 +14,10 @@ from typing import Any
 import click
 
 from slimvlm.compress.errors import CheckFailedError
-from slimvlm.compress.options import CompressOptions, EvaluateOptions
+from slimvlm.compress.options import ATTENTION_UNITS, CompressOptions, EvaluateOptions
 from slimvlm.console import show, show_profile, show_selfcheck
 from slimvlm.console.commands import Commands, Interrupted
 from slimvlm.console.options import (
-    ATTENTION_UNITS,
     COUNT,
     FOLDER,
     NAME,

@@ -14,6 +14,12 @@ from typing import Any
 from slimvlm.compress.files.decoding import decode_fields
 
 STAGES = ("plan", "slice", "recover", "evaluate", "export", "profile")
+ATTENTION_UNITS = ("auto", "kv-group", "query-slot")
+KINDS = ("attention", "mlp")
+LAYOUTS = ("per-layer", "stock")
+TRAINED = ("lora", "projector", "lora+projector", "full")
+SCHEDULES = ("cosine", "constant")
+PRECISIONS = ("no", "bf16", "fp16")  # or auto
 NOT_IDENTITY = (  # not what the model is made of
     "out", "device", "resume", "overwrite", "max_quality_drop", "export", "profile", "trust_remote_code"
 )  # fmt: skip

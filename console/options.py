@@ -10,7 +10,15 @@ import click
 
 from slimvlm.compress.allocate.allocators import ALLOCATORS
 from slimvlm.compress.criteria.criterion import CRITERIA, TAYLORS
-from slimvlm.compress.options import CompressOptions
+from slimvlm.compress.options import (
+    ATTENTION_UNITS,
+    KINDS,
+    LAYOUTS,
+    PRECISIONS,
+    SCHEDULES,
+    TRAINED,
+    CompressOptions,
+)
 from slimvlm.compress.recovery.distillation.recipe import LOSSES, PROGRESSIONS
 from slimvlm.console.values import (
     MOST,
@@ -31,14 +39,6 @@ from slimvlm.export.options import DTYPES as EXPORTED_DTYPES
 from slimvlm.export.options import EXPORTERS, FUSIONS
 from slimvlm.export.variants import FULL, QUANTIZED
 from slimvlm.serve.options import DTYPES, PROVIDERS, ProfileOptions
-
-# Names the library knows, repeated because importing them imports torch; a test compares.
-ATTENTION_UNITS = ("auto", "kv-group", "query-slot")
-LAYOUTS = ("per-layer", "stock")
-KINDS = ("attention", "mlp")
-TRAINED = ("lora", "projector", "lora+projector", "full")
-SCHEDULES = ("cosine", "constant")
-PRECISIONS = ("auto", "no", "bf16", "fp16")
 
 DEFAULTS = {field.name: field.default for field in fields(CompressOptions)}
 PROFILE = {field.name: field.default for field in fields(ProfileOptions)}
@@ -149,7 +149,7 @@ recover_options = together(
     option("--weight-decay", type=Number(min=0), help="Of matrices."),
     option("--clip", type=Number(0), help="Largest norm of the gradient, 0 for any; else 1 or the paper's 0."),
     option("--reset-optimizer/--keep-optimizer", default=None, help="Begin each stage with a fresh optimiser."),
-    option("--precision", type=click.Choice(PRECISIONS), help="Of matrix products in training."),
+    option("--precision", type=click.Choice(("auto", *PRECISIONS)), help="Of matrix products in training."),
     option("--gradient-checkpointing", is_flag=True, help="Less memory for more time."),
     option("--checkpoint-every", type=COUNT, help="Steps between states that --resume continues from."),
     option("--validate-every", type=COUNT, help="Steps between validations; else at least an eighth of all."),

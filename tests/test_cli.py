@@ -15,10 +15,7 @@ from click.testing import CliRunner
 
 from slimvlm.cli import Commands, main
 from slimvlm.compress.errors import CheckFailedError, SampleError
-from slimvlm.compress.models.checkpoint import LAYOUTS
-from slimvlm.compress.models.groups import ATTENTION_UNITS
 from slimvlm.compress.options import CompressOptions, RecoverOptions
-from slimvlm.console import options as choices
 from slimvlm.console import show
 from slimvlm.console.progress import progress
 from slimvlm.console.values import Size
@@ -82,11 +79,6 @@ def test_help_takes_at_most_half_a_second_of_processor_time() -> None:
     subprocess.run([sys.executable, "-P", "-m", "slimvlm.cli", "--help"], check=True, capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime <= 0.5
-
-
-def test_the_choices_are_what_the_library_knows() -> None:
-    assert set(choices.ATTENTION_UNITS) == set(ATTENTION_UNITS)
-    assert set(choices.LAYOUTS) == set(LAYOUTS)
 
 
 def test_every_option_of_compress_is_a_field_with_the_same_default(data: Path, tmp_path: Path) -> None:

@@ -16,14 +16,13 @@ import numpy as np
 from slimvlm.compress.allocate.allocators import ALLOCATORS
 from slimvlm.compress.allocate.bundles import Line, lines_of, pool_of, stock_lines_of
 from slimvlm.compress.allocate.costs import COSTS, Total
-from slimvlm.compress.allocate.facts import KINDS, Facts
+from slimvlm.compress.allocate.facts import Facts
 from slimvlm.compress.allocate.pool import Flags, Integers
 from slimvlm.compress.criteria.scores import Scores
 from slimvlm.compress.errors import InfeasibleBudgetError
 from slimvlm.compress.models.groups import Dead, Group
+from slimvlm.compress.options import KINDS, LAYOUTS
 from slimvlm.compress.plan import BLOCK, Plan, TowerCount
-
-LAYOUTS = ("per-layer", "stock")
 
 
 @dataclass(frozen=True)

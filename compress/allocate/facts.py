@@ -9,9 +9,8 @@ from torch import nn
 
 from slimvlm.compress.models.families import Family, find_family
 from slimvlm.compress.models.groups import Dead, Group, count_parameters, dead_blocks, weigh
+from slimvlm.compress.options import KINDS
 from slimvlm.compress.plan import BLOCK
-
-KINDS = ("attention", "mlp")
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,6 @@ from slimvlm.compress.models.loaders import (
     refuse_adapter,
 )
 
-LAYOUTS = ("per-layer", "stock")
 PLAN = "plan.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -22,9 +22,9 @@ from torch import nn
 
 from slimvlm.compress.errors import UnsupportedModelError
 from slimvlm.compress.models.families import Attention, Family, Mlp, Tower
+from slimvlm.compress.options import ATTENTION_UNITS
 from slimvlm.compress.plan import BLOCK
 
-ATTENTION_UNITS = ("auto", "kv-group", "query-slot")
 MIN_KV_HEADS = 4  # below this, cutting whole KV groups is too coarse: `auto` cuts query slots
 
 

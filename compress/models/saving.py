@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from slimvlm.compress.files.folders import MANIFEST, list_files, written_folder
 from slimvlm.compress.files.writing import write_text
-from slimvlm.compress.models.checkpoint import CARRIED, LAYOUTS, PLAN
+from slimvlm.compress.models.checkpoint import CARRIED, PLAN
 from slimvlm.compress.models.stock import stock_model
+from slimvlm.compress.options import LAYOUTS
 from slimvlm.compress.plan import Plan
 
 

@@ -8,12 +8,11 @@ from dataclasses import fields
 from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.models.checkpoint import build_meta
 from slimvlm.compress.models.families import Family
-from slimvlm.compress.options import LearnOptions, RecoverOptions
+from slimvlm.compress.options import TRAINED, LearnOptions, RecoverOptions
 from slimvlm.compress.recovery.adapters.targets import LowRank, check_rank, find_targets
 from slimvlm.compress.recovery.distillation.recipe import Recipe, parse_recipe
 from slimvlm.compress.recovery.distillation.teacher_checks import check_states, check_teacher
 
-TRAINED = ("lora", "projector", "lora+projector", "full")
 DEFAULTS = {field.name: field.default for field in fields(RecoverOptions)}
 
 

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slimvlm.compress.errors import UnsuitableOptionError
+from slimvlm.compress.options import PRECISIONS, SCHEDULES
 from slimvlm.compress.recovery.distillation.recipe import Stage, stage_bounds
 
-SCHEDULES = ("constant", "cosine")
-PRECISIONS = ("no", "bf16", "fp16")
 POSITIVE = ("steps", "batch_size", "accumulate", "lr", "checkpoint_every", "validate_every")
 
 
