@@ -216,3 +216,12 @@ def test_unusable_statistics_are_refused():
 def test_a_threshold_that_is_no_probability_is_refused():
     with pytest.raises(ValueError, match="no probability"):
         replace(UKMI.tokens, threshold=4.0)
+
+
+def test_wanda_sp_is_the_column_sums_of_weights_times_inputs_over_their_mean_in_the_group():
+    block, group = Block(), mlp_group(2, 6, gated=False)
+    with torch.no_grad():
+        block.down.weight.copy_(torch.tensor([[1.0, -2], [3, 0], [-1, 1]]))
+    norms = SimpleNamespace(seen={"input-norms": {"down": torch.tensor([2.0, 10]), "up": torch.tensor([7.0, 7, 7])}})
+    found = score_groups([group], CRITERIA["wanda-sp"], norms, block).values[group.key]
+    assert found.tolist() == pytest.approx([10 / 20, 30 / 20])  # 2 (1 + 3 + 1) and 10 (2 + 0 + 1), their mean 20
