@@ -100,7 +100,7 @@ def test_a_plan_meets_its_budget_within_a_unit_keeps_the_floors_and_has_the_same
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("cost", COSTS)
 def test_what_bundles_cost_is_above_nothing_and_together_what_their_kind_costs(cost: str, name: str) -> None:
-    tiny, groups = tiny_groups(name)
+    tiny, groups = tiny_groups(name, "random")
     total = COSTS[cost].total(facts_of(tiny.model, groups))
     kinds = dict.fromkeys(total.kinds, 0.0)
     for line in lines_of(groups, once(name, "magnitude"), round_channels=7):
