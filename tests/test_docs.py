@@ -46,6 +46,14 @@ def shown(folder):
 PAGE = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
 
 
+def test_the_paths_that_pages_name_exist():
+    folders = "benchmarks|compress|console|demo|docs|examples|export|kernels|selfcheck|serve|tests"
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        named = re.findall(rf"(?<![\w/.-])(?:{folders})/[\w./-]*\w", page.read_text(encoding="utf-8"))
+        missing = {name for name in named if "NAME" not in name and not (ROOT / name).exists()}
+        assert missing == set(), page.name
+
+
 def test_every_row_of_a_registry_has_its_section_in_the_page_of_methods():
     page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     chapters = re.findall(r"^## (\w+).*?\n(.*?)(?=^## |\Z)", page, re.M | re.S)
