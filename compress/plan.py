@@ -100,6 +100,13 @@ class Plan:
         """Tower -> numbers of the blocks that stay, where blocks were planned."""
         return _blocks(self.keep)
 
+    @property
+    def gone(self) -> dict[str, list[int]]:
+        """Tower -> numbers of the blocks that leave besides dead ones, where blocks were planned."""
+        return {
+            tower: sorted(set(range(self.sizes[f"{tower}.{BLOCK}"])) - set(kept)) for tower, kept in self.blocks.items()
+        }
+
     def keeps(self, tower: str, layer: int) -> bool:
         """Whether this block of `tower` stays."""
         return layer in self.blocks.get(tower, (layer,))

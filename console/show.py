@@ -251,7 +251,12 @@ def show_written(path: Path, *, as_json: bool) -> None:
 
 def _warn_of_plan(plan: Plan) -> None:
     """What an allocator without floors did to a model it was not made for; plans of the others pass."""
-    if plan.overshoots:
+    if plan.overshoots and plan.blocks:
+        print_warning(
+            f"{percent(plan.removed_fraction)} of all parameters go where {percent(plan.ratio)} was asked for: blocks "
+            "leave whole, and fewer would be further from it"
+        )
+    elif plan.overshoots:
         print_warning(
             f"{percent(plan.removed_fraction)} of all parameters go where {percent(plan.ratio)} was asked for: the "
             "paper's loop takes whole steps of 1000 units, then 100, which is much in this model; --criterion ukmi "
@@ -336,6 +341,8 @@ def _print_removed(plan: Plan) -> None:
     if plan.dropped:
         blocks = ", ".join(f"the last {blocks} in {tower}" for tower, blocks in plan.dropped.items())
         print_line(f"         {count(plan.dropped_parameters)} of them for free: blocks that nobody reads, {blocks}")
+    for tower, gone in plan.gone.items():
+        print_line(f"         {len(gone)} blocks of {tower} leave whole; {len(plan.blocks[tower])} stay")
 
 
 def _removed_of_prunable(plan: Plan) -> float:

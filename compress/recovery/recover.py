@@ -28,7 +28,7 @@ from slimvlm.compress.recovery.adapters.recall import attach, merge
 from slimvlm.compress.recovery.adapters.slices import Slices
 from slimvlm.compress.recovery.checks import low_rank, recipe_of, require_projector
 from slimvlm.compress.recovery.distillation.distiller import Distiller
-from slimvlm.compress.recovery.distillation.recipe import Recipe, make_stages
+from slimvlm.compress.recovery.distillation.recipe import Recipe, make_stages, match_blocks
 from slimvlm.compress.recovery.distillation.teacher_cache import TeacherCache
 from slimvlm.compress.recovery.distillation.teacher_checks import depths_of
 from slimvlm.compress.recovery.training.state import load_best
@@ -168,12 +168,16 @@ def _dense_folder(name: str, plan: Plan) -> Path:
 
 
 def _distiller(options: LearnOptions, plan: Plan, loaded: Loaded, recipe: Recipe) -> Distiller:
-    teacher = None
+    teacher, matched = None, {}
     if recipe.needs_teacher:
         folder = options.teacher or str(_dense_folder(options.model, plan))
         teacher = load_to_compute(options, folder).model
         teacher.set_attn_implementation(loaded.model.config._attn_implementation)
-    return Distiller(loaded.model, teacher, loaded.family, recipe)
+        depths = depths_of(teacher, loaded.family)
+        matched = {
+            tower: match_blocks(kept, depths[tower]) for tower, kept in plan.blocks.items() if len(kept) < depths[tower]
+        }
+    return Distiller(loaded.model, teacher, loaded.family, recipe, matched)
 
 
 def _cache(options: LearnOptions, data: Trained, loaded: Loaded, folder: Path) -> TeacherCache | None:

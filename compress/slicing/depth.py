@@ -78,6 +78,14 @@ def write_depth(model: PreTrainedModel, tower: Tower) -> None:
     stack.config.num_hidden_layers = count  # a copy of the other where T5 is
 
 
+def place(path: str, family: Family, plan: Plan) -> str:
+    """Where the module at `path`, which stays, is once the blocks of `plan` have left."""
+    for tower in family.towers:
+        if tower.name in plan.blocks:
+            path = moved(path, tower, plan.blocks[tower.name]) or path
+    return path
+
+
 def moved(path: str, tower: Tower, kept: Sequence[int]) -> str | None:
     """Where the module at `path` is once only the blocks `kept` of `tower` are left; None: it left."""
     if not path.startswith(f"{tower.blocks}."):

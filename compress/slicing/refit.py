@@ -46,11 +46,11 @@ class Refit:
     lost_by_cut: float
     lost: float
 
-    def put_into(self, model: nn.Module) -> nn.Module:
-        """Replace the weights of the cut `model`, in place."""
+    def put_into(self, model: nn.Module, places: Callable[[str], str] = str) -> nn.Module:
+        """Replace the weights of the cut `model`, in place; `places`: where it has the modules of the dense one."""
         with torch.no_grad():
             for path, (weight, bias) in self.weights.items():
-                module: Any = model.get_submodule(path)
+                module: Any = model.get_submodule(places(path))
                 module.weight.copy_(weight)
                 if bias is not None:
                     module.bias.copy_(bias)

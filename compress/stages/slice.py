@@ -28,13 +28,14 @@ from slimvlm.compress.models.computing import (
     give_back_memory,
     load_to_compute,
 )
-from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.options import PlanOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.progress import Progress
 from slimvlm.compress.runs import CUT, MODEL, RunFolder
 from slimvlm.compress.slicing.apply import apply_plan
+from slimvlm.compress.slicing.cuts import matching_groups
+from slimvlm.compress.slicing.depth import place
 from slimvlm.compress.slicing.mask import mask_plan
 from slimvlm.compress.slicing.refit import refit
 
@@ -67,14 +68,14 @@ def save_cut(
     collator = collator_of(loaded)
     batch = collator.training(samples[:CHECKED_SAMPLES])
     if options.refit:
-        groups = find_groups(model, loaded.family, plan.attention_unit)
+        groups = matching_groups(model, loaded.family, plan)
         work = collated(collator, samples, options.batch_size)
         fitted = refit(model, loaded.family, groups, plan.keep, work, memory=options.grad_memory, progress=progress)
         facts = {"output_lost_by_cut": fitted.lost_by_cut, "output_lost": fitted.lost}
     give_back_memory()
     facts["masked_difference"] = masked_difference(model, plan, batch)
     if fitted is not None:
-        fitted.put_into(model)
+        fitted.put_into(model, lambda path: place(path, loaded.family, plan))
         del fitted  # as large as what it replaced
     save_checkpoint(out, as_stored(model), loaded.processor, plan, plan.layout)
     _require_equal(facts, out)

@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 
 import numpy as np
-from plans import random_plan
+from plans import keep_blocks, random_plan
 from tiny_models import tiny_model
 from tiny_processors import tiny_image, tiny_processor
 
@@ -28,9 +28,6 @@ SIZES = {
 }  # of images where the graph has one grid; patches: two windows each way
 
 
-DEPTHS = {"num_hidden_layers", "num_layers", "num_decoder_layers", "depth"}
-
-
 def cut_model(name, seed=1):
     """A tiny model in which every layer lost another number of heads and channels, and its collator."""
     model = apply_plan(tiny_model(name, "sdpa").model, random_plan(tiny_model(name).model, seed))
@@ -41,14 +38,7 @@ def cut_model(name, seed=1):
 def shallow_model(name):
     """As `cut_model`, with the first block of every tower only: for exporters that take seconds."""
     model, collator = cut_model(name)
-    selects = hasattr(model.config, "vision_feature_layer")  # by number: those blocks stay
-    for tower in collator.family.towers[selects:]:
-        del model.get_submodule(tower.blocks)[1:]
-        config = getattr(model.config, tower.config)
-        for field in DEPTHS & set(vars(config)):
-            setattr(config, field, 1)
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:1]
+    apply_plan(model, keep_blocks(model, lambda group: range(1, group.size)))
     return model, collator
 
 

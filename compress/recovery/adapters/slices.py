@@ -22,6 +22,7 @@ from slimvlm.compress.errors import CheckpointError
 from slimvlm.compress.models.checkpoint import build_meta, weight_files
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.slicing.cuts import Cut, complement, find_cuts, matching_groups
+from slimvlm.compress.slicing.depth import place
 from slimvlm.kernels import gather_blocks
 
 
@@ -58,14 +59,15 @@ class Slices:
             for cut in find_cuts(group, torch.tensor(plan.keep[group.key], dtype=torch.int64)):
                 shape = tuple(dense.get_parameter(f"{cut.path}.weight").shape)
                 if len(shape) == 2:  # norms of the heads lose entries, which no low-rank branch recalls
-                    self._check_cut(model, cut, shape)
-                    self._shapes[cut.path], self._cuts[cut.path] = shape, cut
+                    path = place(cut.path, family, plan)
+                    self._check_cut(path, model, cut, shape)
+                    self._shapes[path], self._cuts[path] = shape, cut
         self._stored = find_tensors(self._folder, dense)
-        for path in self._cuts:
-            if f"{path}.weight" not in self._stored:
+        for cut in self._cuts.values():
+            if f"{cut.path}.weight" not in self._stored:
                 raise CheckpointError(
-                    f"{folder}: {path}.weight is not stored as one tensor; load the checkpoint and save it once with "
-                    "slimvlm or transformers, then cut the saved one"
+                    f"{folder}: {cut.path}.weight is not stored as one tensor; load the checkpoint and save it once "
+                    "with slimvlm or transformers, then cut the saved one"
                 )
 
     def of(self, path: str) -> Recalled:
@@ -77,7 +79,7 @@ class Slices:
         cut = self._cuts.get(path)
         if cut is None:
             return Recalled()
-        file, name = self._stored[f"{path}.weight"]
+        file, name = self._stored[f"{cut.path}.weight"]
         try:
             with safe_open(file, "pt") as opened:
                 view = opened.get_slice(name)
@@ -87,14 +89,14 @@ class Slices:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{file}: {name} cannot be read ({error}); copy or download it again") from error
 
-    def _check_cut(self, model: nn.Module, cut: Cut, shape: tuple[int, int]) -> None:
+    def _check_cut(self, path: str, model: nn.Module, cut: Cut, shape: tuple[int, int]) -> None:
         kept = tuple(
             size if index is None else len(index) for index, size in zip((cut.rows, cut.columns), shape, strict=True)
         )
-        found = tuple(model.get_parameter(f"{cut.path}.weight").shape)
+        found = tuple(model.get_parameter(f"{path}.weight").shape)
         if found != kept:
             raise CheckpointError(
-                f"{cut.path} is {found} in this model, the plan leaves {kept} of {self._folder}; "
+                f"{path} is {found} in this model, the plan leaves {kept} of {self._folder}; "
                 "give the plan and the dense checkpoint this model was cut with"
             )
 

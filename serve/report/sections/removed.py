@@ -9,7 +9,7 @@ import numpy as np
 
 from slimvlm.compress.errors import OutputError
 from slimvlm.compress.models.families import FAMILIES
-from slimvlm.compress.plan import Plan
+from slimvlm.compress.plan import BLOCK, Plan
 from slimvlm.compress.runs import PLAN, SCORES
 from slimvlm.serve.report.charts import kept_bars, score_steps, size_bars
 from slimvlm.serve.report.document import Chart, Finding, Section, Table, change, figure, percent, shown, whole
@@ -88,6 +88,10 @@ def _findings(plan: Plan) -> tuple[Finding, ...]:
     for tower, blocks in plan.dropped.items():
         text = f"The last {blocks} blocks of {shown(tower)} left whole and for free: nothing reads their output."
         found.append(Finding(text, f"{PLAN}: dropped, dropped_parameters ({whole(plan.dropped_parameters)})"))
+    for tower, gone in plan.gone.items():
+        numbers = f" (counted from 0: {', '.join(map(str, gone))})" if gone else ""
+        text = f"{len(gone)} blocks of {shown(tower)} left whole{numbers}, {len(plan.blocks[tower])} stay."
+        found.append(Finding(text, f"{PLAN}: keep of {shown(tower)}.{BLOCK}"))
     if plan.overshoots:
         text = f"That is {percent(plan.removed_fraction - plan.ratio)} of all parameters more than was asked for."
         found.append(Finding(text, f"{PLAN}: parameters_after, ratio", bad=True))
@@ -102,6 +106,8 @@ def _parts(plan: Plan) -> list[_Part]:
     """Towers and kinds in the order of the plan's keys."""
     parts: dict[tuple[str, str], _Part] = {}
     for key, size in plan.sizes.items():
+        if key.endswith(f".{BLOCK}"):
+            continue
         pieces = key.rsplit(".", 2)
         if len(pieces) != 3 or not pieces[1].isdecimal():
             raise OutputError(f"{PLAN}: group {shown(key)!r} is not TOWER.LAYER.PART; make the plan again")

@@ -5,19 +5,26 @@ from __future__ import annotations
 import copy
 from types import SimpleNamespace
 
+import onnx
 import pytest
 import torch
 import transformers
+from exports import export_tiny
 from outputs import greedy_tokens, logits
-from plans import keep_blocks, random_plan
+from plans import keep_blocks, make_plan, random_plan
+from recalled import SMALL, randomise
 from tiny_models import FACTORIES, IMAGE_TOKEN, TEXT, reading, tiny_model
+from tiny_processors import tiny_processor
 
+from slimvlm.compress.data.collate import Collator
 from slimvlm.compress.errors import CheckpointError
 from slimvlm.compress.models.checkpoint import load_model
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import count_parameters, find_blocks
 from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.plan import Plan
+from slimvlm.compress.recovery.adapters.recall import attach, merge
+from slimvlm.compress.recovery.adapters.slices import Slices
 from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.compress.slicing.mask import mask_plan
 
@@ -142,3 +149,35 @@ def test_the_states_that_are_read_are_counted_without_the_block(states, left):
     apply_plan(tiny.model, plan)
     assert tiny.model.config.vision_feature_layer == left
     assert (logits(tiny.model, tiny.inputs(2)) - expected).abs().max() <= 1e-5
+
+
+def test_what_recovery_recalls_of_a_shorter_model_is_what_it_lost_and_merging_keeps_its_outputs(tmp_path):
+    tiny = tiny_model("llava")
+    tiny.model.save_pretrained(tmp_path / "dense")
+    first = keep_blocks(tiny.model, first_block)
+    model = apply_plan(copy.deepcopy(tiny.model), first)
+    second = make_plan(model, lambda group: range(group.size // 2 if group.kind == "mlp" else group.size))
+    plan = first.compose(second)
+    apply_plan(model, second).requires_grad_(False)
+    slices = Slices(tmp_path / "dense", model, plan)
+    dense = tiny.model.model.language_model.layers[1].mlp.down_proj.weight
+    recalled = slices.of("model.language_model.layers.0.mlp.down_proj").columns
+    assert torch.equal(recalled, dense[:, dense.shape[1] // 2 :])
+    adapted = randomise(attach(model, plan, slices, SMALL))
+    expected = logits(adapted, tiny.inputs(2))
+    save_checkpoint(tmp_path / "merged", merge(adapted), None, plan)
+    reloaded = load_model(tmp_path / "merged").model
+    torch.testing.assert_close(logits(reloaded, tiny.inputs(2)), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "blip2_t5"])
+def test_an_export_of_a_shorter_model_answers_like_it_and_its_cache_has_its_layers(name, tmp_path):
+    def shorter(name):
+        model = tiny_model(name, "sdpa").model
+        apply_plan(model, keep_blocks(model, first_block))
+        return model, Collator(tiny_processor(name), find_family(model.config), model.config)
+
+    result = export_tiny(name, tmp_path / "export", shorter, samples=2, max_new_tokens=3)
+    graphs = [onnx.load(path, load_external_data=False).graph for path in result.out.rglob("*.onnx")]
+    caches = {port.name for graph in graphs for port in graph.input if port.name.startswith("past")}
+    assert caches and {name.split(".")[1] for name in caches} == {"0"}
