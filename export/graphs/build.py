@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from slimvlm.compress.models.families import Family
-from slimvlm.export.graphs.decoder import _decoder_graph, _embed_graph, embedding_width
+from slimvlm.export.graphs.decoder import decoder_graph, embed_graph, embedding_width
 from slimvlm.export.graphs.dual import dual_encoder
 from slimvlm.export.graphs.graph import BATCH, PATCHES, Graph, Port
+from slimvlm.export.graphs.seq2seq import encoder_decoder_graphs
 from slimvlm.export.graphs.vision import Patches, vision_encoder
 from slimvlm.export.graphs.windows import refuse_windows
 
@@ -34,12 +35,10 @@ def build_graphs(model: Any, family: Family, batch: Mapping[str, Tensor]) -> tup
     refuse_windows(model.config)
     if family.contrastive:
         return dual_encoder(model, family, batch)
-    first = (vision_graph(model, family, batch), _embed_graph(model, embedding_width(model)))
+    first = (vision_graph(model, family, batch), embed_graph(model, embedding_width(model)))
     if family.own_decoder:
-        from slimvlm.export.graphs.seq2seq import encoder_decoder_graphs
-
         return first + encoder_decoder_graphs(model.get_submodule(family.export.text))
-    return (*first, _decoder_graph(model, family))
+    return (*first, decoder_graph(model, family))
 
 
 def vision_graph(model: Any, family: Family, batch: Mapping[str, Tensor]) -> Graph:

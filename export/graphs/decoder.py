@@ -106,14 +106,16 @@ def embedding_width(model: Any) -> int:
     return width * (1 + deepstack_layers(model))
 
 
-def _embed_graph(model: Any, width: int) -> Graph:
+def embed_graph(model: Any, width: int) -> Graph:
+    """`embed_tokens`: token ids -> embeddings of `width`."""
     embedding = model.get_input_embeddings()
     ids = torch.arange(SAMPLE_BATCH * SAMPLE_SEQUENCE).view(SAMPLE_BATCH, SAMPLE_SEQUENCE) % embedding.weight.shape[0]
     axes = {0: BATCH, 1: SEQUENCE}
     return Graph(EMBEDDING, Embed(embedding, width).eval(), (Port("input_ids", ids, axes),), {"inputs_embeds": axes})
 
 
-def _decoder_graph(model: Any, family: Family) -> Graph:
+def decoder_graph(model: Any, family: Family) -> Graph:
+    """`decoder_model_merged`: embeddings and a cache, which may be empty, -> logits and the cache grown."""
     text, head = model.get_submodule(family.export.text), model.get_submodule(family.export.head)
     layers = deepstack_layers(model)
     module = Decoder(text, head, family.export.prefix, layers).eval()
