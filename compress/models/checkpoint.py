@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from slimvlm.compress.errors import CheckpointError, one_line
@@ -30,6 +29,7 @@ from slimvlm.compress.models.loaders import (
     load_processor,
     read_config,
     refuse_adapter,
+    stored_weights,
 )
 
 PLAN = "plan.json"
@@ -166,10 +166,7 @@ def weight_files(folder: Path) -> list[Path]:
 def _check_room(folder: Path, empty: PreTrainedModel) -> None:
     """Refuse a config that asks for far more weights than are there, before memory is taken for them."""
     asked = sum(parameter.numel() for parameter in empty.parameters())
-    held = 0
-    for path in weight_files(folder):
-        with safe_open(path, "pt") as file:
-            held += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    held = sum(math.prod(shape) for path in weight_files(folder) for _, shape in stored_weights(path).values())
     if asked > 2 * held + SLACK:
         raise CheckpointError(
             f"{folder}: config.json describes a model of {asked} weights, but the weight files hold {held}; they do "

@@ -72,6 +72,17 @@ def refuse_adapter(folder: Path) -> None:
         )
 
 
+def stored_weights(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type (as safetensors calls it) and shape of every tensor of a safetensors file, from its header.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    with foreign(f"{path} is damaged", AGAIN), safe_open(path, "pt") as file:
+        views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        return {name: (view.get_dtype(), tuple(view.get_shape())) for name, view in views.items()}
+
+
 def check_types(path: Path) -> None:
     """Weights are floating point: integers would be cast to it without the scale they were made with.
 
@@ -81,8 +92,7 @@ def check_types(path: Path) -> None:
     Raises:
         CheckpointError: one is not, with its name.
     """
-    with foreign(f"{path} is damaged", AGAIN), safe_open(path, "pt") as file:
-        kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    kinds = {name: kind for name, (kind, _) in stored_weights(path).items()}
     wrong = [name for name, kind in kinds.items() if kind not in FLOATING and not name.endswith(COUNTED)]
     if wrong:
         raise CheckpointError(

@@ -74,10 +74,9 @@ def recover(
     collator = collator_of(loaded)
     adapted = _prepare(options, plan, loaded)
     distiller = _distiller(options, plan, loaded, recipe)
-    depths = depths_of(loaded.model, loaded.family)
     history = train(
         distiller,
-        make_stages(loaded.family, depths, recipe),
+        make_stages(loaded.family, distiller.depths, recipe),
         lambda indices: distiller.located(collator.training([data.training[index] for index in indices])),
         len(data.training),
         _train_options(options, recipe, loaded, data),

@@ -20,6 +20,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from slimvlm.compress.errors import CheckpointError
 from slimvlm.compress.models.checkpoint import build_meta, weight_files
+from slimvlm.compress.models.loaders import stored_weights
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.slicing.cuts import Cut, complement, find_cuts, matching_groups
 from slimvlm.compress.slicing.depth import place
@@ -112,13 +113,12 @@ def find_tensors(folder: Path, model: PreTrainedModel) -> dict[str, tuple[Path, 
     known, prefix = model.state_dict(), model.base_model_prefix
     found = {}
     for file in weight_files(folder):
-        with safe_open(file, "pt") as opened:
-            for stored in opened.keys():  # noqa: SIM118 (no mapping)
-                name, converter = rename_source_key(stored, renamings, converters, prefix, known)
-                if name not in known and stored in known:
-                    name, converter = rename_source_key(stored, [], [], prefix, known)
-                if converter is None:
-                    found[name] = (file, stored)
+        for stored in stored_weights(file):
+            name, converter = rename_source_key(stored, renamings, converters, prefix, known)
+            if name not in known and stored in known:
+                name, converter = rename_source_key(stored, [], [], prefix, known)
+            if converter is None:
+                found[name] = (file, stored)
     return found
 
 
