@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import click
@@ -36,6 +37,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
+        gc.set_threshold(10_000)  # torch and transformers make half a million objects, which stay
         try:
             return super().invoke(ctx)
         except CheckFailedError as error:

@@ -159,7 +159,10 @@ def test_the_export_stage_writes_a_checked_export_once_and_drops_it_where_none_i
     assert not manifest.exists()
 
 
-def test_the_profile_stage_measures_both_models_once_and_a_run_without_export_on_torch_alone(finished, tmp_path):
+def test_the_profile_stage_measures_both_models_once_and_a_run_without_export_on_torch_alone(
+    finished, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("slimvlm.serve.stage.CELL_SECONDS", 0.5)
     shutil.copytree(finished[0].out, tmp_path / "out")
     asked = replace(finished[0], out=tmp_path / "out", resume=True, profile=True)
     measured = compress(asked).profile

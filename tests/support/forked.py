@@ -81,9 +81,10 @@ def _waiting() -> subprocess.Popen[bytes]:
 def serve(path: str) -> None:
     """Import, then fork for everyone who asks."""
     sys.path.insert(0, str(Path(__file__).parent))
-    from fuzz_running import prepare
+    from fuzz_running import prepare, ready_to_fork
 
     prepare()
+    ready_to_fork()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import multiprocessing
 import os
@@ -67,8 +68,15 @@ def prepare() -> None:
     import slimvlm.serve.report  # noqa: F401
 
 
+def ready_to_fork() -> None:
+    """No child looks for garbage in what is there before it: it would copy all of it."""
+    gc.collect()
+    gc.freeze()
+
+
 def run_all(seeds: Sequence[int], base: Path, families: Sequence[str], jobs: int = 1) -> Iterator[Outcome]:
     """The cases of `seeds`, in any order."""
+    ready_to_fork()
     one = partial(run_seed, base=base, families=families)
     if jobs == 1:
         yield from map(one, seeds)
