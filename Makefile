@@ -23,9 +23,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: $(VENV)/.installed
 	$(BIN)/slimvlm demo $(OUT) --overwrite
 
-# One thread per worker: two workers that each start a thread per core slow each other down.
+# One thread per worker: two workers that each start a thread per core slow each other down. A file per worker: what its
+# tests share is made once.
+PYTEST := $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 $(PYTEST)
 
 fuzz: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/support/fuzz.py --cases $(CASES) --jobs $(JOBS)
@@ -39,11 +41,11 @@ clients: $(VENV)/.installed-dev $(CLIENTS)/.installed
 # No verdict may hang on rounding or order: the whole suite as older processors, another number of threads and another
 # order would run it. Five times `make test`.
 portable: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default $(BIN)/pytest -n $(JOBS)
-	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 $(BIN)/pytest -n $(JOBS)
-	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/pytest -n $(JOBS)
-	OMP_NUM_THREADS=2 $(BIN)/pytest -n $(JOBS)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --random-order --random-order-seed=$(SEED)
+	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default $(PYTEST)
+	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 $(PYTEST)
+	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=SSE41 $(PYTEST)
+	OMP_NUM_THREADS=2 $(PYTEST)
+	OMP_NUM_THREADS=1 $(PYTEST) --random-order --random-order-seed=$(SEED)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # as the command line does, be
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -23,8 +24,14 @@ def pytest_sessionstart() -> None:
     gc.disable()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole jobs first: with a file per worker, none is left with a long one at the end."""
+    items.sort(key=lambda item: len(item.path.parts))
+
+
 def pytest_collection_finish() -> None:
     """What is there before the first test is not looked through each time a stage frees memory."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000)
     gc.enable()
