@@ -69,5 +69,6 @@ CRITERIA: Mapping[str, Criterion] = {
         Criterion("magnitude", file="magnitude"),  # Li et al., ICLR 2017
         Criterion("random", file="chance", normalise=None),
         Criterion("wanda-sp", ("input-norms",), file="wanda", normalise="mean"),  # An et al., FLAP, AAAI 2024
+        Criterion("influence", ("turning",), file="influence", normalise=None, units="block"),  # ShortGPT, 2024
     )
 }
