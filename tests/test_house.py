@@ -79,3 +79,9 @@ def test_no_module_has_a_name_that_says_nothing() -> None:
 def test_tests_are_no_packages() -> None:
     # With an __init__.py, tests/kernels would be imported as `kernels`, a name transformers probes.
     assert list((ROOT / "tests").rglob("__init__.py")) == []
+
+
+def test_only_the_job_itself_takes_all_options() -> None:
+    rooms = [path for path in FILES if _name(path).split("/")[0] in ("compress", "export", "serve", "kernels")]
+    whole = {_name(path) for path in rooms if "CompressOptions" in path.read_text(encoding="utf-8")}
+    assert whole == {"compress/options.py", "compress/run_record.py"}  # which makes them, and reads them again
