@@ -23,7 +23,7 @@ from slimvlm.compress.models.groups import Group, find_units
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.slicing.apply import apply_plan
-from slimvlm.compress.statistics.collect import Batch, Calibration, collect
+from slimvlm.compress.statistics.collect import Batch, collect
 from slimvlm.compress.statistics.rows import CalibrationOptions
 
 SCHEDULE_POWER = 1.5
@@ -62,12 +62,11 @@ class Planning:
 
 @dataclass(frozen=True)
 class Planned:
-    """The composed plan after `round` rounds, with the scores and statistics of the last of them."""
+    """The composed plan after `round` rounds, with the scores of the last of them."""
 
     round: int
     plan: Plan
     scores: Scores
-    calibration: Calibration | None
 
 
 def round_share(index: int, rounds: int) -> float:
@@ -124,7 +123,7 @@ def plan_in_rounds(
         later = plan_units(groups, scores, planning.budget.scaled(round_share(number, planning.rounds)), facts)
         later = replace(later, attention_unit=planning.attention_unit, seed=planning.seed, rounds=planning.rounds)
         composed = later if composed is None else composed.compose(later)
-        planned = Planned(number, composed, scores, calibration)
+        planned = Planned(number, composed, scores)
         if on_round is not None:
             on_round(planned)
         if number < planning.rounds:

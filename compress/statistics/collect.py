@@ -7,16 +7,15 @@ price of more passes; same result.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 
-from slimvlm.compress.data.questions import Question, ask, stream_of, stream_through
+from slimvlm.compress.data.questions import Question, Tally, ask, stream_of, stream_through
 from slimvlm.compress.errors import CalibrationError
 from slimvlm.compress.models.computing import in_passes, undisturbed
 from slimvlm.compress.models.families import Family, Tower
@@ -38,23 +37,19 @@ class Calibration:
     Attributes:
         seen: the statistics by name; each has fp32 vectors over the rows or columns of full tensors by `path:dim`, or
             by path.
-        num_samples: samples that counted; `skipped_samples` had no supervised token.
+        samples: that counted; `skipped` ones had no supervised token.
         image_tokens, text_tokens: without padding; for a dual encoder image tokens are patches.
         selected_tokens: answer tokens that gave a gradient (0 for a dual encoder, and without a backward pass).
-        micro_batch: largest number of samples in one batch. Some statistics depend on it: `Statistic.per_batch`.
         passes: times the data was read.
-        seconds: wall-clock time of this process.
     """
 
     seen: Mapping[str, Mapping[str, Tensor]]
-    num_samples: int
-    skipped_samples: int
+    samples: int
+    skipped: int
     image_tokens: int
     text_tokens: int
     selected_tokens: int
-    micro_batch: int
     passes: int
-    seconds: float
 
 
 def collect(
@@ -87,7 +82,6 @@ def collect(
     batches = batches if isinstance(batches, Sequence) else list(batches)
     if not batches:
         raise CalibrationError("there are no calibration batches; give at least one sample")
-    started = time.perf_counter()
     sides, collectors = _sides(model, family, groups), _collectors(options)
     passes = _passes(sides, collectors, options.grad_memory_bytes)
     run = _Run(model, family, batches, options, progress, len(passes))
@@ -103,7 +97,7 @@ def collect(
                 counts = run.read(reading)
                 for collector in reading:
                     seen[collector.statistic.name] |= collector.finish(run.reduce)
-    return Calibration(seen=seen, passes=len(passes), seconds=time.perf_counter() - started, **counts)
+    return Calibration(seen=seen, passes=len(passes), **counts)
 
 
 def bytes_kept(
@@ -161,8 +155,8 @@ class _Run:
 
     def read(self, collectors: Sequence[Collector]) -> dict[str, int]:
         """One pass over this process's batches; the counts over all processes."""
-        counted = dict.fromkeys(("samples", "skipped", "image_tokens", "text_tokens"), 0)
-        asked = largest = 0
+        counted = dict.fromkeys((field.name for field in fields(Tally)), 0)
+        asked = 0
         selected = torch.zeros((), dtype=torch.int64, device=self.device)
         for index in self.indices:
             batch = self.batches[index]
@@ -175,12 +169,12 @@ class _Run:
                 for name, count in asdict(question.tally).items():
                     counted[name] += count
                 asked += 1
-                largest = max(largest, question.tally.samples)
                 if not self.joined and asked % CHECK_EVERY == 0:
                     self._require_finite(collectors)
-            self._report()
+            self.done += 1
+            self.progress("calibrate", self.done, self.total)
         self._require_finite(collectors)
-        return self._over_processes({**counted, "selected_tokens": int(selected)}, largest)
+        return self._over_processes({**counted, "selected_tokens": int(selected)})
 
     def _answer(self, index: int, question: Question, collectors: Sequence[Collector]) -> Tensor:
         """Forward of one batch, and backward where a collector reads it; the number of tokens that gave a gradient."""
@@ -200,21 +194,14 @@ class _Run:
         for collector in collectors:
             collector.require_finite(len(self.batches), self.reduce)
 
-    def _report(self) -> None:
-        self.done += 1
-        self.progress("calibrate", self.done, self.total)
-
-    def _over_processes(self, counted: Mapping[str, int], largest: int) -> dict[str, int]:
-        totals, most = torch.tensor(list(counted.values())), torch.tensor(largest)
+    def _over_processes(self, counted: Mapping[str, int]) -> dict[str, int]:
+        totals = torch.tensor(list(counted.values()))
         self.reduce(totals, "sum")
-        self.reduce(most, "max")
-        counts = dict(zip(counted, totals.tolist(), strict=True)) | {"micro_batch": int(most)}
-        counts["num_samples"], counts["skipped_samples"] = counts.pop("samples"), counts.pop("skipped")
-        if not counts["num_samples"]:
+        counts = dict(zip(counted, totals.tolist(), strict=True))
+        if not counts["samples"]:
             raise CalibrationError(
-                f"none of the {counts['skipped_samples']} calibration samples can count: they have no supervised "
-                "(answer) token, or, for a dual encoder, every batch holds a single pair; check the answers and the "
-                "batch size"
+                f"none of the {counts['skipped']} calibration samples can count: they have no supervised (answer) "
+                "token, or, for a dual encoder, every batch holds a single pair; check the answers and the batch size"
             )
         return counts
 

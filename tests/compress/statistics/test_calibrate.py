@@ -127,7 +127,7 @@ def test_every_family_gives_a_value_per_row_or_column_and_entropies_in_range(nam
     for path, value in seen.seen["angles"].items():
         assert value.shape == (tiny.model.get_submodule(path).weight.shape[0],)
         assert (value >= 0).all() and (value <= math.log(BINS) + 1e-5).all() and value.any()
-    assert seen.num_samples == 4 and seen.micro_batch == 2 and seen.passes == 1
+    assert seen.samples == 4 and seen.passes == 1
 
 
 @pytest.mark.parametrize(
@@ -175,6 +175,16 @@ def test_statistics_equal_a_literal_loop_over_examples(name: str) -> None:
             torch.testing.assert_close(seen.seen["angles"][path][clear], expected[clear], rtol=1e-5, atol=1e-5)
 
 
+def test_a_rule_of_tokens_says_which_of_a_stream_count() -> None:
+    tiny, heard = tiny_model("llava"), []
+    image = tiny.inputs(2)["input_ids"] == IMAGE_TOKEN
+    path = "model.language_model.layers.1.mlp.down_proj"
+    tiny.model.get_submodule(path).register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0].detach()))
+    without_images = TokenRule("text", masks=lambda question: {"text": ~image})
+    seen = collect_from(tiny, [tiny.inputs(2)], CalibrationOptions(("input-norms",), without_images))
+    torch.testing.assert_close(seen.seen["input-norms"][path], heard[0][~image].norm(dim=0))
+
+
 @pytest.mark.parametrize("statistic", STATISTICS.values(), ids=STATISTICS)
 def test_what_needs_a_forward_only_builds_no_graph_and_gets_no_backward_pass(statistic: Statistic) -> None:
     tiny, built, read = tiny_model("llava"), [], []
@@ -214,7 +224,7 @@ def test_statistics_do_not_depend_on_batch_size_padding_or_order(name: str) -> N
     shuffled = run(tiny, [padded([samples[3], samples[0]]), padded([samples[2], samples[1]])])
     assert_same(one, four)
     assert_same(one, shuffled)
-    counts = ("num_samples", "image_tokens", "text_tokens", "selected_tokens")
+    counts = ("samples", "image_tokens", "text_tokens", "selected_tokens")
     assert [getattr(one, c) for c in counts] == [getattr(four, c) for c in counts]
 
 
@@ -349,7 +359,7 @@ def test_samples_without_an_answer_are_skipped_and_counted() -> None:
     silent = {**samples[1], "labels": torch.full_like(samples[1]["labels"], -100)}
     mixed = run(tiny, [padded([samples[0], silent, samples[2]]), silent])
     clean = run(tiny, [padded([samples[0], samples[2]])])
-    assert (mixed.num_samples, mixed.skipped_samples) == (2, 2)
+    assert (mixed.samples, mixed.skipped) == (2, 2)
     assert mixed.image_tokens == clean.image_tokens and mixed.text_tokens == clean.text_tokens
     assert_same(mixed, clean)
 
@@ -374,7 +384,7 @@ def test_nothing_to_learn_from_is_refused() -> None:
 def test_a_single_left_over_pair_is_skipped_because_it_has_no_contrast(name: str) -> None:
     tiny = tiny_model(name)
     seen = run(tiny, [tiny.inputs(2), tiny.inputs(1)])
-    assert (seen.num_samples, seen.skipped_samples) == (2, 1)
+    assert (seen.samples, seen.skipped) == (2, 1)
 
 
 def test_batches_can_be_made_lazily() -> None:
@@ -386,4 +396,4 @@ def test_batches_can_be_made_lazily() -> None:
         return tiny.inputs(1 + index)
 
     seen = run(tiny, [partial(make, 0), partial(make, 1)])
-    assert made == [0, 1] and seen.num_samples == 3
+    assert made == [0, 1] and seen.samples == 3

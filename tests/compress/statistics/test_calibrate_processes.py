@@ -18,7 +18,7 @@ from slimvlm.compress.rounds import Planning, plan_in_rounds
 from slimvlm.compress.statistics.collect import collect
 from slimvlm.compress.statistics.rows import STATISTICS, CalibrationOptions
 
-COUNTS = ("num_samples", "text_tokens", "selected_tokens", "micro_batch")
+COUNTS = ("samples", "text_tokens", "selected_tokens")
 WORKER = f"""
 import os, sys
 from pathlib import Path
