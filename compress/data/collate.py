@@ -19,6 +19,8 @@ from slimvlm.compress.errors import MissingDependencyError, SampleError, Unsuppo
 from slimvlm.compress.models.families import Family
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, ProcessorMixin
+
     from slimvlm.compress.models.checkpoint import Loaded
 
 IGNORED = -100
@@ -61,7 +63,7 @@ class Collator:
         UnsupportedModelError: the processor has no tokenizer with offsets or no image processor.
     """
 
-    def __init__(self, processor: Any, family: Family, model_config: Any) -> None:
+    def __init__(self, processor: ProcessorMixin | None, family: Family, model_config: PreTrainedConfig) -> None:
         if processor is None:
             raise MissingDependencyError(
                 f"the processor of this {family.name} model could not be built; most often torchvision is missing: "

@@ -7,30 +7,34 @@ anything. Whatever they raise is a refusal.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from slimvlm.compress.errors import CheckpointError, SampleError, foreign
 
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+
 MOST_LINES = 20_000_000  # of Python: some seconds. To compile a template takes 200 a character, to render it less
 TEMPLATE = "correct its chat template (chat_template.jinja), or take that of the model's publisher"
 
 
-def render_chat(processor: Any, messages: Sequence[Mapping[str, Any]], ask: bool) -> str:
+def render_chat(processor: ProcessorMixin, messages: Sequence[Mapping[str, Any]], ask: bool) -> str:
     """The text of a conversation by the processor's own template; with `ask` the next answer is opened.
 
     Raises:
         CheckpointError: the template fails, or does not end.
     """
+    given: Any = list(messages)  # transformers annotates their contents as texts, and takes lists of parts
     with foreign(f"the chat template of {type(processor).__name__} fails", TEMPLATE), _stopped():
-        text: str = processor.apply_chat_template(list(messages), add_generation_prompt=ask, tokenize=False)
+        text: str = processor.apply_chat_template(given, add_generation_prompt=ask, tokenize=False)
         return text
 
 
-def encode(tokenizer: Any, text: str, **how: Any) -> Any:
+def encode(tokenizer: Callable[..., Any], text: str, **how: Any) -> Any:
     """What the tokenizer makes of a text, token types left out.
 
     Raises:
@@ -40,7 +44,7 @@ def encode(tokenizer: Any, text: str, **how: Any) -> Any:
         return tokenizer(text, return_token_type_ids=False, **how)
 
 
-def prepare_image(process: Any, who: str, **inputs: Any) -> dict[str, Any]:
+def prepare_image(process: Callable[..., Any], who: str, **inputs: Any) -> dict[str, Any]:
     """What a processor, or its image part, makes of one image; tensors.
 
     Args:

@@ -12,10 +12,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
 from slimvlm.compress.errors import CheckpointError, one_line
 from slimvlm.compress.files.decoding import read
@@ -56,13 +56,13 @@ class Loaded:
     """A model in eval mode and what came with it; `digest` identifies its weight files, `folder` is where they are."""
 
     model: PreTrainedModel
-    processor: Any | None
+    processor: ProcessorMixin | None
     family: Family
     digest: str
     folder: Path
 
 
-def load(folder: str | os.PathLike[str]) -> tuple[PreTrainedModel, Any | None]:
+def load(folder: str | os.PathLike[str]) -> tuple[PreTrainedModel, ProcessorMixin | None]:
     """The model (eval mode, its saved dtype, CPU) and the processor (None if there is none) of a checkpoint folder.
 
     Raises:

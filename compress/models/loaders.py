@@ -137,7 +137,7 @@ def build_loaded(
     return model
 
 
-def load_processor(folder: Path, trust_remote_code: bool = False) -> Any | None:
+def load_processor(folder: Path, trust_remote_code: bool = False) -> transformers.ProcessorMixin | None:
     """The processor saved in a folder, or None if there is none.
 
     Raises:
@@ -147,7 +147,10 @@ def load_processor(folder: Path, trust_remote_code: bool = False) -> Any | None:
         return None
     try:
         with foreign(f"{folder}: its processor cannot be loaded"), _quiet():
-            return transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            found: transformers.ProcessorMixin = transformers.AutoProcessor.from_pretrained(
+                folder, trust_remote_code=trust_remote_code
+            )
+            return found
     except CheckpointError as refused:
         # How processors fail whose video part lacks torchvision.
         without = isinstance(refused.__cause__, TypeError | AttributeError | ImportError)

@@ -6,9 +6,8 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
 from slimvlm.compress.files.folders import MANIFEST, list_files, written_folder
 from slimvlm.compress.files.writing import write_text
@@ -21,7 +20,7 @@ from slimvlm.compress.plan import Plan
 def save_checkpoint(
     folder: str | os.PathLike[str],
     model: PreTrainedModel,
-    processor: Any | None,
+    processor: ProcessorMixin | None,
     plan: Plan | None,
     layout: str = "per-layer",
     max_shard_size: str = "5GB",
@@ -50,7 +49,7 @@ def save_checkpoint(
     return folder
 
 
-def _save_processor(folder: Path, processor: Any | None, source: Path) -> None:
+def _save_processor(folder: Path, processor: ProcessorMixin | None, source: Path) -> None:
     if processor is not None:
         processor.save_pretrained(folder)
     if source.is_dir():
