@@ -12,11 +12,13 @@ from dataclasses import dataclass, replace
 from torch import nn
 from transformers import PreTrainedModel
 
+from slimvlm.compress.allocate.allocators import ALLOCATORS
 from slimvlm.compress.allocate.budget import Budget, plan_units
 from slimvlm.compress.allocate.facts import Facts, facts_of
 from slimvlm.compress.criteria.criterion import CRITERIA, Criterion
 from slimvlm.compress.criteria.scores import Scores
 from slimvlm.compress.criteria.scoring import score_groups
+from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.models.computing import give_back_memory
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import Group, find_units
@@ -39,7 +41,11 @@ class Planning:
         budget: on the dense model.
         criterion: what a unit is worth.
         grad_memory_bytes, host_sums: bounds on the memory of each calibration.
-        rounds: calibrations, each on the model as cut so far.
+        rounds: calibrations, each on the model as cut so far; one, where the allocator has no floors: it may overshoot
+            what is left to remove later.
+
+    Raises:
+        UnsuitableOptionError: more rounds than the allocator can make.
     """
 
     budget: Budget
@@ -49,6 +55,13 @@ class Planning:
     rounds: int = 1
     attention_unit: str = "auto"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        allocator = ALLOCATORS[self.budget.allocator]
+        if self.rounds > 1 and not allocator.floors:
+            raise UnsuitableOptionError(
+                f"the allocator {allocator.name} takes all in one round, not in {self.rounds}; give --rounds 1"
+            )
 
     @property
     def calibration(self) -> CalibrationOptions:

@@ -1,9 +1,11 @@
 """Planning in rounds tells how far all rounds are, not only the one at hand."""
 
+import pytest
 from tiny_models import tiny_model
 
 from slimvlm.compress.allocate.budget import Budget
 from slimvlm.compress.criteria.criterion import CRITERIA
+from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.rounds import Planning, plan_in_rounds
 
 
@@ -27,3 +29,9 @@ def test_progress_counts_the_batches_of_all_rounds_that_are_left():
     assert seen == [("calibrate", number, 4, f"round {1 + number // 3} of 2") for number in (1, 2, 3, 4)]
     seen, _ = told(done=(1, planned[0].plan))
     assert seen == [("calibrate", 1, 2, "round 2 of 2"), ("calibrate", 2, 2, "round 2 of 2")]
+
+
+def test_an_allocator_that_may_overshoot_makes_one_round():
+    with pytest.raises(UnsuitableOptionError, match="the allocator paper takes all in one round, not in 2; give --rou"):
+        Planning(Budget(0.3, allocator="paper"), CRITERIA["gate"], rounds=2)
+    assert Planning(Budget(0.3, allocator="paper"), CRITERIA["gate"]).rounds == 1
