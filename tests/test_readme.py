@@ -1,6 +1,7 @@
 """The tables of the README and of the model card are what the benchmark prints from its stored measurements."""
 
 import importlib.util
+import re
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -71,5 +72,6 @@ def test_lpd_beats_full_fine_tuning_with_every_seed_where_the_page_says_so(bench
     assert all(scores["lpd"][seed] > scores["full"][seed] for seed in range(3))
 
 
-def test_the_readme_is_at_most_150_lines():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+def test_the_readme_is_at_most_120_lines_beside_the_tables_of_the_registries():
+    by_hand = re.sub(r"\]\]\] -->\n.*?<!-- \[\[\[end", "", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert len(by_hand.splitlines()) <= 120
