@@ -86,10 +86,10 @@ def collect(
     passes = _passes(sides, collectors, options.grad_memory_bytes)
     run = _Run(model, family, batches, options, progress, len(passes))
     seen: dict[str, dict[str, Tensor]] = {name: {} for name in options.statistics}
+    # What holds nothing sees all sides at once, in the first pass; the rest takes turns.
+    large = [collector for collector in collectors if any(map(collector.bytes_needed, sides))]
     with _frozen(model):
         for index, chosen in enumerate(passes):
-            # What holds nothing sees all sides at once, in the first pass; the rest takes turns.
-            large = [collector for collector in collectors if any(map(collector.bytes_needed, sides))]
             reading = large if index else collectors
             with ExitStack() as stack:
                 for collector in reading:

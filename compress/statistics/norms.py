@@ -32,10 +32,11 @@ class InputNorms(Collector):
     @torch.no_grad()
     def _add(self, side: Side, _: nn.Linear, inputs: tuple[Tensor, ...]) -> None:
         if self._last is None or self._last[0] is not inputs[0]:
-            tokens = inputs[0].flatten(0, -2)
+            tokens = inputs[0].flatten(0, -2).float()
             mask = self.mask_of(side, len(tokens))
-            chosen = tokens if mask is None else tokens[mask]
-            self._last = (inputs[0], chosen.float().square().sum(0))
+            if mask is not None:  # filled, not chosen: how many there are would wait for the device
+                tokens = tokens.masked_fill(~mask[:, None], 0)
+            self._last = (inputs[0], tokens.square().sum(0))
         self.squares[side.path] += self._last[1]
 
     def finish(self, reduce: Reduce) -> dict[str, Tensor]:
