@@ -34,7 +34,7 @@ from slimvlm.export.client.client_files import external_data, write_client_files
 from slimvlm.export.client.genai import genai_graphs, write_genai
 from slimvlm.export.client.preprocessing import write_example
 from slimvlm.export.graphs.build import build_graphs
-from slimvlm.export.graphs.graph import Graph
+from slimvlm.export.graphs.graph import Graph, Model
 from slimvlm.export.graphs.windows import refuse_windows
 from slimvlm.export.options import ExportOptions
 from slimvlm.export.running.manifest import Manifest
@@ -69,7 +69,7 @@ def run_export(checkpoint: str, out: Path, options: ExportOptions, progress: Pro
 
 
 def export_model(
-    model: Any,
+    model: Model,
     collator: Collator,
     out: Path,
     options: ExportOptions,
@@ -106,7 +106,7 @@ def export_model(
     return result
 
 
-def _graphs(model: Any, collator: Collator, samples: Sequence[Sample]) -> tuple[Graph, ...]:
+def _graphs(model: Model, collator: Collator, samples: Sequence[Sample]) -> tuple[Graph, ...]:
     batch = first_batch(collator, samples)
     return build_graphs(model, collator.family, batch) + genai_graphs(model, collator.family)
 
@@ -135,7 +135,7 @@ def _stated(options: ExportOptions) -> dict[str, Any]:
     return {name: value for name, value in stated.items() if name not in ("overwrite", "trust_remote_code")}
 
 
-def _write_client(folder: Path, model: Any, reference: Reference, options: ExportOptions, manifest: Manifest) -> None:
+def _write_client(folder: Path, model: Model, reference: Reference, options: ExportOptions, manifest: Manifest) -> None:
     """What clients find beside the graphs: configs, a sample, and where they can run it, `run_onnx.py`."""
     collator, prompting = reference.collator, reference.prompting
     external = external_data(folder, manifest)

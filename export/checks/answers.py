@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from slimvlm.compress.data.collate import Collator
 from slimvlm.compress.data.samples import Sample
 from slimvlm.compress.evaluation.evaluate import greedy
 from slimvlm.export.checks.parity import Case, Difference, measure, token_losses
+from slimvlm.export.graphs.graph import Model
 from slimvlm.export.running.generation import Arrays, Prompting, Runner, steps, until_end
 
 LONG = 1024  # tokens of the longest prompt that is tried, where the model can take it
@@ -41,7 +41,7 @@ class Retold:
     difference: Difference
 
 
-def torch_answers(model: Any, collator: Collator, prompts: Arrays, prompting: Prompting, most: int) -> Answers:
+def torch_answers(model: Model, collator: Collator, prompts: Arrays, prompting: Prompting, most: int) -> Answers:
     """What `generate` of the model itself gives, with its own masks and cache.
 
     Args:

@@ -20,7 +20,7 @@ from slimvlm.compress.evaluation.evaluate import end_ids, pad_id
 from slimvlm.compress.evaluation.quality import exact_match
 from slimvlm.export.checks.answers import Answers, long_prompt, retell, shares, torch_answers
 from slimvlm.export.checks.parity import Case, TokenCheck
-from slimvlm.export.graphs.graph import Graph
+from slimvlm.export.graphs.graph import Graph, Model
 from slimvlm.export.options import ExportOptions
 from slimvlm.export.running.generation import Arrays, PortInfo, Prompting, Runner, generate, until_end
 from slimvlm.export.running.runners import Recorder, TorchRunner
@@ -52,7 +52,7 @@ class Reference:
     expected: Arrays
 
 
-def export_samples(collator: Collator, model: Any, options: ExportOptions) -> list[Sample]:
+def export_samples(collator: Collator, model: Model, options: ExportOptions) -> list[Sample]:
     """The samples of `options.data`, or generated ones; resized where the vision graph has one fixed grid.
 
     Raises:
@@ -148,7 +148,7 @@ def graph_ports(graph: Graph) -> tuple[PortInfo, ...]:
 
 
 def make_reference(
-    model: Any, collator: Collator, graphs: Sequence[Graph], samples: Sequence[Sample], most: int
+    model: Model, collator: Collator, graphs: Sequence[Graph], samples: Sequence[Sample], most: int
 ) -> Reference:
     """Runs torch on all samples; the cases are its first two steps on one sample and on several.
 
@@ -190,7 +190,7 @@ def make_reference(
     return Reference(collator, most, samples, cases, prompting, answers, tokens, accuracy, single, expected)
 
 
-def prompting_of(model: Any, collator: Collator) -> Prompting:
+def prompting_of(model: Model, collator: Collator) -> Prompting:
     """What a client has to know of this model, from its config and tokenizer."""
     row, text = collator.family.export, getattr(model.config, "text_config", model.config)
     return Prompting(

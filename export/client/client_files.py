@@ -10,6 +10,7 @@ from typing import Any
 
 from slimvlm.compress.data.collate import Collator
 from slimvlm.compress.models.modeling_slim import PREFIX, RECORD
+from slimvlm.export.graphs.graph import Model
 from slimvlm.export.running.generation import Prompting
 from slimvlm.export.running.manifest import Manifest
 
@@ -19,7 +20,7 @@ PIL = "Pil"  # suffix of image processor classes that work without torchvision; 
 
 
 def write_client_files(
-    folder: Path, model: Any, collator: Collator, prompting: Prompting | None, external: Mapping[str, int]
+    folder: Path, model: Model, collator: Collator, prompting: Prompting | None, external: Mapping[str, int]
 ) -> None:
     """Writes what transformers.js and its like load beside `onnx/`.
 
@@ -47,7 +48,7 @@ def external_data(folder: Path, manifest: Manifest) -> dict[str, int]:
     return {file.removeprefix("onnx/"): 1 for file in files if (folder / f"{file}_data").exists()}
 
 
-def _config(model: Any, flat: bool) -> dict[str, Any]:
+def _config(model: Model, flat: bool) -> dict[str, Any]:
     """The model's config under the name of its stock class; `auto_map` points to code that is not here.
 
     Args:
@@ -66,7 +67,7 @@ def _config(model: Any, flat: bool) -> dict[str, Any]:
     return plain
 
 
-def _generation(model: Any, prompting: Prompting) -> dict[str, Any]:
+def _generation(model: Model, prompting: Prompting) -> dict[str, Any]:
     config = model.generation_config.to_diff_dict()
     ends = list(prompting.end)
     return {**config, "eos_token_id": ends if len(ends) != 1 else ends[0], "pad_token_id": prompting.pad}

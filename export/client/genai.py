@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from slimvlm.compress.models.families import Family
 from slimvlm.export.graphs.decoder import Embed, embedding_width
-from slimvlm.export.graphs.graph import BATCH, SEQUENCE, Graph, Port
+from slimvlm.export.graphs.graph import BATCH, SEQUENCE, Graph, Model, Port
 from slimvlm.export.running.generation import Prompting
 
 CONFIG, IMAGES = "genai_config.json", "genai_processor.json"
@@ -27,7 +27,7 @@ class Merge(nn.Module):
     An image token beyond the N-th has its own embedding, as in the model: it may also be one that the model gave.
     """
 
-    def __init__(self, embedding: Any, width: int, image_token: int) -> None:
+    def __init__(self, embedding: Model, width: int, image_token: int) -> None:
         super().__init__()
         self.embed, self.image_token = Embed(embedding, width), image_token
 
@@ -41,7 +41,7 @@ class Merge(nn.Module):
         return torch.where(filled[..., None], rows[place * filled], embeds)
 
 
-def genai_graphs(model: Any, family: Family) -> tuple[Graph, ...]:
+def genai_graphs(model: Model, family: Family) -> tuple[Graph, ...]:
     """`embedding`, traced with three image tokens in two rows; nothing for a family that the runtime does not know."""
     if family.export.genai is None:
         return ()
@@ -53,7 +53,7 @@ def genai_graphs(model: Any, family: Family) -> tuple[Graph, ...]:
     return (Graph("embedding", Merge(embedding, width, image_token).eval(), ports, {"inputs_embeds": axes}),)
 
 
-def write_genai(folder: Path, model_type: str, model: Any, processor: Any, prompting: Prompting) -> None:
+def write_genai(folder: Path, model_type: str, model: Model, processor: Any, prompting: Prompting) -> None:
     """Writes `genai_config.json` and `genai_processor.json`.
 
     Args:
@@ -63,7 +63,7 @@ def write_genai(folder: Path, model_type: str, model: Any, processor: Any, promp
     _write(folder / IMAGES, {"processor": {"name": "image", "transforms": _transforms(processor.image_processor)}})
 
 
-def _model(model_type: str, model: Any, prompting: Prompting) -> dict[str, Any]:
+def _model(model_type: str, model: Model, prompting: Prompting) -> dict[str, Any]:
     config, text = model.config, model.config.text_config
     heads = text.num_attention_heads
     options = {"log_id": "onnxruntime-genai", "provider_options": []}
@@ -113,7 +113,7 @@ def _model(model_type: str, model: Any, prompting: Prompting) -> dict[str, Any]:
     }
 
 
-def _search(model: Any) -> dict[str, Any]:
+def _search(model: Model) -> dict[str, Any]:
     return {
         "do_sample": False,
         "num_beams": 1,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch import Tensor
 from slimvlm.compress.models.families import Family
 from slimvlm.export.graphs.decoder import decoder_graph, embed_graph, embedding_width
 from slimvlm.export.graphs.dual import dual_encoder
-from slimvlm.export.graphs.graph import BATCH, PATCHES, Graph, Port
+from slimvlm.export.graphs.graph import BATCH, PATCHES, Graph, Model, Port
 from slimvlm.export.graphs.seq2seq import encoder_decoder_graphs
 from slimvlm.export.graphs.vision import Patches, vision_encoder
 from slimvlm.export.graphs.windows import refuse_windows
@@ -23,7 +22,7 @@ VISION_AXES = {
 }
 
 
-def build_graphs(model: Any, family: Family, batch: Mapping[str, Tensor]) -> tuple[Graph, ...]:
+def build_graphs(model: Model, family: Family, batch: Mapping[str, Tensor]) -> tuple[Graph, ...]:
     """The graphs of a model, in the order in which generation runs them.
 
     Args:
@@ -41,7 +40,7 @@ def build_graphs(model: Any, family: Family, batch: Mapping[str, Tensor]) -> tup
     return (*first, decoder_graph(model, family))
 
 
-def vision_graph(model: Any, family: Family, batch: Mapping[str, Tensor]) -> Graph:
+def vision_graph(model: Model, family: Family, batch: Mapping[str, Tensor]) -> Graph:
     """`vision_encoder`: what the processor makes of images -> features, one row per image token."""
     kind = family.export.vision
     module, names = vision_encoder(model, kind, batch)

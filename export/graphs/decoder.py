@@ -8,7 +8,6 @@ number of heads). Encoder-decoder models: see seq2seq.py. Dual encoders: `vision
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from slimvlm.export.graphs.graph import (
     SEQUENCE,
     TOTAL,
     Graph,
+    Model,
     Port,
     cache_ports,
     cached_tensors,
@@ -36,7 +36,7 @@ EMBEDDING = "embed_tokens"
 class Embed(nn.Module):
     """Token ids [B, S] -> embeddings [B, S, width]; beyond the model's own width they are zero (see Decoder)."""
 
-    def __init__(self, embedding: Any, width: int) -> None:
+    def __init__(self, embedding: Model, width: int) -> None:
         super().__init__()
         self.embedding, self.width = embedding, width
 
@@ -61,13 +61,15 @@ class Decoder(nn.Module):
         deepstack: number of layers that features are added to.
     """
 
-    def __init__(self, text: Any, head: Any, prefix: bool = False, deepstack: int = 0) -> None:
+    def __init__(self, text: Model, head: Model, prefix: bool = False, deepstack: int = 0) -> None:
         super().__init__()
         self.text, self.head, self.prefix, self.deepstack = text, head, prefix, deepstack
         if deepstack:
             text._deepstack_process = partial(_add_deepstack, text._deepstack_process)
 
-    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor) -> Any:
+    def forward(
+        self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor
+    ) -> tuple[Tensor, ...]:
         """Embeddings [B, S, C], mask [B, past + S], positions [B, S] or [3, B, S], keys and values [B, K, past, D].
 
         Returns:
@@ -90,23 +92,23 @@ class Decoder(nn.Module):
         return (self.head(hidden).float(), *cached_tensors(cache))
 
 
-def _add_deepstack(stock: Any, hidden: Tensor, positions: Tensor, features: Tensor) -> Tensor:
+def _add_deepstack(stock: Model, hidden: Tensor, positions: Tensor, features: Tensor) -> Tensor:
     """Features [B, S, C] are added as they are; the model's own calls (one row per image token) go to `stock`."""
     return hidden + features if features.ndim == 3 else stock(hidden, positions, features)
 
 
-def deepstack_layers(model: Any) -> int:
+def deepstack_layers(model: Model) -> int:
     """How many decoder layers get vision features added."""
     return len(getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", None) or ())
 
 
-def embedding_width(model: Any) -> int:
+def embedding_width(model: Model) -> int:
     """Of `inputs_embeds`: the model's own width, and what DeepStack adds (see Decoder)."""
     width: int = model.get_input_embeddings().weight.shape[1]
     return width * (1 + deepstack_layers(model))
 
 
-def embed_graph(model: Any, width: int) -> Graph:
+def embed_graph(model: Model, width: int) -> Graph:
     """`embed_tokens`: token ids -> embeddings of `width`."""
     embedding = model.get_input_embeddings()
     ids = torch.arange(SAMPLE_BATCH * SAMPLE_SEQUENCE).view(SAMPLE_BATCH, SAMPLE_SEQUENCE) % embedding.weight.shape[0]
@@ -114,7 +116,7 @@ def embed_graph(model: Any, width: int) -> Graph:
     return Graph(EMBEDDING, Embed(embedding, width).eval(), (Port("input_ids", ids, axes),), {"inputs_embeds": axes})
 
 
-def decoder_graph(model: Any, family: Family) -> Graph:
+def decoder_graph(model: Model, family: Family) -> Graph:
     """`decoder_model_merged`: embeddings and a cache, which may be empty, -> logits and the cache grown."""
     text, head = model.get_submodule(family.export.text), model.get_submodule(family.export.head)
     layers = deepstack_layers(model)

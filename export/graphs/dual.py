@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
 from slimvlm.compress.models.families import Family
-from slimvlm.export.graphs.graph import BATCH, SEQUENCE, Graph, Port
+from slimvlm.export.graphs.graph import BATCH, SEQUENCE, Graph, Model, Port
 
 
 class Encoder(nn.Module):
     """One side of a dual encoder: `get_image_features` or `get_text_features`, as one tensor [B, C]."""
 
-    def __init__(self, model: Any, method: str) -> None:
+    def __init__(self, model: Model, method: str) -> None:
         super().__init__()
         self.model, self.method = model, method
 
@@ -24,7 +23,7 @@ class Encoder(nn.Module):
         return embedding.float()
 
 
-def dual_encoder(model: Any, family: Family, batch: Mapping[str, Tensor]) -> tuple[Graph, ...]:
+def dual_encoder(model: Model, family: Family, batch: Mapping[str, Tensor]) -> tuple[Graph, ...]:
     """`vision_model` and `text_model`, each giving the embeddings that are compared."""
     row = family.export
     axes = {0: BATCH, 1: SEQUENCE}

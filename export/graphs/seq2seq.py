@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from transformers import EncoderDecoderCache
@@ -16,6 +14,7 @@ from slimvlm.export.graphs.graph import (
     SEQUENCE,
     TOTAL,
     Graph,
+    Model,
     Port,
     cache_ports,
     cached_tensors,
@@ -30,11 +29,11 @@ SAMPLE_ENCODED = 6
 class Encoder(nn.Module):
     """Embeddings [B, S, C] and mask [B, S] -> hidden states [B, S, C] and, per decoder layer, keys and values."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
         self.encoder, self.decoder = model.encoder, model.decoder
 
-    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Any:
+    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
         """Returns the last hidden state, then [B, H, S, D] keys and values of every cross attention."""
         embeds = inputs_embeds.to(self.decoder.embed_tokens.weight.dtype)
         hidden = self.encoder(
@@ -52,12 +51,12 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """The decoder and head of a T5, with its own cache and the encoder's keys and values as inputs."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
         self.decoder, self.head = model.decoder, model.lm_head
         self.scale = model.model_dim**-0.5 if model.config.scale_decoder_outputs else 1.0
 
-    def forward(self, inputs_embeds: Tensor, encoder_attention_mask: Tensor, *past: Tensor) -> Any:
+    def forward(self, inputs_embeds: Tensor, encoder_attention_mask: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
         """Embeddings [B, S, C], mask [B, T], then of every layer own key and value, then of every layer the encoder's.
 
         Returns:
@@ -80,7 +79,7 @@ class Decoder(nn.Module):
         return (self.head(hidden * self.scale).float(), *cached_tensors(cache.self_attention_cache))
 
 
-def encoder_decoder_graphs(model: Any) -> tuple[Graph, Graph]:
+def encoder_decoder_graphs(model: Model) -> tuple[Graph, Graph]:
     """`encoder_model` and `decoder_model_merged` of a T5 with language modelling head."""
     encoder, decoder = Encoder(model).eval(), Decoder(model).eval()
     width, dtype = model.lm_head.weight.shape[1], model.lm_head.weight.dtype

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +16,12 @@ from transformers import vision_utils
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from slimvlm.compress.errors import UnsupportedModelError
+from slimvlm.export.graphs.graph import Model
 
 RESAMPLED = 1.1  # LLaVA-OneVision shrinks feature maps that exceed its maximum by more than this (its own constant)
 
 
-def vision_encoder(model: Any, kind: str, batch: Mapping[str, Tensor]) -> tuple[nn.Module, tuple[str, ...]]:
+def vision_encoder(model: Model, kind: str, batch: Mapping[str, Tensor]) -> tuple[nn.Module, tuple[str, ...]]:
     """The module of `kind` (a value of `Export.vision`) and the names of its inputs in `batch`.
 
     Args:
@@ -34,7 +34,7 @@ def vision_encoder(model: Any, kind: str, batch: Mapping[str, Tensor]) -> tuple[
 class Pooled(nn.Module):
     """Pixels [B, 3, H, W] -> features [B, T, C] by the model's own method, where that is free of loops."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
         self.model = model
 
@@ -48,7 +48,7 @@ class Pooled(nn.Module):
 class Select(nn.Module):
     """Pixels [B, 3, H, W] -> one or several layers of the tower -> projector -> features [B, T, C]."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
         inner = model.model
         self.tower, self.projector = inner.vision_tower, inner.multi_modal_projector
@@ -74,7 +74,7 @@ class Tiles(Select):
         image_size: height and width of the images before they were tiled; all images must have it.
     """
 
-    def __init__(self, model: Any, image_size: tuple[int, ...]) -> None:
+    def __init__(self, model: Model, image_size: tuple[int, ...]) -> None:
         super().__init__(model)
         vision = model.config.vision_config
         self.side = vision.image_size // vision.patch_size
@@ -121,7 +121,7 @@ class MaskedTiles(nn.Module):
     Whole images of padding give features too; whoever puts them into the text leaves those out.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
         self.tower, self.connector = model.model.vision_model, model.model.connector
 
@@ -173,7 +173,7 @@ class Patches(nn.Module):
     windows: Tensor | None
     learned: Tensor | None
 
-    def __init__(self, model: Any, grid: Tensor) -> None:
+    def __init__(self, model: Model, grid: Tensor) -> None:
         super().__init__()
         self.tower = model.model.visual
         config = self.tower.config
@@ -233,7 +233,7 @@ class Patches(nn.Module):
         merged: Tensor = merger(hidden.flatten(0, 1)).unflatten(0, (-1, self.back.shape[0]))
         return merged[:, self.back].flatten(0, 1)
 
-    def _attend(self, attention: Any, hidden: Tensor, mask: Tensor | None) -> Tensor:
+    def _attend(self, attention: Model, hidden: Tensor, mask: Tensor | None) -> Tensor:
         """Hidden [B, N, C]; the fused projection gives query, key and value of H heads of size D."""
         parts = attention.qkv(hidden).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)  # 3 B H N D
         query, key, value = parts.unbind(0)
@@ -260,11 +260,11 @@ def _blocks(ends: Tensor) -> Tensor | None:
     return torch.zeros(outside.shape).masked_fill(outside, torch.finfo(torch.float16).min)
 
 
-def _tiles(model: Any, batch: Mapping[str, Tensor]) -> Tiles:
+def _tiles(model: Model, batch: Mapping[str, Tensor]) -> Tiles:
     return Tiles(model, _same(batch["image_sizes"], "image size"))
 
 
-def _patches(model: Any, batch: Mapping[str, Tensor]) -> Patches:
+def _patches(model: Model, batch: Mapping[str, Tensor]) -> Patches:
     return Patches(model, torch.tensor(_same(batch["image_grid_thw"], "grid of patches")))
 
 
@@ -275,7 +275,7 @@ def _same(rows: Tensor, what: str) -> tuple[int, ...]:
     return first
 
 
-KINDS: dict[str, tuple[Callable[[Any, Mapping[str, Tensor]], nn.Module], tuple[str, ...]]] = {
+KINDS: dict[str, tuple[Callable[[Model, Mapping[str, Tensor]], nn.Module], tuple[str, ...]]] = {
     "pooled": (lambda model, batch: Pooled(model), ("pixel_values",)),
     "select": (lambda model, batch: Select(model), ("pixel_values",)),
     "tiles": (_tiles, ("pixel_values",)),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import numpy as np
 
@@ -152,7 +152,7 @@ def prompt_positions(
     return result
 
 
-def _rope_positions(image: np.ndarray, merge: int, grids: Any) -> np.ndarray:
+def _rope_positions(image: np.ndarray, merge: int, grids: Iterator[list[int]]) -> np.ndarray:
     """[3, S] for one row; `image` says which of its tokens are image tokens."""
     parts, start, at = [], 0, 0
     while at < len(image):

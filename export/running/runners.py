@@ -15,7 +15,7 @@ from slimvlm.compress.errors import CheckpointError, DeviceError
 from slimvlm.export.running.generation import Arrays, PortInfo, Runner
 from slimvlm.export.running.manifest import Artifact, inside
 from slimvlm.export.running.quiet import quiet
-from slimvlm.export.running.sessions import open_session, providers_of
+from slimvlm.export.running.sessions import Session, open_session, providers_of
 from slimvlm.export.variants import VARIANTS
 
 ONNX_DTYPES = {
@@ -44,9 +44,9 @@ class SessionRunner:
         engines: str | None = None,
     ) -> None:
         self.files, self._place, self._threads = dict(files), (device, half, engines), threads
-        self._sessions: dict[str, Any] = {}
+        self._sessions: dict[str, Session] = {}
 
-    def session(self, graph: str) -> Any:
+    def session(self, graph: str) -> Session:
         """The InferenceSession of a graph."""
         if graph not in self.files:
             raise CheckpointError(f"this export has no graph {graph}; it holds {', '.join(self.files)}")
@@ -90,7 +90,7 @@ class TorchRunner:
 
     def __init__(
         self,
-        modules: Mapping[str, Any],
+        modules: Mapping[str, Callable[..., Any]],
         ports: Mapping[str, Sequence[PortInfo]],
         outputs: Mapping[str, Sequence[str]],
     ) -> None:
@@ -154,12 +154,13 @@ def runner_of(
     return TorchRunner({graph: LOADERS[first.format](path) for graph, path in files.items()}, ports, outputs)
 
 
-def load_torchscript(path: Path) -> Any:
+def load_torchscript(path: Path) -> Callable[..., Any]:
     """The traced module."""
     import torch
 
     with quiet():
-        return torch.jit.load(str(path), map_location="cpu")
+        module: Callable[..., Any] = torch.jit.load(str(path), map_location="cpu")
+    return module
 
 
 def load_pt2(path: Path) -> Callable[..., Any]:
@@ -178,7 +179,7 @@ def load_aoti(path: Path) -> Callable[..., Any]:
         return torch._inductor.aoti_load_package(str(path))
 
 
-LOADERS: dict[str, Callable[[Path], Any]] = {
+LOADERS: dict[str, Callable[[Path], Callable[..., Any]]] = {
     "torchscript": load_torchscript,
     "pt2": load_pt2,
     "aoti": load_aoti,

@@ -20,6 +20,7 @@ NO_TENSORRT = (
 )
 NO_RUNTIME = "ONNX graphs need ONNX Runtime: pip install 'slimvlm[onnx]' ('slimvlm[gpu]' for CUDA)"
 Provider = tuple[str, dict[str, str]]
+Session = Any  # an onnxruntime.InferenceSession; the package says nothing of its types
 
 
 class UnreadableGraphError(CheckpointError):
@@ -48,7 +49,7 @@ def providers_of(graph: str, device: str, half: bool = False, engines: str | Non
     return [(PROVIDERS[kind], options), cuda]
 
 
-def open_session(path: Path, providers: Sequence[Provider], threads: int = 0) -> Any:
+def open_session(path: Path, providers: Sequence[Provider], threads: int = 0) -> Session:
     """An `onnxruntime.InferenceSession`.
 
     Args:

@@ -16,8 +16,11 @@ from torch import Tensor
 
 from slimvlm.export.running.generation import PAST, PRESENT, Arrays, PortInfo, Prompting, empty_cache, prompt_positions
 from slimvlm.export.running.runners import SessionRunner, TorchRunner
+from slimvlm.export.running.sessions import Session
 
 Tensors = dict[str, Tensor]
+Value = Any  # in a runtime's own form: a tensor, an array, an OrtValue
+Binding = Any  # an onnxruntime.IOBinding; the package says nothing of its types
 VISION, EMBED, ENCODER, DECODER = "vision_encoder", "embed_tokens", "encoder_model", "decoder_model_merged"
 DUAL = ("vision_model", "text_model")
 EMBEDS, MASK, POSITIONS = "inputs_embeds", "attention_mask", "position_ids"
@@ -36,16 +39,16 @@ class Graphs(Protocol):
     def outputs(self, graph: str) -> tuple[str, ...]:
         """Names of what it gives."""
 
-    def value(self, tensor: Tensor) -> Any:
+    def value(self, tensor: Tensor) -> Value:
         """A contiguous tensor as an input; they share their memory."""
 
-    def tensor(self, value: Any) -> Tensor:
+    def tensor(self, value: Value) -> Tensor:
         """An output as a tensor; they share their memory."""
 
-    def last(self, logits: Any) -> Any:
+    def last(self, logits: Value) -> Value:
         """Of the output `logits` [B, S, V] those of the last token [B, V], as something that has `argmax`."""
 
-    def call(self, graph: str, values: Mapping[str, Any]) -> Sequence[Any]:
+    def call(self, graph: str, values: Mapping[str, Value]) -> Sequence[Value]:
         """Outputs in the order of their names; `values` are exactly what the graph takes, in its dtypes."""
 
 
@@ -55,7 +58,7 @@ def run_graph(graphs: Graphs, graph: str, feeds: Mapping[str, Tensor]) -> Tensor
     return {name: graphs.tensor(value) for name, value in zip(graphs.outputs(graph), outputs, strict=True)}
 
 
-def values_for(graphs: Graphs, graph: str, feeds: Mapping[str, Tensor]) -> dict[str, Any]:
+def values_for(graphs: Graphs, graph: str, feeds: Mapping[str, Tensor]) -> dict[str, Value]:
     """Of `feeds` what the graph takes, as values in its dtypes, in its order."""
     ports = graphs.inputs(graph)
     return {
@@ -96,9 +99,9 @@ class OnnxGraphs:
 
     def __init__(self, runner: SessionRunner) -> None:
         self.runner = runner
-        self._opened: dict[str, tuple[Any, tuple[PortInfo, ...], tuple[str, ...]]] = {}
+        self._opened: dict[str, tuple[Session, tuple[PortInfo, ...], tuple[str, ...]]] = {}
 
-    def open(self, graph: str) -> tuple[Any, tuple[PortInfo, ...], tuple[str, ...]]:
+    def open(self, graph: str) -> tuple[Session, tuple[PortInfo, ...], tuple[str, ...]]:
         """The session, its inputs and the names of its outputs: asked once, which can take longer than a run."""
         if graph not in self._opened:
             names = tuple(port.name for port in self.runner.outputs(graph))
@@ -113,19 +116,19 @@ class OnnxGraphs:
         """See `Graphs`."""
         return self.open(graph)[2]
 
-    def value(self, tensor: Tensor) -> Any:
+    def value(self, tensor: Tensor) -> Value:
         """See `Graphs`."""
         return tensor.numpy()
 
-    def tensor(self, value: Any) -> Tensor:
+    def tensor(self, value: Value) -> Tensor:
         """See `Graphs`."""
         return torch.from_numpy(value)
 
-    def last(self, logits: Any) -> Any:
+    def last(self, logits: Value) -> Value:
         """See `Graphs`."""
         return logits[:, -1]
 
-    def call(self, graph: str, values: Mapping[str, Any]) -> Sequence[Any]:
+    def call(self, graph: str, values: Mapping[str, Value]) -> Sequence[Value]:
         """See `Graphs`."""
         session, _, names = self._opened.get(graph) or self.open(graph)
         arrays: list[np.ndarray] = session.run(names, values)
@@ -144,21 +147,21 @@ class BoundOnnxGraphs(OnnxGraphs):
         super().__init__(runner)
         self.place = device.type, device.index or 0
         self._nowhere = torch.zeros(1, device=device)
-        self._bindings: dict[str, tuple[Any, dict[str, Any]]] = {}
+        self._bindings: dict[str, tuple[Binding, dict[str, Value]]] = {}
 
-    def value(self, tensor: Tensor) -> Any:
+    def value(self, tensor: Tensor) -> Value:
         """See `Graphs`."""
         return tensor
 
-    def tensor(self, value: Any) -> Tensor:
+    def tensor(self, value: Value) -> Tensor:
         """See `Graphs`."""
         return torch.from_dlpack(value)
 
-    def last(self, logits: Any) -> Any:
+    def last(self, logits: Value) -> Value:
         """See `Graphs`."""
         return torch.from_dlpack(logits)[:, -1]
 
-    def call(self, graph: str, values: Mapping[str, Any]) -> Sequence[Any]:
+    def call(self, graph: str, values: Mapping[str, Value]) -> Sequence[Value]:
         """See `Graphs`."""
         session, _, names = self.open(graph)
         if graph not in self._bindings:
@@ -174,10 +177,10 @@ class BoundOnnxGraphs(OnnxGraphs):
         if self._nowhere.is_cuda:  # the session has a stream of its own, and leaves it when all is done
             torch.cuda.current_stream(self._nowhere.device).synchronize()
         session.run_with_iobinding(binding)
-        outputs: list[Any] = binding.get_outputs()
+        outputs: list[Value] = binding.get_outputs()
         return outputs
 
-    def _bind(self, binding: Any, name: str, value: Any) -> None:
+    def _bind(self, binding: Binding, name: str, value: Value) -> None:
         if not isinstance(value, Tensor):
             binding.bind_ortvalue_input(name, value)
             return
@@ -198,8 +201,8 @@ class GraphBackend:
         self._batch: Tensors = {}
         self._empty: Tensors = {}
         self._image = self._positions = torch.zeros(0)
-        self._feeds: dict[str, Any] = {}  # of the decoder, as its runtime takes them
-        self._later: list[dict[str, Any]] = []  # of them what changes with every step, but not with the tokens
+        self._feeds: dict[str, Value] = {}  # of the decoder, as its runtime takes them
+        self._later: list[dict[str, Value]] = []  # of them what changes with every step, but not with the tokens
         self._steps = 0
         self._start = None if prompting is None else prompting.start
         if prompting is not None:
@@ -225,7 +228,7 @@ class GraphBackend:
         self._empty = {name: torch.from_numpy(array).to(self.device) for name, array in cache.items()}
         self._later = []
 
-    def vision(self) -> Any:
+    def vision(self) -> Value:
         """See `Backend`."""
         if self.prompting is None:
             return run_graph(self.graphs, DUAL[0], self._batch)
@@ -236,11 +239,11 @@ class GraphBackend:
             features = features[self._batch["pixel_attention_mask"].reshape(len(features), -1).any(dim=1)]
         return features
 
-    def text(self) -> Any:
+    def text(self) -> Value:
         """See `Backend`."""
         return run_graph(self.graphs, DUAL[1], self._batch)
 
-    def prefill(self, features: Any, new_tokens: int) -> Any:
+    def prefill(self, features: Value, new_tokens: int) -> Value:
         """See `Backend`."""
         ids = self._batch["input_ids"]
         embeds = self._embed(ids)
@@ -257,7 +260,7 @@ class GraphBackend:
         self._steps = 0
         return self._decode()
 
-    def step(self, token: Any) -> Any:
+    def step(self, token: Value) -> Value:
         """See `Backend`."""
         self._feeds[EMBEDS] = self.graphs.call(EMBED, {"input_ids": token})[0]
         self._feeds.update(self._later[self._steps - 1])
@@ -274,7 +277,7 @@ class GraphBackend:
     def _embed(self, ids: Tensor) -> Tensor:
         return run_graph(self.graphs, EMBED, {"input_ids": ids})[EMBEDS]
 
-    def _decode(self) -> Any:
+    def _decode(self) -> Value:
         self._steps += 1
         outputs = self.graphs.call(DECODER, self._feeds)
         for place, name in self._kept:

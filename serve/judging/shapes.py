@@ -44,7 +44,7 @@ def model_shapes(model: nn.Module, family: Family) -> Shapes:
         parameters=count_parameters(model),
         products=tuple(products),
         attended=tuple(attended),
-        patch=tuple(convolution.stride[-2:]),
+        patch=(convolution.stride[-2], convolution.stride[-1]),
         class_tokens=sum(name in CLASS_TOKENS for name in names),
         merged=_merged(model, family, convolution.out_channels),
         queries=queries,
@@ -144,7 +144,7 @@ def _merged(model: nn.Module, family: Family, hidden_size: int) -> int:
     return first.in_features // (hidden_size * (len(layers) if isinstance(layers, (list, tuple)) else 1))
 
 
-def _patches(model: nn.Module, places: tuple[Place, ...]) -> Any:
+def _patches(model: nn.Module, places: tuple[Place, ...]) -> nn.Conv2d | nn.Conv3d:
     """The convolution that makes patches of pixels."""
     return next(
         module
@@ -185,7 +185,7 @@ def _resampler_attention(model: nn.Module, root: str, cross: str) -> list[Attend
     return found
 
 
-def _pooling(model: nn.Module, places: tuple[Place, ...]) -> list[Any]:
+def _pooling(model: nn.Module, places: tuple[Place, ...]) -> list[nn.MultiheadAttention]:
     return [
         module
         for path, module in model.named_modules()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from slimvlm.compress.errors import UnsuitableOptionError
@@ -15,8 +16,9 @@ from slimvlm.compress.models.checkpoint import build_meta, load_model
 from slimvlm.compress.models.computing import DTYPES, cast
 from slimvlm.export.running.exported import Exported
 from slimvlm.export.running.generation import Arrays
+from slimvlm.export.running.runners import TorchRunner
 from slimvlm.serve.backends.backend import Backend, Timed, clock_of, time_embedding, time_generation
-from slimvlm.serve.backends.graph_backend import BoundOnnxGraphs, GraphBackend, OnnxGraphs, TorchGraphs
+from slimvlm.serve.backends.graph_backend import BoundOnnxGraphs, GraphBackend, Graphs, OnnxGraphs, TorchGraphs
 from slimvlm.serve.backends.torch_backend import TorchBackend
 from slimvlm.serve.measuring.device import claim
 from slimvlm.serve.measuring.memory import Gpu, Held, held_bytes, peak_bytes, reset_peak
@@ -90,7 +92,7 @@ class Bench:
         self._count_driver(used)
         return found
 
-    def tokens(self, new_tokens: int) -> Any:
+    def tokens(self, new_tokens: int) -> np.ndarray:
         """What is generated, int64 [B, T]."""
         return time_generation(self.backend, clock_of(self.device), new_tokens, self.images).tokens.cpu().numpy()
 
@@ -169,9 +171,11 @@ def open_backend(source: Source) -> tuple[Backend, bool, str]:
     where = source.provider if name == ONNX else source.device
     if source.engines is not None and where.startswith("tensorrt"):
         Path(source.engines).mkdir(parents=True, exist_ok=True)
-    runner: Any = export.runner(key, where, source.threads, source.engines)
-    graphs: Any = TorchGraphs(runner)
-    if name == ONNX:
+    runner = export.runner(key, where, source.threads, source.engines)
+    graphs: Graphs
+    if isinstance(runner, TorchRunner):
+        graphs = TorchGraphs(runner)
+    else:
         graphs = OnnxGraphs(runner) if device.type == "cpu" else BoundOnnxGraphs(runner, device)
     for artifact in export.graphs[key]:
         graphs.inputs(artifact.graph)  # opens it

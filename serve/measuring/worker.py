@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from types import ModuleType
 from typing import Any
 
@@ -105,7 +106,7 @@ def _nameless_main() -> Iterator[None]:
 
 
 @cache
-def _context() -> Any:
+def _context() -> ForkServerContext:
     """Starts the server, which must not look for modules in the current folder."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
@@ -68,7 +68,6 @@ class RunFiles:
     Attributes:
         record: run.json.
         journal: lines of recovery.jsonl.
-        manifest: as it is in the file.
         digests: sha256 and bytes of the files read, besides run.json.
     """
 
@@ -78,7 +77,7 @@ class RunFiles:
     scores: Scored | None
     journal: list[dict[str, Any]] | None
     quality: Qualities | None
-    manifest: dict[str, Any] | None
+    manifest: Manifest | None
     profile: Profile | None
     digests: Mapping[str, tuple[str, int]]
 
@@ -101,7 +100,7 @@ def read_run(folder: Path) -> RunFiles:
         PLAN: ("plan" in finished, lambda path: decode(parse(content_of(path)), Plan)),
         SCORES: ("plan" in finished, _read_scores),
         QUALITY: ("evaluate" in finished, _read_quality),
-        MANIFEST: ((folder / MANIFEST).is_file(), _read_manifest),
+        MANIFEST: ((folder / MANIFEST).is_file(), lambda path: Manifest.read(path.parent)),
         PROFILE: ((folder / PROFILE).is_file(), lambda path: decode(parse(content_of(path)), Profile)),
     }
     if journal is not None:
@@ -156,10 +155,6 @@ def _read_quality(path: Path) -> Qualities:
     document = qualities_of(parse(content_of(path)))
     models = {name: document[name] for name in MODELS if name in document}
     return Qualities(models, document["comparison"], document.get("blind"))
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    return asdict(Manifest.read(path.parent))
 
 
 def _digest(path: Path) -> tuple[str, int]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from slimvlm.compress.options import STAGES
+from slimvlm.export.running.manifest import Manifest
 from slimvlm.serve.report.document import Finding, Section, Table, figure, percent, shown, whole
 from slimvlm.serve.report.files import MANIFEST, RunFiles
 
@@ -35,28 +36,28 @@ def parity_section(files: RunFiles) -> Section:
         return Section("parity", "Parity", tuple(notes), findings=told if refused else (), parts=tuple(tables))
     manifest = files.manifest
     tables.append(_graph_table(manifest))
-    if manifest.get("checks"):
+    if manifest.checks:
         tables.append(_token_table(manifest))
-    if any("loss" in check for check in manifest.get("checks", ())):
+    if any("loss" in check for check in manifest.checks):
         tables.append(_logit_table(manifest))
-    found = tuple(Finding(shown(text), f"{MANIFEST}: failures", bad=True) for text in manifest.get("failures", ()))
+    found = tuple(Finding(shown(text), f"{MANIFEST}: failures", bad=True) for text in manifest.failures)
     if not found:
-        count = whole(len(manifest["artifacts"]))
+        count = whole(len(manifest.artifacts))
         found = (Finding(f"All {count} exported graphs are within their tolerances.", f"{MANIFEST}: ok"),)
     return Section("parity", "Parity", tuple(notes), findings=found, parts=tuple(tables))
 
 
-def _graph_table(manifest: Mapping[str, Any]) -> Table:
+def _graph_table(manifest: Manifest) -> Table:
     """The worst case of every graph."""
     rows = []
-    for artifact in manifest["artifacts"]:
-        cases = artifact["parity"]
-        tolerance = manifest["tolerances"].get(artifact["variant"], {})
+    for artifact in manifest.artifacts:
+        cases = artifact.parity
+        tolerance = manifest.tolerances.get(artifact.variant, {})
         worst = {name: _worst(cases, name, max) for name in ("max_absolute", "max_relative")}
         cosine = _worst(cases, "cosine", min)
         rows.append(
             (
-                *(artifact["file"], artifact["exporter"], "yes" if artifact["ok"] else "NO", whole(len(cases))),
+                *(artifact.file, artifact.exporter, "yes" if artifact.ok else "NO", whole(len(cases))),
                 *(figure(worst["max_absolute"]), figure(worst["max_relative"]), figure(tolerance.get("relative"))),
                 *("none" if cosine is None else f"{cosine:.6f}", figure(tolerance.get("cosine"))),
             )
@@ -72,25 +73,25 @@ def _worst(cases: list[dict[str, Any]], name: str, worse: Callable[[list[float]]
     return worse(values) if values and None not in values else None
 
 
-def _token_table(manifest: Mapping[str, Any]) -> Table:
+def _token_table(manifest: Manifest) -> Table:
     rows = [
         (
             *(check["format"], check["variant"], "yes" if check["ok"] else "NO", whole(check["samples"])),
             *(whole(check["equal"]), percent(check["token_share"])),
             *("none" if check[name] is None else percent(check[name]) for name in ("accuracy", "torch_accuracy")),
         )
-        for check in manifest["checks"]
+        for check in manifest.checks
     ]
     columns = ("format", "variant", "passed", "samples", "equal", "equal tokens", "right", "right in torch")
     return Table("Greedy answers against torch", columns, rows, f"{MANIFEST}: checks", texts=3)
 
 
-def _logit_table(manifest: Mapping[str, Any]) -> Table:
+def _logit_table(manifest: Manifest) -> Table:
     """What torch's answers cost in the graphs, which says how near two models are also where their tokens differ."""
     rows = []
-    for check in manifest["checks"]:
+    for check in manifest.checks:
         if "loss" in check:
-            tolerance = manifest["tolerances"].get(check["variant"], {})
+            tolerance = manifest.tolerances.get(check["variant"], {})
             more = None if check["loss"] is None else check["loss"] - check["torch_loss"]
             rows.append(
                 (
