@@ -254,7 +254,7 @@ def _warn_of_plan(plan: Plan) -> None:
     if plan.overshoots and plan.blocks:
         print_warning(
             f"{percent(plan.removed_fraction)} of all parameters go where {percent(plan.ratio)} was asked for: blocks "
-            "leave whole, and fewer would be further from it"
+            "leave whole"
         )
     elif plan.overshoots:
         print_warning(
@@ -342,7 +342,7 @@ def _print_removed(plan: Plan) -> None:
         blocks = ", ".join(f"the last {blocks} in {tower}" for tower, blocks in plan.dropped.items())
         print_line(f"         {count(plan.dropped_parameters)} of them for free: blocks that nobody reads, {blocks}")
     for tower, gone in plan.gone.items():
-        print_line(f"         {len(gone)} blocks of {tower} leave whole; {len(plan.blocks[tower])} stay")
+        print_line(f"         {len(gone)} of {len(gone) + len(plan.blocks[tower])} blocks of {tower} leave whole")
 
 
 def _removed_of_prunable(plan: Plan) -> float:

@@ -90,7 +90,9 @@ def _findings(plan: Plan) -> tuple[Finding, ...]:
         found.append(Finding(text, f"{PLAN}: dropped, dropped_parameters ({whole(plan.dropped_parameters)})"))
     for tower, gone in plan.gone.items():
         numbers = f" (counted from 0: {', '.join(map(str, gone))})" if gone else ""
-        text = f"{len(gone)} blocks of {shown(tower)} left whole{numbers}, {len(plan.blocks[tower])} stay."
+        text = (
+            f"Of the {len(gone) + len(plan.blocks[tower])} blocks of {shown(tower)}, {len(gone)} left whole{numbers}."
+        )
         found.append(Finding(text, f"{PLAN}: keep of {shown(tower)}.{BLOCK}"))
     if plan.overshoots:
         text = f"That is {percent(plan.removed_fraction - plan.ratio)} of all parameters more than was asked for."

@@ -16,15 +16,20 @@ from recalled import SMALL, randomise
 from tiny_models import FACTORIES, IMAGE_TOKEN, TEXT, reading, tiny_model
 from tiny_processors import tiny_processor
 
+from slimvlm.compress.allocate.budget import Budget, plan_units
+from slimvlm.compress.allocate.facts import facts_of
+from slimvlm.compress.criteria.criterion import CRITERIA
+from slimvlm.compress.criteria.scoring import score_groups
 from slimvlm.compress.data.collate import Collator
-from slimvlm.compress.errors import CheckpointError
+from slimvlm.compress.errors import CheckpointError, InfeasibleBudgetError
 from slimvlm.compress.models.checkpoint import load_model
 from slimvlm.compress.models.families import find_family
-from slimvlm.compress.models.groups import count_parameters, find_blocks
+from slimvlm.compress.models.groups import count_parameters, find_blocks, find_groups
 from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.recovery.adapters.recall import attach, merge
 from slimvlm.compress.recovery.adapters.slices import Slices
+from slimvlm.compress.rounds import Planning, plan_in_rounds
 from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.compress.slicing.mask import mask_plan
 
@@ -181,3 +186,25 @@ def test_an_export_of_a_shorter_model_answers_like_it_and_its_cache_has_its_laye
     graphs = [onnx.load(path, load_external_data=False).graph for path in result.out.rglob("*.onnx")]
     caches = {port.name for graph in graphs for port in graph.input if port.name.startswith("past")}
     assert caches and {name.split(".")[1] for name in caches} == {"0"}
+
+
+def test_a_ratio_of_what_is_inside_blocks_is_refused_where_blocks_are_planned_and_so_is_both_at_once():
+    model = tiny_model("llava").model
+    blocks = find_blocks(model, find_family(model.config))
+    scores = score_groups(blocks, CRITERIA["random"])
+    with pytest.raises(InfeasibleBudgetError, match="mlp ratio: no unit of that kind is planned here; leave it out"):
+        plan_units(blocks, scores, Budget(0.3, kind_ratio={"mlp": 0.1}), facts_of(model, blocks))
+    both = (*blocks, *find_groups(model, find_family(model.config)))
+    with pytest.raises(ValueError, match="planned one after the other"):
+        plan_units(both, scores, Budget(0.3), facts_of(model, both))
+
+
+@pytest.mark.parametrize(
+    "name", sorted(set(FACTORIES) - {"qwen3_vl"})
+)  # one block per tower may leave, and a floor is one
+def test_planned_blocks_are_what_the_cut_model_has_left_and_rounds_are_one_cut(name):
+    tiny, planning = tiny_model(name), Planning(Budget(0.25, layout="stock"), CRITERIA["influence"], rounds=2)
+    plan = plan_in_rounds(tiny.model, lambda _: [tiny.inputs(2)], planning).plan
+    model = apply_plan(tiny_model(name).model, Plan.from_json(plan.to_json()))
+    assert count_parameters(model) == plan.parameters_after < plan.parameters_before - plan.dropped_parameters
+    assert sum(map(len, plan.gone.values())) >= 1 and set(plan.keep) == {f"{tower}.block" for tower in plan.blocks}
