@@ -16,8 +16,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,7 +31,7 @@ from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.slicing import apply as slicing
-from slimvlm.compress.statistics import gradients as collectors
+from slimvlm.compress.statistics import angles, gradients
 from slimvlm.compress.statistics.collect import collect
 from slimvlm.kernels.histogram import reference
 
@@ -108,13 +108,18 @@ def calibration() -> Runs:
     return {"kernels": lambda: run(nullcontext()), "plain torch": lambda: run(plain_statistics())}
 
 
-def plain_statistics() -> AbstractContextManager[object]:
+@contextmanager
+def plain_statistics() -> Iterator[None]:
     """Eager sums and a loop of torch.histc in the places of the kernels."""
 
     def sums(weights: Sequence[Tensor], grads: Sequence[Tensor], dims: Sequence[int], **_: object) -> list[Tensor]:
         return [(weight * grad).abs().sum(1 - dim) for weight, grad, dim in zip(weights, grads, dims, strict=True)]
 
-    return mock.patch.multiple(collectors, taylor_sums_batch=sums, angle_histogram=histc_loop)
+    with (
+        mock.patch.object(gradients, "taylor_sums_batch", sums),
+        mock.patch.object(angles, "angle_histogram", histc_loop),
+    ):
+        yield
 
 
 def cut() -> Runs:
