@@ -15,6 +15,7 @@ from run_records import edit_record
 
 import slimvlm
 from slimvlm.compress.errors import CheckFailedError, CheckpointError, InfeasibleBudgetError, UnsuitableOptionError
+from slimvlm.compress.files.decoding import read
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.options import CompressOptions
@@ -167,7 +168,7 @@ def test_the_profile_stage_measures_both_models_once_and_a_run_without_export_on
     asked = replace(finished[0], out=tmp_path / "out", resume=True, profile=True)
     measured = compress(asked).profile
     path = tmp_path / "out" / "profile.json"
-    profile = Profile.from_json(path.read_text())
+    profile = read(path, Profile)
     assert profile == measured
     assert {cell.backend for cell in profile.cells} == {"torch"}
     assert all(set(cell.runs) == {"dense", "slim"} for cell in profile.cells)
