@@ -14,6 +14,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -81,8 +82,10 @@ def run_all(seeds: Sequence[int], base: Path, families: Sequence[str], jobs: int
     if jobs == 1:
         yield from map(one, seeds)
         return
-    with multiprocessing.get_context("fork").Pool(jobs) as pool:
-        yield from pool.imap_unordered(one, seeds, chunksize=4)
+    # Of a Pool the processes are daemons, which may start none: a profile starts its own.
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
+        for done in as_completed([pool.submit(one, seed) for seed in seeds]):
+            yield done.result()
 
 
 def run_seed(seed: int, base: Path, families: Sequence[str]) -> Outcome:
