@@ -115,6 +115,11 @@ class PlanOptions(EvaluateOptions):
         """The statistic of angles that UKMI weighs by."""
         return "paper-angles" if self.faithful else "angles"
 
+    @property
+    def compensation(self) -> str:
+        """What becomes of the weights that stay."""
+        return "refit" if self.refit else "none"
+
 
 @dataclass(frozen=True, kw_only=True)
 class RecoverOptions:

@@ -10,6 +10,7 @@ from tiny_folders import write_tiny
 from slimvlm.compress.allocate.allocators import ALLOCATORS
 from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.recovery.distillation.recipe import LOSSES, PROGRESSIONS
+from slimvlm.compress.slicing.compensation import COMPENSATIONS
 from slimvlm.export.variants import VARIANTS
 
 ROOT = Path(__file__).parents[1]
@@ -17,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 ROWS = {
     "Criteria": CRITERIA,
     "Allocators": ALLOCATORS,
-    "Compensation": ("refit",),
+    "Compensation": COMPENSATIONS,
     "Recovery": (*PROGRESSIONS, *LOSSES),
     "Variants": VARIANTS,
 }

@@ -34,10 +34,10 @@ from slimvlm.compress.plan import Plan
 from slimvlm.compress.progress import Progress
 from slimvlm.compress.runs import CUT, MODEL, RunFolder
 from slimvlm.compress.slicing.apply import apply_plan
+from slimvlm.compress.slicing.compensation import COMPENSATIONS
 from slimvlm.compress.slicing.cuts import matching_groups
 from slimvlm.compress.slicing.depth import place
 from slimvlm.compress.slicing.mask import mask_plan
-from slimvlm.compress.slicing.refit import refit
 
 
 @frees_memory
@@ -62,15 +62,17 @@ def save_cut(
     Raises:
         CheckFailedError: a difference is no rounding.
     """
-    facts, fitted = {}, None
+    facts = {}
     model = loaded.model
     computed = model.dtype
     collator = collator_of(loaded)
     batch = collator.training(samples[:CHECKED_SAMPLES])
-    if options.refit:
-        groups = matching_groups(model, loaded.family, plan)
-        work = collated(collator, samples, options.batch_size)
-        fitted = refit(model, loaded.family, groups, plan.keep, work, memory=options.grad_memory, progress=progress)
+    groups = matching_groups(model, loaded.family, plan)
+    work = collated(collator, samples, options.batch_size)
+    fitted = COMPENSATIONS[options.compensation](
+        model, loaded.family, groups, plan.keep, work, memory=options.grad_memory, progress=progress
+    )
+    if fitted is not None:
         facts = {"output_lost_by_cut": fitted.lost_by_cut, "output_lost": fitted.lost}
     give_back_memory()
     facts["masked_difference"] = masked_difference(model, plan, batch)

@@ -10,6 +10,7 @@ from tiny_models import FACTORIES, Tiny, tiny_model
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.slicing.apply import apply_plan
+from slimvlm.compress.slicing.compensation import COMPENSATIONS
 from slimvlm.compress.slicing.cuts import find_cuts
 from slimvlm.compress.slicing.refit import DAMPING, refit
 
@@ -26,17 +27,18 @@ def batches_of(tiny: Tiny, count: int = 3) -> list[Callable[[], dict[str, torch.
     return [lambda index=index: batch(index) for index in range(count)]
 
 
-def refitted(tiny: Tiny, **options: object):
+def refitted(tiny: Tiny, method: str = "refit", **options: object):
     family, plan = find_family(tiny.model.config), random_plan(tiny.model)
     groups = find_groups(tiny.model, family, plan.attention_unit)
-    return refit(tiny.model, family, groups, plan.keep, batches_of(tiny), **options), plan, groups
+    return COMPENSATIONS[method](tiny.model, family, groups, plan.keep, batches_of(tiny), **options), plan, groups
 
 
+@pytest.mark.parametrize("method", [row.name for row in COMPENSATIONS.values() if row.place])
 @pytest.mark.parametrize("name", sorted(FACTORIES))
-def test_no_output_projection_loses_more_than_by_the_cut_alone(name: str) -> None:
+def test_no_output_projection_loses_more_than_by_the_cut_alone(name: str, method: str) -> None:
     tiny = tiny_model(name)
     before = {key: value.clone() for key, value in tiny.model.state_dict().items()}
-    found, plan, groups = refitted(tiny)
+    found, plan, groups = refitted(tiny, method)
     assert 0 <= found.lost < found.lost_by_cut
     assert all(value.equal(before[key]) for key, value in tiny.model.state_dict().items())
     assert not any(module._forward_pre_hooks for module in tiny.model.modules())

@@ -1,0 +1,44 @@
+"""What the weights that stay become when others leave: the compensations by name. Read without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from slimvlm.compress.slicing.refit import Refit
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """A row: `(model, family, groups, keep, batches, *, memory, progress) -> Refit`, see `refit.refit`.
+
+    It reads the dense model and the calibration samples; what it gives is put into the cut model.
+
+    Attributes:
+        name: how it is called.
+        description: what it does, in a line.
+        place: file and function in this folder; None: the weights stay as they are.
+    """
+
+    name: str
+    description: str
+    place: tuple[str, str] | None = None
+
+    def __call__(self, *read: Any, **bounds: Any) -> Refit | None:
+        if self.place is None:
+            return None
+        file, function = self.place
+        fitted: Refit = getattr(import_module(f"slimvlm.compress.slicing.{file}"), function)(*read, **bounds)
+        return fitted
+
+
+COMPENSATIONS: Mapping[str, Compensation] = {
+    row.name: row
+    for row in (
+        Compensation("none", "The kept weights as they are."),
+        Compensation("refit", "Kept columns of output projections, by least squares.", ("refit", "refit")),
+    )
+}
