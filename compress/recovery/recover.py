@@ -30,7 +30,7 @@ from slimvlm.compress.recovery.checks import low_rank, recipe_of, require_projec
 from slimvlm.compress.recovery.distillation.distiller import Distiller
 from slimvlm.compress.recovery.distillation.recipe import Recipe, make_stages, match_blocks
 from slimvlm.compress.recovery.distillation.teacher_cache import TeacherCache
-from slimvlm.compress.recovery.distillation.teacher_checks import depths_of
+from slimvlm.compress.recovery.distillation.teacher_checks import check_family, depths_of
 from slimvlm.compress.recovery.training.state import load_best
 from slimvlm.compress.recovery.training.trainer import History, TrainOptions, train
 from slimvlm.compress.recovery.training.workers import sharded
@@ -171,6 +171,7 @@ def _distiller(options: LearnOptions, plan: Plan, loaded: Loaded, recipe: Recipe
     if recipe.needs_teacher:
         folder = options.teacher or str(_dense_folder(options.model, plan))
         teacher = load_to_compute(options, folder).model
+        check_family(teacher, loaded.family)
         teacher.set_attn_implementation(loaded.model.config._attn_implementation)
         depths = depths_of(teacher, loaded.family)
         matched = {

@@ -111,7 +111,7 @@ def _write_checkpoint(folder: Path) -> None:
 
 def _open_export(run: Path) -> None:
     exported = Exported.open(run / "export")
-    assert exported.prompting is None or exported.prompting.end is not None
+    assert exported.manifest.generation is None or exported.manifest.generation.end is not None
     assert exported.image_size is None or len(exported.image_size) == 2
 
 

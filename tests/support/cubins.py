@@ -106,7 +106,7 @@ def _taylor(layout: str, weight: str, grad: str, variant: str) -> Case:
 def _histogram(kind: str) -> Case:
     pointers = {"outputs": f"*{kind}", "lengths": "*fp32", "widths": "*fp32", "bias": f"*{kind}", "mask": "*u8"}
     sizes = {"tokens": "i32", "rows": "i32", "bins": "i32", "per_token": "i32", "per_channel": 1, "share": "i32"}
-    constants = {"FAITHFUL": False, "ALIGN": 16 // BYTES[kind], "SLOTS": 128}
+    constants = {"DROP": False, "ALIGN": 16 // BYTES[kind], "SLOTS": 128}
     arguments = {**pointers, "counts": "*i64", **sizes, **constants}
     size = histogram.CHANNELS.value * BYTES[kind]
     tile = lambda settings: settings["BLOCK_T"] * size  # noqa: E731

@@ -13,6 +13,20 @@ from slimvlm.compress.models.groups import live_blocks, resolve
 from slimvlm.compress.recovery.distillation.recipe import Recipe
 
 
+def check_family(teacher: nn.Module, family: Family) -> None:
+    """The teacher is of the student's `family`: only then its blocks are where that says.
+
+    Raises:
+        UnsuitableOptionError: it is not.
+    """
+    other = find_family(teacher.config)
+    if other.name != family.name:
+        raise UnsuitableOptionError(
+            f"the teacher is a {other.name} model and the student a {family.name} model; "
+            "use the dense model the student was cut from"
+        )
+
+
 def check_teacher(
     student: nn.Module, teacher: nn.Module, family: Family, block_map: Mapping[str, tuple[int, ...]]
 ) -> None:
@@ -24,12 +38,7 @@ def check_teacher(
     Raises:
         UnsuitableOptionError: it is not (the first difference is named).
     """
-    other = find_family(teacher.config)
-    if other.name != family.name:
-        raise UnsuitableOptionError(
-            f"the teacher is a {other.name} model and the student a {family.name} model; "
-            "use the dense model the student was cut from"
-        )
+    check_family(teacher, family)
     own, given = depths_of(student, family), depths_of(teacher, family)
     facts: dict[str, tuple[Any, Any]] = {
         "vocabulary": (_vocabulary(student), _vocabulary(teacher)),

@@ -44,7 +44,7 @@ def test_a_warm_up_longer_than_its_stage_ends_with_it() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"schedule": "linear"}, "constant, cosine"),
+        ({"schedule": "linear"}, "cosine, constant"),
         ({"mixed_precision": "fp8"}, "no, bf16, fp16"),
         ({"steps": 0}, "steps"),
         ({"lr": float("nan")}, "lr"),
