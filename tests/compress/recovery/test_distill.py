@@ -23,6 +23,7 @@ from slimvlm.compress.slicing.apply import apply_plan
 NAMES = list(FACTORIES)
 GENERATIVE = [name for name in NAMES if name not in ("clip", "siglip")]
 EVERYTHING = "sft+kl+0.5*rkl+hidden"
+ROUNDING = 1e-6  # of a loss; what a copy computes is the same to where its tensors happen to lie in memory
 
 
 @lru_cache(maxsize=len(NAMES))
@@ -37,7 +38,7 @@ def cut(name: str) -> nn.Module:
     model = copy.deepcopy(dense(name).model)
     model = apply_plan(model, random_plan(model, seed=1)).eval()
     model(**dense(name).inputs(1))
-    return model
+    return model.requires_grad_()  # a dense model that has taught asks for no gradient
 
 
 def family_of(name: str) -> Family:
@@ -146,9 +147,9 @@ def test_the_teacher_stays_in_evaluation_mode_and_asks_for_no_gradient(name):
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn_from_it(name):
     distiller = distiller_of(name, student=copy.deepcopy(dense(name).model), stages=False)
     _, parts = distiller(dense(name).inputs(3), only_stage(distiller))
-    assert {part for part, value in parts.items() if value} == {"sft"}
+    assert {part for part, value in parts.items() if abs(value) > ROUNDING} == {"sft"}, parts
     hidden = distiller_of(name, "kl+rkl+hidden", student=copy.deepcopy(dense(name).model))
-    assert hidden(dense(name).inputs(3), only_stage(hidden))[0].item() == 0
+    assert hidden(dense(name).inputs(3), only_stage(hidden))[0].item() == pytest.approx(0, abs=ROUNDING)
 
 
 @pytest.mark.parametrize("name", NAMES)
