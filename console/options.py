@@ -97,7 +97,7 @@ sample_options = together(
 plan_options = together(
     option("--ratio", type=RATIO, help="Fraction of ALL parameters to remove."),
     option("--criterion", type=click.Choice(CRITERIA), help="What a unit is worth."),
-    option("--faithful", is_flag=True, help="The paper's method to the letter: UKMI, balanced, one round, no floors."),
+    option("--faithful", is_flag=True, help="UKMP to the letter: ukmi, allocator paper, one round, no refit."),
     option("--allocator", type=click.Choice(list(ALLOCATORS)), help="Where units are taken."),
     option("--rounds", type=COUNT, help="Calibrations, each on the model as cut so far."),
     option("--tower-ratio", type=Share(), multiple=True, callback=shares, help="For one tower, as vision=0.3."),

@@ -64,7 +64,7 @@ CRITERIA: Mapping[str, Criterion] = {
     for row in (
         Criterion("ukmi", ("first",), POORLY_FITTED, "angles"),  # UKMP, AAAI 2025
         Criterion("taylor", ("first",)),  # Molchanov et al., CVPR 2019; LLM-Pruner, NeurIPS 2023
-        Criterion("fisher", ("fisher",)),  # Liu et al., ICML 2021
+        Criterion("fisher", ("fisher",)),  # after Liu et al., ICML 2021, but weight by weight
         Criterion("gate", ("gate",)),  # Kwon et al., NeurIPS 2022
         Criterion("magnitude", file="magnitude"),  # Li et al., ICLR 2017
         Criterion("random", file="chance", normalise=None),
