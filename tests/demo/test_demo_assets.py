@@ -1,5 +1,6 @@
 """The packaged model and samples are what their cards say."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,11 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from slimvlm import demo
-from slimvlm.demo.evaluate import by_task, exact, read
+from slimvlm.compress.data.collate import Collator
+from slimvlm.compress.data.samples import load_samples
+from slimvlm.compress.evaluation.evaluate import evaluate
+from slimvlm.compress.models.families import find_family
+from slimvlm.demo.evaluate import blind, by_task
 
 SPLITS = ("train", "val", "test", "vendor", "photos")
 
@@ -16,12 +21,24 @@ def _megabytes(folder: Path) -> float:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
 
 
+def read(folder: Path, split: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
 def test_model_loads_plainly_and_answers_test_questions():
     model = AutoModelForImageTextToText.from_pretrained(demo.MODEL, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(demo.MODEL)
-    samples = read(demo.SAMPLES, "test")[:64]
-    right = exact(model, processor, demo.SAMPLES, samples)
-    assert sum(right) / len(right) > 0.7, by_task(samples, right)
+    samples = load_samples(demo.SAMPLES / "test.jsonl").samples[:64]
+    quality = evaluate(model, Collator(processor, find_family(model.config), model.config), samples)
+    assert quality.score > 0.7, by_task(quality)
+
+
+def test_a_blind_question_is_asked_about_the_image_half_a_split_on():
+    samples = load_samples(demo.SAMPLES / "test.jsonl").samples[:64]
+    images = list(dict.fromkeys(sample.image for sample in samples))
+    for seeing, unseeing in zip(samples, blind(samples), strict=True):
+        moved = images.index(seeing.image) + len(images) // 2
+        assert unseeing.image == images[moved % len(images)] and unseeing.turns == seeing.turns
 
 
 def test_model_has_grouped_queries_and_the_promised_size():
