@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,7 +106,7 @@ class Report:
         return {"schema": SCHEMA, **asdict(self), "passed": not self.failures}
 
 
-def run(options: BenchOptions, progress: Progress | None = None) -> Report:
+def run(options: BenchOptions, progress: Progress = lambda stage, done, total: None) -> Report:
     """Gate on correctness, then time every kernel on every shape.
 
     Args:
@@ -118,7 +119,7 @@ def run(options: BenchOptions, progress: Progress | None = None) -> Report:
     checks = []
     for done, (shape, dtype) in enumerate(cases, start=1):
         checks += [check_workload(workload) for workload in make_workloads(shape, dtype, device)]
-        _tell(progress, "check", done, len(cases))
+        progress("check", done, len(cases))
     report = Report(device.type, _name(device), torch.get_num_threads(), _versions(), checks, notes=_notes(device))
     if report.failures:
         return report
@@ -129,7 +130,7 @@ def run(options: BenchOptions, progress: Progress | None = None) -> Report:
     for done, (shape, dtype) in enumerate(cases, start=1):
         for workload in make_workloads(shape, dtype, device):
             timings.append(_time(workload, clock, copy, compiled, report.notes))
-        _tell(progress, "time", done, len(cases))
+        progress("time", done, len(cases))
     return replace(report, copy_gb_per_s=copy, timings=timings)
 
 
@@ -168,16 +169,13 @@ def check_workload(workload: Workload) -> Check:
     for function in (workload.ours, workload.eager):
         operands = [tensor.clone() if tensor.dtype == torch.int64 else tensor for tensor in workload.operands]
         results.append(function(*operands))  # counts are added to: each gets its own
-    shape = workload.shape
-    error = workload.error(*results)
-    return Check(workload.kernel, shape.model, shape.part, workload.dtype, error, workload.bound)
+    shape, judge = workload.shape, workload.judge
+    return Check(workload.kernel, shape.model, shape.part, workload.dtype, judge.error(*results), judge.bound)
 
 
 def _time(workload: Workload, clock: Clock, copy: float, compiled: bool, notes: list[str]) -> Timing:
-    ours = clock.median(lambda: workload.ours(*workload.operands))
-    eager = clock.median(lambda: workload.eager(*workload.operands))
-    speed = workload.moved / ours / 1e6
-    shape = workload.shape
+    ours, eager = (clock.median(partial(one, *workload.operands)) for one in (workload.ours, workload.eager))
+    speed, shape = workload.moved / ours / 1e6, workload.shape
     return Timing(
         kernel=workload.kernel,
         path=workload.path,
@@ -240,11 +238,6 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
-
-
-def _tell(progress: Progress | None, stage: str, done: int, total: int) -> None:
-    if progress is not None:
-        progress(stage, done, total)
 
 
 def describe(report: Report) -> str:

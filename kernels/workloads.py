@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from slimvlm import kernels
 from slimvlm.kernels import dispatch
+from slimvlm.kernels.gather.blocked import complement
 
 BINS = 100
 TOKENS = 2048  # of a batch: an image's and a prompt's tokens of a few samples
-SUM_BOUND, HISTOGRAM_BOUND = 1e-5, 1e-3  # relative RMS; share of values that another rounding puts beside an edge
 
 
 @dataclass(frozen=True)
@@ -39,17 +40,11 @@ SHAPES = (
 )
 
 
-def shapes_of(names: Sequence[str]) -> tuple[Shape, ...]:
-    """The shapes of models whose name contains one of these, in any case; all for none.
+class Judge(NamedTuple):
+    """How far two results of (ours, eager) are apart, 0 if they are equal, and the largest such error allowed."""
 
-    Raises:
-        ValueError: a name fits no model.
-    """
-    for name in names:
-        if not any(name.lower() in shape.model.lower() for shape in SHAPES):
-            known = ", ".join(dict.fromkeys(shape.model for shape in SHAPES))
-            raise ValueError(f"no model's name contains {name!r}; there are {known}")
-    return tuple(shape for shape in SHAPES if not names or any(name.lower() in shape.model.lower() for name in names))
+    error: Callable[..., float]
+    bound: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,19 +55,17 @@ class Workload:
         ours, eager: the kernel and plain torch, on the same operands.
         operands: of both.
         moved: bytes that must be read and written, each once.
-        error: 0 for equal results of (ours, eager).
-        bound: the largest error allowed.
+        judge: of their results.
     """
 
     kernel: str
-    shape: Shape
-    dtype: str
     ours: Callable[..., object]
     eager: Callable[..., object]
     operands: tuple[Tensor, ...]
     moved: int
-    error: Callable[[object, object], float]
-    bound: float
+    judge: Judge
+    shape: Shape
+    dtype: str
 
     @property
     def operation(self) -> str:
@@ -92,101 +85,41 @@ def make_workloads(shape: Shape, dtype: torch.dtype, device: torch.device, token
     weight = (torch.randn(shape.rows, shape.cols, device=device) / shape.cols**0.5).to(dtype)
     grad = torch.randn(shape.rows, shape.cols, device=device)
     make = partial(Workload, shape=shape, dtype=str(dtype).removeprefix("torch."))
-    return [
-        *_sums(make, weight, grad),
-        *_angles(make, weight, tokens),
-        *_gathers(make, weight),
-    ]
+    return [*_sums(make, weight, grad), *_angles(make, weight, tokens), *_gathers(make, weight)]
 
 
-def _sums(make: Callable[..., Workload], weight: Tensor, grad: Tensor) -> list[Workload]:
-    found = []
+def _sums(make: Callable[..., Workload], weight: Tensor, grad: Tensor) -> Iterator[Workload]:
+    operands, read = (weight, grad), _bytes(weight, grad)
     for dim, name in enumerate(("taylor_sums rows", "taylor_sums columns")):
-        found.append(
-            make(
-                kernel=name,
-                ours=partial(kernels.taylor_sums, dim=dim),
-                eager=partial(_plain_sums, dim=dim),
-                operands=(weight, grad),
-                moved=_bytes(weight, grad) + 4 * weight.shape[dim],
-                error=relative_error,
-                bound=SUM_BOUND,
-            )
-        )
-    found.append(
-        make(
-            kernel="taylor_sums_batch of a gated MLP",
-            ours=_batched_mlp,
-            eager=_plain_mlp,
-            operands=(weight, grad),
-            moved=3 * (_bytes(weight, grad) + 4 * weight.shape[0]),
-            error=relative_error,
-            bound=SUM_BOUND,
-        )
-    )
-    return found
+        ours, eager = partial(kernels.taylor_sums, dim=dim), partial(_plain_sums, dim=dim)
+        yield make(name, ours, eager, operands, read + 4 * weight.shape[dim], CLOSE)
+    moved = 3 * (read + 4 * weight.shape[0])
+    yield make("taylor_sums_batch of a gated MLP", _batched_mlp, _plain_mlp, operands, moved, CLOSE)
 
 
-def _angles(make: Callable[..., Workload], weight: Tensor, tokens: int) -> list[Workload]:
+def _angles(make: Callable[..., Workload], weight: Tensor, tokens: int) -> Iterator[Workload]:
     inputs = torch.randn(tokens, weight.shape[1], device=weight.device).to(weight.dtype)
     outputs = torch.nn.functional.linear(inputs, weight)
     lengths, widths = kernels.row_norms(inputs), kernels.row_norms(weight)
     counts = torch.zeros(weight.shape[0], BINS, dtype=torch.int64, device=weight.device)
-    return [
-        make(
-            kernel="row_norms",
-            ours=kernels.row_norms,
-            eager=partial(torch.linalg.vector_norm, dim=1, dtype=torch.float32),
-            operands=(inputs,),
-            moved=_bytes(inputs, lengths),
-            error=relative_error,
-            bound=SUM_BOUND,
-        ),
-        make(
-            kernel="angle_histogram",
-            ours=_histogram,
-            eager=_plain_histogram,
-            operands=(outputs, lengths, widths, counts),
-            moved=_bytes(outputs, lengths, widths) + 2 * _bytes(counts),
-            error=_moved_share,
-            bound=HISTOGRAM_BOUND,
-        ),
-    ]
+    plain_norms = partial(torch.linalg.vector_norm, dim=1, dtype=torch.float32)
+    yield make("row_norms", kernels.row_norms, plain_norms, (inputs,), _bytes(inputs, lengths), CLOSE)
+    operands, moved = (outputs, lengths, widths, counts), _bytes(outputs, lengths, widths) + 2 * _bytes(counts)
+    yield make("angle_histogram", _histogram, _plain_histogram, operands, moved, ALIKE)
 
 
-def _gathers(make: Callable[..., Workload], weight: Tensor) -> list[Workload]:
+def _gathers(make: Callable[..., Workload], weight: Tensor) -> Iterator[Workload]:
     rows, cols = (torch.randperm(size, device=weight.device)[: size // 2].sort().values for size in weight.shape)
+    gone = [complement(kept, size, weight.device) for kept, size in zip((rows, cols), weight.shape, strict=True)]
+    half = rows.numel() * weight.shape[1] * weight.element_size()
     quarter = rows.numel() * cols.numel() * weight.element_size()
-    gone = [_complement(kept, size) for kept, size in zip((rows, cols), weight.shape, strict=True)]
-    return [
-        make(
-            kernel="gather_2d half of both",
-            ours=kernels.gather_2d,
-            eager=_plain_gather,
-            operands=(weight, rows, cols),
-            moved=2 * quarter + _bytes(rows, cols),
-            error=_different,
-            bound=0.0,
-        ),
-        make(
-            kernel="gather_2d half of the rows",
-            ours=lambda dense, kept: kernels.gather_2d(dense, kept, None),
-            eager=lambda dense, kept: dense.index_select(0, kept),
-            operands=(weight, rows),
-            moved=2 * rows.numel() * weight.shape[1] * weight.element_size() + _bytes(rows),
-            error=_different,
-            bound=0.0,
-        ),
-        make(
-            kernel="gather_blocks",
-            ours=lambda dense, kept_rows, kept_cols, *_: kernels.gather_blocks(dense, kept_rows, kept_cols),
-            eager=_plain_blocks,
-            operands=(weight, rows, cols, *gone),
-            moved=2 * _bytes(weight) + _bytes(rows, cols),
-            error=_different,
-            bound=0.0,
-        ),
-    ]
+    both, all_blocks = (weight, rows, cols), (weight, rows, cols, *gone)
+    moved = 2 * quarter + _bytes(rows, cols)
+    yield make("gather_2d half of both", kernels.gather_2d, _plain_gather, both, moved, EQUAL)
+    ours = partial(kernels.gather_2d, cols=None)
+    yield make("gather_2d half of the rows", ours, _plain_rows, (weight, rows), 2 * half + _bytes(rows), EQUAL)
+    moved = 2 * _bytes(weight) + _bytes(rows, cols)
+    yield make("gather_blocks", _blocks, _plain_blocks, all_blocks, moved, EQUAL)
 
 
 def _plain_sums(weight: Tensor, grad: Tensor, dim: int) -> Tensor:
@@ -219,6 +152,14 @@ def _plain_gather(weight: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     return weight.index_select(0, rows).index_select(1, cols)
 
 
+def _plain_rows(weight: Tensor, rows: Tensor) -> Tensor:
+    return weight.index_select(0, rows)
+
+
+def _blocks(weight: Tensor, rows: Tensor, cols: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+    return kernels.gather_blocks(weight, rows, cols)
+
+
 def _plain_blocks(
     weight: Tensor, rows: Tensor, cols: Tensor, gone_rows: Tensor, gone_cols: Tensor
 ) -> tuple[Tensor, ...]:
@@ -245,11 +186,10 @@ def _different(found: Tensor | Sequence[Tensor], expected: Tensor | Sequence[Ten
     return float(sum(not torch.equal(one, other) for one, other in pairs))
 
 
-def _complement(kept: Tensor, size: int) -> Tensor:
-    missing = torch.ones(size, dtype=torch.bool, device=kept.device)
-    missing[kept] = False
-    return missing.nonzero().flatten()
-
-
 def _bytes(*tensors: Tensor) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+CLOSE = Judge(relative_error, 1e-5)
+ALIKE = Judge(_moved_share, 1e-3)  # another rounding puts a value beside the edge of its bin
+EQUAL = Judge(_different, 0.0)

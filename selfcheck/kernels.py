@@ -19,7 +19,7 @@ from slimvlm.compress.statistics.collect import Calibration, collect
 from slimvlm.demo import MODEL, SAMPLES
 from slimvlm.kernels.bench import check_workload
 from slimvlm.kernels.dispatch import why_not_triton
-from slimvlm.kernels.workloads import make_workloads, shapes_of
+from slimvlm.kernels.workloads import SHAPES, make_workloads
 from slimvlm.selfcheck.ground import Ground, full_precision
 from slimvlm.selfcheck.outcome import WrongError
 
@@ -39,7 +39,7 @@ def check_triton(ground: Ground) -> str:
 
 def check_kernel(ground: Ground, operation: str) -> str:
     """The kernels of one operation, on matrices of real models: all of them on a GPU, a small one on a CPU."""
-    shapes = shapes_of([]) if ground.gpu else shapes_of(["smolvlm"])
+    shapes = [shape for shape in SHAPES if ground.gpu or shape.model.startswith("SmolVLM")]
     dtypes = (torch.bfloat16, torch.float32) if ground.gpu else (torch.float32,)
     done, worst, paths = 0, 0.0, set()
     for shape in shapes:

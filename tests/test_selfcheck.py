@@ -111,7 +111,7 @@ def test_a_gpu_is_checked_by_its_own_counters_and_clock_and_without_triton_by_to
 
     monkeypatch.setattr(machine, "recovery", recovery, raising=False)
     monkeypatch.setattr(torch.cuda, "Event", HostEvent)
-    monkeypatch.setattr(kernels, "shapes_of", lambda names: [Shape("tiny", "gate", 48, 32)])
+    monkeypatch.setattr(kernels, "SHAPES", [Shape("SmolVLM, tiny", "gate", 48, 32)])
     monkeypatch.setattr(running, "TOKENS", 2)
     monkeypatch.setattr(running, "REPEATS", 2)
     names = ("device", "memory", "energy", "triton", "kernel norms", "clock torch", "clock onnx")

@@ -24,9 +24,9 @@ def gather_2d(weight: Tensor, rows: Tensor | None, cols: Tensor | None, out: Ten
 
 def gather_blocks(weight: Tensor, rows: Tensor | None, cols: Tensor | None, blocks: Blocks) -> None:
     """As the reference, reading every row once."""
-    pruned = _complement(cols, weight.shape[1], weight.device)
+    pruned = complement(cols, weight.shape[1], weight.device)
     _take_cols(weight, rows, [(cols, blocks.kept), (pruned, blocks.pruned_cols)])
-    below = _complement(rows, weight.shape[0], weight.device)
+    below = complement(rows, weight.shape[0], weight.device)
     _take_cols(weight, below, [(cols, blocks.pruned_rows), (pruned, blocks.pruned)])
 
 
@@ -45,11 +45,8 @@ def _take_cols(weight: Tensor, rows: Tensor | None, targets: Sequence[tuple[Tens
                 torch.index_select(kept, 1, cols, out=out[block])
 
 
-def _complement(kept: Tensor | None, size: int, device: torch.device) -> Tensor:
+def complement(kept: Tensor | None, size: int, device: torch.device) -> Tensor:
     """The indices below `size` that are not in `kept`, ascending."""
     missing = torch.ones(size, dtype=torch.bool, device=device)
-    if kept is None:
-        missing[:] = False
-    else:
-        missing[kept.long()] = False
+    missing[slice(None) if kept is None else kept.long()] = False
     return missing.nonzero().flatten()
