@@ -12,12 +12,7 @@ from typing import Any
 
 import click
 
-# 8GB, 8gb, 8G and 8GiB; G is 1000^3, GiB is 1024^3.
-SIZE_UNITS = {"": 1, "B": 1} | {
-    prefix + suffix: base**power
-    for power, prefix in enumerate("KMGT", start=1)
-    for suffix, base in (("", 1000), ("B", 1000), ("IB", 1024))
-}
+from slimvlm.serve.fitting.goals import BYTES
 
 MOST = 2**31 - 1  # of what is counted
 LARGEST_SIDE = 8192  # pixels; images of more than 64 Mi pixels are not read
@@ -119,7 +114,7 @@ class Size(click.ParamType):
         if isinstance(value, int):
             return value
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value.strip())
-        unit = SIZE_UNITS.get(found.group(2).upper()) if found else None
+        unit = BYTES.get(found.group(2).upper()) if found else None
         if found is None or unit is None or not 1 <= (size := float(found.group(1)) * unit) < 2**63:
             self.fail(
                 f"{_short(value)!r} is not a size; write for example 8GB, 512MiB or a number of bytes.", param, ctx
