@@ -177,8 +177,9 @@ def apply(model: str, plan_file: Path, out: Path, as_json: bool, quiet: bool, **
 
     with progress(quiet) as report:
         plan = pipeline.apply_saved_plan(model, plan_file, out, progress=report, **values)
-    if plan.refit and values["data"] is None:
-        show.print_warning("the plan wants a refit, and nothing was: give the samples of `slimvlm plan` with --data")
+    if plan.compensation and values["data"] is None:
+        name = plan.compensation.name
+        show.print_warning(f"the plan wants a {name}, and nothing was: give the samples of `slimvlm plan` with --data")
     show.show_plan(plan, out, as_json=as_json)
 
 

@@ -14,7 +14,7 @@ from slimvlm.compress.data.samples import Sample
 from slimvlm.compress.data.splits import Measured, Trained, read_evaluation, read_measured, read_trained
 from slimvlm.compress.errors import CheckFailedError, CheckpointError, SampleError
 from slimvlm.compress.evaluation.evaluate import Comparison, Quality, compare
-from slimvlm.compress.files.decoding import read
+from slimvlm.compress.files.decoding import read, shown
 from slimvlm.compress.files.folders import refuse_inside, require_free, reserved
 from slimvlm.compress.files.locks import locked_folder
 from slimvlm.compress.models.computing import cast, load_to_compute
@@ -26,6 +26,7 @@ from slimvlm.compress.recovery.checks import check_models, recipe_of
 from slimvlm.compress.run_record import options_of, read_record
 from slimvlm.compress.runs import RunFolder
 from slimvlm.compress.slicing.apply import apply_plan
+from slimvlm.compress.slicing.compensation import COMPENSATIONS
 from slimvlm.compress.stages.evaluate import evaluate_model, evaluate_seeing_and_blind, evaluate_stage
 from slimvlm.compress.stages.plan import check_plan, chosen_criterion, plan_stage
 from slimvlm.compress.stages.recover import recover_stage
@@ -107,10 +108,16 @@ def apply_saved_plan(
     """
     require_free(out)
     plan = read(plan_file, Plan, advice="make the plan again")
-    options = PlanOptions(model=model, data=data or out, seed=plan.seed, refit=False, **changes)
+    options = PlanOptions(model=model, data=data or out, seed=plan.seed, compensation="none", **changes)
     samples: Sequence[Sample] = ()
-    if data is not None and plan.refit is not None:
-        options = replace(options, refit=True, **asdict(plan.refit))
+    if data is not None and plan.compensation is not None:
+        how = asdict(plan.compensation)
+        options = replace(options, compensation=how.pop("name"), **how)
+        if options.compensation not in COMPENSATIONS:
+            raise CheckpointError(
+                f"{plan_file} wants the compensation {shown(options.compensation)}, and this version knows only "
+                f"{', '.join(COMPENSATIONS)}; make the plan again, or leave --data out: then units are cut and no more"
+            )
         measured = read_measured(options)
         samples = measured.calibration
         if measured.digest != plan.calibration_digest:

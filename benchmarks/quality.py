@@ -36,23 +36,23 @@ from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.rounds import plan_in_rounds
 from slimvlm.compress.slicing.apply import apply_plan
-from slimvlm.compress.slicing.refit import refit
+from slimvlm.compress.slicing.compensation import COMPENSATIONS
 from slimvlm.compress.stages.plan import planning_of
 from slimvlm.compress.statistics.collect import collect
 from slimvlm.demo import MODEL, SAMPLES
 
 DEFAULT = CompressOptions(model=str(MODEL), out=Path("unused"), data=SAMPLES / "train.jsonl")
-ONE_SHOT = replace(DEFAULT, rounds=1, allocator="global", refit=False)
+ONE_SHOT = replace(DEFAULT, rounds=1, allocator="global", compensation="none")
 FAITHFUL = replace(DEFAULT, faithful=True).resolved()
 LOCAL = replace(ONE_SHOT, allocator="local")
 METHODS: dict[str, tuple[str, CompressOptions]] = {
     "default": ("slimvlm default", DEFAULT),
-    "gate-refit": ("Gates, global, one shot, refitted", replace(ONE_SHOT, criterion="gate", refit=True)),
-    "ukmi-refit": ("UKMI, faithful, steps in proportion, refitted", replace(FAITHFUL, refit=True)),
-    "taylor-refit": ("Taylor, global, one shot, refitted", replace(ONE_SHOT, criterion="taylor", refit=True)),
-    "magnitude-refit": ("Magnitude, per layer, refitted", replace(LOCAL, criterion="magnitude", refit=True)),
-    "random-refit": ("Random, refitted", replace(ONE_SHOT, criterion="random", refit=True)),
-    "no-refit": ("slimvlm default, without the refit", replace(DEFAULT, refit=False)),
+    "gate-refit": ("Gates, global, one shot, refitted", replace(ONE_SHOT, criterion="gate", compensation="refit")),
+    "ukmi-refit": ("UKMI, faithful, steps in proportion, refitted", replace(FAITHFUL, compensation="refit")),
+    "taylor-refit": ("Taylor, global, one shot, refitted", replace(ONE_SHOT, criterion="taylor", compensation="refit")),
+    "magnitude-refit": ("Magnitude, per layer, refitted", replace(LOCAL, criterion="magnitude", compensation="refit")),
+    "random-refit": ("Random, refitted", replace(ONE_SHOT, criterion="random", compensation="refit")),
+    "no-refit": ("slimvlm default, without the refit", replace(DEFAULT, compensation="none")),
     "ukmi-steps": ("UKMI, faithful, steps in proportion", FAITHFUL),
     "ukmi": ("UKMI, faithful to the letter", FAITHFUL),
     "fisher": ("Fisher, global, one shot", replace(ONE_SHOT, criterion="fisher")),
@@ -143,11 +143,9 @@ def score(loaded: Loaded, study: Study, blind_seed: int | None = None) -> dict:
 def cut(plan: Plan, options: CompressOptions, samples: Sequence[Sample]) -> Loaded:
     """The cut model, refitted on the calibration samples where the options say so."""
     loaded = dense()
-    fitted = None
-    if options.refit:
-        groups = find_groups(loaded.model, loaded.family, plan.attention_unit)
-        work = collated(loaded, samples, options.batch_size)
-        fitted = refit(loaded.model, loaded.family, groups, plan.keep, work)
+    groups = find_groups(loaded.model, loaded.family, plan.attention_unit)
+    work = collated(loaded, samples, options.batch_size)
+    fitted = COMPENSATIONS[options.compensation](loaded.model, loaded.family, groups, plan.keep, work)
     apply_plan(loaded.model, plan)
     if fitted is not None:
         fitted.put_into(loaded.model)
@@ -178,7 +176,11 @@ def measure(arguments: argparse.Namespace) -> None:
         options = replace(METHODS[method][1], batch_size=arguments.batch_size)
         for index, samples in enumerate(study.sets):
             missing = [ratio for ratio in arguments.ratios if (method, ratio, index) not in done]
-            same = repr(replace(options, refit=False)), method in PROPORTIONAL, index  # the refit changes no plan
+            same = (
+                repr(replace(options, compensation="none")),
+                method in PROPORTIONAL,
+                index,
+            )  # it changes no plan
             for ratio in missing:
                 if (*same, ratio) not in plans and options.rounds > 1:
                     plans[*same, ratio] = plan_of_rounds(replace(options, ratio=ratio), samples)
@@ -188,7 +190,7 @@ def measure(arguments: argparse.Namespace) -> None:
                 plan, seconds = plans[*same, ratio]
                 facts = {"plan_seconds": round(seconds, 1), "score": None}
                 if plan is not None:
-                    cell = repr(plan.keep), index if options.refit else None
+                    cell = repr(plan.keep), index if options.compensation != "none" else None
                     if cell not in scores:
                         scores[cell] = score(cut(plan, options, samples), study)
                     facts |= {**scores[cell], "removed": round(plan.removed_fraction, 5)}

@@ -82,7 +82,8 @@ class PlanOptions(EvaluateOptions):
             (refit) a quarter of the fp32 weights.
         host_sums: keep gradient sums in host memory while the model is on a GPU.
         threshold, entropy, taylor: ablations; None: what the criterion says. A threshold of 1 selects all tokens.
-        refit: fit the kept columns of output projections to the dense outputs, by least squares.
+        compensation: what the weights that stay become; `refit` fits the kept columns of output projections to the
+            dense outputs, by least squares, `none` leaves them as they are.
     """
 
     eval_data: Path | None = None
@@ -96,7 +97,7 @@ class PlanOptions(EvaluateOptions):
     round_channels: int = 1
     attention_unit: str = "auto"
     layout: str = "per-layer"
-    refit: bool = True
+    compensation: str = "refit"
     samples: int = NOT_GIVEN
     grad_memory: int | None = None
     host_sums: bool = False
@@ -114,11 +115,6 @@ class PlanOptions(EvaluateOptions):
     def angles(self) -> str:
         """The statistic of angles that UKMI weighs by."""
         return "paper-angles" if self.faithful else "angles"
-
-    @property
-    def compensation(self) -> str:
-        """What becomes of the weights that stay."""
-        return "refit" if self.refit else "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +221,7 @@ class CompressOptions(PlanOptions, LearnOptions, DeliverOptions):
             return self
         plan: dict[str, Any] = {"criterion": "ukmi", "allocator": "paper", "rounds": 1, "attention_unit": "kv-group"}
         terms = ("lpd-paper" if term.strip() == "lpd" else term for term in self.recover.split("+"))
-        return replace(self, **plan, round_channels=1, refit=False, recover="+".join(terms))
+        return replace(self, **plan, round_channels=1, compensation="none", recover="+".join(terms))
 
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same run; the recovery is apart, a finished run can be recovered again otherwise."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from slimvlm.compress.files.decoding import decode, parse
 
-SCHEMA = 1
+SCHEMA = 2
 BLOCK = "block"  # kind of the groups whose units are whole blocks, and last part of their keys
 OVERSHOOT = 0.01  # of all parameters
 
@@ -25,14 +25,16 @@ class TowerCount:
 
 
 @dataclass(frozen=True, slots=True)
-class Refitting:
-    """That what is left is to be refitted, and how the samples for it are found again in the data of the plan.
+class Compensating:
+    """What the weights that stay become, and how the samples for it are found again in the data of the plan.
 
     Attributes:
+        name: of a row of COMPENSATIONS.
         samples, eval_samples, prefix_split: the options of `plan` that chose among the data.
         batch_size: samples per batch.
     """
 
+    name: str
     samples: int
     eval_samples: int | None
     prefix_split: bool
@@ -57,7 +59,7 @@ class Plan:
         dropped: tower -> blocks at its end that nobody reads and that leave whole.
         dropped_parameters: of them; they leave for free.
         rescued: groups that an allocator without floors would have emptied, and that keep one unit.
-        refit: what the cut model is to be refitted with; None: it is not.
+        compensation: what is done to the weights that stay; None: nothing.
     """
 
     family: str
@@ -79,7 +81,7 @@ class Plan:
     dropped: Mapping[str, int] = field(default_factory=dict)
     dropped_parameters: int = 0
     rescued: tuple[str, ...] = ()
-    refit: Refitting | None = None
+    compensation: Compensating | None = None
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
@@ -126,11 +128,21 @@ class Plan:
         """Sorted JSON, one line per group."""
         document = {one.name: getattr(self, one.name) for one in fields(self)}
         document["towers"] = {name: asdict(count) for name, count in self.towers.items()}
-        document["refit"] = self.refit and asdict(self.refit)
+        document["compensation"] = self.compensation and asdict(self.compensation)
         keep = document.pop("keep")
         head = json.dumps(document, indent=2, sort_keys=True)
         lines = ",\n".join(f"    {json.dumps(key)}: {json.dumps(list(keep[key]))}" for key in sorted(keep))
         return head.removesuffix("\n}") + ',\n  "keep": {\n' + lines + "\n  }\n}\n"
+
+    @staticmethod
+    def upgraded(document: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A document of schema 1, which knew one compensation, as this schema has it; others as they are."""
+        if document.get("schema") != 1 or "refit" not in document:
+            return document
+        rest = {name: value for name, value in document.items() if name != "refit"}
+        refit = document["refit"]
+        compensation = {"name": "refit", **refit} if isinstance(refit, dict) else refit
+        return {**rest, "schema": SCHEMA, "compensation": compensation}
 
     @classmethod
     def from_json(cls, text: str) -> Plan:

@@ -167,6 +167,8 @@ def read_record(path: Path) -> dict[str, Any]:
                 decode(stage, facts, f"stages.{name}")
         if record.pop("digest") != _digest(record):
             raise MisfitError("it was changed since it was written (its digest differs)")
+    if "refit" in record["options"]:  # its name when there was one compensation
+        record["options"]["compensation"] = "refit" if record["options"].pop("refit") else "none"
     return record
 
 

@@ -20,6 +20,7 @@ from slimvlm.compress.options import (
     CompressOptions,
 )
 from slimvlm.compress.recovery.distillation.recipe import LOSSES, PROGRESSIONS
+from slimvlm.compress.slicing.compensation import COMPENSATIONS
 from slimvlm.console.values import (
     MOST,
     Count,
@@ -105,7 +106,9 @@ plan_options = together(
     option("--round-channels", type=COUNT, help="MLP widths become multiples of this."),
     option("--attention-unit", type=click.Choice(ATTENTION_UNITS), help="What leaves an attention together."),
     option("--layout", type=click.Choice(LAYOUTS), help="stock loads with the unmodified transformers class."),
-    option("--refit/--no-refit", default=True, help="Fit what is left of each output to the dense one."),
+    option("--compensation", type=click.Choice(list(COMPENSATIONS)), help="What the weights that stay become."),
+    click.option("--refit", "compensation", flag_value="refit", help="The same as --compensation refit."),
+    click.option("--no-refit", "compensation", flag_value="none", help="The same as --compensation none."),
     option("--samples", type=COUNT, help="Calibration samples per round; else 512, with --faithful 1000."),
     option("--grad-memory", type=Size(), metavar="SIZE", help="Bound on sums held at once, as 8GB."),
     option("--host-sums", is_flag=True, help="Keep gradient sums in host memory while the model is on a GPU."),

@@ -89,7 +89,7 @@ def test_apply_with_the_samples_of_the_plan_gives_what_compress_gives(tmp_path: 
     cut = run("compress", MODEL, out, *CHEAP, *ONLY_CUT[1:], "--ratio", 0.4, "--eval-samples", 12)
     assert cut.exit_code == 0, cut.stderr
     plan = Plan.from_json((out / "plan.json").read_text(encoding="utf-8"))
-    assert plan.refit and plan.refit.samples == 8
+    assert plan.compensation.name == "refit" and plan.compensation.samples == 8
     result = run("apply", MODEL, out / "plan.json", again, "--data", SAMPLES / "train.jsonl")
     assert result.exit_code == 0, result.stderr
     assert "Warning" not in result.stderr
@@ -99,6 +99,10 @@ def test_apply_with_the_samples_of_the_plan_gives_what_compress_gives(tmp_path: 
     assert "Warning: the plan wants a refit, and nothing was: give the samples of `slimvlm plan`" in unfitted.stderr
     other = run("apply", MODEL, out / "plan.json", tmp_path / "never", "--data", SAMPLES / "val.jsonl")
     assert other.exit_code == 3 and "calibrated on other samples than" in other.stderr
+    unknown = tmp_path / "unknown.json"
+    unknown.write_text((out / "plan.json").read_text().replace('"name": "refit"', '"name": "bias"'))
+    refused = run("apply", MODEL, unknown, tmp_path / "never", "--data", SAMPLES / "train.jsonl")
+    assert refused.exit_code == 3 and "compensation 'bias', and this version knows only none" in refused.stderr
     assert not (tmp_path / "never").exists()
 
 

@@ -37,7 +37,7 @@ def few(tmp_path: Path, **changes) -> CompressOptions:
         eval_samples=24,
         rounds=2,
         batch_size=8,
-        refit=False,
+        compensation="none",
         recover="none",
         export=(),
         profile=False,
@@ -237,11 +237,11 @@ def test_a_taylor_variant_changes_the_saliency_of_a_taylor_criterion(tmp_path, c
 
 
 def test_the_refit_is_on_by_default_keeps_the_size_and_is_recorded(tmp_path, finished):
-    options = few(tmp_path, refit=CompressOptions(model="", out=tmp_path, data=tmp_path).refit)
+    options = few(tmp_path, compensation=CompressOptions(model="", out=tmp_path, data=tmp_path).compensation)
     result = compress(options)
-    assert replace(result.plan, refit=None) == finished[1].plan and result.plan.refit is not None
+    assert replace(result.plan, compensation=None) == finished[1].plan and result.plan.compensation.name == "refit"
     facts = json.loads((options.out / "run.json").read_text())["stages"]["slice"]
     assert 0 < facts["output_lost"] < facts["output_lost_by_cut"] < 1
     assert facts["reload_difference"] == 0
     assert result.slim.scores["token_loss"] < finished[1].slim.scores["token_loss"]
-    assert not replace(options, faithful=True).resolved().refit
+    assert replace(options, faithful=True).resolved().compensation == "none"

@@ -103,7 +103,7 @@ def parse(text: str | bytes) -> Any:
 
 def decode(value: Any, wanted: type[Noun], what: str = "") -> Noun:
     """A JSON value as the annotated type `wanted`: dataclasses, tuples, lists, mappings, unions, literals, paths, plain
-    types, and Any. A dataclass with a default `schema` is read if it has that one.
+    types, and Any. A dataclass with a default `schema` is read if it has that one, or is `upgraded` to it.
 
     Args:
         what: begins the path of what does not fit.
@@ -208,6 +208,7 @@ def _union(value: Any, kinds: tuple[Any, ...], depth: int) -> Any:
 
 def _noun(value: Any, noun: type, depth: int) -> Any:
     _require(value, Mapping, "an object")
+    value = getattr(noun, "upgraded", dict)(value)
     schema = getattr(noun, "__dataclass_fields__", {}).get("schema")
     if schema is not None and "schema" in value and value["schema"] != schema.default:
         raise MisfitError(f"schema {shown(value['schema'])} is not the {schema.default} this version reads")

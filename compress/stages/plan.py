@@ -17,11 +17,12 @@ from slimvlm.compress.files.writing import write_text
 from slimvlm.compress.models.checkpoint import build_meta
 from slimvlm.compress.models.computing import frees_memory, load_to_compute
 from slimvlm.compress.options import PlanOptions
-from slimvlm.compress.plan import Plan, Refitting
+from slimvlm.compress.plan import Compensating, Plan
 from slimvlm.compress.processes import pick_device
 from slimvlm.compress.progress import Progress
 from slimvlm.compress.rounds import Planned, Planning, check_budget, plan_in_rounds
 from slimvlm.compress.runs import AGAIN, ROUNDS, RunFolder
+from slimvlm.compress.slicing.compensation import COMPENSATIONS
 from slimvlm.compress.statistics.batch_size import calibration_batch
 from slimvlm.compress.statistics.rows import ALL, POORLY_FITTED, STATISTICS
 
@@ -124,12 +125,14 @@ def plan_stage(run: RunFolder, options: PlanOptions, data: Measured, progress: P
             on_round=keep,
             progress=progress,
         )
-        refit = Refitting(options.samples, options.eval_samples, options.prefix_split, options.batch_size)
+        how = Compensating(
+            options.compensation, options.samples, options.eval_samples, options.prefix_split, options.batch_size
+        )
         plan = replace(
             planned.plan,
             model_digest=loaded.digest,
             calibration_digest=data.digest,
-            refit=refit if options.refit else None,
+            compensation=how if COMPENSATIONS[how.name].place else None,
         )
         facts.update(model_digest=loaded.digest, data_digest=data.digest, calibration_samples=len(data.calibration))
         facts.update(left_out_samples=data.left_out, batch_size=size)

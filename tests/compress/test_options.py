@@ -39,7 +39,7 @@ def test_a_run_that_is_taken_up_again_keeps_the_paper_s_training():
 def test_the_paper_s_method_is_spelled_out_as_rows_and_what_they_need():
     def rows(**given) -> tuple:
         options = CompressOptions(model="m", out=Path("o"), data=Path("d"), faithful=True, **given).resolved()
-        assert (options.rounds, options.refit) == (1, False)
+        assert (options.rounds, options.compensation) == (1, "none")
         return options.criterion, options.allocator, options.recover
 
     assert rows(allocator="local") == ("ukmi", "paper", "lpd-paper")

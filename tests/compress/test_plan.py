@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slimvlm.compress.plan import Plan, TowerCount
+from slimvlm.compress.plan import Compensating, Plan, TowerCount
 
 KEYS = st.text("abcdefghijklmnopqrstuvwxyz.0123456789", min_size=1, max_size=12)
 
@@ -73,8 +73,17 @@ def test_an_unknown_key_is_refused_by_name():
 
 def test_a_later_schema_is_refused():
     document = json.loads(plan_of({"a": 3}, {"a": (1,)}).to_json())
-    with pytest.raises(ValueError, match="schema 2 is not the 1 this version reads"):
-        Plan.from_json(json.dumps({**document, "schema": 2}))
+    with pytest.raises(ValueError, match="schema 3 is not the 2 this version reads"):
+        Plan.from_json(json.dumps({**document, "schema": 3}))
+
+
+def test_a_plan_of_schema_1_is_read_and_its_refit_has_a_name():
+    how = Compensating("refit", samples=8, eval_samples=None, prefix_split=False, batch_size=4)
+    for plan in (plan_of({"a": 3}, {"a": (1,)}), plan_of({"a": 3}, {"a": (1,)}, compensation=how)):
+        document = json.loads(plan.to_json())
+        found = document.pop("compensation")
+        refit = found and {name: value for name, value in found.items() if name != "name"}
+        assert Plan.from_json(json.dumps({**document, "schema": 1, "refit": refit})) == plan
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1, 2]", "null", '"plan"'])
