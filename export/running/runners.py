@@ -1,13 +1,15 @@
 """Runtimes behind one interface (`generation.Runner`): sessions of ONNX Runtime, and whatever torch can call.
 
-ONNX Runtime and torch are imported when they are used.
+`run` takes and gives arrays. `call` is the same on values in the runtime's own form, for a loop that leaves them in
+place: `value` makes one of a tensor, `tensor` a tensor of one, and `last` takes the logits [B, V] of the last token, as
+something that has `argmax`, out of [B, S, V]. ONNX Runtime and torch are imported when they are used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +20,11 @@ from slimvlm.export.running.quiet import quiet
 from slimvlm.export.running.sessions import Session, open_session, providers_of
 from slimvlm.export.variants import VARIANTS
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Value = Any  # in a runtime's own form: a tensor, an array, an OrtValue
+Binding = Any  # an onnxruntime.IOBinding; the package says nothing of its types
 ONNX_DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -45,33 +52,120 @@ class SessionRunner:
     ) -> None:
         self.files, self._place, self._threads = dict(files), (device, half, engines), threads
         self._sessions: dict[str, Session] = {}
+        self._ports: dict[str, tuple[tuple[PortInfo, ...], tuple[str, ...]]] = {}
 
     def session(self, graph: str) -> Session:
         """The InferenceSession of a graph."""
-        if graph not in self.files:
-            raise CheckpointError(f"this export has no graph {graph}; it holds {', '.join(self.files)}")
         if graph not in self._sessions:
+            if graph not in self.files:
+                raise CheckpointError(f"this export has no graph {graph}; it holds {', '.join(self.files)}")
             providers = providers_of(graph, *self._place)
             self._sessions[graph] = open_session(self.files[graph], providers, self._threads)
         return self._sessions[graph]
 
+    def _asked(self, graph: str) -> tuple[tuple[PortInfo, ...], tuple[str, ...]]:
+        """Its inputs and the names of its outputs: asked once, which can take longer than a run."""
+        if graph not in self._ports:
+            session = self.session(graph)
+            taken = (PortInfo(port.name, ONNX_DTYPES[port.type], tuple(port.shape)) for port in session.get_inputs())
+            self._ports[graph] = tuple(taken), tuple(port.name for port in session.get_outputs())
+        return self._ports[graph]
+
     def inputs(self, graph: str) -> tuple[PortInfo, ...]:
         """What the graph takes."""
-        return tuple(map(_port, self.session(graph).get_inputs()))
+        return self._asked(graph)[0]
 
-    def outputs(self, graph: str) -> tuple[PortInfo, ...]:
-        """What the graph gives."""
-        return tuple(map(_port, self.session(graph).get_outputs()))
+    def outputs(self, graph: str) -> tuple[str, ...]:
+        """Names of what the graph gives."""
+        return self._asked(graph)[1]
 
     def run(self, graph: str, feeds: Arrays) -> Arrays:
         """Outputs by name; inputs the graph does not have are left out, others cast to its dtype."""
+        names = self.outputs(graph)
+        return dict(zip(names, self.session(graph).run(names, fitting(self.inputs(graph), feeds)), strict=True))
+
+    def call(self, graph: str, values: Mapping[str, Value]) -> Sequence[Value]:
+        """Outputs in the order of their names; `values` are exactly what the graph takes, in its dtypes."""
+        outputs: list[np.ndarray] = self.session(graph).run(self.outputs(graph), values)
+        return outputs
+
+    def value(self, tensor: Tensor) -> Value:
+        """Of a contiguous tensor; they share their memory."""
+        return tensor.numpy()
+
+    def tensor(self, value: Value) -> Tensor:
+        """Of an output; they share their memory."""
+        import torch
+
+        return torch.from_numpy(value)
+
+    def last(self, logits: Value) -> Value:
+        """Of the last token."""
+        return logits[:, -1]
+
+
+class BoundRunner(SessionRunner):
+    """Sessions whose inputs and outputs are bound where they lie: on a GPU nothing goes to the host. Values are tensors
+    on the device and what sessions gave; a graph has one binding, in which every call replaces what changed.
+    """
+
+    def __init__(
+        self,
+        files: Mapping[str, Path],
+        device: str = "cpu",
+        threads: int = 0,
+        half: bool = False,
+        engines: str | None = None,
+    ) -> None:
+        import torch
+
+        super().__init__(files, device, threads, half, engines)
+        self._nowhere = torch.zeros(1, device=device.replace("tensorrt", "cuda"))
+        self._where = self._nowhere.device.type, self._nowhere.device.index or 0
+        self._bindings: dict[str, tuple[Binding, dict[str, Value]]] = {}
+
+    def value(self, tensor: Tensor) -> Value:
+        """Itself."""
+        return tensor
+
+    def tensor(self, value: Value) -> Tensor:
+        """Of an output; they share their memory."""
+        import torch
+
+        return torch.from_dlpack(value)
+
+    def last(self, logits: Value) -> Value:
+        """Of the last token."""
+        return self.tensor(logits)[:, -1]
+
+    def call(self, graph: str, values: Mapping[str, Value]) -> Sequence[Value]:
+        """As `SessionRunner.call`."""
+        import torch
+
         session = self.session(graph)
-        names = [output.name for output in session.get_outputs()]
-        return dict(zip(names, session.run(names, fitting(self.inputs(graph), feeds)), strict=True))
+        if graph not in self._bindings:
+            self._bindings[graph] = session.io_binding(), {}
+        binding, bound = self._bindings[graph]
+        for name, value in values.items():
+            if bound.get(name) is not value:
+                self._bind(binding, name, value)
+        self._bindings[graph] = binding, dict(values)  # what is bound must stay alive, and at its place
+        binding.clear_binding_outputs()
+        for name in self.outputs(graph):
+            binding.bind_output(name, *self._where)
+        if self._nowhere.is_cuda:  # the session has a stream of its own, and leaves it when all is done
+            torch.cuda.current_stream(self._nowhere.device).synchronize()
+        session.run_with_iobinding(binding)
+        outputs: list[Value] = binding.get_outputs()
+        return outputs
 
-
-def _port(node: Any) -> PortInfo:
-    return PortInfo(node.name, ONNX_DTYPES[node.type], tuple(node.shape))
+    def _bind(self, binding: Binding, name: str, value: Value) -> None:
+        if not isinstance(value, type(self._nowhere)):  # what a session gave
+            binding.bind_ortvalue_input(name, value)
+            return
+        pointer = value.data_ptr() or self._nowhere.data_ptr()  # a null pointer is refused, also for no elements
+        element = np.dtype(str(value.dtype).removeprefix("torch."))
+        binding.bind_input(name, *self._where, element, tuple(value.shape), pointer)
 
 
 def fitting(ports: Sequence[PortInfo], feeds: Arrays) -> Arrays:
@@ -100,15 +194,33 @@ class TorchRunner:
         """What the graph takes."""
         return tuple(self.ports[graph])
 
+    def outputs(self, graph: str) -> tuple[str, ...]:
+        """Names of what the graph gives."""
+        return tuple(self.names[graph])
+
     def run(self, graph: str, feeds: Arrays) -> Arrays:
         """Outputs by name."""
         import torch
 
-        tensors = [torch.from_numpy(array) for array in fitting(self.inputs(graph), feeds).values()]
+        tensors = {name: torch.from_numpy(array) for name, array in fitting(self.inputs(graph), feeds).items()}
         with torch.inference_mode():
-            outputs = self.modules[graph](*tensors)
-        outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+            outputs = self.call(graph, tensors)
         return {name: tensor.numpy() for name, tensor in zip(self.names[graph], outputs, strict=True)}
+
+    def call(self, graph: str, values: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        """As `SessionRunner.call`."""
+        outputs = self.modules[graph](*(values[port.name] for port in self.ports[graph]))
+        return outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+
+    def value(self, tensor: Tensor) -> Tensor:
+        """Itself."""
+        return tensor
+
+    tensor = value
+
+    def last(self, logits: Tensor) -> Tensor:
+        """Of the last token."""
+        return logits[:, -1]
 
 
 class Recorder:
@@ -146,7 +258,8 @@ def runner_of(
     first = artifacts[0]
     files = {artifact.graph: inside(folder, artifact.file) for artifact in artifacts}
     if first.format == "onnx":
-        return SessionRunner(files, device, threads, VARIANTS[first.variant].dtype == "float16", engines)
+        kind = SessionRunner if device == "cpu" else BoundRunner
+        return kind(files, device, threads, VARIANTS[first.variant].dtype == "float16", engines)
     if device != "cpu":
         raise DeviceError(f"{first.backend} graphs were traced on the CPU and run there only; use --device cpu")
     ports = {artifact.graph: artifact.inputs for artifact in artifacts}

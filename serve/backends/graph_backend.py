@@ -7,49 +7,20 @@ is made once, so that a step is two calls of a session and a few assignments: a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from slimvlm.export.running.generation import PAST, PRESENT, Arrays, PortInfo, Prompting, empty_cache, prompt_positions
-from slimvlm.export.running.runners import SessionRunner, TorchRunner
-from slimvlm.export.running.sessions import Session
+from slimvlm.export.running.generation import PAST, PRESENT, Arrays, Prompting, empty_cache, prompt_positions
+from slimvlm.export.running.runners import SessionRunner, TorchRunner, Value
 
 Tensors = dict[str, Tensor]
-Value = Any  # in a runtime's own form: a tensor, an array, an OrtValue
-Binding = Any  # an onnxruntime.IOBinding; the package says nothing of its types
+Graphs = SessionRunner | TorchRunner
 VISION, EMBED, ENCODER, DECODER = "vision_encoder", "embed_tokens", "encoder_model", "decoder_model_merged"
 DUAL = ("vision_model", "text_model")
 EMBEDS, MASK, POSITIONS = "inputs_embeds", "attention_mask", "position_ids"
-
-
-class Graphs(Protocol):
-    """Graphs that can be run by name; values are in the runtime's own form."""
-
-    @property
-    def runner(self) -> SessionRunner | TorchRunner:
-        """The same graphs on arrays."""
-
-    def inputs(self, graph: str) -> tuple[PortInfo, ...]:
-        """What the graph takes."""
-
-    def outputs(self, graph: str) -> tuple[str, ...]:
-        """Names of what it gives."""
-
-    def value(self, tensor: Tensor) -> Value:
-        """A contiguous tensor as an input; they share their memory."""
-
-    def tensor(self, value: Value) -> Tensor:
-        """An output as a tensor; they share their memory."""
-
-    def last(self, logits: Value) -> Value:
-        """Of the output `logits` [B, S, V] those of the last token [B, V], as something that has `argmax`."""
-
-    def call(self, graph: str, values: Mapping[str, Value]) -> Sequence[Value]:
-        """Outputs in the order of their names; `values` are exactly what the graph takes, in its dtypes."""
 
 
 def run_graph(graphs: Graphs, graph: str, feeds: Mapping[str, Tensor]) -> Tensors:
@@ -66,127 +37,6 @@ def values_for(graphs: Graphs, graph: str, feeds: Mapping[str, Tensor]) -> dict[
         for port in ports
         if port.name in feeds
     }
-
-
-class TorchGraphs:
-    """TorchScript modules; values are tensors."""
-
-    def __init__(self, runner: TorchRunner) -> None:
-        self.runner, self.inputs = runner, runner.inputs
-
-    def outputs(self, graph: str) -> tuple[str, ...]:
-        """See `Graphs`."""
-        return tuple(self.runner.names[graph])
-
-    def value(self, tensor: Tensor) -> Tensor:
-        """See `Graphs`."""
-        return tensor
-
-    tensor = value
-
-    def last(self, logits: Tensor) -> Tensor:
-        """See `Graphs`."""
-        return logits[:, -1]
-
-    def call(self, graph: str, values: Mapping[str, Tensor]) -> Sequence[Tensor]:
-        """See `Graphs`."""
-        outputs = self.runner.modules[graph](*(values[port.name] for port in self.inputs(graph)))
-        return (outputs,) if isinstance(outputs, Tensor) else outputs
-
-
-class OnnxGraphs:
-    """Sessions of ONNX Runtime on the CPU; values are arrays."""
-
-    def __init__(self, runner: SessionRunner) -> None:
-        self.runner = runner
-        self._opened: dict[str, tuple[Session, tuple[PortInfo, ...], tuple[str, ...]]] = {}
-
-    def open(self, graph: str) -> tuple[Session, tuple[PortInfo, ...], tuple[str, ...]]:
-        """The session, its inputs and the names of its outputs: asked once, which can take longer than a run."""
-        if graph not in self._opened:
-            names = tuple(port.name for port in self.runner.outputs(graph))
-            self._opened[graph] = self.runner.session(graph), self.runner.inputs(graph), names
-        return self._opened[graph]
-
-    def inputs(self, graph: str) -> tuple[PortInfo, ...]:
-        """See `Graphs`."""
-        return self.open(graph)[1]
-
-    def outputs(self, graph: str) -> tuple[str, ...]:
-        """See `Graphs`."""
-        return self.open(graph)[2]
-
-    def value(self, tensor: Tensor) -> Value:
-        """See `Graphs`."""
-        return tensor.numpy()
-
-    def tensor(self, value: Value) -> Tensor:
-        """See `Graphs`."""
-        return torch.from_numpy(value)
-
-    def last(self, logits: Value) -> Value:
-        """See `Graphs`."""
-        return logits[:, -1]
-
-    def call(self, graph: str, values: Mapping[str, Value]) -> Sequence[Value]:
-        """See `Graphs`."""
-        session, _, names = self._opened.get(graph) or self.open(graph)
-        arrays: list[np.ndarray] = session.run(names, values)
-        return arrays
-
-
-class BoundOnnxGraphs(OnnxGraphs):
-    """Sessions of ONNX Runtime whose inputs and outputs are bound where they lie: on a GPU nothing goes to the host.
-    Values are tensors and what sessions gave; a graph has one binding, in which every call replaces what changed.
-
-    Args:
-        device: of the tensors, and of the sessions.
-    """
-
-    def __init__(self, runner: SessionRunner, device: torch.device) -> None:
-        super().__init__(runner)
-        self.place = device.type, device.index or 0
-        self._nowhere = torch.zeros(1, device=device)
-        self._bindings: dict[str, tuple[Binding, dict[str, Value]]] = {}
-
-    def value(self, tensor: Tensor) -> Value:
-        """See `Graphs`."""
-        return tensor
-
-    def tensor(self, value: Value) -> Tensor:
-        """See `Graphs`."""
-        return torch.from_dlpack(value)
-
-    def last(self, logits: Value) -> Value:
-        """See `Graphs`."""
-        return torch.from_dlpack(logits)[:, -1]
-
-    def call(self, graph: str, values: Mapping[str, Value]) -> Sequence[Value]:
-        """See `Graphs`."""
-        session, _, names = self.open(graph)
-        if graph not in self._bindings:
-            self._bindings[graph] = session.io_binding(), {}
-        binding, bound = self._bindings[graph]
-        for name, value in values.items():
-            if bound.get(name) is not value:
-                self._bind(binding, name, value)
-        self._bindings[graph] = binding, dict(values)  # what is bound must stay alive, and at its place
-        binding.clear_binding_outputs()
-        for name in names:
-            binding.bind_output(name, *self.place)
-        if self._nowhere.is_cuda:  # the session has a stream of its own, and leaves it when all is done
-            torch.cuda.current_stream(self._nowhere.device).synchronize()
-        session.run_with_iobinding(binding)
-        outputs: list[Value] = binding.get_outputs()
-        return outputs
-
-    def _bind(self, binding: Binding, name: str, value: Value) -> None:
-        if not isinstance(value, Tensor):
-            binding.bind_ortvalue_input(name, value)
-            return
-        pointer = value.data_ptr() or self._nowhere.data_ptr()  # a null pointer is refused, also for no elements
-        element = np.dtype(str(value.dtype).removeprefix("torch."))
-        binding.bind_input(name, *self.place, element, tuple(value.shape), pointer)
 
 
 class GraphBackend:
@@ -224,7 +74,7 @@ class GraphBackend:
         image = self._batch["input_ids"] == self.prompting.image_token
         self._image = image[..., None]
         self._batch["input_ids"] = self._batch["input_ids"].masked_fill(image, 0)  # may lie outside the vocabulary
-        cache = empty_cache(self.graphs.runner, len(ids), {})
+        cache = empty_cache(self.graphs, len(ids), {})
         self._empty = {name: torch.from_numpy(array).to(self.device) for name, array in cache.items()}
         self._later = []
 

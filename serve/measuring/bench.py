@@ -16,9 +16,8 @@ from slimvlm.compress.models.checkpoint import build_meta, load_model
 from slimvlm.compress.models.computing import DTYPES, cast
 from slimvlm.export.running.exported import Exported
 from slimvlm.export.running.generation import Arrays
-from slimvlm.export.running.runners import TorchRunner
 from slimvlm.serve.backends.backend import Backend, Timed, clock_of, time_embedding, time_generation
-from slimvlm.serve.backends.graph_backend import BoundOnnxGraphs, GraphBackend, Graphs, OnnxGraphs, TorchGraphs
+from slimvlm.serve.backends.graph_backend import GraphBackend
 from slimvlm.serve.backends.torch_backend import TorchBackend
 from slimvlm.serve.measuring.device import claim
 from slimvlm.serve.measuring.memory import Gpu, Held, held_bytes, peak_bytes, reset_peak
@@ -171,12 +170,7 @@ def open_backend(source: Source) -> tuple[Backend, bool, str]:
     where = source.provider if name == ONNX else source.device
     if source.engines is not None and where.startswith("tensorrt"):
         Path(source.engines).mkdir(parents=True, exist_ok=True)
-    runner = export.runner(key, where, source.threads, source.engines)
-    graphs: Graphs
-    if isinstance(runner, TorchRunner):
-        graphs = TorchGraphs(runner)
-    else:
-        graphs = OnnxGraphs(runner) if device.type == "cpu" else BoundOnnxGraphs(runner, device)
+    graphs = export.runner(key, where, source.threads, source.engines)
     for artifact in export.graphs[key]:
         graphs.inputs(artifact.graph)  # opens it
     prompting = export.manifest.generation

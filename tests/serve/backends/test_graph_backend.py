@@ -10,9 +10,9 @@ from exports import export_tiny
 from slimvlm.export.checks.sample import read_sample
 from slimvlm.export.running.exported import Exported
 from slimvlm.export.running.generation import until_end
-from slimvlm.export.running.runners import SessionRunner
+from slimvlm.export.running.runners import BoundRunner, SessionRunner
 from slimvlm.serve.backends.backend import HostClock, time_embedding, time_generation
-from slimvlm.serve.backends.graph_backend import BoundOnnxGraphs, GraphBackend, OnnxGraphs, TorchGraphs
+from slimvlm.serve.backends.graph_backend import GraphBackend
 
 FAMILIES = ("llava", "qwen3_vl", "smolvlm", "blip2_t5")
 CPU = torch.device("cpu")
@@ -33,9 +33,9 @@ def exported(tmp_path_factory):
 
 
 def backends_of(export):
-    yield GraphBackend(OnnxGraphs(export.runner("onnx", threads=1)), export.manifest.generation, CPU)
-    yield GraphBackend(BoundOnnxGraphs(export.runner("onnx", threads=1), CPU), export.manifest.generation, CPU)
-    yield GraphBackend(TorchGraphs(export.runner("torchscript")), export.manifest.generation, CPU)
+    arrays = export.runner("onnx", threads=1)
+    for runner in (arrays, BoundRunner(arrays.files, threads=1), export.runner("torchscript")):
+        yield GraphBackend(runner, export.manifest.generation, CPU)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -94,17 +94,16 @@ class Watched:
         return getattr(self.session, name)
 
 
-@pytest.mark.parametrize(("kind", "asked"), [("arrays", "run"), ("bound", "run_with_iobinding")])
+@pytest.mark.parametrize(("kind", "asked"), [(SessionRunner, "run"), (BoundRunner, "run_with_iobinding")])
 def test_a_later_token_is_two_runs_of_sessions_and_no_question_to_them(exported, kind, asked):
     export, calls = exported("llava"), []
 
-    class WatchedRunner(SessionRunner):
+    class WatchedRunner(kind):
         def session(self, graph):
             return Watched(super().session(graph), calls)
 
     runner = WatchedRunner(export.runner("onnx").files, threads=1)
-    graphs = OnnxGraphs(runner) if kind == "arrays" else BoundOnnxGraphs(runner, CPU)
-    backend = GraphBackend(graphs, export.manifest.generation, CPU)
+    backend = GraphBackend(runner, export.manifest.generation, CPU)
     backend.place(read_sample(export.folder)[0])
     with torch.inference_mode():
         token = backend.prefill(backend.vision(), 6).argmax(-1, keepdims=True)
