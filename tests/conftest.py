@@ -35,3 +35,9 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     gc.set_threshold(10_000)
     gc.enable()
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run without its report, of which matplotlib draws half a second: test_pipeline and serve/report look at it."""
+    monkeypatch.setattr("slimvlm.serve.report.write_report", lambda run: run)

@@ -13,24 +13,21 @@ FOLDER = Path(__file__).parent
 OPERATIONS = sorted(path.parent.name for path in (FOLDER.parents[1] / "kernels").glob("*/gpu.py"))
 
 
-def run(code: list[str]) -> subprocess.CompletedProcess[str]:
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_interpreted_kernels_pass_every_comparison():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("PYTEST_XDIST_WORKER", None)
-    return subprocess.run(
-        [sys.executable, "-P", *code],
+    options = ["-m", "gpu", "-v", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    files = [FOLDER / f"test_{operation}.py" for operation in OPERATIONS]
+    result = subprocess.run(
+        [sys.executable, "-P", "-m", "pytest", *options, *files],
         cwd=FOLDER.parents[1],
         env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_interpreted_kernels_pass_every_comparison(operation):
-    options = ["-m", "gpu", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    result = run(["-m", "pytest", *options, str(FOLDER / f"test_{operation}.py")])
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", result.stdout)
-    assert passed and int(passed[1]) >= 5 and "skipped" not in result.stdout, result.stdout[-500:]
+    assert "SKIPPED" not in result.stdout
+    for file in files:
+        assert len(re.findall(rf"{file.name}::.* PASSED", result.stdout)) >= 5, file.name

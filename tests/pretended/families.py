@@ -76,6 +76,7 @@ def weighed(stage: Callable[..., Any], left: dict[str, int]) -> Callable[..., An
 
 
 @pytest.mark.parametrize("name", FACTORIES)
+@pytest.mark.usefixtures("undrawn")
 def test_the_whole_job_stays_on_the_second_device(name, tmp_path, monkeypatch, steps) -> None:
     # Some processors can be built without torchvision but neither saved nor loaded.
     processor = tiny_processor(name)
