@@ -93,7 +93,7 @@ def recover(
     if history.helped and history.first and not sharded():  # on the host it would take hours
         _round(loaded)
         if _score(options, loaded.model, collator, data.validation) < history.first:
-            loaded, history = _load_student(options, student, data), replace(history, helped=False, best_step=0)
+            loaded, history = _load_student(options, student, data), replace(history, best_step=0)
     return Recovered(loaded, history, difference)
 
 

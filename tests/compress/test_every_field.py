@@ -22,7 +22,7 @@ from slimvlm.compress.errors import SlimvlmError
 from slimvlm.compress.files.decoding import read
 from slimvlm.compress.models.checkpoint import check_weights
 from slimvlm.compress.plan import Plan
-from slimvlm.compress.recovery.training.history import TrainerState
+from slimvlm.compress.recovery.training.history import History
 from slimvlm.compress.recovery.training.state import STATE, StateFolder, load_best
 from slimvlm.compress.run_record import options_of, read_record, record_text
 from slimvlm.compress.runs import ROUNDS, RunFolder
@@ -49,7 +49,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     files = StateFolder(out / "training")
     weights = {"weight/a": torch.zeros(1)}
     best = files.save_best({"a": torch.zeros(1)}, 3)
-    facts = TrainerState(step=3, best=(0.5, -1.0), best_file=best)
+    facts = History(steps=3, best=(0.5, -1.0), best_file=best)
     facts.add_step("task", 0.1, 10, 0.1)
     files.save(weights, {"facts": asdict(facts), "training": {"samples": 1}, "scaler": None}, best)
     edit_record(out, lambda record: record["stages"].update(export=_finished(formats=["onnx"], checks=[CHECK])))

@@ -17,7 +17,7 @@ from slimvlm.compress.evaluation.quality import Row, compare, exact_match, summa
 from slimvlm.compress.files.writing import write_text
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan, TowerCount
-from slimvlm.compress.recovery.training.history import Journal, TrainerState
+from slimvlm.compress.recovery.training.history import History, Journal
 from slimvlm.compress.runs import RunFolder
 from slimvlm.serve.profile import Profile
 
@@ -139,7 +139,7 @@ def _scores(story: Story) -> Scores:
 
 def _train(out: Path, story: Story) -> dict[str, Any]:
     """Eight steps in two stages, the third skipped; what the recover stage records of them."""
-    facts, journal = TrainerState(), Journal(out, 0, True)
+    facts, journal = History(peak_memory_bytes=2**30), Journal(out, 0, True)
     for step in range(9):
         if step:
             stage, loss = story.stages[step > 4], None if step == 3 else 1.0 / step
@@ -155,7 +155,7 @@ def _train(out: Path, story: Story) -> dict[str, Any]:
                 facts.best, facts.best_step = score, step
             journal.write({"step": step, "validation": list(score), "best": better, "seconds": 0.1})
     journal.close()
-    return facts.summary(stopped_early=False, peak=2**30).to_dict()
+    return facts.to_dict()
 
 
 def _write_quality(out: Path, story: Story) -> None:

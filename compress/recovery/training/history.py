@@ -1,4 +1,4 @@
-"""What happened in a training: the facts so far, the lines of `recovery.jsonl`, and the summary at the end."""
+"""What happened in a training: the facts so far, and the lines of `recovery.jsonl`."""
 
 from __future__ import annotations
 
@@ -6,88 +6,76 @@ import json
 import os
 import resource
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO
 
 import torch
 
 from slimvlm.compress.files.writing import reported_as_output_errors
 from slimvlm.compress.run_record import Training
-
-JOURNAL = "recovery.jsonl"
+from slimvlm.compress.runs import JOURNAL
 
 Score = tuple[float, float]  # larger is better, compared one after the other
-WORST: Score = (-sys.float_info.max, -sys.float_info.max)  # a validation that gave no number; JSON has no infinity
-
-
-@dataclass(frozen=True)
-class History:
-    """What a training did.
-
-    Attributes:
-        steps: optimiser steps done, skipped ones included; all of them unless it `stopped_early`.
-        seconds: wall-clock time, validations and checkpoints included, over all resumed parts.
-        tokens: input tokens without padding, over all processes; `tokens_per_second` over the time of steps alone.
-        skipped: steps left out because loss or gradient was not finite.
-        first, best, last: validation (score, -loss) before training, at `best_step`, and at the end; None without one,
-            or if it was no number.
-        helped: whether training improved the validation; if not, the student has its starting weights again.
-        peak_memory_bytes: of this process: resident memory on a CPU (since it started), allocated on a GPU.
-        stages: name, steps, seconds, tokens, first and last loss of each stage that was reached.
-        validations, validation_seconds: how many there were (before, during and at the end), and how long they took.
-    """
-
-    steps: int
-    seconds: float
-    tokens: int
-    tokens_per_second: float
-    skipped: int
-    best_step: int
-    best: Score | None
-    first: Score | None
-    last: Score | None
-    stopped_early: bool
-    helped: bool
-    peak_memory_bytes: int
-    stages: tuple[dict[str, Any], ...]
-    validations: int
-    validation_seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return plain
+TO_GO_ON = ("stepping_seconds", "streak", "stale", "validated", "best_file", "journal_bytes")  # not of the result
 
 
 @dataclass
-class TrainerState:
-    """What is known so far; saved with every checkpoint.
+class History:
+    """What a training did so far; saved with every checkpoint.
 
     Attributes:
-        step: steps done.
-        streak: steps skipped in a row.
+        steps: optimiser steps done, skipped ones included; in the end all of them unless it `stopped_early`.
+        seconds: wall-clock time, validations and checkpoints included, over all resumed parts.
+        stepping_seconds: of them those of the steps alone.
+        tokens: input tokens without padding, over all processes.
+        skipped: steps left out because loss or gradient was not finite; `streak` of them in a row.
+        best_step: whose weights are the best, in `best_file`; 0: the starting ones.
+        best, first, last: validation (score, -loss) at `best_step`, before training, and at the end; None without one,
+            or if it was no number.
+        peak_memory_bytes: of this process: resident memory on a CPU (since it started), allocated on a GPU.
+        stages: of each stage that was reached.
+        validations, validation_seconds: how many there were (before, during and at the end), and how long they took.
+        validated: step of the last one.
         stale: validations of the last stage since the best.
         journal_bytes: length of `recovery.jsonl`.
     """
 
-    step: int = 0
+    steps: int = 0
     seconds: float = 0.0
     stepping_seconds: float = 0.0
     tokens: int = 0
     skipped: int = 0
     streak: int = 0
-    stale: int = 0
-    validated: int = -1
-    validations: int = 0
-    validation_seconds: float = 0.0
     best_step: int = 0
     best_file: str = ""
     best: Score | None = None
     first: Score | None = None
     last: Score | None = None
+    stopped_early: bool = False
+    peak_memory_bytes: int = 0
+    stages: list[Training] = field(default_factory=list)
+    validations: int = 0
+    validation_seconds: float = 0.0
+    validated: int = -1
+    stale: int = 0
     journal_bytes: int = 0
-    stages: list[Annotated[dict[str, Any], Training]] = field(default_factory=list)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over the time of steps alone."""
+        return self.tokens / self.stepping_seconds if self.stepping_seconds else 0.0
+
+    @property
+    def helped(self) -> bool:
+        """Whether training improved the validation; if not, the student has its starting weights again."""
+        return self.best_step > 0
+
+    def to_dict(self) -> dict[str, object]:
+        """What the record of a run says."""
+        facts = {name: value for name, value in asdict(self).items() if name not in TO_GO_ON}
+        return {**facts, "tokens_per_second": self.tokens_per_second, "helped": self.helped}
 
     def add_step(self, stage: str, loss: float | None, tokens: int, seconds: float) -> None:
         """Count a step; no loss if it was skipped."""
@@ -102,33 +90,9 @@ class TrainerState:
         if loss is not None:
             entry["first_loss"] = loss if entry["first_loss"] is None else entry["first_loss"]
             entry["last_loss"] = loss
-        self.step += 1
+        self.steps += 1
         self.tokens += tokens
         self.stepping_seconds += seconds
-
-    def summary(self, stopped_early: bool, peak: int) -> History:
-        """The history of a training that ends now."""
-        return History(
-            steps=self.step,
-            seconds=self.seconds,
-            tokens=self.tokens,
-            tokens_per_second=self.tokens / self.stepping_seconds if self.stepping_seconds else 0.0,
-            skipped=self.skipped,
-            best_step=self.best_step,
-            best=_known(self.best),
-            first=_known(self.first),
-            last=_known(self.last),
-            stopped_early=stopped_early,
-            helped=self.best_step > 0,
-            peak_memory_bytes=peak,
-            stages=tuple(self.stages),
-            validations=self.validations,
-            validation_seconds=self.validation_seconds,
-        )
-
-
-def _known(score: Score | None) -> Score | None:
-    return None if score == WORST else score
 
 
 class Journal:
@@ -150,7 +114,7 @@ class Journal:
                 self._file.truncate(min(keep, path.stat().st_size))
                 self._file.seek(0, os.SEEK_END)
 
-    def write(self, line: dict[str, Any]) -> None:
+    def write(self, line: Mapping[str, object]) -> None:
         """Append a line; it is with the operating system afterwards, not yet on the disk."""
         if self._file is not None:
             with reported_as_output_errors(self._folder):

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from slimvlm.compress.errors import RecoveryError
 from slimvlm.compress.files.decoding import MisfitError, decode
 from slimvlm.compress.files.writing import PARTIAL, load_tensors, save_tensors
-from slimvlm.compress.recovery.training.history import TrainerState
+from slimvlm.compress.recovery.training.history import History
 
 STATE = "state.safetensors"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW, per parameter
@@ -41,7 +41,7 @@ class BestFacts(TypedDict):
 class StateFacts(TypedDict):
     """In the header of a checkpoint: what is known so far, whose training it is, which file holds the best weights."""
 
-    facts: TrainerState
+    facts: History
     training: dict[str, Any]
     scaler: dict[str, Any] | None
     best_file: str

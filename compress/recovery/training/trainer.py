@@ -29,7 +29,7 @@ from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.recovery.distillation.distiller import Distiller
 from slimvlm.compress.recovery.distillation.recipe import Stage
 from slimvlm.compress.recovery.distillation.teacher_cache import TeacherCache
-from slimvlm.compress.recovery.training.history import WORST, History, Journal, Score, TrainerState, peak_memory
+from slimvlm.compress.recovery.training.history import History, Journal, Score, peak_memory
 from slimvlm.compress.recovery.training.schedule import Schedule, TrainOptions
 from slimvlm.compress.recovery.training.state import StateFolder, fill, moments, set_moments, whole
 from slimvlm.compress.recovery.training.stepping import Samples, Stepper
@@ -108,7 +108,7 @@ class _Training:
         self.job, self.options, self.workers, self.files = job, job.options, workers, files
         self.schedule = Schedule(job.stages, job.options)
         self.stepper = Stepper(job.samples, self.schedule, job.options, workers)
-        self.facts = TrainerState()
+        self.facts = History()
         self.journal: Journal
 
     def go(self, signals: _Signals) -> History:
@@ -118,13 +118,13 @@ class _Training:
         try:
             self.workers.model.train()
             self._validate_if_due()
-            if self.facts.step == 0:
+            if self.facts.steps == 0:
                 self._checkpoint()
-            stopped_early = self._steps(signals)
+            self.facts.stopped_early = self._steps(signals)
             if self.job.validate is None:
-                self.facts.best_step = self.facts.step
+                self.facts.best_step = self.facts.steps
                 with self._together():
-                    self.facts.best_file = self.files.save_best(self._weights(), self.facts.step)
+                    self.facts.best_file = self.files.save_best(self._weights(), self.facts.steps)
             self._checkpoint()
             if self.workers.sum(torch.tensor(float(signals.received), device=self.workers.device)) > 0:
                 raise SystemExit(TERMINATED)
@@ -132,19 +132,20 @@ class _Training:
         finally:
             self.journal.close()
         self.facts.seconds = time.perf_counter() - self.began
-        return self.facts.summary(stopped_early, peak_memory(self.workers.device))
+        self.facts.peak_memory_bytes = peak_memory(self.workers.device)
+        return self.facts
 
     def _steps(self, signals: _Signals) -> bool:
         """All steps that are left; whether they ended early."""
         options, facts = self.options, self.facts
-        while facts.step < options.steps:
+        while facts.steps < options.steps:
             if options.patience is not None and facts.stale >= options.patience:
                 return True
             if self._step(signals.received):
                 self._checkpoint()  # at once: who terminates kills soon; the validation is made up for
                 raise SystemExit(TERMINATED)
             self._validate_if_due()
-            if facts.step % options.checkpoint_every == 0:
+            if facts.steps % options.checkpoint_every == 0:
                 self._checkpoint()
             self._report()
         return False
@@ -152,13 +153,13 @@ class _Training:
     def _step(self, told_to_stop: bool) -> bool:
         """The next step and its line; whether any process was told to stop."""
         facts, began = self.facts, time.perf_counter()
-        stage = self.schedule.stages[self.schedule.index(facts.step)]
-        outcome = self.stepper(facts.step, told_to_stop)
+        stage = self.schedule.stages[self.schedule.index(facts.steps)]
+        outcome = self.stepper(facts.steps, told_to_stop)
         seconds = time.perf_counter() - began
         if not (outcome.finite or outcome.overflowed):
             self._checkpoint()  # the last good state: skipped steps change nothing
         facts.add_step(stage.name, outcome.loss if outcome.finite else None, outcome.tokens, seconds)
-        line = {"step": facts.step, "stage": stage.name, "lr": outcome.rate}
+        line = {"step": facts.steps, "stage": stage.name, "lr": outcome.rate}
         timing = {"tokens_per_second": round(outcome.tokens / seconds, 1), "seconds": round(seconds, 6)}
         if outcome.finite:
             facts.streak = 0
@@ -170,7 +171,7 @@ class _Training:
         self.journal.write(line | found | timing)
         if facts.streak == MOST_SKIPPED:
             raise RecoveryError(
-                f"the loss or its gradient was not finite in {MOST_SKIPPED} steps in a row, up to step {facts.step} "
+                f"the loss or its gradient was not finite in {MOST_SKIPPED} steps in a row, up to step {facts.steps} "
                 f"(stage {stage.name}); the last good state is kept in {self.files.path}. Train with a lower learning "
                 "rate, a longer warm-up, or without mixed precision"
             )
@@ -180,7 +181,7 @@ class _Training:
 
     def _validate_if_due(self) -> None:
         """Unless it was done before an interruption."""
-        step, every = self.facts.step, self.options.validate_every
+        step, every = self.facts.steps, self.options.validate_every
         due = step % every == 0 or step == self.options.steps
         if due and self.facts.validated < step and self.job.validate is not None:
             self._validate(self.job.validate)
@@ -191,22 +192,22 @@ class _Training:
         began = time.perf_counter()
         with self.workers.usable_student():
             told = self.workers.first_says(validate())
-        score: Score = (told[0], told[1]) if all(map(math.isfinite, told)) else WORST
-        better = facts.best is None or score > facts.best
-        facts.validated, facts.last = facts.step, score
-        facts.first = score if facts.first is None else facts.first
+        score = (told[0], told[1]) if all(map(math.isfinite, told)) else None
+        better = facts.validations == 0 or (score is not None and (facts.best is None or score > facts.best))
+        facts.validated, facts.last = facts.steps, score
+        facts.first = score if facts.validations == 0 else facts.first
         if better:
-            facts.best, facts.best_step = score, facts.step
+            facts.best, facts.best_step = score, facts.steps
             with self._together():
-                facts.best_file = self.files.save_best(self._weights(), facts.step)
+                facts.best_file = self.files.save_best(self._weights(), facts.steps)
         # Earlier stages teach what the score does not show yet.
-        last_stage = facts.step > 0 and self.schedule.index(facts.step - 1) == len(self.job.stages) - 1
+        last_stage = facts.steps > 0 and self.schedule.index(facts.steps - 1) == len(self.job.stages) - 1
         facts.stale = 0 if better else facts.stale + last_stage
         seconds = round(time.perf_counter() - began, 6)
         facts.validations += 1
         facts.validation_seconds += seconds
-        shown = (None, None) if score == WORST else score
-        self.journal.write({"step": facts.step, "validation": shown, "best": better, "seconds": seconds})
+        line = {"step": facts.steps, "validation": score or (None, None), "best": better, "seconds": seconds}
+        self.journal.write(line)
 
     def _checkpoint(self) -> None:
         """Save everything, unless the last steps were skipped: what is on disk then is the last good state."""
@@ -238,7 +239,7 @@ class _Training:
             if saved.facts["scaler"] is not None and self.workers.accelerator.scaler is not None:
                 self.workers.accelerator.scaler.load_state_dict(saved.facts["scaler"])
             self.facts = saved.facts["facts"]
-        if self.workers.first_says([self.facts.step, saved is not None]) != (self.facts.step, saved is not None):
+        if self.workers.first_says([self.facts.steps, saved is not None]) != (self.facts.steps, saved is not None):
             raise RecoveryError(
                 f"process {self.workers.rank} finds another training in {self.files.path} than the first process; all "
                 "need the same folder, on a disk they share"
@@ -255,7 +256,7 @@ class _Training:
         return {name: value for name, value in found.items() if value is not None}
 
     def _take_best(self) -> None:
-        if self.facts.best_step != self.facts.step:
+        if self.facts.best_step != self.facts.steps:
             self._put(self.files.read(self.facts.best_file).tensors)
 
     def _weights(self) -> dict[str, Tensor]:
@@ -314,7 +315,7 @@ class _Training:
         loss = "skipped" if stage["last_loss"] is None else f"loss {stage['last_loss']:.4g}"
         speed = stage["tokens"] / stage["seconds"] if stage["seconds"] else 0.0
         note = f"{stage['name']}: {loss}, {speed:.0f} tokens/s"
-        self.job.progress("recover", self.facts.step, self.options.steps, note)
+        self.job.progress("recover", self.facts.steps, self.options.steps, note)
 
 
 class _Signals:

@@ -1,5 +1,6 @@
 """What a training keeps on disk."""
 
+import sys
 from dataclasses import asdict
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from slimvlm.compress.errors import OutputError, RecoveryError
-from slimvlm.compress.recovery.training.history import WORST, TrainerState
+from slimvlm.compress.recovery.training.history import History
 from slimvlm.compress.recovery.training.state import STATE, StateFolder, load_best, moments, set_moments
 
 
@@ -15,7 +16,7 @@ def tensors(value: float) -> dict[str, torch.Tensor]:
     return {"weight": torch.full((3, 2), value)}
 
 
-def facts_of(facts: TrainerState) -> dict[str, object]:
+def facts_of(facts: History) -> dict[str, object]:
     """What a checkpoint says."""
     return {"facts": asdict(facts), "training": {"seed": 3}, "scaler": None}
 
@@ -25,7 +26,7 @@ def names(folder) -> list[str]:
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path) -> None:
-    facts = TrainerState(step=7, seconds=0.1 + 0.2, best=WORST, best_file="x")
+    facts = History(steps=7, seconds=0.1 + 0.2, best=(0.1, -sys.float_info.max), best_file="x")
     StateFolder(tmp_path).save(tensors(0.1), facts_of(facts), best="")
     saved = StateFolder(tmp_path).load()
     assert saved is not None and saved.facts == {**facts_of(facts), "facts": facts, "best_file": ""}
@@ -94,7 +95,7 @@ def test_the_best_weights_of_another_student_are_refused(tmp_path) -> None:
     with pytest.raises(RecoveryError, match="no training"):
         load_best(nn.Linear(2, 3), tmp_path)
     files = StateFolder(tmp_path)
-    files.save({}, facts_of(TrainerState()), files.save_best(tensors(1), 1))
+    files.save({}, facts_of(History()), files.save_best(tensors(1), 1))
     with pytest.raises(RecoveryError, match="weight does not fit"):
         load_best(nn.Linear(3, 3), tmp_path)
     student = nn.Linear(2, 3)

@@ -174,7 +174,7 @@ def test_after_sigkill_a_training_reaches_the_same_weights(tmp_path) -> None:
 def test_sigterm_saves_and_exits(tmp_path, when, saved_at) -> None:
     assert killed(tmp_path / "stopped", when, signal.SIGTERM) == 128 + signal.SIGTERM
     saved = StateFolder(tmp_path / "stopped", writer=False).load()
-    assert saved is not None and saved.facts["facts"].step == saved_at  # the step under way was finished
+    assert saved is not None and saved.facts["facts"].steps == saved_at  # the step under way was finished
     whole, resumed = ToyDistiller(dropout=0.2), ToyDistiller(dropout=0.2)
     history, again = run(whole, tmp_path / "whole"), run(resumed, tmp_path / "stopped")
     assert_same(weights(whole.student), weights(resumed.student))
@@ -212,7 +212,7 @@ def test_ten_in_a_row_stop_the_training_and_keep_the_last_good_state(tmp_path) -
     with pytest.raises(RecoveryError, match="10 steps in a row, up to step 16"):
         run(distiller, tmp_path, replace(OPTIONS, steps=30), stages=TASK)
     saved = StateFolder(tmp_path, writer=False).load()
-    assert saved is not None and saved.facts["facts"].step == 6
+    assert saved is not None and saved.facts["facts"].steps == 6
     assert all(value.isfinite().all() for value in saved.tensors.values())
 
 
@@ -287,7 +287,7 @@ def test_a_full_disk_stops_the_training_and_keeps_the_checkpoint(small_disk) -> 
     with pytest.raises(OutputError, match="free space"):
         run(ToyDistiller(), small_disk / "run", progress=fill_disk)
     saved = StateFolder(small_disk / "run", writer=False).load()
-    assert saved is not None and saved.facts["facts"].step == 4
+    assert saved is not None and saved.facts["facts"].steps == 4
     (small_disk / "filler").unlink()
     whole, resumed = ToyDistiller(), ToyDistiller()
     run(whole, small_disk.parent / "whole")
