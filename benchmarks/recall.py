@@ -39,10 +39,11 @@ from slimvlm.compress.files.writing import installed_versions
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.models.saving import save_checkpoint
+from slimvlm.compress.options import LowRank
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.recovery.adapters.recall import RecallVariant, attach, recall_layers
 from slimvlm.compress.recovery.adapters.slices import Slices
-from slimvlm.compress.recovery.adapters.targets import LowRank, find_targets
+from slimvlm.compress.recovery.adapters.targets import find_targets
 from slimvlm.compress.slicing.apply import apply_plan
 
 VOCABULARY, IMAGE_TOKEN = 4096, 4000

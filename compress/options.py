@@ -118,7 +118,68 @@ class PlanOptions(EvaluateOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecoverOptions:
+class LowRank:
+    """The low-rank layers of a recovery.
+
+    Attributes:
+        rank: of the plain branch.
+        recall_rank: of the recall branch; a layer that lost fewer rows (columns) than this takes their number.
+        alpha: what both branches give is multiplied by alpha / rank.
+        dropout: on the input of the plain branch only.
+        recall: add the branch through the pruned weights ("weight recalling").
+        targets: endings of module paths (`q_proj`, `mlp.fc1`); empty: every linear that can be cut.
+    """
+
+    rank: int = 8
+    recall_rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.05
+    recall: bool = True
+    targets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """How a student is trained. What is not given here the recovery chooses by the model, the data and the recipe.
+
+    Attributes:
+        steps: optimiser steps, over all stages; not given: what `epochs` passes over the data are.
+        train_batch_size: samples per optimiser step, over all processes; 16, or with `faithful` the paper's.
+        accumulate: parts a process computes its share of a batch in: less memory, same result but for feature losses,
+            which are one cosine per part.
+        learning_rate: after the warm-up; not given: by what is trained and the model's width, or the paper's.
+        schedule, warmup: of the learning rate (`constant`, or `cosine` down to 0), and its linear warm-up in steps;
+            cosine and 10, or the paper's.
+        weight_decay: of AdamW; vectors (biases, norms) do not decay.
+        clip: largest norm of a gradient, 0 for any; 1, or the paper's 0.
+        reset_optimizer: start every stage with a fresh optimiser, warm-up and schedule; not given: where there are
+            stages.
+        precision: dtype of the matrix products: `no` (that of the weights), `bf16`, `fp16`; auto: bf16 where the device
+            has it.
+        gradient_checkpointing: compute activations again in the backward pass: less memory, more time, same result.
+        checkpoint_every: steps between two checkpoints, from which a killed training goes on.
+        validate_every: steps between two validations.
+        patience: stop after so many validations of the last stage without improvement.
+    """
+
+    steps: int = NOT_GIVEN
+    train_batch_size: int = NOT_GIVEN
+    accumulate: int = 1
+    learning_rate: float = NOT_GIVEN
+    schedule: str = NOT_GIVEN
+    warmup: int = NOT_GIVEN
+    weight_decay: float = 0.05
+    clip: float = NOT_GIVEN
+    reset_optimizer: bool = NOT_GIVEN
+    precision: str = "auto"
+    gradient_checkpointing: bool = False
+    checkpoint_every: int = 100
+    validate_every: int = NOT_GIVEN
+    patience: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoverOptions(LowRank, TrainOptions):
     """Options of the recovery; the names are the command line's.
 
     Attributes:
@@ -129,21 +190,11 @@ class RecoverOptions:
             validations read at most 15 % of what the training reads.
         teacher: checkpoint to learn from; default: the dense model.
         train: `lora`, `projector`, `lora+projector` or `full`.
-        rank, recall_rank, alpha, dropout, targets: of the low-rank layers; no targets: every linear that can be cut.
-        recall: add the branch through the pruned weights ("weight recalling").
         staged: let the set of supervised blocks grow; False: all losses all the time.
         feature_share: of the samples, for the stages in which it grows; None: the recipe's own.
         temperature: of the kl and rkl losses.
         hidden_states: which states of the language model the hidden loss compares, -1 the last, 0 the embeddings.
-        steps: optimiser steps; None: what `epochs` passes over the data are.
-        train_batch_size: samples per optimiser step, over all processes; 16, or with `faithful` the paper's.
-        accumulate: parts a batch is computed in.
-        learning_rate: None: chosen by what is trained and the model's width, or with `faithful` the paper's.
-        schedule, warmup: of the learning rate, and its linear warm-up in steps; cosine and 10, or the paper's.
-        clip: largest norm of a gradient, 0 for any; 1, or the paper's 0.
-        reset_optimizer: start every stage with a fresh optimiser, warm-up and schedule; None: where there are stages.
-        precision: of the matrix products in training; auto: bf16 where the device has it.
-        patience: stop after so many validations without improvement.
+        epochs: passes over the data, where no steps are given.
         teacher_cache: bytes on disk to keep the teacher's outputs in.
     """
 
@@ -153,31 +204,11 @@ class RecoverOptions:
     validation_samples: int | None = None
     teacher: str | None = None
     train: str = "lora"
-    rank: int = 8
-    recall_rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.05
-    targets: tuple[str, ...] = ()
-    recall: bool = True
     staged: bool = True
     feature_share: float | None = None
     temperature: float = 1.0
     hidden_states: tuple[int, ...] = (-1,)
     epochs: float = 1.0
-    steps: int | None = None
-    train_batch_size: int = NOT_GIVEN
-    accumulate: int = 1
-    learning_rate: float | None = None
-    schedule: str = NOT_GIVEN
-    warmup: int = NOT_GIVEN
-    weight_decay: float = 0.05
-    clip: float = NOT_GIVEN
-    reset_optimizer: bool | None = None
-    precision: str = "auto"
-    gradient_checkpointing: bool = False
-    checkpoint_every: int = 100
-    validate_every: int | None = None
-    patience: int | None = None
     teacher_cache: int | None = None
 
     def recovery_identity(self) -> dict[str, Any]:

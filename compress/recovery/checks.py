@@ -9,7 +9,7 @@ from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.models.checkpoint import build_meta
 from slimvlm.compress.models.families import Family
 from slimvlm.compress.options import TRAINED, LearnOptions, RecoverOptions
-from slimvlm.compress.recovery.adapters.targets import LowRank, check_rank, find_targets
+from slimvlm.compress.recovery.adapters.targets import check_ranks, find_targets
 from slimvlm.compress.recovery.distillation.recipe import Recipe, parse_recipe
 from slimvlm.compress.recovery.distillation.teacher_checks import check_states, check_teacher
 
@@ -39,11 +39,6 @@ def recipe_of(options: RecoverOptions) -> Recipe:
     return recipe
 
 
-def low_rank(options: RecoverOptions) -> LowRank:
-    """The low-rank layers that the options ask for."""
-    return LowRank(options.rank, options.recall_rank, options.alpha, options.dropout, options.recall, options.targets)
-
-
 def require_projector(options: RecoverOptions, family: Family) -> None:
     """Refuse to train a projector that is not there.
 
@@ -65,9 +60,7 @@ def check_models(options: LearnOptions, attention_unit: str) -> None:
     model, family = build_meta(options.model, options.trust_remote_code)
     require_projector(options, family)
     if "lora" in options.train:
-        layers = low_rank(options)
-        for path in find_targets(model, attention_unit, layers.targets):
-            check_rank(path, model.get_submodule(path), layers)
+        check_ranks(model, find_targets(model, attention_unit, options.targets), options)
     if recipe.needs_teacher and options.teacher is not None:
         check_teacher(model, build_meta(options.teacher, options.trust_remote_code)[0], family, {})
     check_states(recipe, model, family)

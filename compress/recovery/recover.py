@@ -21,18 +21,20 @@ from slimvlm.compress.evaluation.evaluate import evaluate, evaluation_batch
 from slimvlm.compress.models.checkpoint import Loaded, locate
 from slimvlm.compress.models.computing import as_stored, cast, load_to_compute
 from slimvlm.compress.models.groups import resolve
-from slimvlm.compress.options import LearnOptions
+from slimvlm.compress.options import NOT_GIVEN, LearnOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.progress import Progress
 from slimvlm.compress.recovery.adapters.recall import attach, merge
 from slimvlm.compress.recovery.adapters.slices import Slices
-from slimvlm.compress.recovery.checks import low_rank, recipe_of, require_projector
+from slimvlm.compress.recovery.checks import recipe_of, require_projector
 from slimvlm.compress.recovery.distillation.distiller import Distiller
 from slimvlm.compress.recovery.distillation.recipe import Recipe, make_stages, match_blocks
 from slimvlm.compress.recovery.distillation.teacher_cache import TeacherCache
 from slimvlm.compress.recovery.distillation.teacher_checks import check_family, depths_of
+from slimvlm.compress.recovery.training.history import History
 from slimvlm.compress.recovery.training.state import load_best
-from slimvlm.compress.recovery.training.trainer import History, TrainOptions, train
+from slimvlm.compress.recovery.training.stepping import Task
+from slimvlm.compress.recovery.training.trainer import train
 from slimvlm.compress.recovery.training.workers import sharded
 from slimvlm.compress.runs import TEACHER
 
@@ -72,19 +74,18 @@ def recover(
         options = replace(options, device="cpu")
     loaded = _load_student(options, student, data)
     collator = collator_of(loaded)
+    options = _settled(options, recipe, loaded, data)
     adapted = _prepare(options, plan, loaded)
     distiller = _distiller(options, plan, loaded, recipe)
-    history = train(
-        distiller,
-        make_stages(loaded.family, distiller.depths, recipe),
-        lambda indices: distiller.located(collator.training([data.training[index] for index in indices])),
-        len(data.training),
-        _train_options(options, recipe, loaded, data),
-        folder,
+    task = Task(
+        stages=make_stages(loaded.family, distiller.depths, recipe),
+        collate=lambda indices: distiller.located(collator.training([data.training[index] for index in indices])),
+        count=len(data.training),
+        seed=options.seed,
         validate=lambda: _score(options, distiller.student, collator, data.validation),
-        progress=progress,
-        cache=_cache(options, data, loaded, folder.with_name(TEACHER)),
+        cache=_cache(options, data, folder.with_name(TEACHER)),
     )
+    history = train(distiller, task, options, folder, progress)
     if any(isinstance(parameter, DTensor) for parameter in loaded.model.parameters()):  # FSDP leaves it in pieces
         loaded = _load_student(options, student, data)
         adapted = _prepare(options, plan, loaded)
@@ -147,7 +148,7 @@ def _prepare(options: LearnOptions, plan: Plan, loaded: Loaded) -> PeftModel | N
         # Named, because torch warns when it must guess which of several GPUs draw.
         with torch.random.fork_rng({parameter.device for parameter in model.parameters() if parameter.is_cuda}):
             torch.manual_seed(options.seed)  # the new factors start at random
-            adapted = attach(model, plan, slices, low_rank(options))
+            adapted = attach(model, plan, slices, options)
     if "projector" in options.train:
         require_projector(options, family)
         for path in family.projector:
@@ -180,38 +181,31 @@ def _distiller(options: LearnOptions, plan: Plan, loaded: Loaded, recipe: Recipe
     return Distiller(loaded.model, teacher, loaded.family, recipe, matched)
 
 
-def _cache(options: LearnOptions, data: Trained, loaded: Loaded, folder: Path) -> TeacherCache | None:
+def _cache(options: LearnOptions, data: Trained, folder: Path) -> TeacherCache | None:
     """In `folder`, for this teacher and these samples; what an earlier recovery of the run kept is used again."""
     if options.teacher_cache is None:
         return None
     _, digest = locate(options.teacher or options.model)
     drawn = f"{options.seed} {options.data_fraction} {len(data.validation)}"
-    collation = f"{digest} {data.digest} {drawn} {options.dtype} {precision(options.precision, _device(loaded))}"
+    collation = f"{digest} {data.digest} {drawn} {options.dtype} {options.precision}"
     name = hashlib.sha256(collation.encode()).hexdigest()[:16]
     return TeacherCache(folder / name, options.teacher_cache)
 
 
-def _train_options(options: LearnOptions, recipe: Recipe, loaded: Loaded, data: Trained) -> TrainOptions:
+def _settled(options: LearnOptions, recipe: Recipe, loaded: Loaded, data: Trained) -> LearnOptions:
+    """With what was not given chosen for this model, recipe and data."""
     steps = options.steps or max(1, round(options.epochs * len(data.training) / options.train_batch_size))
     width = loaded.model.config.get_text_config().hidden_size
-    return TrainOptions(
+    return replace(
+        options,
         steps=steps,
-        batch_size=options.train_batch_size,
-        accumulate=options.accumulate,
-        lr=options.learning_rate or RATE_TIMES_WIDTH[options.train] / width,
-        schedule=options.schedule,
+        learning_rate=options.learning_rate or RATE_TIMES_WIDTH[options.train] / width,
         warmup=min(options.warmup, steps // 4),
-        weight_decay=options.weight_decay,
-        clip=options.clip,
-        mixed_precision=precision(options.precision, _device(loaded)),
-        checkpoint_every=options.checkpoint_every,
+        precision=precision(options.precision, _device(loaded)),
         validate_every=options.validate_every or max(1, -(-steps // data.validations)),
-        patience=options.patience,
-        gradient_checkpointing=options.gradient_checkpointing,
-        seed=options.seed,
         # Features have gradients a hundred times smaller than answers: with the second moments of a feature stage the
         # first steps on answers are so long that they undo it.
-        reset_optimizer=recipe.staged if options.reset_optimizer is None else options.reset_optimizer,
+        reset_optimizer=recipe.staged if options.reset_optimizer is NOT_GIVEN else options.reset_optimizer,
     )
 
 

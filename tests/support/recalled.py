@@ -11,8 +11,9 @@ from plans import make_plan
 from tiny_models import Tiny, tiny_model
 from torch import nn
 
+from slimvlm.compress.options import LowRank
 from slimvlm.compress.plan import Plan
-from slimvlm.compress.recovery.adapters.recall import LowRank, RecallVariant, attach, recall_layers
+from slimvlm.compress.recovery.adapters.recall import RecallVariant, attach, recall_layers
 from slimvlm.compress.recovery.adapters.slices import Slices
 from slimvlm.compress.slicing.apply import apply_plan
 

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import torch
 from tiny_models import tiny_model
+from train_options import train_options
 
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.recovery.distillation.distiller import Distiller, depths_of
 from slimvlm.compress.recovery.distillation.recipe import make_stages, parse_recipe
-from slimvlm.compress.recovery.training.trainer import TrainOptions, train
+from slimvlm.compress.recovery.training.stepping import Task
+from slimvlm.compress.recovery.training.trainer import train
 
 COUNT = 4
 
@@ -25,10 +27,10 @@ def staged_training(folder: Path, accumulate: int) -> Distiller:
     family, recipe = find_family(tiny.model.config), parse_recipe("lpd")
     stages, samples = make_stages(family, depths_of(tiny.model, family), recipe), tiny.inputs(COUNT)
     distiller = Distiller(tiny.model, teacher, family, recipe)
-    options = TrainOptions(steps=len(stages) + 1, batch_size=COUNT, lr=1e-3, accumulate=accumulate)
+    options = train_options(steps=len(stages) + 1, train_batch_size=COUNT, learning_rate=1e-3, accumulate=accumulate)
 
     def collate(indices: list[int]) -> dict[str, torch.Tensor]:
         return {name: value[indices] for name, value in samples.items()}
 
-    train(distiller, stages, collate, COUNT, options, folder)
+    train(distiller, Task(stages, collate, COUNT), options, folder)
     return distiller

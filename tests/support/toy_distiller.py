@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimvlm.compress.recovery.distillation.recipe import Stage
+from slimvlm.compress.recovery.training.stepping import Task
 
 VOCAB, WIDTH, LENGTH = 24, 16, 7
 COUNT = 20
@@ -90,6 +93,11 @@ def token_loss(student: nn.Module) -> float:
     batch = collate(list(range(COUNT)))
     with torch.no_grad():
         return F.cross_entropy(student(batch["input_ids"]).flatten(0, 1), batch["labels"].flatten()).item()
+
+
+def toy_task(stages: tuple[Stage, ...] | None = None, count: int = COUNT, **more: Any) -> Task:
+    """Of all samples, in both stages; and what is given."""
+    return Task(stages or TAUGHT, collate, count, seed=3, **more)
 
 
 TASK = (Stage("task", (), {"sft": 1.0}, 1.0),)

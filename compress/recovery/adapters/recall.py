@@ -28,9 +28,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from slimvlm.compress.errors import CheckFailedError
+from slimvlm.compress.options import LowRank
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.recovery.adapters.slices import Recalled, Slices
-from slimvlm.compress.recovery.adapters.targets import LowRank, check_rank, find_targets
+from slimvlm.compress.recovery.adapters.targets import check_ranks, find_targets
 
 FACTORS = ("lora_rows_A", "lora_rows_B", "lora_columns_A", "lora_columns_B")
 SLICES = ("recalled_rows", "recalled_columns")
@@ -56,8 +57,7 @@ def attach(model: nn.Module, plan: Plan, slices: Slices | None, options: LowRank
     if any(isinstance(module, LoraLayer) for module in model.modules()):
         raise ValueError("the model has an adapter already; merge it first")
     paths = find_targets(model, plan.attention_unit, options.targets)
-    for path in paths:
-        check_rank(path, model.get_submodule(path), options)
+    check_ranks(model, paths, options)
     recalled = {path: slices.of(path) for path in paths} if options.recall and slices else {}
     for path, pieces in recalled.items():
         hold_slices(model.get_submodule(path), pieces)

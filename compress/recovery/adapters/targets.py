@@ -3,46 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
 
 from torch import nn
 
 from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import find_groups
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """What to train; the defaults are the paper's.
-
-    Attributes:
-        rank: r of the plain branch.
-        recall_rank: r2 of the recall branch; a layer that lost fewer rows (columns) than this takes their number.
-        alpha: s = alpha / rank, for all branches.
-        dropout: on the input of the plain branch only.
-        recall: whether there is a recall branch.
-        targets: endings of module paths (`q_proj`, `mlp.fc1`); empty: every linear of every group of the family.
-
-    Raises:
-        UnsuitableOptionError: a rank below 1, alpha not positive, dropout outside [0, 1).
-    """
-
-    rank: int = 8
-    recall_rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.05
-    recall: bool = True
-    targets: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.rank < 1 or self.recall_rank < 1:
-            raise UnsuitableOptionError(f"ranks must be at least 1, got {self.rank} and {self.recall_rank}")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise UnsuitableOptionError(f"alpha must be a positive number, got {self.alpha}")
-        if not 0 <= self.dropout < 1:
-            raise UnsuitableOptionError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+from slimvlm.compress.options import LowRank
 
 
 def find_targets(model: nn.Module, attention_unit: str, endings: tuple[str, ...] = ()) -> list[str]:
@@ -62,19 +30,26 @@ def find_targets(model: nn.Module, attention_unit: str, endings: tuple[str, ...]
     return [path for path in paths if any(_ends(path, ending) for ending in endings)]
 
 
-def check_rank(path: str, linear: Any, options: LowRank) -> None:
-    """Refuse ranks that the linear at `path` cannot have.
+def check_ranks(model: nn.Module, paths: Iterable[str], options: LowRank) -> None:
+    """Refuse low-rank layers that the linears at `paths` cannot have.
 
     Raises:
-        UnsuitableOptionError: a rank is larger than the matrix.
+        UnsuitableOptionError: a rank below 1 or larger than its matrix, alpha not positive, dropout outside [0, 1).
     """
-    side = min(linear.weight.shape)
-    for what, rank in (("rank", options.rank), ("recall rank", options.recall_rank if options.recall else 1)):
-        if rank > side:
-            raise UnsuitableOptionError(
-                f"{what} {rank} is larger than {path}, which is {' x '.join(map(str, linear.weight.shape))}; "
-                f"choose at most {side}, or leave this layer out of the targets"
-            )
+    if options.rank < 1 or options.recall_rank < 1:
+        raise UnsuitableOptionError(f"ranks must be at least 1, got {options.rank} and {options.recall_rank}")
+    if not (math.isfinite(options.alpha) and options.alpha > 0):
+        raise UnsuitableOptionError(f"alpha must be a positive number, got {options.alpha}")
+    if not 0 <= options.dropout < 1:
+        raise UnsuitableOptionError(f"dropout must be at least 0 and below 1, got {options.dropout}")
+    for path in paths:
+        shape = model.get_parameter(f"{path}.weight").shape
+        for what, rank in (("rank", options.rank), ("recall rank", options.recall_rank if options.recall else 1)):
+            if rank > min(shape):
+                raise UnsuitableOptionError(
+                    f"{what} {rank} is larger than {path}, which is {' x '.join(map(str, shape))}; "
+                    f"choose at most {min(shape)}, or leave this layer out of the targets"
+                )
 
 
 def _ends(path: str, ending: str) -> bool:

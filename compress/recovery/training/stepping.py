@@ -12,21 +12,38 @@ from torch import Tensor
 
 from slimvlm.compress.data.collate import IGNORED, Batch
 from slimvlm.compress.errors import UnsuitableOptionError
+from slimvlm.compress.options import TrainOptions
 from slimvlm.compress.recovery.distillation.recipe import Stage
 from slimvlm.compress.recovery.distillation.teacher_cache import TeacherCache, batch_key
+from slimvlm.compress.recovery.training.history import Score
 from slimvlm.compress.recovery.training.order import batch_indices, divide
-from slimvlm.compress.recovery.training.schedule import Schedule, TrainOptions
+from slimvlm.compress.recovery.training.schedule import Schedule
 from slimvlm.compress.recovery.training.workers import Workers
 
 ANSWER_LOSSES = frozenset({"sft", "kl", "rkl"})  # means over the tokens that have a label
 
 
 @dataclass(frozen=True)
-class Samples:
-    """What is trained on: `collate` makes a padded training batch on the CPU of some of `count` samples."""
+class Task:
+    """What a student is to learn, and from what.
 
+    Attributes:
+        stages: sets of losses, in order.
+        collate: a padded training batch, on the CPU, of samples by number; every process asks for its part of a step.
+        count: samples there are.
+        seed: of the order of the data and of dropout.
+        validate: (score, -loss) of the student, larger is better; called by all processes, with the student in
+            evaluation mode, before the first step, every `validate_every` steps and after the last. Without it the
+            student keeps its last weights.
+        cache: where the teacher's outputs are kept between epochs, in a folder of this teacher, these samples and this
+            collation alone; not used with sharded weights.
+    """
+
+    stages: tuple[Stage, ...]
     collate: Callable[[list[int]], Batch]
     count: int
+    seed: int = 0
+    validate: Callable[[], Score] | None = None
     cache: TeacherCache | None = None
 
 
@@ -59,10 +76,10 @@ class Stepper:
         UnsuitableOptionError: no sample, or a batch too small for the processes and accumulated parts.
     """
 
-    def __init__(self, samples: Samples, schedule: Schedule, options: TrainOptions, workers: Workers) -> None:
-        self.samples, self.schedule, self.options, self.workers = samples, schedule, options, workers
-        size, parts = min(options.batch_size, samples.count), workers.count * options.accumulate
-        if samples.count < 1:
+    def __init__(self, task: Task, schedule: Schedule, options: TrainOptions, workers: Workers) -> None:
+        self.task, self.schedule, self.options, self.workers = task, schedule, options, workers
+        size, parts = min(options.train_batch_size, task.count), workers.count * options.accumulate
+        if task.count < 1:
             raise UnsuitableOptionError("there is no sample to train on; take a larger part of the data")
         if size < parts:
             raise UnsuitableOptionError(
@@ -78,7 +95,7 @@ class Stepper:
         rate = self.schedule.learning_rate(step)
         for group in workers.optimizer.param_groups:
             group["lr"] = rate
-        workers.seed(random.Random(f"{self.options.seed} {step} {workers.rank}").getrandbits(63))
+        workers.seed(random.Random(f"{self.task.seed} {step} {workers.rank}").getrandbits(63))
         losses, tokens = self._learn(step, stage)
         norm = workers.clip(self.options.clip)
         told = torch.tensor([tokens, told_to_stop], dtype=torch.float32).to(workers.device, non_blocking=True)
@@ -102,9 +119,9 @@ class Stepper:
         A part counts by its share of what the loss is a mean over, so all batches are made before the first is used.
         """
         workers = self.workers
-        indices = batch_indices(self.samples.count, self.options.batch_size, self.options.seed, step)
+        indices = batch_indices(self.task.count, self.options.train_batch_size, self.task.seed, step)
         mine = divide(divide(indices, workers.count)[workers.rank], self.options.accumulate)
-        batches = [self.samples.collate(part) for part in mine]
+        batches = [self.task.collate(part) for part in mine]
         total: dict[str, Tensor] = {}
         for number, (batch, share) in enumerate(zip(batches, self._shares(batches, stage), strict=True)):
             placed = workers.place(batch)
@@ -126,7 +143,7 @@ class Stepper:
 
     def _targets(self, indices: Sequence[int], batch: Batch, stage: Stage) -> Mapping[str, Tensor] | None:
         """The teacher's outputs from the cache, put there if they were missing; None: the distiller is to ask it."""
-        cache, workers = self.samples.cache, self.workers
+        cache, workers = self.task.cache, self.workers
         if cache is None or workers.sharded:
             return None
 

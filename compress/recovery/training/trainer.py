@@ -13,9 +13,9 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,46 +23,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimvlm.compress.data.collate import Batch
 from slimvlm.compress.errors import OutputError, RecoveryError, UnsuitableOptionError
+from slimvlm.compress.options import TrainOptions
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.recovery.distillation.distiller import Distiller
-from slimvlm.compress.recovery.distillation.recipe import Stage
-from slimvlm.compress.recovery.distillation.teacher_cache import TeacherCache
 from slimvlm.compress.recovery.training.history import History, Journal, Score, peak_memory
-from slimvlm.compress.recovery.training.schedule import Schedule, TrainOptions
+from slimvlm.compress.recovery.training.schedule import Schedule, check_training
 from slimvlm.compress.recovery.training.state import StateFolder, fill, moments, set_moments, whole
-from slimvlm.compress.recovery.training.stepping import Samples, Stepper
+from slimvlm.compress.recovery.training.stepping import Stepper, Task
 from slimvlm.compress.recovery.training.workers import Workers, own_accelerate
-
-__all__ = ["History", "TrainOptions", "train"]
 
 MOST_SKIPPED = 10  # steps in a row whose loss is not finite
 TERMINATED = 128 + signal.SIGTERM  # exit code
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What `train` was asked."""
-
-    stages: tuple[Stage, ...]
-    samples: Samples
-    options: TrainOptions
-    validate: Callable[[], Score] | None
-    progress: Progress
-
-
-def train(  # noqa: PLR0913 (what is trained, on what, how, where, and who watches)
-    distiller: Distiller,
-    stages: Sequence[Stage],
-    collate: Callable[[list[int]], Batch],
-    count: int,
-    options: TrainOptions,
-    folder: Path,
-    *,
-    validate: Callable[[], Score] | None = None,
-    progress: Progress = silent,
-    cache: TeacherCache | None = None,
+def train(
+    distiller: Distiller, task: Task, options: TrainOptions, folder: Path, progress: Progress = silent
 ) -> History:
     """Train `distiller.student` in place; afterwards it has its best weights, or its starting ones if none were better.
 
@@ -73,15 +49,8 @@ def train(  # noqa: PLR0913 (what is trained, on what, how, where, and who watch
     Args:
         distiller: `forward(batch, stage, targets)` gives the loss and its parts; the parameters of its `student` that
             ask for gradients are trained.
-        collate: the samples' padded training batch, on the CPU. Called by every process for its part of a step.
-        count: samples there are.
         folder: where the checkpoint, from which a training goes on, the best weights and `recovery.jsonl` are kept.
-        validate: (score, -loss) of the student, larger is better; called by all processes, with the student in
-            evaluation mode, before the first step, every `validate_every` steps and after the last. Without it the
-            student keeps its last weights.
         progress: called after every step by the first process, with ("recover", step, steps, stage, loss and speed).
-        cache: where the teacher's outputs are kept between epochs, in a folder of this teacher, these samples and this
-            collation alone; not used with sharded weights.
 
     Raises:
         RecoveryError: the loss was not finite ten times in a row (the last checkpoint stays), or the checkpoint is
@@ -90,13 +59,14 @@ def train(  # noqa: PLR0913 (what is trained, on what, how, where, and who watch
         OutputError: the folder cannot be written, or the disk is full; the last checkpoint stays.
         SystemExit: after SIGTERM, with exit code 143 and everything saved.
     """
-    job = _Job(tuple(stages), Samples(collate, count, cache), options, validate, progress)
+    check_training(options)
     cuda = [parameter.device for parameter in distiller.parameters() if parameter.is_cuda][:1]
     with own_accelerate(), torch.random.fork_rng(cuda), _checkpointed_activations(distiller, options):
-        workers = Workers(distiller, options.mixed_precision, options.weight_decay)
+        workers = Workers(distiller, options.precision, options.weight_decay)
         try:
+            files = StateFolder(folder, writer=workers.rank == 0)
             with _Signals() as signals:
-                return _Training(job, workers, StateFolder(folder, writer=workers.rank == 0)).go(signals)
+                return _Training(task, options, workers, files, progress).go(signals)
         finally:
             workers.close()
 
@@ -104,10 +74,12 @@ def train(  # noqa: PLR0913 (what is trained, on what, how, where, and who watch
 class _Training:
     """One training in this process."""
 
-    def __init__(self, job: _Job, workers: Workers, files: StateFolder) -> None:
-        self.job, self.options, self.workers, self.files = job, job.options, workers, files
-        self.schedule = Schedule(job.stages, job.options)
-        self.stepper = Stepper(job.samples, self.schedule, job.options, workers)
+    def __init__(
+        self, task: Task, options: TrainOptions, workers: Workers, files: StateFolder, progress: Progress
+    ) -> None:
+        self.task, self.options, self.workers, self.files, self.progress = task, options, workers, files, progress
+        self.schedule = Schedule(task.stages, options)
+        self.stepper = Stepper(task, self.schedule, options, workers)
         self.facts = History()
         self.journal: Journal
 
@@ -121,7 +93,7 @@ class _Training:
             if self.facts.steps == 0:
                 self._checkpoint()
             self.facts.stopped_early = self._steps(signals)
-            if self.job.validate is None:
+            if self.task.validate is None:
                 self.facts.best_step = self.facts.steps
                 with self._together():
                     self.facts.best_file = self.files.save_best(self._weights(), self.facts.steps)
@@ -183,8 +155,8 @@ class _Training:
         """Unless it was done before an interruption."""
         step, every = self.facts.steps, self.options.validate_every
         due = step % every == 0 or step == self.options.steps
-        if due and self.facts.validated < step and self.job.validate is not None:
-            self._validate(self.job.validate)
+        if due and self.facts.validated < step and self.task.validate is not None:
+            self._validate(self.task.validate)
 
     def _validate(self, validate: Callable[[], Score]) -> None:
         """Score the student; keep its weights if it was never better."""
@@ -201,7 +173,7 @@ class _Training:
             with self._together():
                 facts.best_file = self.files.save_best(self._weights(), facts.steps)
         # Earlier stages teach what the score does not show yet.
-        last_stage = facts.steps > 0 and self.schedule.index(facts.steps - 1) == len(self.job.stages) - 1
+        last_stage = facts.steps > 0 and self.schedule.index(facts.steps - 1) == len(self.task.stages) - 1
         facts.stale = 0 if better else facts.stale + last_stage
         seconds = round(time.perf_counter() - began, 6)
         facts.validations += 1
@@ -271,11 +243,12 @@ class _Training:
 
     def _fingerprint(self) -> dict[str, Any]:
         """What must be the same for a training to go on; how often it is saved may change."""
-        options = {name: value for name, value in asdict(self.options).items() if name != "checkpoint_every"}
+        names = {one.name for one in fields(TrainOptions)} - {"checkpoint_every"}
         facts = {
-            "options": options,
-            "samples": self.job.samples.count,
-            "stages": [asdict(stage) for stage in self.job.stages],
+            "options": {name: getattr(self.options, name) for name in sorted(names)},
+            "seed": self.task.seed,
+            "samples": self.task.count,
+            "stages": [asdict(stage) for stage in self.task.stages],
             "weights": {name: list(value.shape) for name, value in self.workers.trained.items()},
         }
         as_saved: dict[str, Any] = json.loads(json.dumps(facts))
@@ -315,7 +288,7 @@ class _Training:
         loss = "skipped" if stage["last_loss"] is None else f"loss {stage['last_loss']:.4g}"
         speed = stage["tokens"] / stage["seconds"] if stage["seconds"] else 0.0
         note = f"{stage['name']}: {loss}, {speed:.0f} tokens/s"
-        self.job.progress("recover", self.facts.steps, self.options.steps, note)
+        self.progress("recover", self.facts.steps, self.options.steps, note)
 
 
 class _Signals:

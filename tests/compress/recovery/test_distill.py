@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.models.families import Family, find_family
-from slimvlm.compress.recovery.adapters.recall import LowRank, attach
+from slimvlm.compress.options import LowRank
+from slimvlm.compress.recovery.adapters.recall import attach
 from slimvlm.compress.recovery.distillation.distiller import Distiller, depths_of
 from slimvlm.compress.recovery.distillation.recipe import Stage, make_stages, match_blocks, parse_recipe
 from slimvlm.compress.slicing.apply import apply_plan

@@ -21,10 +21,9 @@ from slimvlm.compress.models.checkpoint import Loaded, load_model
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import count_parameters
 from slimvlm.compress.models.saving import save_checkpoint
-from slimvlm.compress.options import CompressOptions
+from slimvlm.compress.options import CompressOptions, LowRank
 from slimvlm.compress.recovery import recover
 from slimvlm.compress.recovery.adapters.recall import (
-    LowRank,
     attach,
     find_targets,
     merge,

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from slimvlm.compress.errors import UnsuitableOptionError
-from slimvlm.compress.recovery.adapters.recall import LowRank, RecallConfig, RecallLinear, hold_slices
+from slimvlm.compress.options import LowRank
+from slimvlm.compress.recovery.adapters.recall import RecallConfig, RecallLinear, hold_slices
 from slimvlm.compress.recovery.adapters.slices import Recalled
+from slimvlm.compress.recovery.adapters.targets import check_ranks
 
 
 def layer(weight, recalled, factors, alpha=2.0):
@@ -104,7 +106,7 @@ def test_dropout_is_on_the_plain_branch_only():
 )
 def test_options_without_a_meaning_are_refused(values, message):
     with pytest.raises(UnsuitableOptionError, match=message):
-        LowRank(**values)
+        check_ranks(nn.Linear(9, 9), (), LowRank(**values))
 
 
 def test_the_defaults_are_the_papers():

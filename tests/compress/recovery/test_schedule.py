@@ -1,22 +1,23 @@
 """Options of a training, and the stage and learning rate of every step."""
 
 import pytest
+from train_options import train_options
 
 from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.recovery.distillation.recipe import Stage
-from slimvlm.compress.recovery.training.schedule import Schedule, TrainOptions
+from slimvlm.compress.recovery.training.schedule import Schedule, check_training
 
 STAGES = (Stage("a", (), {"kl": 1.0}, 0.4), Stage("b", (), {"sft": 1.0}, 0.6))
 
 
 def rates(**options) -> list[float]:
-    options = {"steps": 10, "batch_size": 1, "lr": 1.0, **options}
-    schedule = Schedule(STAGES, TrainOptions(**options))
+    options = {"steps": 10, "train_batch_size": 1, "learning_rate": 1.0, **options}
+    schedule = Schedule(STAGES, train_options(**options))
     return [round(schedule.learning_rate(step), 6) for step in range(options["steps"])]
 
 
 def test_stages_begin_where_their_shares_end() -> None:
-    schedule = Schedule(STAGES, TrainOptions(steps=10, batch_size=1))
+    schedule = Schedule(STAGES, train_options(steps=10, train_batch_size=1))
     assert [schedule.index(step) for step in range(10)] == [0] * 4 + [1] * 6
     assert [step for step in range(10) if schedule.starts_stage(step)] == [0, 4]
 
@@ -45,13 +46,13 @@ def test_a_warm_up_longer_than_its_stage_ends_with_it() -> None:
     ("options", "says"),
     [
         ({"schedule": "linear"}, "cosine, constant"),
-        ({"mixed_precision": "fp8"}, "no, bf16, fp16"),
+        ({"precision": "fp8"}, "no, bf16, fp16"),
         ({"steps": 0}, "steps"),
-        ({"lr": float("nan")}, "lr"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
         ({"clip": -1.0}, "clip"),
         ({"patience": 0}, "patience"),
     ],
 )
 def test_an_unsuitable_option_is_refused_by_name(options, says) -> None:
     with pytest.raises(UnsuitableOptionError, match=says):
-        TrainOptions(**{"steps": 1, "batch_size": 1, **options})
+        check_training(train_options(**{"steps": 1, "train_batch_size": 1, **options}))

@@ -7,10 +7,11 @@ import pytest
 import torch
 from pairs import run_pair
 from staged_training import staged_training
-from toy_distiller import COUNT, TAUGHT, ToyDistiller, collate
+from toy_distiller import ToyDistiller, toy_task
+from train_options import train_options
 
 from slimvlm.compress.recovery.training.state import load_best
-from slimvlm.compress.recovery.training.trainer import TrainOptions, train
+from slimvlm.compress.recovery.training.trainer import train
 
 SHARDED = {
     "ACCELERATE_USE_FSDP": "true",
@@ -24,15 +25,18 @@ from pathlib import Path
 import torch
 from torch import distributed
 from torch.distributed.tensor import DTensor
-from toy_distiller import COUNT, TAUGHT, ToyDistiller, collate, token_loss
+from toy_distiller import ToyDistiller, token_loss, toy_task
 from slimvlm.compress import processes
-from slimvlm.compress.recovery.training.trainer import TrainOptions, train
+from train_options import train_options
+from slimvlm.compress.recovery.training.trainer import train
 
 folder, steps, rank = Path(sys.argv[1]), int(sys.argv[2]), int(os.environ["RANK"])
 torch.set_num_threads(1)
 distributed.init_process_group("gloo", init_method=f"file://{folder}/meet{sys.argv[3]}", rank=rank, world_size=2)
 distiller = ToyDistiller()
-options = TrainOptions(steps=6, batch_size=5, accumulate=2, lr=1e-2, checkpoint_every=2, validate_every=3, seed=3)
+options = train_options(
+    steps=6, train_batch_size=5, accumulate=2, learning_rate=1e-2, checkpoint_every=2, validate_every=3
+)
 
 def validate():
     return 0.0, -token_loss(distiller.student)
@@ -41,7 +45,7 @@ def progress(stage, step, of, note):
     if step == steps:
         os.kill(os.getpid(), signal.SIGTERM)  # this one only; the other is told by it
 
-train(distiller, TAUGHT, collate, COUNT, options, folder / "run", validate=validate, progress=progress)
+train(distiller, toy_task(validate=validate), options, folder / "run", progress)
 sharded = [isinstance(value, DTensor) for value in distiller.parameters()]
 assert all(sharded) if "ACCELERATE_USE_FSDP" in os.environ else not any(sharded)
 processes.leave()
@@ -80,8 +84,8 @@ def curve(folder: Path, name: str) -> list[float]:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> tuple[Path, ToyDistiller]:
     folder, distiller = tmp_path_factory.mktemp("alone"), ToyDistiller()
-    options = TrainOptions(steps=6, batch_size=5, accumulate=1, lr=1e-2, checkpoint_every=2, validate_every=3, seed=3)
-    train(distiller, TAUGHT, collate, COUNT, options, folder)
+    options = train_options(steps=6, train_batch_size=5, learning_rate=1e-2, checkpoint_every=2, validate_every=3)
+    train(distiller, toy_task(), options, folder)
     return folder, distiller
 
 

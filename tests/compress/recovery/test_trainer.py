@@ -15,44 +15,49 @@ import torch
 from forked import Forked
 from tiny_models import tiny_model
 from torch import Tensor, nn
-from toy_distiller import COUNT, TASK, TAUGHT, ToyDistiller, collate, token_loss
+from toy_distiller import COUNT, TASK, TAUGHT, ToyDistiller, collate, token_loss, toy_task
+from train_options import train_options
 
 from slimvlm.compress.errors import DeviceError, OutputError, RecoveryError, UnsuitableOptionError
 from slimvlm.compress.models.families import find_family
+from slimvlm.compress.options import TrainOptions
+from slimvlm.compress.progress import silent
 from slimvlm.compress.recovery.distillation.distiller import Distiller
 from slimvlm.compress.recovery.distillation.recipe import Stage, parse_recipe
 from slimvlm.compress.recovery.distillation.teacher_cache import TeacherCache
+from slimvlm.compress.recovery.training.history import History
 from slimvlm.compress.recovery.training.state import StateFolder, load_best
-from slimvlm.compress.recovery.training.trainer import History, TrainOptions, train
+from slimvlm.compress.recovery.training.stepping import Task
+from slimvlm.compress.recovery.training.trainer import train
 
 SUPPORT = Path(__file__).parents[2] / "support"
-OPTIONS = TrainOptions(steps=12, batch_size=5, lr=1e-2, checkpoint_every=4, validate_every=4, seed=3)
+OPTIONS = train_options(steps=12, train_batch_size=5, learning_rate=1e-2, checkpoint_every=4, validate_every=4)
 
 WORKER = """
 import os, sys
 from pathlib import Path
 import torch
-from toy_distiller import COUNT, TAUGHT, ToyDistiller, collate, token_loss
-from slimvlm.compress.recovery.training.trainer import TrainOptions, train
+from toy_distiller import ToyDistiller, token_loss, toy_task
+from train_options import train_options
+from slimvlm.compress.recovery.training.trainer import train
 
 folder, when, which = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 torch.set_num_threads(1)
 distiller = ToyDistiller(dropout=0.2)
-options = TrainOptions(steps=12, batch_size=5, lr=1e-2, checkpoint_every=4, validate_every=4, seed=3)
+options = train_options(steps=12, train_batch_size=5, learning_rate=1e-2, checkpoint_every=4, validate_every=4)
 
 def progress(stage, step, steps, note):
     if step == when:
         os.kill(os.getpid(), which)
 
-train(distiller, TAUGHT, collate, COUNT, options, folder,
-      validate=lambda: (0.0, -token_loss(distiller.student)), progress=progress)
+task = toy_task(validate=lambda: (0.0, -token_loss(distiller.student)))
+train(distiller, task, options, folder, progress)
 """
 
 
-def run(distiller: ToyDistiller, folder: Path, options: TrainOptions = OPTIONS, **more) -> History:
-    validate = more.pop("validate", lambda: (0.0, -token_loss(distiller.student)))
-    stages = more.pop("stages", TAUGHT)
-    return train(distiller, stages, collate, COUNT, options, folder, validate=validate, **more)
+def run(distiller: ToyDistiller, folder: Path, options: TrainOptions = OPTIONS, progress=silent, **task) -> History:
+    task = {"validate": lambda: (0.0, -token_loss(distiller.student)), **task}
+    return train(distiller, toy_task(**task), options, folder, progress)
 
 
 def lines(folder: Path) -> list[dict]:
@@ -100,7 +105,7 @@ def test_the_journal_has_a_line_per_step_and_validation(tmp_path) -> None:
     written = lines(tmp_path)
     assert [line["step"] for line in written if "validation" in line] == [0, 4, 8, 12]
     task = steps(tmp_path)[-1]
-    assert task["stage"] == "task" and task["lr"] == OPTIONS.lr
+    assert task["stage"] == "task" and task["lr"] == OPTIONS.learning_rate
     assert task["loss"] == pytest.approx(task["parts"]["sft"] + 0.5 * task["parts"]["kl"])
     assert task["grad_norm"] > 0 and task["tokens_per_second"] > 0 and task["seconds"] > 0
 
@@ -144,7 +149,7 @@ def test_the_gradient_is_bounded(tmp_path) -> None:
 
 
 def test_a_fresh_optimiser_per_stage_is_as_two_trainings(tmp_path) -> None:
-    options = replace(OPTIONS, steps=10, batch_size=COUNT, reset_optimizer=True, warmup=2, validate_every=100)
+    options = replace(OPTIONS, steps=10, train_batch_size=COUNT, reset_optimizer=True, warmup=2, validate_every=100)
     one, two = ToyDistiller(), ToyDistiller()
     run(one, tmp_path / "one", options, validate=None)
     run(two, tmp_path / "first", replace(options, steps=4), validate=None, stages=TAUGHT[:1])
@@ -192,8 +197,8 @@ def test_a_finished_training_is_not_repeated(tmp_path) -> None:
 
 def test_another_training_is_not_continued(tmp_path) -> None:
     run(ToyDistiller(), tmp_path)
-    with pytest.raises(RecoveryError, match=r"lr = 0\.01, not 0\.5"):
-        run(ToyDistiller(), tmp_path, replace(OPTIONS, lr=0.5))
+    with pytest.raises(RecoveryError, match=r"learning_rate = 0\.01, not 0\.5"):
+        run(ToyDistiller(), tmp_path, replace(OPTIONS, learning_rate=0.5))
     with pytest.raises(RecoveryError, match="stages"):
         run(ToyDistiller(), tmp_path, stages=TASK)
     run(ToyDistiller(), tmp_path, replace(OPTIONS, checkpoint_every=1))
@@ -297,7 +302,7 @@ def test_a_full_disk_stops_the_training_and_keeps_the_checkpoint(small_disk) -> 
 
 def test_bf16_runs_on_a_cpu_and_leaves_the_distiller_as_it_was(tmp_path) -> None:
     distiller = ToyDistiller()
-    history = run(distiller, tmp_path / "bf16", replace(OPTIONS, steps=40, mixed_precision="bf16"))
+    history = run(distiller, tmp_path / "bf16", replace(OPTIONS, steps=40, precision="bf16"))
     assert history.helped
     assert distiller.student.head.weight.dtype == torch.float32
     batch = collate([0, 1])
@@ -308,7 +313,7 @@ def test_bf16_runs_on_a_cpu_and_leaves_the_distiller_as_it_was(tmp_path) -> None
 
 def test_fp16_is_refused_on_a_cpu(tmp_path) -> None:
     with pytest.raises(DeviceError, match="bf16"):
-        run(ToyDistiller(), tmp_path, replace(OPTIONS, mixed_precision="fp16"))
+        run(ToyDistiller(), tmp_path, replace(OPTIONS, precision="fp16"))
 
 
 @pytest.mark.parametrize(
@@ -317,7 +322,7 @@ def test_fp16_is_refused_on_a_cpu(tmp_path) -> None:
 )
 def test_too_few_samples_are_refused(tmp_path, options, count, says) -> None:
     with pytest.raises(UnsuitableOptionError, match=says):
-        train(ToyDistiller(), TASK, collate, count, replace(OPTIONS, **options), tmp_path)
+        train(ToyDistiller(), toy_task(TASK, count), replace(OPTIONS, **options), tmp_path)
 
 
 def test_a_student_with_nothing_to_train_is_refused(tmp_path) -> None:
@@ -338,9 +343,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(tmp_path) -> None:
         recipe = parse_recipe("sft")
         distiller = Distiller(tiny.model, None, find_family(tiny.model.config), recipe)
         stage = Stage("task", (), recipe.losses, 1.0)
-        options = replace(OPTIONS, steps=2, batch_size=2, gradient_checkpointing=checkpointing)
+        options = replace(OPTIONS, steps=2, train_batch_size=2, gradient_checkpointing=checkpointing)
         folder = tmp_path / str(checkpointing)
-        train(distiller, (stage,), lambda indices: tiny.inputs(len(indices)), 4, options, folder)
+        train(distiller, Task((stage,), lambda indices: tiny.inputs(len(indices)), 4, seed=3), options, folder)
         assert not any(getattr(module, "gradient_checkpointing", False) for module in tiny.model.modules())
         return [line["grad_norm"] for line in steps(folder)], weights(tiny.model)
 
@@ -357,4 +362,4 @@ def test_cached_targets_are_those_of_the_teacher(tmp_path) -> None:
     run(plain, tmp_path / "plain")
     run(cached, tmp_path / "cached", cache=TeacherCache(tmp_path / "teacher", budget_bytes=2**20))
     assert_same(weights(plain.student), weights(cached.student))
-    assert len(asked) == COUNT // OPTIONS.batch_size  # the batches of an epoch, seen in three of them
+    assert len(asked) == COUNT // OPTIONS.train_batch_size  # the batches of an epoch, seen in three of them
