@@ -7,7 +7,7 @@ Nothing is waited for inside it; on a GPU the marks are events, read when everyt
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,18 +15,21 @@ import torch
 from torch import Tensor
 
 from slimvlm.export.running.generation import Arrays
+from slimvlm.export.running.runners import Value
+
+Mark = Any  # what a clock shows: the host's seconds, or an event in the stream of a GPU
 
 
 class Generating(Protocol):
     """A model that answers; `step` continues what `prefill` began."""
 
-    def vision(self) -> Any:
+    def vision(self) -> Value:
         """Features of the images, as `prefill` takes them; None without images."""
 
-    def prefill(self, features: Any, new_tokens: int) -> Any:
+    def prefill(self, features: Value, new_tokens: int) -> Value:
         """First logits [B, V], a tensor or an array, and a cache that is good for `new_tokens` more."""
 
-    def step(self, token: Any) -> Any:
+    def step(self, token: Value) -> Value:
         """Logits [B, V] after one more `token` [B, 1]: what `argmax` of the logits before gave."""
 
 
@@ -38,8 +41,18 @@ class Backend(Generating, Protocol):
         without images only the language model is run.
         """
 
-    def text(self) -> Any:
+    def text(self) -> Value:
         """Embedding of the text (dual encoders)."""
+
+
+class Clock(Protocol):
+    """Tells when work was done."""
+
+    def mark(self) -> Mark:
+        """Now: behind all work that was asked for so far."""
+
+    def seconds(self, marks: Sequence[Mark]) -> list[float]:
+        """Since the first mark."""
 
 
 class HostClock:
@@ -48,7 +61,7 @@ class HostClock:
     mark = staticmethod(time.perf_counter)
 
     def seconds(self, marks: Sequence[float]) -> list[float]:
-        """Since the first mark."""
+        """See `Clock`."""
         return [mark - marks[0] for mark in marks]
 
 
@@ -59,38 +72,32 @@ class CudaClock:
         self.device = device
 
     def mark(self) -> torch.cuda.Event:
-        """A mark behind all work that was asked for so far."""
+        """See `Clock`."""
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.device))
         return event
 
     def seconds(self, marks: Sequence[torch.cuda.Event]) -> list[float]:
-        """Since the first mark."""
+        """See `Clock`."""
         torch.cuda.synchronize(self.device)
         return [marks[0].elapsed_time(mark) / 1000 for mark in marks]
 
 
-def clock_of(device: torch.device) -> Any:
+def clock_of(device: torch.device) -> Clock:
     """The clock that a device's work is timed with."""
     return CudaClock(device) if device.type == "cuda" else HostClock()
 
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """Seconds per phase (see `profile.PHASES`)."""
+    """Seconds per phase (see `profile.PHASES`), and the tokens [B, T] that were generated."""
 
-    seconds: Mapping[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class TimedGeneration(Timed):
-    """Also the tokens [B, T] that were generated."""
-
+    seconds: dict[str, float]
     tokens: Tensor
 
 
 @torch.inference_mode()
-def time_generation(backend: Generating, clock: Any, new_tokens: int, images: bool = True) -> TimedGeneration:
+def time_generation(backend: Generating, clock: Clock, new_tokens: int, images: bool = True) -> Timed:
     """One generation of `new_tokens`, and when it got where.
 
     Args:
@@ -112,15 +119,15 @@ def time_generation(backend: Generating, clock: Any, new_tokens: int, images: bo
     seconds |= {"prefill": prefill - vision, "ttft": first, "end_to_end": last}
     if new_tokens > 1:
         seconds["tpot"] = (last - first) / (new_tokens - 1)
-    return TimedGeneration(seconds, torch.cat([torch.as_tensor(token) for token in tokens], dim=1))
+    return Timed(seconds, torch.cat([torch.as_tensor(token) for token in tokens], dim=1))
 
 
 @torch.inference_mode()
-def time_embedding(backend: Backend, clock: Any) -> Timed:
-    """Both sides of a dual encoder, one after the other."""
+def time_embedding(backend: Backend, clock: Clock) -> dict[str, float]:
+    """Seconds of both sides of a dual encoder, one after the other."""
     marks = [clock.mark()]
     for side in (backend.vision, backend.text):
         side()
         marks.append(clock.mark())
     _, vision, text = clock.seconds(marks)
-    return Timed({"vision": vision, "text": text - vision})
+    return {"vision": vision, "text": text - vision}

@@ -11,7 +11,9 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from slimvlm.compress.models.families import Family
 from slimvlm.export.running.generation import Arrays
+from slimvlm.export.running.runners import Value
 
+Model = Any  # of transformers: its families have no common type that could be called
 TEXT_ONLY = ("input_ids", "attention_mask")
 
 
@@ -26,7 +28,7 @@ class TorchBackend:
         family: its row of the family table.
     """
 
-    def __init__(self, model: Any, family: Family) -> None:
+    def __init__(self, model: Model, family: Family) -> None:
         self.model = model
         self.family = family
         self.speaker = model
@@ -39,7 +41,7 @@ class TorchBackend:
         self._last_only = {"logits_to_keep": 1} if keeps else {}
         self._sees = set(inspect.signature(model.base_model.get_image_features).parameters)
         self._batch: dict[str, Tensor] = {}
-        self._state: dict[str, Any] = {}
+        self._state: dict[str, Value] = {}
 
     def place(self, arrays: Arrays) -> None:
         """See `Backend`."""
@@ -49,21 +51,21 @@ class TorchBackend:
             name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in tensors.items()
         }
 
-    def vision(self) -> Any:
+    def vision(self) -> Value:
         """See `Backend`."""
         seen = {name: tensor for name, tensor in self._batch.items() if name in self._sees}
         return self.model.base_model.get_image_features(**seen, return_dict=True) if "pixel_values" in seen else None
 
-    def text(self) -> Any:
+    def text(self) -> Value:
         """See `Backend`."""
         return self.model.get_text_features(**{name: self._batch[name] for name in TEXT_ONLY if name in self._batch})
 
-    def prefill(self, features: Any, new_tokens: int) -> Tensor:
+    def prefill(self, features: Value, new_tokens: int) -> Tensor:
         """See `Backend`."""
         ids = self._batch["input_ids"]
-        inputs: dict[str, Any]
         if features is None:
-            model, inputs = self.speaker, {name: self._batch[name] for name in TEXT_ONLY}
+            model: Model = self.speaker
+            inputs: dict[str, Value] = {name: self._batch[name] for name in TEXT_ONLY}
         else:
             rest = {name: tensor for name, tensor in self._batch.items() if name != "pixel_values"}
             model, inputs = self.model, {**rest, "pixel_values": None, "mm_encoder_outputs": {"image": features}}
@@ -84,7 +86,7 @@ class TorchBackend:
         return _last(self.speaker(input_ids=token, **self._state))
 
 
-def _last(output: Any) -> Tensor:
+def _last(output: Value) -> Tensor:
     """Logits [B, V] of the last token, of what a model of transformers gave."""
     logits: Tensor = output.logits
     return logits[:, -1]

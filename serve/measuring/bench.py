@@ -16,7 +16,7 @@ from slimvlm.compress.models.checkpoint import build_meta, load_model
 from slimvlm.compress.models.computing import DTYPES, cast
 from slimvlm.export.running.exported import Exported
 from slimvlm.export.running.generation import Arrays
-from slimvlm.serve.backends.backend import Backend, Timed, clock_of, time_embedding, time_generation
+from slimvlm.serve.backends.backend import Backend, Clock, clock_of, time_embedding, time_generation
 from slimvlm.serve.backends.graph_backend import GraphBackend
 from slimvlm.serve.backends.torch_backend import TorchBackend
 from slimvlm.serve.measuring.device import claim
@@ -58,7 +58,7 @@ class Bench:
         self.source = source
         self.device = torch.device(source.device)  # picked by the caller; `claim` makes it the current one
         self.gpu = Gpu(self.device, source.gpu)
-        self.backend: Any = None
+        self.backend: Backend  # once it is loaded
         self.dual = False
         self.images = True
         self._before = self._loaded = Held(0, 0)
@@ -87,13 +87,14 @@ class Bench:
     def turn(self, new_tokens: int, repeats: int) -> list[dict[str, float]]:
         """Seconds per phase of so many runs."""
         used, clock = self.gpu.used_bytes(), clock_of(self.device)
-        found = [dict(self._run(clock, new_tokens).seconds) for _ in range(repeats)]
+        found = [self._run(clock, new_tokens) for _ in range(repeats)]
         self._count_driver(used)
         return found
 
     def tokens(self, new_tokens: int) -> np.ndarray:
         """What is generated, int64 [B, T]."""
-        return time_generation(self.backend, clock_of(self.device), new_tokens, self.images).tokens.cpu().numpy()
+        timed = time_generation(self.backend, clock_of(self.device), new_tokens, self.images)
+        return timed.tokens.cpu().numpy()
 
     def joules_per_token(self, new_tokens: int, rows: int, seconds: float) -> float | None:
         """Over at least so many seconds of generating `rows` answers at once."""
@@ -123,10 +124,10 @@ class Bench:
             device["device_reserved_bytes"] = torch.cuda.max_memory_reserved(self.device)
         return Memory(**host, **device)
 
-    def _run(self, clock: Any, new_tokens: int) -> Timed:
+    def _run(self, clock: Clock, new_tokens: int) -> dict[str, float]:
         if self.dual:
             return time_embedding(self.backend, clock)
-        return time_generation(self.backend, clock, new_tokens, self.images)
+        return time_generation(self.backend, clock, new_tokens, self.images).seconds
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

@@ -116,7 +116,7 @@ def bench_on_gpu(monkeypatch, backend, *nvml):
     """A bench that was told to be on a GPU, and whose turns grow what is held there."""
     with_nvml(monkeypatch, *nvml)
     bench = Bench(Source("", backend, "cuda:1", "cuda:1", 1, "auto", gpu="GPU-b"))
-    monkeypatch.setattr(bench, "_run", lambda clock, new_tokens: SimpleNamespace(seconds={"tpot": 1.0}))
+    monkeypatch.setattr(bench, "_run", lambda clock, new_tokens: {"tpot": 1.0})
     bench.turn(1, 1)
     return bench.memory()
 

@@ -67,4 +67,4 @@ def test_one_token_has_no_later_ones_and_text_alone_no_vision():
 
 def test_the_sides_of_a_dual_encoder_are_timed_apart():
     clock = Counter()
-    assert time_embedding(Work(clock), clock).seconds == {"vision": 11, "text": 1001}
+    assert time_embedding(Work(clock), clock) == {"vision": 11, "text": 1001}
