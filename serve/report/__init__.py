@@ -6,7 +6,7 @@ from pathlib import Path
 
 from slimvlm.compress.files.locks import locked_file
 from slimvlm.compress.files.writing import write_text
-from slimvlm.serve.report.document import Report
+from slimvlm.serve.report.document import Report, Section
 from slimvlm.serve.report.files import read_run
 from slimvlm.serve.report.markdown import markdown
 from slimvlm.serve.report.page import page
@@ -17,9 +17,15 @@ from slimvlm.serve.report.sections.removed import removed_section, scores_sectio
 from slimvlm.serve.report.sections.running import running_section
 from slimvlm.serve.report.sections.training import recovery_section
 
-SECTIONS = (
-    *(quality_section, answers_section, removed_section, scores_section, recovery_section),
-    *(running_section, parity_section, repeat_section),
+SECTIONS = (  # key, title, what says it
+    ("quality", "Quality", quality_section),
+    ("answers", "Answers side by side", answers_section),
+    ("removed", "What was removed", removed_section),
+    ("scores", "Scores", scores_section),
+    ("recovery", "Recovery", recovery_section),
+    ("running", "Latency and memory", running_section),
+    ("parity", "Parity", parity_section),
+    ("repeat", "To repeat it", repeat_section),
 )
 PAGE, TEXT = "report.html", "report.md"
 
@@ -34,7 +40,8 @@ def write_report(run: Path) -> Path:
     """
     with locked_file(run / PAGE):
         files = read_run(run)
-        report = Report(f"Compression of {files.record['options']['model']}", tuple(build(files) for build in SECTIONS))
+        sections = tuple(Section.of(key, title, said(files)) for key, title, said in SECTIONS)
+        report = Report(f"Compression of {files.record['options']['model']}", sections)
         write_text(run / TEXT, markdown(report))
         write_text(run / PAGE, page(report))
         return run / PAGE

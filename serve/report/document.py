@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
+Kind = TypeVar("Kind")
 HEADINGS = ("What got worse, failed or is missing", "What was done")
 WIDE = (6, 66)  # columns, letters
 LONGEST_TEXT = 400  # characters of an answer, a reason or a name that are shown
@@ -72,22 +74,37 @@ class Example:
     said: dict[str, tuple[str, bool]]
 
 
+class Code(NamedTuple):
+    """Text to be copied as it stands."""
+
+    label: str
+    text: str
+
+
+Said = str | Finding | Chart | Table | Example | Code  # what a section is made of; a str is a paragraph
+
+
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A chapter.
-
-    Attributes:
-        parts: charts and tables in the order they are shown, a chart before the table of its figures.
-        code: (label, text) to be copied as it stands.
-    """
+    """A chapter; each list holds its kind in the order it was said, a chart before the table of its figures."""
 
     key: str
     title: str
-    notes: tuple[str, ...] = ()
-    findings: tuple[Finding, ...] = ()
-    parts: tuple[Chart | Table, ...] = ()
-    examples: tuple[Example, ...] = ()
-    code: tuple[tuple[str, str], ...] = ()
+    notes: list[str]
+    findings: list[Finding]
+    parts: list[Chart | Table]
+    examples: list[Example]
+    code: list[Code]
+
+    @classmethod
+    def of(cls, key: str, title: str, said: Iterable[Said]) -> Section:
+        """What a section says, sorted by its kind."""
+        everything = list(said)
+
+        def only(*kinds: type[Kind]) -> list[Kind]:
+            return [one for one in everything if isinstance(one, kinds)]
+
+        return cls(key, title, only(str), only(Finding), only(Chart, Table), only(Example), only(Code))
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ MANIFEST = f"{EXPORT}/{MANIFEST_NAME}"
 MODELS = ("dense", "cut", "slim")  # before; cut but not recovered; what was delivered
 
 Read = TypeVar("Read")
+Facts = dict[str, Any]  # what run.json says of a stage, or a line of a journal: JSON, as each stage writes it
 
 
 class StepLine(TypedDict):
@@ -72,18 +73,18 @@ class RunFiles:
     """
 
     folder: Path
-    record: dict[str, Any]
+    record: Facts
     plan: Plan | None
     scores: Scored | None
-    journal: list[dict[str, Any]] | None
+    journal: list[Facts] | None
     quality: Qualities | None
     manifest: Manifest | None
     profile: Profile | None
     digests: Mapping[str, tuple[str, int]]
 
-    def stage(self, name: str) -> dict[str, Any]:
+    def stage(self, name: str) -> Facts:
         """What run.json says of a stage; nothing where it never began."""
-        stage: dict[str, Any] = self.record["stages"].get(name, {})
+        stage: Facts = self.record["stages"].get(name, {})
         return stage
 
 
@@ -119,7 +120,7 @@ def read_run(folder: Path) -> RunFiles:
     )
 
 
-def _journal_file(stage: Mapping[str, Any]) -> str | None:
+def _journal_file(stage: Facts) -> str | None:
     """Where the lines of the recovery that counts are: it is moved up when it is finished."""
     return {"finished": JOURNAL, "running": f"recovery/{JOURNAL}"}.get(stage.get("status", ""))
 
@@ -141,14 +142,14 @@ def _read_scores(path: Path) -> Scored:
         return Scored(criterion, {name.removeprefix("values/"): file.get_tensor(name) for name in names})
 
 
-def _read_journal(path: Path) -> list[dict[str, Any]]:
+def _read_journal(path: Path) -> list[Facts]:
     """The lines; one that a killed process left half-written is dropped."""
     lines = content_of(path).split(b"\n")[:-1]
-    return [dict(_line(parse(line), f"line {number}")) for number, line in enumerate(lines, start=1)]
+    return [_line(parse(line), f"line {number}") for number, line in enumerate(lines, start=1)]
 
 
-def _line(line: Any, where: str) -> Mapping[str, Any]:
-    return decode(line, ValidationLine if "validation" in line else StepLine, where)
+def _line(line: Facts, where: str) -> Facts:
+    return dict(decode(line, ValidationLine if "validation" in line else StepLine, where))
 
 
 def _read_quality(path: Path) -> Qualities:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from PIL import Image
@@ -16,11 +17,10 @@ from slimvlm.compress.errors import SlimvlmError
 from slimvlm.compress.evaluation.quality import Quality, Row, exact_match
 from slimvlm.compress.run_record import options_of
 from slimvlm.compress.runs import QUALITY
-from slimvlm.serve.report.document import Example, Section, Table, percent, shown, whole
+from slimvlm.serve.report.document import Example, Said, Table, percent, shown, whole
 from slimvlm.serve.report.files import Qualities, RunFiles
 from slimvlm.serve.report.sections.quality import outcomes, right
 
-TITLE = "Answers side by side"
 SHOWN = {(True, False): 3, (False, True): 1, (False, False): 2, (True, True): 2}  # (dense, slim) right -> examples
 NAMES = {
     (True, True): "both right",
@@ -35,40 +35,41 @@ class _ChangedError(Exception):
     """The samples are not those that were evaluated."""
 
 
-def answers_section(files: RunFiles) -> Section:
+def answers_section(files: RunFiles) -> Iterator[Said]:
     """Counts of who was right, and examples of each case."""
     if files.quality is None:
-        return Section("answers", TITLE, ("Nothing was evaluated.",))
+        yield "Nothing was evaluated."
+        return
     dense, slim = (files.quality.models[name] for name in ("dense", "slim"))
     cases = outcomes(dense, slim)
     rows = [(NAMES[case], whole(len(places)), percent(len(places) / len(dense.rows))) for case, places in cases.items()]
-    table = Table("Who was right", ("", "questions", "share"), rows, f"{QUALITY}: rows of dense and slim")
+    yield Table("Who was right", ("", "questions", "share"), rows, f"{QUALITY}: rows of dense and slim")
     try:
         samples = _evaluated(files, files.quality)
-        examples = tuple(_example(files.quality, place, samples) for place in _chosen(dense, cases, files))
+        examples = [_example(files.quality, place, samples) for place in _chosen(dense, cases, files)]
     except (SlimvlmError, _ChangedError, OSError) as error:
-        note = f"No images are shown: the evaluated samples cannot be read again ({shown(error)})."
-        return Section("answers", TITLE, (note,), parts=(table,))
-    note = (
+        yield f"No images are shown: the evaluated samples cannot be read again ({shown(error)})."
+        return
+    yield (
         "The examples are drawn by the run's seed, from each of the four cases apart and from as many tasks and images "
         "as possible, so they show what happens, not how often: the table has the counts."
     )
-    return Section("answers", TITLE, (note,), parts=(table,), examples=examples)
+    yield from examples
 
 
 def _chosen(dense: Quality, cases: dict[tuple[bool, bool], list[int]], files: RunFiles) -> list[int]:
     """Places of rows, tasks and images that are not shown yet first."""
     generator = random.Random(files.record["options"]["seed"])
     chosen: list[int] = []
-    seen: dict[str, int] = {}
+    seen: Counter[str] = Counter()
     for case, count in SHOWN.items():
         places = list(cases[case])
         generator.shuffle(places)
         for _ in range(min(count, len(places))):
-            place = min(places, key=lambda one: seen.get(dense.rows[one].task, 0))
+            place = min(places, key=lambda one: seen[dense.rows[one].task])
             places.remove(place)
             chosen.append(place)
-            seen[dense.rows[place].task] = seen.get(dense.rows[place].task, 0) + 1
+            seen[dense.rows[place].task] += 1
     return chosen
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
 
 from slimvlm.compress.options import STAGES
 from slimvlm.export.running.manifest import Manifest
-from slimvlm.serve.report.document import Finding, Section, Table, figure, percent, shown, whole
-from slimvlm.serve.report.files import MANIFEST, RunFiles
+from slimvlm.serve.report.document import Code, Finding, Said, Table, figure, percent, shown, whole
+from slimvlm.serve.report.files import MANIFEST, Facts, RunFiles
 
 CHECKED = (  # stage, field, what it says
     ("slice", "masked_difference", "cut model against the dense model with the same units masked, relative"),
@@ -20,31 +19,30 @@ CHECKED = (  # stage, field, what it says
 )
 
 
-def parity_section(files: RunFiles) -> Section:
+def parity_section(files: RunFiles) -> Iterator[Said]:
     """Differences between what must be equal: of the checkpoints, and of every exported graph."""
     rows = [
         (text, figure(files.stage(stage)[field]))
         for stage, field, text in CHECKED
         if files.stage(stage).get(field) is not None
     ]
-    tables = [Table("Checkpoint", ("compared", "difference"), rows, "run.json: stages.slice, stages.recover")]
-    notes = ["A run stops at the first of these checks that fails, so a finished stage has passed its own."]
-    if files.manifest is None:
-        notes.append("The model was not exported: there is no export/manifest.json.")
-        refused = files.stage("export").get("refused")
-        told = (Finding(shown(f"Not exported: {refused}"), "run.json: stages.export.refused", bad=True),)
-        return Section("parity", "Parity", tuple(notes), findings=told if refused else (), parts=tuple(tables))
+    yield "A run stops at the first of these checks that fails, so a finished stage has passed its own."
+    yield Table("Checkpoint", ("compared", "difference"), rows, "run.json: stages.slice, stages.recover")
     manifest = files.manifest
-    tables.append(_graph_table(manifest))
+    if manifest is None:
+        yield "The model was not exported: there is no export/manifest.json."
+        if refused := files.stage("export").get("refused"):
+            yield Finding(shown(f"Not exported: {refused}"), "run.json: stages.export.refused", bad=True)
+        return
+    yield _graph_table(manifest)
     if manifest.checks:
-        tables.append(_token_table(manifest))
+        yield _token_table(manifest)
     if any("loss" in check for check in manifest.checks):
-        tables.append(_logit_table(manifest))
-    found = tuple(Finding(shown(text), f"{MANIFEST}: failures", bad=True) for text in manifest.failures)
-    if not found:
+        yield _logit_table(manifest)
+    yield from (Finding(shown(text), f"{MANIFEST}: failures", bad=True) for text in manifest.failures)
+    if not manifest.failures:
         count = whole(len(manifest.artifacts))
-        found = (Finding(f"All {count} exported graphs are within their tolerances.", f"{MANIFEST}: ok"),)
-    return Section("parity", "Parity", tuple(notes), findings=found, parts=tuple(tables))
+        yield Finding(f"All {count} exported graphs are within their tolerances.", f"{MANIFEST}: ok")
 
 
 def _graph_table(manifest: Manifest) -> Table:
@@ -67,7 +65,7 @@ def _graph_table(manifest: Manifest) -> Table:
     return Table(title, columns, rows, f"{MANIFEST}: artifacts[].parity, tolerances", texts=3)
 
 
-def _worst(cases: list[dict[str, Any]], name: str, worse: Callable[[list[float]], float]) -> float | None:
+def _worst(cases: list[Facts], name: str, worse: Callable[[list[float]], float]) -> float | None:
     """None where there is no case, or one that gave no finite number."""
     values = [case[name] for case in cases]
     return worse(values) if values and None not in values else None
@@ -108,43 +106,30 @@ def _logit_table(manifest: Manifest) -> Table:
 # ------------------------------------------------------------------ repeat
 
 
-def repeat_section(files: RunFiles) -> Section:
+def repeat_section(files: RunFiles) -> Iterator[Said]:
     """Command, options, versions, seeds and digests."""
     record = files.record
-    return Section(
-        "repeat",
-        "To repeat it",
-        notes=(
-            "The paths are as they were given; a digest says whether a model or data are the same without a path. "
-            "run.json is not among the digests: every later command adds to it.",
-        ),
-        code=(("Command", shlex.join(map(str, record["command"]))),),
-        parts=(
-            _pairs("Versions", record["versions"], "run.json: versions"),
-            Table("Seeds", ("", "value"), list(_seeds(files)), "run.json, plan.json, quality.json: the fields named"),
-            Table("Digests (sha256)", ("", "value", "bytes"), list(_digests(files)), "run.json; the files", texts=2),
-            Table("Stages", ("stage", "status", "seconds"), list(_stages(record)), "run.json: stages", texts=2),
-            _pairs("Options", record["options"], "run.json: options"),
-            *_recovery_options(files),
-            *_bad_samples(files),
-        ),
+    yield (
+        "The paths are as they were given; a digest says whether a model or data are the same without a path. "
+        "run.json is not among the digests: every later command adds to it."
     )
+    yield Code("Command", shlex.join(map(str, record["command"])))
+    yield _pairs("Versions", record["versions"], "run.json: versions")
+    yield Table("Seeds", ("", "value"), list(_seeds(files)), "run.json, plan.json, quality.json: the fields named")
+    yield Table("Digests (sha256)", ("", "value", "bytes"), list(_digests(files)), "run.json; the files", texts=2)
+    yield Table("Stages", ("stage", "status", "seconds"), list(_stages(record)), "run.json: stages", texts=2)
+    yield _pairs("Options", record["options"], "run.json: options")
+    if options := files.stage("recover").get("options"):
+        yield _pairs("Options of the recovery", options, "run.json: stages.recover.options")
+    if bad := files.stage("plan").get("bad_samples"):
+        yield Table(
+            "Samples left out", ("sample: reason",), [(one,) for one in bad], "run.json: stages.plan.bad_samples"
+        )
 
 
-def _pairs(title: str, values: Mapping[str, Any], source: str) -> Table:
+def _pairs(title: str, values: Facts, source: str) -> Table:
     rows = [(name, value if isinstance(value, str) else json.dumps(value)) for name, value in sorted(values.items())]
     return Table(title, ("", "value"), rows, source, texts=2)
-
-
-def _recovery_options(files: RunFiles) -> tuple[Table, ...]:
-    options = files.stage("recover").get("options")
-    return (_pairs("Options of the recovery", options, "run.json: stages.recover.options"),) if options else ()
-
-
-def _bad_samples(files: RunFiles) -> tuple[Table, ...]:
-    bad = files.stage("plan").get("bad_samples") or ()
-    rows = [(one,) for one in bad]
-    return (Table("Samples left out", ("sample: reason",), rows, "run.json: stages.plan.bad_samples"),) if bad else ()
 
 
 def _seeds(files: RunFiles) -> Iterator[tuple[str, str]]:
@@ -168,7 +153,7 @@ def _digests(files: RunFiles) -> Iterator[tuple[str, str, str]]:
         yield name, digest, whole(size)
 
 
-def _stages(record: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+def _stages(record: Facts) -> Iterator[tuple[str, str, str]]:
     for name in sorted(record["stages"], key=lambda name: (name not in STAGES, (*STAGES, name).index(name))):
         stage = record["stages"][name]
         seconds = stage.get("seconds")

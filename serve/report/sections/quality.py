@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -19,44 +20,36 @@ from slimvlm.compress.evaluation.quality import (
 )
 from slimvlm.compress.runs import QUALITY
 from slimvlm.serve.report.charts import Estimate, task_dots
-from slimvlm.serve.report.document import Chart, Finding, Section, Table, figure, percent, points, share, shown, whole
+from slimvlm.serve.report.document import Chart, Finding, Said, Table, figure, percent, points, share, shown, whole
 from slimvlm.serve.report.files import RunFiles
 
-TITLE = "Quality"
 LEVEL, NORMAL_QUANTILE = 0.95, 1.959964  # of the intervals; the standard normal's (1 + LEVEL) / 2 quantile
 CHARTED = 24  # tasks; the table has all
 
 
-def quality_section(files: RunFiles) -> Section:
+def quality_section(files: RunFiles) -> Iterator[Said]:
     """Accuracy per task and over all of them."""
     measured = files.quality
     if measured is None:
         text = "The quality was not measured: nothing is known of what the cut cost."
-        return Section("quality", TITLE, (text,), findings=(Finding(text, "run.json: stages.evaluate", bad=True),))
-    models, comparison = measured.models, measured.comparison
+        yield from (text, Finding(text, "run.json: stages.evaluate", bad=True))
+        return
+    models, blind, comparison = measured.models, measured.blind, measured.comparison
     by_task = {name: {task: one.of_task(task) for task in one.tasks} for name, one in models.items()}
-    nothing = untold(models["dense"], measured.blind, models["slim"], comparison.seed)
+    nothing = untold(models["dense"], blind, models["slim"], comparison.seed)
     changes = _changes(by_task["dense"], by_task["slim"], comparison)
     estimates = {task: {name: _estimate(found[task]) for name, found in by_task.items()} for task in changes}
-    return Section(
-        "quality",
-        TITLE,
-        notes=_notes(files, comparison),
-        findings=(
-            *_overall_findings(comparison),
-            *_recovery_findings(models, comparison),
-            *_task_findings({task: change for task, change in changes.items() if task not in nothing}),
-            *_blind_findings(measured.blind, nothing),
-            *_sample_findings(files),
-        ),
-        parts=(
-            _chart(estimates, comparison),
-            _task_table(models, estimates, measured.blind),
-            _change_table(comparison, changes, nothing),
-            _score_table(models),
-            *_vendor_tables(models, comparison.metric),
-        ),
-    )
+    yield from _notes(models, comparison)
+    yield _overall_finding(comparison)
+    yield from _recovery_findings(models, comparison)
+    yield from _task_findings({task: change for task, change in changes.items() if task not in nothing})
+    yield from _blind_findings(blind, nothing)
+    yield from _sample_findings(files)
+    yield _chart(estimates, comparison)
+    yield _task_table(models, estimates, blind)
+    yield _change_table(comparison, changes, nothing)
+    yield _score_table(models)
+    yield from _vendor_tables(models, comparison.metric)
 
 
 def right(row: Row, kind: str) -> float:
@@ -64,16 +57,18 @@ def right(row: Row, kind: str) -> float:
     return METRICS[kind][PRIMARY[kind]](row)
 
 
-def _notes(files: RunFiles, comparison: Comparison) -> tuple[str, ...]:
-    kind = files.quality.models["dense"].kind if files.quality else "generation"
-    return (
-        f"{whole(comparison.questions)} questions, the same for every model; the figure is {METRIC_NAMES[kind]}.",
+def _notes(models: Mapping[str, Quality], comparison: Comparison) -> Iterator[str]:
+    yield (
+        f"{whole(comparison.questions)} questions, the same for every model; the figure is "
+        f"{METRIC_NAMES[models['dense'].kind]}."
+    )
+    yield (
         "dense is the model that was given, slim the one that was made"
-        + (", cut the same before its recovery" if files.quality and "cut" in files.quality.models else "")
+        + (", cut the same before its recovery" if "cut" in models else "")
         + f". A model's interval is Wilson's at {share(LEVEL)} for its questions of that task, widened where they "
         "share images; the interval of a change is a paired bootstrap over the "
         f"{whole(comparison.images)} images, each with all its questions ({whole(comparison.resamples)} resamples, "
-        f"seed {comparison.seed}, {share(comparison.level)}). Of many intervals some miss 0 by chance.",
+        f"seed {comparison.seed}, {share(comparison.level)}). Of many intervals some miss 0 by chance."
     )
 
 
@@ -85,97 +80,81 @@ METRIC_NAMES = {
 
 def _changes(dense: dict[str, Quality], slim: dict[str, Quality], overall: Comparison) -> dict[str, Comparison]:
     """Slim minus dense per task, with the settings of the overall comparison; what lost most first."""
-    found = {
-        task: compare(
-            dense[task],
-            slim[task],
-            overall.seed,
-            metric=overall.metric,
-            resamples=overall.resamples,
-            level=overall.level,
-        )
-        for task in dense
-    }
+    alike = partial(compare, seed=overall.seed, metric=overall.metric, resamples=overall.resamples, level=overall.level)
+    found = {task: alike(dense[task], slim[task]) for task in dense}
     return dict(sorted(found.items(), key=lambda item: (item[1].difference, item[0])))
 
 
 # ------------------------------------------------------------------ findings
 
 
-def _overall_findings(comparison: Comparison) -> tuple[Finding, ...]:
+def _overall_finding(comparison: Comparison) -> Finding:
     level, interval = share(comparison.level), _points_interval(comparison)
-    source = f"{QUALITY}: comparison"
     if verdict(comparison) == "worse":
         text = (
             f"Quality fell by {100 * comparison.drop:.1f} points ({level} interval of the change: {interval}): from "
             f"{percent(comparison.dense)} to {percent(comparison.slim)}, mean of tasks."
         )
-        return (Finding(text, source, bad=True),)
+        return Finding(text, f"{QUALITY}: comparison", bad=True)
     relation = "rose" if verdict(comparison) == "better" else "did not change measurably"
     text = (
         f"Quality {relation}: {percent(comparison.dense)} before, {percent(comparison.slim)} after, mean of tasks "
         f"({level} interval of the change: {interval} points)."
     )
-    return (Finding(text, source),)
+    return Finding(text, f"{QUALITY}: comparison")
 
 
-def _recovery_findings(models: Mapping[str, Quality], comparison: Comparison) -> tuple[Finding, ...]:
+def _recovery_findings(models: Mapping[str, Quality], comparison: Comparison) -> Iterator[Finding]:
     """What the recovery gave on the evaluated questions, which it has not seen."""
     if "cut" not in models:
-        return ()
+        return
     gain = compare(models["cut"], models["slim"], comparison.seed, metric=comparison.metric)
-    source = f"{QUALITY}: rows of cut and slim"
-    text = (
-        f"from {percent(gain.dense)} to {percent(gain.slim)} on the evaluated questions ({share(gain.level)} "
-        f"interval of the change: {_points_interval(gain)} points)"
+    did = {"better": "The recovery took the cut model", "worse": "The recovery made the cut model worse:"}.get(
+        verdict(gain), "The recovery did not help measurably: it took the cut model"
     )
-    if verdict(gain) == "better":
-        return (Finding(f"The recovery took the cut model {text}.", source),)
-    if verdict(gain) == "worse":
-        return (Finding(f"The recovery made the cut model worse: {text}.", source, bad=True),)
-    return (Finding(f"The recovery did not help measurably: it took the cut model {text}.", source, bad=True),)
+    text = (
+        f"{did} from {percent(gain.dense)} to {percent(gain.slim)} on the evaluated questions ({share(gain.level)} "
+        f"interval of the change: {_points_interval(gain)} points)."
+    )
+    yield Finding(text, f"{QUALITY}: rows of cut and slim", bad=verdict(gain) != "better")
 
 
-def _task_findings(changes: dict[str, Comparison]) -> tuple[Finding, ...]:
+def _task_findings(changes: dict[str, Comparison]) -> Iterator[Finding]:
     if len(changes) < 2:
-        return ()
+        return
     fell = [(change.difference, task) for task, change in changes.items() if verdict(change) == "worse"]
     unsure = [task for task, change in changes.items() if verdict(change) == "undecided" and change.difference < 0]
-    source = f"{QUALITY}: rows, per task"
-    if not fell:
-        return (Finding(f"No single task of {len(changes)} fell by more than chance explains.", source),)
-    text = ", ".join(f"{shown(task)} ({points(difference)})" for difference, task in fell)
-    more = f"; {len(unsure)} more fell within what chance explains" if unsure else ""
-    verb = "task" if len(fell) == 1 else "tasks"
-    found = f"{len(fell)} {verb} of {len(changes)} got worse, in points: {text}{more}."
-    return (Finding(found, source, bad=True),)
+    text = f"No single task of {len(changes)} fell by more than chance explains."
+    if fell:
+        named = ", ".join(f"{shown(task)} ({points(difference)})" for difference, task in fell)
+        more = f"; {len(unsure)} more fell within what chance explains" if unsure else ""
+        tasks = "task" if len(fell) == 1 else "tasks"
+        text = f"{len(fell)} {tasks} of {len(changes)} got worse, in points: {named}{more}."
+    yield Finding(text, f"{QUALITY}: rows, per task", bad=bool(fell))
 
 
-def _blind_findings(blind: Quality | None, nothing: Sequence[str]) -> tuple[Finding, ...]:
+def _blind_findings(blind: Quality | None, nothing: Sequence[str]) -> Iterator[Finding]:
     if blind is None:
-        return ()
+        return
     text = f"With the images shuffled the dense model gets {percent(blind.score)} right: so much needs no image."
-    findings = [Finding(text, f"{QUALITY}: blind.scores")]
+    yield Finding(text, f"{QUALITY}: blind.scores")
     if nothing:
         names = ", ".join(map(shown, nothing)) if len(blind.tasks) > 1 else "This evaluation"
         text = f"{names}: tells nothing of the cut, for the dense model is not measurably better with its own images."
-        findings.append(Finding(text, f"{QUALITY}: rows of dense and blind, per task", bad=True))
-    return tuple(findings)
+        yield Finding(text, f"{QUALITY}: rows of dense and blind, per task", bad=True)
 
 
-def _sample_findings(files: RunFiles) -> tuple[Finding, ...]:
-    found = []
+def _sample_findings(files: RunFiles) -> Iterator[Finding]:
     if files.stage("evaluate").get("held_out") is False:
         text = "The evaluated samples are those the model was calibrated on: its figures may flatter."
-        found.append(Finding(text, "run.json: stages.evaluate.held_out", bad=True))
+        yield Finding(text, "run.json: stages.evaluate.held_out", bad=True)
     for stage, use in (("plan", "calibrated"), ("recover", "trained")):
         if left_out := files.stage(stage).get("left_out_samples"):
             text = f"{whole(left_out)} samples were not {use} on: the evaluation shows their images."
-            found.append(Finding(text, f"run.json: stages.{stage}.left_out_samples"))
+            yield Finding(text, f"run.json: stages.{stage}.left_out_samples")
     if bad := files.stage("plan").get("bad_samples"):
         text = f"{len(bad)} samples could not be read and were left out."
-        found.append(Finding(text, "run.json: stages.plan.bad_samples", bad=True))
-    return tuple(found)
+        yield Finding(text, "run.json: stages.plan.bad_samples", bad=True)
 
 
 def verdict(change: Comparison) -> str:
@@ -275,19 +254,15 @@ def _score_table(models: Mapping[str, Quality]) -> Table:
     return Table("All figures, mean of tasks", ("", *models), rows, source)
 
 
-def _vendor_tables(models: Mapping[str, Quality], metric: str) -> tuple[Table, ...]:
+def _vendor_tables(models: Mapping[str, Quality], metric: str) -> Iterator[Table]:
     vendors = models["dense"].vendors
-    if len(vendors) < 2:
-        return ()
     rows = [
-        (
-            *(vendor, whole(figures["questions"])),
-            *(percent(quality.vendors[vendor][metric]) for quality in models.values()),
-        )
+        (vendor, whole(figures["questions"]), *(percent(one.vendors[vendor][metric]) for one in models.values()))
         for vendor, figures in vendors.items()
     ]
-    source = f"{QUALITY}: vendors of {', '.join(models)}"
-    return (Table("Per source of the images", ("source", "questions", *models), rows, source),)
+    if len(vendors) > 1:
+        columns, source = ("source", "questions", *models), f"{QUALITY}: vendors of {', '.join(models)}"
+        yield Table("Per source of the images", columns, rows, source)
 
 
 def outcomes(dense: Quality, slim: Quality) -> dict[tuple[bool, bool], list[int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +12,7 @@ from slimvlm.compress.models.families import FAMILIES
 from slimvlm.compress.plan import BLOCK, Plan
 from slimvlm.compress.runs import PLAN, SCORES
 from slimvlm.serve.report.charts import kept_bars, score_steps, size_bars
-from slimvlm.serve.report.document import Chart, Finding, Section, Table, change, figure, percent, shown, whole
+from slimvlm.serve.report.document import Chart, Finding, Said, Table, change, figure, percent, shown, whole
 from slimvlm.serve.report.files import RunFiles, Scored
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -32,76 +32,65 @@ class _Part:
         return UNITS.get(self.part, self.part)
 
 
-def removed_section(files: RunFiles) -> Section:
+def removed_section(files: RunFiles) -> Iterator[Said]:
     """The plan in bars and tables."""
-    if files.plan is None:
-        return Section("removed", "What was removed", ("No plan was made yet: the stage `plan` is not finished.",))
-    parts = _parts(files.plan)
-    return Section(
-        "removed",
-        "What was removed",
-        notes=(
-            "The towers' figures count what can be cut: the attention and MLP weights of their blocks. Embeddings, "
-            "norms, projector and output head stay, and count in the whole model only.",
-        ),
-        findings=_findings(files.plan),
-        parts=(
-            _size_chart(files.plan),
-            _size_table(files.plan),
-            *(
-                shown_part
-                for number, part in enumerate(parts)
-                for shown_part in (_chart(number, part), _layer_table(part))
-            ),
-        ),
+    plan = files.plan
+    if plan is None:
+        yield "No plan was made yet: the stage `plan` is not finished."
+        return
+    yield (
+        "The towers' figures count what can be cut: the attention and MLP weights of their blocks. Embeddings, norms, "
+        "projector and output head stay, and count in the whole model only."
     )
+    yield from _findings(plan)
+    yield from (_size_chart(plan), _size_table(plan))
+    for number, part in enumerate(_parts(plan)):
+        yield from (_chart(number, part), _layer_table(part))
 
 
-def scores_section(files: RunFiles) -> Section:
+def scores_section(files: RunFiles) -> Iterator[Said]:
     """How the importance of the units is distributed, per modality."""
     if files.scores is None or files.plan is None:
-        return Section("scores", "Scores", ("No scores are there: the stage `plan` is not finished.",))
+        yield "No scores are there: the stage `plan` is not finished."
+        return
     by_modality = _by_modality(files.plan, files.scores)
-    notes = [
+    yield (
         f"One score per unit that could still be cut, by the criterion {shown(files.scores.criterion)}; the units with "
         "the lowest scores go first, within the limits of the budget."
-    ]
+    )
     if files.plan.rounds > 1:
-        notes.append(
+        yield (
             f"The plan was made in {files.plan.rounds} rounds; these are the scores of the last one, on the model as "
             "the rounds before had cut it. What left earlier has no score here."
         )
-    charts: tuple[Chart, ...] = ()
     if any((values > 0).any() for values in by_modality.values()):
-        charts = (score_steps("scores", "Distribution of the scores per modality", by_modality),)
-    return Section("scores", "Scores", tuple(notes), parts=(*charts, _score_table(by_modality)))
+        yield score_steps("scores", "Distribution of the scores per modality", by_modality)
+    yield _score_table(by_modality)
 
 
-def _findings(plan: Plan) -> tuple[Finding, ...]:
+def _findings(plan: Plan) -> Iterator[Finding]:
     before, after = plan.parameters_before, plan.parameters_after
-    removed = Finding(
+    yield Finding(
         f"{percent(plan.removed_fraction)} of all parameters are gone: {whole(before)} before, {whole(after)} after "
         f"({percent(plan.ratio)} was asked for).",
         f"{PLAN}: parameters_before, parameters_after, ratio",
     )
-    found = [removed]
     for tower, blocks in plan.dropped.items():
         text = f"The last {blocks} blocks of {shown(tower)} left whole and for free: nothing reads their output."
-        found.append(Finding(text, f"{PLAN}: dropped, dropped_parameters ({whole(plan.dropped_parameters)})"))
+        yield Finding(text, f"{PLAN}: dropped, dropped_parameters ({whole(plan.dropped_parameters)})")
     for tower, gone in plan.gone.items():
         numbers = f" (counted from 0: {', '.join(map(str, gone))})" if gone else ""
         text = (
             f"Of the {len(gone) + len(plan.blocks[tower])} blocks of {shown(tower)}, {len(gone)} left whole{numbers}."
         )
-        found.append(Finding(text, f"{PLAN}: keep of {shown(tower)}.{BLOCK}"))
+        yield Finding(text, f"{PLAN}: keep of {shown(tower)}.{BLOCK}")
     if plan.overshoots:
         text = f"That is {percent(plan.removed_fraction - plan.ratio)} of all parameters more than was asked for."
-        found.append(Finding(text, f"{PLAN}: parameters_after, ratio", bad=True))
+        yield Finding(text, f"{PLAN}: parameters_after, ratio", bad=True)
     if plan.rescued:
         groups = ", ".join(map(shown, plan.rescued))
         text = f"{groups} would have been emptied and keep one unit each."
-        found.append(Finding(text, f"{PLAN}: rescued", bad=True))
-    return tuple(found)
+        yield Finding(text, f"{PLAN}: rescued", bad=True)
 
 
 def _parts(plan: Plan) -> list[_Part]:

@@ -11,7 +11,7 @@ from slimvlm.serve.judging.intervals import LEVEL, RATIO_RULE
 from slimvlm.serve.judging.verdict import BOUND_RULE, nothing_faster
 from slimvlm.serve.profile import FAILED, FASTER, MEASURED, OUT_OF_MEMORY, SLOWER, TOO_NOISY, Cell, Profile, Ratio, Run
 from slimvlm.serve.report.charts import Estimate, memory_bars, speedup_dots, time_dots
-from slimvlm.serve.report.document import Chart, Finding, Section, change, share, shown
+from slimvlm.serve.report.document import Chart, Code, Finding, Said, change, share, shown
 from slimvlm.serve.report.files import RunFiles
 from slimvlm.serve.report.sections.running_tables import (
     MIB,
@@ -23,13 +23,12 @@ from slimvlm.serve.report.sections.running_tables import (
     tables,
 )
 
-TITLE = "Latency and memory"
 CHARTED = ("vision", "text", "ttft", "tpot", "end_to_end")  # phases of the speed-up charts; the tables have all
 NAMED = 3  # cells or phases that one finding names; the tables have all
 GROWN = 0.01  # of memory, that counts as more
 
 
-def running_section(files: RunFiles) -> Section:
+def running_section(files: RunFiles) -> Iterator[Said]:
     """What a profile says."""
     profile = files.profile
     if profile is None:
@@ -37,32 +36,34 @@ def running_section(files: RunFiles) -> Section:
         source = "no profile.json"
         if reason := files.stage("profile").get("refused"):
             text, source = f"{text} {shown(reason)}", "run.json: stages.profile.refused"
-        return Section("running", TITLE, (text,), findings=(Finding(text, source, bad=True),))
+        yield from (text, Finding(text, source, bad=True))
+        return
     cells = [Numbered(number, cell) for number, cell in enumerate(profile.cells, start=1)]
-    return Section(
-        "running",
-        TITLE,
-        notes=_notes(profile),
-        findings=tuple(_findings(profile, cells)),
-        parts=(*_charts(cells, profile), *tables(profile, cells)),
-        code=(("Command of the measurement", shlex.join(profile.command)),),
-    )
+    yield from _notes(profile)
+    yield from _findings(profile, cells)
+    yield from _charts(cells, profile)
+    yield from tables(profile, cells)
+    yield Code("Command of the measurement", shlex.join(profile.command))
 
 
-def _notes(profile: Profile) -> tuple[str, ...]:
-    nature = "The device is a CPU: no figure here is a GPU's." if profile.device.kind == "cpu" else ""
-    return (
-        f"Everything here was measured on one device: {device_words(profile.device)}. {nature}".strip(),
+def _notes(profile: Profile) -> Iterator[str]:
+    nature = " The device is a CPU: no figure here is a GPU's." if profile.device.kind == "cpu" else ""
+    yield f"Everything here was measured on one device: {device_words(profile.device)}.{nature}"
+    yield (
         "Times are medians over rounds, averaged over starts of the models' processes; in every round the models take "
         "turns, so that what slows the machine down slows both. A speed-up is the dense time over the slim one; above "
         f"1 the slim model is faster. Its interval is a {share(LEVEL)} bootstrap over starts, then the rounds of each "
-        f"(seed {profile.seed}), widened because the starts are few. The rule is: {RATIO_RULE}.",
+        f"(seed {profile.seed}), widened because the starts are few. The rule is: {RATIO_RULE}."
+    )
+    yield (
         "Work is counted from the shapes of the models and compared with rates measured on this device. The rule is: "
-        f"{BOUND_RULE}.",
+        f"{BOUND_RULE}."
+    )
+    yield (
         "Time to first token is from pixels and prompt to the first token; time per token is the mean of the later "
         "ones. Memory is of a process per model, less what the imports took; none where it cannot be read. Loaded is "
         "what the process holds of its own, mapped files are beside it, and the peak holds both; on a GPU the driver's "
-        "figure counts every allocator.",
+        "figure counts every allocator."
     )
 
 

@@ -38,19 +38,14 @@ class Numbered:
 
 
 def tables(profile: Profile, cells: Sequence[Numbered]) -> Iterator[Table]:
-    """All of them, what users look for first."""
+    """All that have a row, what users look for first."""
     device = shown(profile.device.name)
-    yield _models(profile.models)
-    yield from _workloads(cells)
-    yield from _latency(cells, device)
-    yield from _decoder_tests(profile, device)
-    yield from _verdicts(profile, device)
-    yield from _device_use(cells, device)
-    yield from _memory(cells, device)
-    yield from _limits(profile)
-    yield _origins(profile.models)
-    yield _device(profile.device)
-    yield _settings(profile)
+    found = (
+        *(_models(profile.models), _workloads(cells), _latency(cells, device), _decoder_tests(profile, device)),
+        *(_verdicts(profile, device), _device_use(cells, device), _memory(cells, device), _limits(profile)),
+        *(_origins(profile.models), _device(profile.device), _settings(profile)),
+    )
+    return (table for table in found if table.rows)
 
 
 def device_words(device: Device) -> str:
@@ -100,7 +95,7 @@ def _compared(name: str, values: Sequence[int | None]) -> tuple[str, ...]:
     return name, *(_count(value) for value in values), *moved
 
 
-def _workloads(cells: Sequence[Numbered]) -> Iterator[Table]:
+def _workloads(cells: Sequence[Numbered]) -> Table:
     rows = [
         (
             *(str(one.number), shown(one.cell.backend), shown(one.cell.dtype), _status(one.cell)),
@@ -111,8 +106,7 @@ def _workloads(cells: Sequence[Numbered]) -> Iterator[Table]:
     ]
     columns = ("workload", "backend", "dtype", "status", "batch", "image", "prompt tokens", "new tokens")
     counted = ("starts", "rounds of each")
-    if rows:
-        yield Table("Workloads", (*columns, *counted), rows, f"{PROFILE}: cells", texts=4)
+    return Table("Workloads", (*columns, *counted), rows, f"{PROFILE}: cells", texts=4)
 
 
 def _status(cell: Cell) -> str:
@@ -131,7 +125,7 @@ def _image(cell: Cell) -> str:
     return f"{cell.image_size[0]} x {cell.image_size[1]}"
 
 
-def _latency(cells: Sequence[Numbered], device: str) -> Iterator[Table]:
+def _latency(cells: Sequence[Numbered], device: str) -> Table:
     rows = []
     for one in cells:
         runs = one.cell.runs
@@ -150,20 +144,18 @@ def _latency(cells: Sequence[Numbered], device: str) -> Iterator[Table]:
         *("dense, tokens/s", "slim, tokens/s"),
     )
     source = f"{PROFILE}: cells[].runs.*.medians, .tokens_per_second; cells[].ratios (samples: runs.*.seconds)"
-    if rows:
-        yield Table(f"Times on {device}", columns, rows, source, texts=3)
+    return Table(f"Times on {device}", columns, rows, source, texts=3)
 
 
 def _of(runs: Mapping[str, Run], model: str, field: str, phase: str) -> float | None:
     return (getattr(runs[model], field) or {}).get(phase) if model in runs else None
 
 
-def _decoder_tests(profile: Profile, device: str) -> Iterator[Table]:
+def _decoder_tests(profile: Profile, device: str) -> Table:
     rows = [row for test in profile.decoder_tests for row in _decoder_rows(test, profile)]
     columns = ("model", "backend", "test", "size, MiB", "parameters", "threads", "tokens/s", "speed-up")
     title = f"The language model alone, as llama-bench names its tests, on {device}"
-    if rows:
-        yield Table(title, columns, rows, f"{PROFILE}: decoder_tests, models, device.threads", texts=3)
+    return Table(title, columns, rows, f"{PROFILE}: decoder_tests, models, device.threads", texts=3)
 
 
 def _decoder_rows(test: DecoderTest, profile: Profile) -> Iterator[tuple[str, ...]]:
@@ -181,7 +173,7 @@ def _decoder_rows(test: DecoderTest, profile: Profile) -> Iterator[tuple[str, ..
         yield "none", backend, shown(test.name), "", "", "", status, ""
 
 
-def _verdicts(profile: Profile, device: str) -> Iterator[Table]:
+def _verdicts(profile: Profile, device: str) -> Table:
     rows = [
         (
             *(shown(one.backend), PHASE_NAMES.get(one.phase, shown(one.phase)), shown(one.workload)),
@@ -191,11 +183,10 @@ def _verdicts(profile: Profile, device: str) -> Iterator[Table]:
         for one in profile.verdicts
     ]
     columns = ("backend", "phase", "workload", "bound", "because", "ideal", "measured", "gain reached")
-    if rows:
-        yield Table(f"What holds the slim model back on {device}", columns, rows, f"{PROFILE}: verdicts", texts=5)
+    return Table(f"What holds the slim model back on {device}", columns, rows, f"{PROFILE}: verdicts", texts=5)
 
 
-def _device_use(cells: Sequence[Numbered], device: str) -> Iterator[Table]:
+def _device_use(cells: Sequence[Numbered], device: str) -> Table:
     rows = [
         (
             *(str(one.number), shown(one.cell.backend), PHASE_NAMES[phase], model),
@@ -209,15 +200,14 @@ def _device_use(cells: Sequence[Numbered], device: str) -> Iterator[Table]:
     ]
     columns = ("workload", "backend", "phase", "model", "GFLOP", "MiB moved", "MFU", "MBU")
     title = f"Work, and shares of the matmul rate (MFU) and copy bandwidth (MBU) of {device}"
-    if rows:
-        yield Table(title, columns, rows, f"{PROFILE}: cells[].runs.*.flops, .bytes, .mfu, .mbu", texts=4)
+    return Table(title, columns, rows, f"{PROFILE}: cells[].runs.*.flops, .bytes, .mfu, .mbu", texts=4)
 
 
 def _share(shares: Mapping[str, float] | None, phase: str) -> str:
     return "none" if shares is None or phase not in shares else f"{figure(100 * shares[phase])} %"
 
 
-def _memory(cells: Sequence[Numbered], device: str) -> Iterator[Table]:
+def _memory(cells: Sequence[Numbered], device: str) -> Table:
     used = [
         field.name
         for field in fields(Memory)
@@ -236,8 +226,7 @@ def _memory(cells: Sequence[Numbered], device: str) -> Iterator[Table]:
     names = (f"{MEMORY_NAMES[name]}, MiB" for name in used)
     columns = ("workload", "backend", "model", *names, "load time, s", "energy, J/token")
     source = f"{PROFILE}: cells[].runs.*.memory, .load_seconds (median), .energy_joules_per_token"
-    if rows:
-        yield Table(f"Memory, load time and energy on {device}", columns, rows, source, texts=3)
+    return Table(f"Memory, load time and energy on {device}", columns, rows, source, texts=3)
 
 
 def _count(number: int | None) -> str:
@@ -248,7 +237,7 @@ def _mib(count: int | None) -> str:
     return number(None if count is None else count / MIB)
 
 
-def _limits(profile: Profile) -> Iterator[Table]:
+def _limits(profile: Profile) -> Table:
     rows = [
         (
             *(shown(one.name), "crossed" if one.crossed else "holds", shown(one.cell)),
@@ -256,9 +245,8 @@ def _limits(profile: Profile) -> Iterator[Table]:
         )
         for one in profile.limits
     ]
-    if rows:
-        columns = ("limit", "", "worst workload", "accepted", "worst")
-        yield Table("Limits", columns, rows, f"{PROFILE}: limits", texts=3)
+    columns = ("limit", "", "worst workload", "accepted", "worst")
+    return Table("Limits", columns, rows, f"{PROFILE}: limits", texts=3)
 
 
 def _device(device: Device) -> Table:

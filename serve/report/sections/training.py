@@ -2,115 +2,93 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
 
 from slimvlm.compress.runs import JOURNAL
 from slimvlm.serve.report.charts import Curve, training_curve
-from slimvlm.serve.report.document import Chart, Finding, Section, Table, figure, percent, shown, whole
-from slimvlm.serve.report.files import RunFiles
+from slimvlm.serve.report.document import Chart, Finding, Said, Table, figure, percent, shown, whole
+from slimvlm.serve.report.files import Facts, RunFiles
 
 RECOVER = "run.json: stages.recover"
-TITLE = "Recovery"
 
 
-def recovery_section(files: RunFiles) -> Section:
+def recovery_section(files: RunFiles) -> Iterator[Said]:
     """The recover stage."""
     stage = files.stage("recover")
     if not stage:
         text = "The cut model was not trained afterwards: there was no recovery."
-        return Section("recovery", TITLE, (text,), findings=(Finding(text, "run.json: stages has no recover"),))
-    lines = files.journal or []
-    steps = [line for line in lines if "stage" in line]
-    validations = [line for line in lines if "validation" in line]
+        yield from (text, Finding(text, "run.json: stages has no recover"))
+        return
+    steps = [line for line in files.journal or [] if "stage" in line]
+    validations = [line for line in files.journal or [] if "validation" in line]
     is_finished = stage.get("status") == "finished"
-    return Section(
-        "recovery",
-        TITLE,
-        notes=_notes(bool(validations), is_finished),
-        findings=_findings(stage) if is_finished else (),
-        parts=(
-            *((_chart(stage, lines),) if any(line.get("loss") is not None for line in steps) else ()),
-            *((_stage_table(stage),) if is_finished else ()),
-            *((_validation_table(validations),) if validations else ()),
-            *((_summary_table(stage),) if is_finished else ()),
-        ),
-    )
-
-
-def _notes(has_validations: bool, is_finished: bool) -> tuple[str, ...]:
-    notes = [
+    if not is_finished:
+        yield "The recovery is not finished: this is what its journal holds so far."
+    yield (
         "Every stage has another sum of losses, so losses compare within a stage only; the numbers above the chart "
         "are the stages of the table."
-    ]
-    if has_validations:
-        notes.append(
+    )
+    if validations:
+        yield (
             "The validation samples were held out of the training, by image. The state that scored best on them was "
             "kept (ringed); step 0 is the cut model before any training."
         )
-    if not is_finished:
-        notes.insert(0, "The recovery is not finished: this is what its journal holds so far.")
-    return tuple(notes)
+    if any(line["loss"] is not None for line in steps):
+        yield _chart(steps, validations, stage.get("best_step"))
+    if is_finished:
+        yield from _findings(stage)
+        yield _stage_table(stage)
+    if validations:
+        yield _validation_table(validations)
+    if is_finished:
+        yield _summary_table(stage)
 
 
-def _findings(stage: dict[str, Any]) -> tuple[Finding, ...]:
-    found = []
+def _findings(stage: Facts) -> Iterator[Finding]:
     if not stage["helped"]:
-        found.append(
-            Finding(
-                f"The recovery did not help: no state of {whole(stage['steps'])} steps was better on the validation "
-                "samples than the cut model, which is kept as it was.",
-                f"{RECOVER}.helped, .steps",
-                bad=True,
-            )
+        text = (
+            f"The recovery did not help: no state of {whole(stage['steps'])} steps was better on the validation "
+            "samples than the cut model, which is kept as it was."
         )
+        yield Finding(text, f"{RECOVER}.helped, .steps", bad=True)
     elif stage["first"] and stage["best"]:
         text = (
             f"The recovery took the validation score from {percent(stage['first'][0])} to {percent(stage['best'][0])} "
             f"(state of step {whole(stage['best_step'])} of {whole(stage['steps'])})."
         )
-        found.append(Finding(text, f"{RECOVER}.first, .best, .best_step, .steps"))
+        yield Finding(text, f"{RECOVER}.first, .best, .best_step, .steps")
     else:
         text = "The recovery ran without validation samples: its last state was kept, whether better or not."
-        found.append(Finding(text, f"{RECOVER}.first, .best", bad=True))
+        yield Finding(text, f"{RECOVER}.first, .best", bad=True)
     if stage["skipped"]:
         text = f"{whole(stage['skipped'])} steps were skipped: their loss or gradient was not a finite number."
-        found.append(Finding(text, f"{RECOVER}.skipped", bad=True))
+        yield Finding(text, f"{RECOVER}.skipped", bad=True)
     if stage["best"] and stage["last"] and tuple(stage["last"]) < tuple(stage["best"]) and stage["helped"]:
         text = (
             f"Training went on past its best: the last state scored {percent(stage['last'][0])}, "
             f"the one that was kept {percent(stage['best'][0])}."
         )
-        found.append(Finding(text, f"{RECOVER}.last, .best"))
-    return tuple(found)
+        yield Finding(text, f"{RECOVER}.last, .best")
 
 
-def _chart(stage: dict[str, Any], lines: list[dict[str, Any]]) -> Chart:
-    steps = [line for line in lines if "stage" in line]
-    taken = [line for line in steps if line.get("loss") is not None]
-    bounds: list[tuple[int, int]] = []
-    before = None
-    for line in steps:
-        if line["stage"] == before:
-            bounds[-1] = (bounds[-1][0], line["step"])
-        else:
-            bounds.append((line["step"], line["step"]))
-        before = line["stage"]
+def _chart(steps: list[Facts], validations: list[Facts], best_step: int | None) -> Chart:
+    taken = [line for line in steps if line["loss"] is not None]
+    stages = [[line["step"] for line in lines] for _, lines in groupby(steps, itemgetter("stage"))]
+    scored = [(line["step"], line["validation"][0]) for line in validations]
     curve = Curve(
         steps=[line["step"] for line in taken],
         losses=[line["loss"] for line in taken],
-        skipped=[line["step"] for line in steps if line.get("loss") is None],
-        stages=bounds,
-        validations=[
-            (line["step"], line["validation"][0])
-            for line in lines
-            if line.get("validation") and line["validation"][0] is not None
-        ],
-        best_step=stage.get("best_step"),
+        skipped=[line["step"] for line in steps if line["loss"] is None],
+        stages=[(numbers[0], numbers[-1]) for numbers in stages],
+        validations=[(step, score) for step, score in scored if score is not None],
+        best_step=best_step,
     )
     return training_curve("training", "Loss of every optimiser step, and validations", curve)
 
 
-def _summary_table(stage: dict[str, Any]) -> Table:
+def _summary_table(stage: Facts) -> Table:
     options = stage["options"]
     rows = [
         ("recipe", shown(options["recover"])),
@@ -126,7 +104,7 @@ def _summary_table(stage: dict[str, Any]) -> Table:
     return Table("What it took", ("", "value"), rows, f"{RECOVER}")
 
 
-def _stage_table(stage: dict[str, Any]) -> Table:
+def _stage_table(stage: Facts) -> Table:
     rows = [
         (
             *(str(number), shown(part["name"]), whole(part["steps"]), whole(part["tokens"])),
@@ -138,7 +116,7 @@ def _stage_table(stage: dict[str, Any]) -> Table:
     return Table("Stages of the training", columns, rows, f"{RECOVER}.stages", texts=2)
 
 
-def _validation_table(lines: list[dict[str, Any]]) -> Table:
+def _validation_table(lines: list[Facts]) -> Table:
     rows = []
     for line in lines:
         score, negative = line["validation"]
