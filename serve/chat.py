@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from tokenizers.decoders import DecodeStream
 from transformers.generation.streamers import BaseStreamer
 
 from slimvlm.compress.data.collate import Batch, Collator, collator_of
-from slimvlm.compress.data.images import BadImageError, check_image, read_content
+from slimvlm.compress.data.images import BadImageError, as_png, check_image, read_content
 from slimvlm.compress.data.questions import placed
 from slimvlm.compress.data.records import Turn
 from slimvlm.compress.data.samples import Sample, resized
@@ -144,9 +143,8 @@ def open_chat(name: str, *, backend: str | None = None, device: str = "auto", tr
 
 def _probe() -> Sample:
     """A grey image and a word."""
-    buffer = BytesIO()
-    Image.new("RGB", (64, 64), (128, 128, 128)).save(buffer, "PNG")
-    return Sample(Path("grey.png"), (Turn("What?", ("",)),), "a grey image", content=buffer.getvalue())
+    content = as_png(Image.new("RGB", (64, 64), (128, 128, 128)))
+    return Sample(Path("grey.png"), (Turn("What?", ("",)),), "a grey image", content=content)
 
 
 def open_image(path: Path) -> Sample:

@@ -110,6 +110,13 @@ def read_content(path: Path) -> bytes:
         raise BadImageError(f"cannot be read: {error.strerror or error}") from error
 
 
+def as_png(image: Image.Image) -> bytes:
+    """The image as a file of its own."""
+    buffer = BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def decode_image(content: bytes) -> Image.Image:
     """An RGB image of the bytes of a file, turned upright as its EXIF record says.
 

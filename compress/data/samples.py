@@ -7,13 +7,12 @@ import json
 import random
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from slimvlm.compress.data.images import BadImageError, check_image, decode_image, read_content, resolve_image
+from slimvlm.compress.data.images import BadImageError, as_png, check_image, decode_image, read_content, resolve_image
 from slimvlm.compress.data.records import (
     BadRecordError,
     Records,
@@ -97,9 +96,8 @@ def resized(sample: Sample, size: tuple[int, int]) -> Sample:
     Raises:
         SampleError: as `open_image`.
     """
-    buffer = BytesIO()
-    open_image(sample).resize((size[1], size[0]), Image.Resampling.BICUBIC).save(buffer, "PNG")
-    return replace(sample, content=buffer.getvalue(), digest="")
+    image = open_image(sample).resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    return replace(sample, content=as_png(image), digest="")
 
 
 def load_samples(

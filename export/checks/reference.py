@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from PIL import Image
 
 from slimvlm.compress.data.collate import Batch, Collator
+from slimvlm.compress.data.images import as_png
 from slimvlm.compress.data.records import Turn
 from slimvlm.compress.data.samples import Sample, batches, load_samples, resized
 from slimvlm.compress.errors import UnsuitableOptionError
@@ -114,10 +114,9 @@ def generated_sample(index: int, seed: int) -> Sample:
     """A picture of a few coloured blocks, and a question about it; there is no right answer."""
     random = np.random.default_rng((seed, index))
     blocks = random.integers(0, 256, (3, 4, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(blocks).resize((128, 96), Image.Resampling.BICUBIC).save(buffer, "PNG")
+    image = Image.fromarray(blocks).resize((128, 96), Image.Resampling.BICUBIC)
     turn = Turn(QUESTIONS[index % len(QUESTIONS)], ("",))
-    return Sample(Path(f"generated-{index}.png"), (turn,), f"generated sample {index}", content=buffer.getvalue())
+    return Sample(Path(f"generated-{index}.png"), (turn,), f"generated sample {index}", content=as_png(image))
 
 
 def first_batch(collator: Collator, samples: Sequence[Sample]) -> Batch:

@@ -4,7 +4,6 @@ share. Every row of a batch has the same length, so no padding is computed.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -14,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from slimvlm.compress.data.collate import PER_TOKEN, Collator
+from slimvlm.compress.data.images import as_png
 from slimvlm.compress.data.records import Turn
 from slimvlm.compress.data.samples import Sample, load_samples, open_image
 from slimvlm.compress.errors import UnsuitableOptionError
@@ -117,11 +117,11 @@ class InputMaker:
     def _sample(self, index: int, size: tuple[int, int] | None) -> Sample:
         if self._samples:
             sample = self._samples[index % len(self._samples)]
-            return sample if size is None else replace(sample, content=_png(open_image(sample).resize(size[::-1])))
+            return sample if size is None else replace(sample, content=as_png(open_image(sample).resize(size[::-1])))
         height, width = size or (NOISE, NOISE)
         noise = np.random.default_rng((self.seed, index)).integers(0, 256, (height, width, 3), dtype=np.uint8)
         name = f"noise {index}, {height}x{width}"
-        return Sample(Path(name), (Turn(QUESTION, ("",)),), name, content=_png(Image.fromarray(noise)))
+        return Sample(Path(name), (Turn(QUESTION, ("",)),), name, content=as_png(Image.fromarray(noise)))
 
     def _refuse_lost_size(self, size: tuple[int, int]) -> None:
         """An image size is a workload of its own only where the model sees it."""
@@ -181,9 +181,3 @@ def _own_size(collator: Collator) -> tuple[int, int] | None:
     """Where the image decides how much there is to see: a size that the family's processor keeps as it is."""
     size = image_size(collator, collator.config, ExportOptions())
     return size or ((NOISE, NOISE) if collator.family.export.vision == "masked_tiles" else None)
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
