@@ -18,6 +18,8 @@ import psutil
 import torch
 import torch.nn.functional as F
 
+from slimvlm.serve.backends.backend import clock_of
+from slimvlm.serve.measuring.memory import Gpu, gpu_name
 from slimvlm.serve.profile import Device
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -152,38 +154,15 @@ def _host_memory() -> int:
 
 
 def _describe_cuda(device: torch.device) -> dict[str, Any]:
-    properties = torch.cuda.get_device_properties(device)
-    driver, clocks = _read_nvml(properties)
+    properties, gpu = torch.cuda.get_device_properties(device), Gpu(device, gpu_name(device))
     return {
         "name": properties.name,
         "memory_bytes": properties.total_memory,
-        "clock_mhz": clocks,
+        "clock_mhz": gpu.clocks(),
         "cache_bytes": {"L2": properties.L2_cache_size},
         "isa": (f"sm_{properties.major}{properties.minor}", f"cuda {torch.version.cuda}"),
-        "driver": driver,
+        "driver": gpu.driver(),
     }
-
-
-def _read_nvml(properties: Any) -> tuple[str | None, dict[str, float]]:
-    """Driver version and clocks in MHz; nothing where NVML or its Python package is missing or refuses."""
-    try:
-        import pynvml
-    except ImportError:
-        return None, {}
-    clocks = {}
-    try:
-        pynvml.nvmlInit()
-        try:
-            driver = pynvml.nvmlSystemGetDriverVersion()
-            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}".encode())
-            for name, kind in (("sm", pynvml.NVML_CLOCK_SM), ("memory", pynvml.NVML_CLOCK_MEM)):
-                clocks[f"{name} current"] = float(pynvml.nvmlDeviceGetClockInfo(handle, kind))
-                clocks[f"{name} max"] = float(pynvml.nvmlDeviceGetMaxClockInfo(handle, kind))
-        finally:
-            pynvml.nvmlShutdown()
-    except pynvml.NVMLError:
-        return None, {}
-    return driver.decode() if isinstance(driver, bytes) else driver, clocks
 
 
 # ------------------------------------------------------------------ how fast it is
@@ -223,27 +202,16 @@ def _launch_seconds(device: torch.device) -> float:
 
 def _least_seconds(run: Callable[[], object], device: torch.device, budget: float) -> float:
     """Least time of `run` over repetitions that take about `budget` seconds, after one to warm up; at least one."""
-    clock = _cuda_seconds if device.type == "cuda" else _cpu_seconds  # the GPU is the current one here
-    clock(run)
+    clock = clock_of(device)
+
+    def once() -> float:
+        began = clock.mark()
+        run()
+        return clock.seconds([began, clock.mark()])[1]
+
+    once()
     least, end = math.inf, time.perf_counter() + budget
     while True:
-        least = min(least, clock(run))
+        least = min(least, once())
         if time.perf_counter() >= end:
             return least
-
-
-def _cpu_seconds(run: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
-
-
-def _cuda_seconds(run: Callable[[], object]) -> float:
-    """By the device's own clock, so that the host's waiting is not counted."""
-    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    began.record()
-    run()
-    ended.record()
-    ended.synchronize()
-    return float(began.elapsed_time(ended)) / 1000

@@ -13,6 +13,7 @@ import psutil
 import torch
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+CLOCKS = (("current", "ClockInfo"), ("max", "MaxClockInfo"))  # and what NVML calls them
 RESET_PEAK = "5"  # what clear_refs takes to mean: the peak starts anew at what is resident now
 
 
@@ -79,7 +80,7 @@ class Gpu:
 
     def __init__(self, device: torch.device, uuid: str | None) -> None:
         self._device = device
-        self._nvml: Any = None
+        self._nvml: Any = None  # pynvml, which says nothing of its types
         self._handle: Any = None
         if uuid is None:
             return
@@ -92,36 +93,51 @@ class Gpu:
             self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid.encode())
             self._nvml = pynvml
 
+    def _ask(self, what: str, *arguments: int) -> Any:
+        """NVML's answer; None where there is none."""
+        if self._nvml is None:
+            return None
+        with suppress(self._nvml.NVMLError):
+            return getattr(self._nvml, f"nvmlDeviceGet{what}")(self._handle, *arguments)
+        return None
+
     def own_bytes(self) -> int | None:
         """Of this process, contexts and every runtime's allocations included. None also where the driver does not tell
         processes apart: in containers it knows them by other numbers.
         """
-        if self._nvml is None:
-            return None
-        with suppress(self._nvml.NVMLError):
-            for process in self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle):
-                if process.pid == os.getpid():
-                    used: int | None = process.usedGpuMemory
-                    return used
-        return None
+        processes = self._ask("ComputeRunningProcesses") or ()
+        return next((process.usedGpuMemory for process in processes if process.pid == os.getpid()), None)
 
     def used_bytes(self) -> int | None:
         """Of the whole GPU, by all processes; without NVML from CUDA."""
         if self._device.type != "cuda":
             return None
-        if self._nvml is not None:
-            with suppress(self._nvml.NVMLError):
-                return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
+        if memory := self._ask("MemoryInfo"):
+            return int(memory.used)
         free, total = torch.cuda.mem_get_info(self._device)
         return total - free
 
     def joules(self) -> float | None:
         """Since the driver was loaded (Volta and newer); differences over less than about a second mean little."""
+        millijoules = self._ask("TotalEnergyConsumption")
+        return None if millijoules is None else float(millijoules) / 1000
+
+    def driver(self) -> str | None:
+        """Its version."""
         if self._nvml is None:
             return None
         with suppress(self._nvml.NVMLError):
-            return float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1000
+            version = self._nvml.nvmlSystemGetDriverVersion()
+            return version.decode() if isinstance(version, bytes) else str(version)
         return None
+
+    def clocks(self) -> dict[str, float]:
+        """Current and highest of the multiprocessors and the memory, in MHz."""
+        if self._nvml is None:
+            return {}
+        kinds = {"sm": self._nvml.NVML_CLOCK_SM, "memory": self._nvml.NVML_CLOCK_MEM}
+        asked = {f"{name} {state}": self._ask(what, kind) for name, kind in kinds.items() for state, what in CLOCKS}
+        return {name: float(megahertz) for name, megahertz in asked.items() if megahertz is not None}
 
 
 def gpu_name(device: torch.device) -> str | None:
