@@ -12,6 +12,7 @@ kinds. How many tokens of each kind there are is a matter of the workload. No to
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -135,13 +136,11 @@ class Work:
 
     def plus(self, other: Work, times: float = 1) -> Work:
         """This one, and the other so many times."""
-        flops, moved = _sum(self.flops, other.flops, times), _sum(self.bytes, other.bytes, times)
+        flops, moved = (
+            {part: mine.get(part, 0.0) + times * more.get(part, 0.0) for part in {**mine, **more}}
+            for mine, more in ((self.flops, other.flops), (self.bytes, other.bytes))
+        )
         return Work(flops, moved, self.matmuls + times * other.matmuls)
-
-
-def _sum(first: Mapping[str, float], second: Mapping[str, float], times: float) -> dict[str, float]:
-    names = dict.fromkeys((*first, *second))
-    return {name: first.get(name, 0.0) + times * second.get(name, 0.0) for name in names}
 
 
 def count_costs(shapes: Shapes, sizes: Sizes, dtype: str) -> dict[str, Work]:
@@ -216,25 +215,22 @@ def _step_tokens(shapes: Shapes, sizes: Sizes) -> Tokens:
 
 def _cost(shapes: Shapes, tokens: Tokens, dtype: str) -> Work:
     weight_bytes, value_bytes = ELEMENT_BYTES[dtype]
-    flops: dict[str, float] = {}
-    moved: dict[str, float] = {}
-    matmuls = 0
+    flops, moved, matmuls = defaultdict[str, float](float), defaultdict[str, float](float), 0
     for product in shapes.products:
         count = math.prod(tokens.get(product.seen, (0, 0)))
         if count:
-            read = weight_bytes * product.parameters + value_bytes * product.looked_up * count
-            flops = _sum(flops, {product.part: 2.0 * product.macs * count}, 1)
-            moved = _sum(moved, {product.part: float(read)}, 1)
+            flops[product.part] += 2.0 * product.macs * count
+            moved[product.part] += weight_bytes * product.parameters + value_bytes * product.looked_up * count
             matmuls += product.macs > 0
     for one in shapes.attended:
         if one.queries in tokens and one.keys in tokens:
             sequences, span = tokens[one.keys]
             seen = min(span, one.window or span)
             queries = math.prod(tokens[one.queries])
-            flops = _sum(flops, {ATTENTION: 4.0 * one.width * queries * seen}, 1)
+            flops[ATTENTION] += 4.0 * one.width * queries * seen
             matmuls += 2
             if one.kept:
-                moved = _sum(moved, {CACHE: float(value_bytes * one.kept * sequences * span)}, 1)
+                moved[CACHE] += value_bytes * one.kept * sequences * span
     return Work(flops, moved, matmuls)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -13,6 +13,8 @@ from slimvlm.compress.models.families import Attention, Family, Tower
 from slimvlm.compress.models.groups import Group, count_parameters, find_groups
 from slimvlm.serve.judging.roofline import EMBEDDINGS, HEAD, LANGUAGE, PROJECTOR, VISION, Attended, Product, Shapes
 
+Config = Any  # of transformers: which fields it has depends on the family
+Kind = TypeVar("Kind", bound=nn.Module)
 CLASS_TOKENS = ("class_embedding", "cls_token")
 
 
@@ -31,13 +33,15 @@ def model_shapes(model: nn.Module, family: Family) -> Shapes:
     places = tuple(_places(family))
     products = [found for path, module in model.named_modules() for found in _products(path, module, places, family)]
     attended = [_tower_attention(group, model, family) for group in groups if group.kind == "attention"]
-    convolution = _patches(model, places)
+    convolution = next(_placed(model, places, nn.Conv2d, nn.Conv3d))  # makes patches of pixels
     names = [name.rpartition(".")[2] for name, _ in model.named_parameters()]
     queries = 0
     if family.resampler is not None:
         attended += _resampler_attention(model, family.resampler.module, family.resampler.cross)
         queries = model.get_parameter(family.resampler.queries).shape[1]
-    attended += [Attended("image", "patch", module.embed_dim) for module in _pooling(model, places)]
+    attended += [
+        Attended("image", "patch", module.embed_dim) for module in _placed(model, places, nn.MultiheadAttention)
+    ]
     return Shapes(
         family=family.name,
         kind=family.kind,
@@ -97,6 +101,11 @@ def _place(path: str, places: tuple[Place, ...]) -> Place | None:
     return next((place for place in places if _inside(path, place[0])), None)
 
 
+def _placed(model: nn.Module, places: tuple[Place, ...], *kinds: type[Kind]) -> Iterator[Kind]:
+    """Modules of some kinds that lie in a place."""
+    return (one for path, one in model.named_modules() if isinstance(one, kinds) and _place(path, places))
+
+
 # ------------------------------------------------------------------ products
 
 
@@ -144,15 +153,6 @@ def _merged(model: nn.Module, family: Family, hidden_size: int) -> int:
     return first.in_features // (hidden_size * (len(layers) if isinstance(layers, (list, tuple)) else 1))
 
 
-def _patches(model: nn.Module, places: tuple[Place, ...]) -> nn.Conv2d | nn.Conv3d:
-    """The convolution that makes patches of pixels."""
-    return next(
-        module
-        for path, module in model.named_modules()
-        if isinstance(module, (nn.Conv2d, nn.Conv3d)) and _place(path, places)
-    )
-
-
 # ------------------------------------------------------------------ attentions
 
 
@@ -167,7 +167,7 @@ def _tower_attention(group: Group, model: nn.Module, family: Family) -> Attended
     return Attended(kind, "source" if group.key.endswith("cross_attn") else "context", width, kept)
 
 
-def _window(config: Any, layer: int) -> int | None:
+def _window(config: Config, layer: int) -> int | None:
     """Patches of one window of a layer that attends within windows (Qwen2.5-VL); None: all of an image."""
     side, full = getattr(config, "window_size", None), getattr(config, "fullatt_block_indexes", None)
     if side is None or full is None or layer in full:
@@ -176,18 +176,8 @@ def _window(config: Any, layer: int) -> int | None:
 
 
 def _resampler_attention(model: nn.Module, root: str, cross: str) -> list[Attended]:
-    found = []
-    for path, module in model.get_submodule(root).named_modules():
-        if isinstance(getattr(module, "query", None), nn.Linear):
-            found.append(
-                Attended("query", "patch" if f".{cross}." in f".{path}." else "query", module.query.out_features)
-            )
-    return found
-
-
-def _pooling(model: nn.Module, places: tuple[Place, ...]) -> list[nn.MultiheadAttention]:
     return [
-        module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.MultiheadAttention) and _place(path, places)
+        Attended("query", "patch" if f".{cross}." in f".{path}." else "query", module.query.out_features)
+        for path, module in model.get_submodule(root).named_modules()
+        if isinstance(getattr(module, "query", None), nn.Linear)
     ]
