@@ -86,8 +86,7 @@ def profile_models(options: ProfileOptions, progress: Progress = silent) -> Prof
         job = _prepare(options, device, Path(scratch), progress)
         profile = _measure(job, progress)
     limits = check_limits(options, profile)
-    profile = replace(profile, limits=limits)
-    write_text(options.written, profile.to_json())
+    profile = _kept(replace(profile, limits=limits), options)
     if crossed := [limit for limit in limits if limit.crossed]:
         said = "; ".join(limit_words(limit) for limit in crossed)
         raise CheckFailedError(f"{said}; every figure is in {options.written}", profile)
@@ -158,8 +157,7 @@ def _measure(job: _Job, progress: Progress) -> Profile:
     progress("profile", 0, total, "the device")
     dtypes = {"fp32", "bf16", SHORT.get(options.dtype, "fp32")} | ({"fp16"} if job.device.type == "cuda" else set())
     device = measure_device(job.device, job.threads, sorted(dtypes))
-    profile = _started(job, device)
-    write_text(options.written, profile.to_json())
+    profile = _kept(_started(job, device), options)
     effort = Effort(options.warmup, options.starts, options.rounds, options.cell_seconds, options.seed)
     done = 1
     for backend in job.backends:
@@ -167,16 +165,19 @@ def _measure(job: _Job, progress: Progress) -> Profile:
         for inputs in job.inputs:
             progress("profile", done, total, f"{backend}, batch {inputs.rows}")
             cell, verdicts = _judged(measure_cell(sources, inputs, effort), inputs, job, device)
-            done += 1
             profile = replace(profile, cells=(*profile.cells, cell), verdicts=(*profile.verdicts, *verdicts))
-            write_text(options.written, profile.to_json())
+            profile, done = _kept(profile, options), done + 1
         if job.tests:
             progress("profile", done, total, f"{backend}, {', '.join(job.tests)}")
-            tests = measure_decoder(sources, job.tests, effort)
-            done += 1
-            profile = replace(profile, decoder_tests=(*profile.decoder_tests, *tests))
-            write_text(options.written, profile.to_json())
+            tests = (*profile.decoder_tests, *measure_decoder(sources, job.tests, effort))
+            profile, done = _kept(replace(profile, decoder_tests=tests), options), done + 1
     progress("profile", total, total)
+    return profile
+
+
+def _kept(profile: Profile, options: ProfileOptions) -> Profile:
+    """Itself, once it is on disk."""
+    write_text(options.written, profile.to_json())
     return profile
 
 
