@@ -13,7 +13,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import matplotlib.style
 import numpy as np
@@ -130,9 +130,8 @@ def memory_bars(name: str, title: str, rows: Mapping[str, Mapping[str, tuple[flo
                     (row, found[model][side] / 2**20) for row, found in enumerate(rows.values()) if model in found
                 ]
                 at = np.array([row for row, _ in chosen]) + 0.36 * (place - (len(models) - 1) / 2)
-                label = (model, None if place else "peak")[side]
-                style: dict[str, Any] = {"color": (COLOURS[model], WHOLE)[side], "label": label, "zorder": behind}
-                axes.barh(at, [size for _, size in chosen], height=0.32, **style)
+                colour, label = (COLOURS[model], WHOLE)[side], (model, "_" if place else "peak")[side]
+                axes.barh(at, [size for _, size in chosen], height=0.32, color=colour, label=label, zorder=behind)
         _name_rows(axes, list(rows))
         axes.set_xlabel("MiB after loading, and at the peak")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
@@ -151,12 +150,11 @@ def score_steps(name: str, title: str, by_modality: Mapping[str, np.ndarray]) ->
         for modality, values in logs.items():
             if len(values):
                 weights = np.full(len(values), 1 / len(by_modality[modality]))
-                style: dict[str, Any] = {
-                    "edgecolor": COLOURS.get(modality, DENSE),
-                    "linestyle": DASHES.get(modality, ":"),
-                    "label": _short(modality),
-                }
-                axes.hist(values, edges, weights=weights, histtype="step", linewidth=1.3, **style)
+                colour, dashes = COLOURS.get(modality, DENSE), DASHES.get(modality, ":")
+                axes.hist(
+                    values, edges, weights=weights, histtype="step", linewidth=1.3,
+                    edgecolor=colour, linestyle=dashes, label=_short(modality),
+                )  # fmt: skip
         axes.set(xlabel="score (logarithmic)", ylabel="share of units")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
         axes.xaxis.set_major_formatter(lambda value, _: f"1e{value:.0f}")
@@ -237,8 +235,10 @@ def _draw_dots(axes: Axes, rows: Mapping[str, Mapping[str, Estimate]], times: fl
         values = [times * one.value for _, one in chosen]
         arms = np.array([[times * (one.value - one.low), times * (one.high - one.value)] for _, one in chosen])
         at = np.array([row for row, _ in chosen]) + 0.22 * (place - (len(labels) - 1) / 2)
-        style: dict[str, Any] = {"marker": MARKERS[label], "color": COLOURS[label], "label": label}
-        axes.errorbar(values, at, xerr=arms.T.clip(0), linestyle="none", markersize=3.5, elinewidth=0.9, **style)
+        axes.errorbar(
+            values, at, xerr=arms.T.clip(0), linestyle="none", markersize=3.5, elinewidth=0.9,
+            marker=MARKERS[label], color=COLOURS[label], label=label,
+        )  # fmt: skip
     _name_rows(axes, list(rows))
     _finish(axes, "x")
     _legend(axes, len(labels) if len(labels) <= 3 else 2)
