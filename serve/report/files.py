@@ -68,19 +68,19 @@ class RunFiles:
 
     Attributes:
         record: run.json.
-        journal: lines of recovery.jsonl.
         digests: sha256 and bytes of the files read, besides run.json.
+        journal: lines of recovery.jsonl.
     """
 
     folder: Path
     record: Facts
-    plan: Plan | None
-    scores: Scored | None
-    journal: list[Facts] | None
-    quality: Qualities | None
-    manifest: Manifest | None
-    profile: Profile | None
     digests: Mapping[str, tuple[str, int]]
+    plan: Plan | None = None
+    scores: Scored | None = None
+    journal: list[Facts] | None = None
+    quality: Qualities | None = None
+    manifest: Manifest | None = None
+    profile: Profile | None = None
 
     def stage(self, name: str) -> Facts:
         """What run.json says of a stage; nothing where it never began."""
@@ -96,33 +96,22 @@ def read_run(folder: Path) -> RunFiles:
     """
     record = read_record(folder)
     finished = {name for name, stage in record["stages"].items() if stage.get("status") == "finished"}
-    journal = _journal_file(record["stages"].get("recover", {}))
-    wanted: dict[str, tuple[bool, Callable[[Path], Any]]] = {
-        PLAN: ("plan" in finished, lambda path: decode(parse(content_of(path)), Plan)),
-        SCORES: ("plan" in finished, _read_scores),
-        QUALITY: ("evaluate" in finished, _read_quality),
-        MANIFEST: ((folder / MANIFEST).is_file(), lambda path: Manifest.read(path.parent)),
-        PROFILE: ((folder / PROFILE).is_file(), lambda path: decode(parse(content_of(path)), Profile)),
+    status = record["stages"].get("recover", {}).get("status")
+    journal = {"finished": JOURNAL, "running": f"recovery/{JOURNAL}"}.get(status)  # moved up when it is finished
+    wanted: dict[str, tuple[str, bool, Callable[[Path], object]]] = {
+        "plan": (PLAN, "plan" in finished, lambda path: decode(parse(content_of(path)), Plan)),
+        "scores": (SCORES, "plan" in finished, _read_scores),
+        "quality": (QUALITY, "evaluate" in finished, _read_quality),
+        "manifest": (MANIFEST, (folder / MANIFEST).is_file(), lambda path: Manifest.read(path.parent)),
+        "profile": (PROFILE, (folder / PROFILE).is_file(), lambda path: decode(parse(content_of(path)), Profile)),
     }
     if journal is not None:
-        wanted[journal] = ("recover" in finished or (folder / journal).is_file(), _read_journal)
-    read = {name: _read(folder, name, reader) for name, (is_there, reader) in wanted.items() if is_there}
-    return RunFiles(
-        folder,
-        record,
-        read.get(PLAN),
-        read.get(SCORES),
-        read.get(journal) if journal else None,
-        read.get(QUALITY),
-        read.get(MANIFEST),
-        read.get(PROFILE),
-        {name: _digest(folder / name) for name in read},
-    )
-
-
-def _journal_file(stage: Facts) -> str | None:
-    """Where the lines of the recovery that counts are: it is moved up when it is finished."""
-    return {"finished": JOURNAL, "running": f"recovery/{JOURNAL}"}.get(stage.get("status", ""))
+        wanted["journal"] = (journal, "recover" in finished or (folder / journal).is_file(), _read_journal)
+    there = {field: (name, reader) for field, (name, is_there, reader) in wanted.items() if is_there}
+    read: dict[str, Any] = {
+        field: _read(folder, name, reader) for field, (name, reader) in there.items()
+    }  # as `wanted`
+    return RunFiles(folder, record, {name: _digest(folder / name) for name, _ in there.values()}, **read)
 
 
 def _read(folder: Path, name: str, reader: Callable[[Path], Read]) -> Read:
