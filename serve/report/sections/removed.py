@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -19,17 +19,7 @@ QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 UNITS = {"mlp": "MLP channels", "attn": "attention heads", "cross_attn": "cross-attention heads"}
 
 
-@dataclass(slots=True)
-class _Part:
-    """The groups of one kind in one tower: layer -> (had, keeps)."""
-
-    tower: str
-    part: str
-    layers: dict[int, tuple[int, int]] = field(default_factory=dict)
-
-    @property
-    def unit(self) -> str:
-        return UNITS.get(self.part, self.part)
+Layers = dict[int, tuple[int, int]]  # of one kind of units in one tower: layer -> (had, keeps)
 
 
 def removed_section(files: RunFiles) -> Iterator[Said]:
@@ -44,8 +34,12 @@ def removed_section(files: RunFiles) -> Iterator[Said]:
     )
     yield from _findings(plan)
     yield from (_size_chart(plan), _size_table(plan))
-    for number, part in enumerate(_parts(plan)):
-        yield from (_chart(number, part), _layer_table(part))
+    for number, ((tower, part), layers) in enumerate(sorted(_parts(plan).items())):
+        title = f"{tower}: {UNITS.get(part, part)} kept per layer"
+        numbers, counts = zip(*sorted(layers.items()), strict=True)
+        sizes, kept = zip(*counts, strict=True)
+        yield kept_bars(f"kept{number}", shown(title), numbers, kept, sizes)
+        yield _layer_table(title, layers, f"{PLAN}: sizes and keep of {tower}.*.{part}")
 
 
 def scores_section(files: RunFiles) -> Iterator[Said]:
@@ -93,9 +87,9 @@ def _findings(plan: Plan) -> Iterator[Finding]:
         yield Finding(text, f"{PLAN}: rescued", bad=True)
 
 
-def _parts(plan: Plan) -> list[_Part]:
-    """Towers and kinds in the order of the plan's keys."""
-    parts: dict[tuple[str, str], _Part] = {}
+def _parts(plan: Plan) -> dict[tuple[str, str], Layers]:
+    """Tower and part -> its layers."""
+    parts: defaultdict[tuple[str, str], Layers] = defaultdict(dict)
     for key, size in plan.sizes.items():
         if key.endswith(f".{BLOCK}"):
             continue
@@ -103,14 +97,8 @@ def _parts(plan: Plan) -> list[_Part]:
         if len(pieces) != 3 or not pieces[1].isdecimal():
             raise OutputError(f"{PLAN}: group {shown(key)!r} is not TOWER.LAYER.PART; make the plan again")
         tower, layer, part = pieces
-        parts.setdefault((tower, part), _Part(tower, part)).layers[int(layer)] = (size, len(plan.keep[key]))
-    return [parts[names] for names in sorted(parts)]
-
-
-def _chart(number: int, part: _Part) -> Chart:
-    layers = sorted(part.layers)
-    sizes, kept = ([part.layers[layer][side] for layer in layers] for side in (0, 1))
-    return kept_bars(f"kept{number}", f"{shown(part.tower)}: {shown(part.unit)} kept per layer", layers, kept, sizes)
+        parts[tower, part][int(layer)] = (size, len(plan.keep[key]))
+    return parts
 
 
 def _size_chart(plan: Plan) -> Chart:
@@ -135,15 +123,12 @@ def _sizes(before: int, after: int) -> tuple[str, str, str]:
     return whole(before), whole(after), change(before, after)
 
 
-def _layer_table(part: _Part) -> Table:
+def _layer_table(title: str, layers: Layers, source: str) -> Table:
+    had, keeps = (sum(counts[side] for counts in layers.values()) for side in (0, 1))
     rows = [
         (str(layer), whole(had), whole(keeps), percent(keeps / had))
-        for layer, (had, keeps) in sorted(part.layers.items())
+        for layer, (had, keeps) in (*sorted(layers.items()), ("all", (had, keeps)))
     ]
-    had, keeps = (sum(counts[side] for counts in part.layers.values()) for side in (0, 1))
-    rows.append(("all", whole(had), whole(keeps), percent(keeps / had)))
-    title = f"{part.tower}: {part.unit} kept per layer"
-    source = f"{PLAN}: sizes and keep of {part.tower}.*.{part.part}"
     return Table(title, ("layer", "dense", "kept", "share kept"), rows, source)
 
 
