@@ -29,7 +29,7 @@ class Ground:
     folder: Path
     facts: dict[str, str] = field(default_factory=dict)
     made: set[str] = field(default_factory=set)
-    job: Any = None
+    job: Any = None  # a `job.Job`: that file imports this one
 
     @property
     def gpu(self) -> bool:

@@ -23,6 +23,7 @@ from slimvlm.demo import MODEL, SAMPLES
 from slimvlm.selfcheck.ground import Ground, full_precision
 from slimvlm.selfcheck.outcome import WrongError
 
+Facts = dict[str, Any]  # what run.json says of a stage: JSON, as the stage wrote it
 RUN = "run"
 STEPS = 10
 SAME = 1e-3  # logits of two devices, relative, fp32
@@ -58,14 +59,14 @@ class Job:
         with self.run.begun():
             return plan_stage(self.run, self.options, self.data, silent)
 
-    def cut(self) -> dict[str, Any]:
+    def cut(self) -> Facts:
         """Cut and refit; what the stage measured. It compares with the masked dense model and the saved checkpoint."""
         plan = self.plan()
         with self.run.begun():
             slice_stage(self.run, self.options, plan, self.data, silent)
         return self.run.facts("slice")
 
-    def recover(self) -> dict[str, Any]:
+    def recover(self) -> Facts:
         """Train and merge; what the stage measured. It compares the merged model with the trained and the saved one."""
         plan, training = self.plan(), partial(read_trained, self.options, self.data)
         with self.run.begun():

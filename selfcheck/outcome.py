@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 PASS, FAIL, SKIP = "PASS", "FAIL", "SKIP"
 SCHEMA = 1
@@ -60,7 +59,7 @@ class Report:
         facts = "; ".join(f"{name} {value}" for name, value in self.facts.items())
         return f"slimvlm selfcheck on {self.device}: {', '.join(counts)} in {self.seconds:.0f} s; {facts}"
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain JSON values."""
         return {
             "schema": SCHEMA,

@@ -31,6 +31,7 @@ from slimvlm.export.running.generation import steps
 from slimvlm.serve.options import TORCH
 
 ANSWERING = {"vision_encoder", "embed_tokens", "encoder_model", "decoder_model_merged"}  # graphs of an answer
+Theirs = Any  # a model or a tokenizer of transformers: its families have no common type
 CHANGE = "/image "  # a line that begins so changes the image
 Tell = Callable[[str], None]
 # Tells every new token of the answer to a batch of one prompt; the last argument is the most of them.
@@ -83,7 +84,7 @@ class Chat:
 class Text:
     """Tokens of an answer -> its text, piece by piece, without special tokens; half a character waits for the rest."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Theirs) -> None:
         self.tokenizer, self.stream, self.said = tokenizer.backend_tokenizer, DecodeStream(skip_special_tokens=True), ""
 
     def add(self, token: int) -> str:
@@ -225,7 +226,7 @@ def _open_export(name: str, exported: Exported, backend: str | None, device: str
 
 
 def _of_torch(loaded: Loaded, collator: Collator) -> Generator:
-    model: Any = loaded.model
+    model: Theirs = loaded.model
 
     def tell_tokens(batch: Batch, hear: Callable[[int], None], most: int) -> None:
         config = greedy(model, collator, most)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.runs import PROFILE
@@ -110,11 +109,11 @@ class ProfileOptions:
         return self
 
 
-def _numbers(value: Any) -> Iterator[float]:
+def _numbers(value: object) -> Iterator[float]:
     """All numbers of an option: none, one, or those of a list, in pairs or not."""
     if isinstance(value, tuple):
         yield from (number for one in value for number in _numbers(one))
-    elif value is not None:
+    elif isinstance(value, (int, float)):
         yield value
 
 

@@ -300,7 +300,7 @@ class Profile:
     versions: Mapping[str, str]
     seed: int
     device: Device
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any]  # JSON, of this version of the profiler
     models: Mapping[str, Subject]
     cells: tuple[Cell, ...] = ()
     decoder_tests: tuple[DecoderTest, ...] = ()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from slimvlm.compress.errors import OutputError, SlimvlmError
 from slimvlm.compress.files.decoding import read
@@ -31,7 +30,7 @@ def profile_stage(run: RunFolder, options: DeliverOptions, progress: Progress) -
     return read(path, Profile, OutputError, AGAIN) if path.is_file() else None
 
 
-def _profile(out: Path, options: DeliverOptions, backends: tuple[str, ...], progress: Progress) -> dict[str, Any]:
+def _profile(out: Path, options: DeliverOptions, backends: tuple[str, ...], progress: Progress) -> dict[str, str]:
     chosen = ProfileOptions(
         slim=str(out),
         against=options.model,

@@ -6,7 +6,6 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from slimvlm.compress.data.collate import Collator
 from slimvlm.compress.errors import CheckpointError, MissingDependencyError, UnsuitableOptionError
@@ -115,7 +114,7 @@ def find_target(name: str, trust_remote_code: bool = False) -> Target:
 
 def _export_target(name: str, folder: Path, trust_remote_code: bool) -> Target:
     """Its shapes are those of the checkpoint it was made of, if that is still where it was."""
-    model: dict[str, Any] = Manifest.read(folder).model
+    model = Manifest.read(folder).model
     source, shapes, checkpoint = Path(str(model.get("source", ""))), None, None
     if source.is_absolute() and source.is_dir():
         found, digest = locate(source)

@@ -6,7 +6,6 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from slimvlm.export.running.exported import Exported
 from slimvlm.export.running.generation import Arrays
 from slimvlm.serve.backends.backend import Backend, Clock, clock_of, time_embedding, time_generation
 from slimvlm.serve.backends.graph_backend import GraphBackend
-from slimvlm.serve.backends.torch_backend import TorchBackend
+from slimvlm.serve.backends.torch_backend import Model, TorchBackend
 from slimvlm.serve.measuring.device import claim
 from slimvlm.serve.measuring.memory import Gpu, Held, held_bytes, peak_bytes, reset_peak
 from slimvlm.serve.options import ONNX, TORCH, split_backend
@@ -64,7 +63,7 @@ class Bench:
         self._before = self._loaded = Held(0, 0)
         self._driver = 0
 
-    def load(self) -> dict[str, Any]:
+    def load(self) -> dict[str, float | str]:
         """Opens the model; gives `seconds`, the checks of its files included, and its `dtype`."""
         torch.set_num_threads(self.source.threads)
         claim(self.device)
@@ -161,7 +160,7 @@ def open_backend(source: Source) -> tuple[Backend, bool, str]:
         loaded = load_model(source.folder, device=device, trust_remote_code=source.trust_remote_code)
         if dtype is None and device.type == "cpu" and loaded.model.dtype == torch.float16:
             dtype = torch.float32  # which is what fp16 weights are computed in on a CPU
-        model: Any = loaded.model if dtype is None else cast(loaded.model, dtype)
+        model: Model = loaded.model if dtype is None else cast(loaded.model, dtype)
         return TorchBackend(model, loaded.family), loaded.family.contrastive, NAMES[model.dtype]
     export = Exported.open(Path(source.folder))
     key = export.backend(name, variant)

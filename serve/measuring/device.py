@@ -23,6 +23,7 @@ from slimvlm.serve.measuring.memory import Gpu, gpu_name
 from slimvlm.serve.profile import Device
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+Described = dict[str, Any]  # fields of `profile.Device`, each of its own type
 MIB = 2**20
 COPIED = {"cpu": (MIB, 8 * MIB, 32 * MIB, 256 * MIB), "cuda": (8 * MIB, 64 * MIB, 1024 * MIB)}  # buffer and its copy
 MATRICES = {"cpu": (256, 512, 1024, 2048), "cuda": (2048, 4096, 8192)}
@@ -66,7 +67,7 @@ def measure_device(device: torch.device, threads: int, dtypes: Sequence[str] = (
     )
 
 
-def describe_device(device: torch.device) -> dict[str, Any]:
+def describe_device(device: torch.device) -> Described:
     """What it is, without measuring: the fields of `profile.Device` that are read, not found."""
     return _describe_cuda(device) if device.type == "cuda" else _describe_cpu()
 
@@ -105,7 +106,7 @@ def _settled(device: torch.device, threads: int) -> Iterator[None]:
 # ------------------------------------------------------------------ what it is
 
 
-def _describe_cpu() -> dict[str, Any]:
+def _describe_cpu() -> Described:
     facts = _cpu_facts()
     flags = facts.get("flags", facts.get("Features", "")).split()
     found = tuple(name for name in ISA if any(flag.startswith(name) for flag in flags))
@@ -153,7 +154,7 @@ def _host_memory() -> int:
         return total
 
 
-def _describe_cuda(device: torch.device) -> dict[str, Any]:
+def _describe_cuda(device: torch.device) -> Described:
     properties, gpu = torch.cuda.get_device_properties(device), Gpu(device, gpu_name(device))
     return {
         "name": properties.name,

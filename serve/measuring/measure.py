@@ -14,7 +14,6 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
 
 from slimvlm.serve.judging.intervals import MIN_ROUNDS, decoder_test, paired_ratio, summarize_cell
 from slimvlm.serve.measuring.bench import Source
@@ -189,7 +188,7 @@ def _is_decided(found: Mapping[str, _Found], seed: int) -> bool:
 
 def _most(memory: list[Memory]) -> Memory:
     """Field by field."""
-    most: dict[str, Any] = {}
+    most: dict[str, int | None] = {}
     for name in (one.name for one in fields(Memory)):
         known = [value for one in memory if (value := getattr(one, name)) is not None]
         most[name] = max(known, default=None)

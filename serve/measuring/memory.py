@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import torch
 
+Nvml = Any  # pynvml and what it answers: it says nothing of its types
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 CLOCKS = (("current", "ClockInfo"), ("max", "MaxClockInfo"))  # and what NVML calls them
 RESET_PEAK = "5"  # what clear_refs takes to mean: the peak starts anew at what is resident now
@@ -80,8 +81,8 @@ class Gpu:
 
     def __init__(self, device: torch.device, uuid: str | None) -> None:
         self._device = device
-        self._nvml: Any = None  # pynvml, which says nothing of its types
-        self._handle: Any = None
+        self._nvml: Nvml = None
+        self._handle: Nvml = None
         if uuid is None:
             return
         try:
@@ -93,7 +94,7 @@ class Gpu:
             self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid.encode())
             self._nvml = pynvml
 
-    def _ask(self, what: str, *arguments: int) -> Any:
+    def _ask(self, what: str, *arguments: int) -> Nvml:
         """NVML's answer; None where there is none."""
         if self._nvml is None:
             return None

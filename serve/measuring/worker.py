@@ -24,6 +24,7 @@ from slimvlm.compress.errors import SlimvlmError, is_out_of_memory, one_line
 from slimvlm.serve.measuring.bench import Bench, Source
 from slimvlm.serve.profile import FAILED, OUT_OF_MEMORY
 
+Sent = Any  # an argument or a result of a method of `Bench`, through a pipe
 # What takes seconds to import and every worker needs.
 PRELOADED = ("slimvlm.serve.measuring.worker", "transformers.modeling_utils", "transformers.generation")
 PATIENCE = 10.0  # seconds a process is given to end when asked to
@@ -67,7 +68,7 @@ class Worker:
         """Of the process."""
         return self._process.pid or 0
 
-    def call(self, name: str, *arguments: Any) -> Any:
+    def call(self, name: str, *arguments: Sent) -> Sent:
         """What the method `name` of `Bench` gives in the process.
 
         Raises:
@@ -134,7 +135,7 @@ def _serve(connection: Connection, source: Source) -> None:
             connection.send(_answer(bench, name, arguments))
 
 
-def _answer(bench: Bench, name: str, arguments: tuple[Any, ...]) -> tuple[str, Any]:
+def _answer(bench: Bench, name: str, arguments: tuple[Sent, ...]) -> tuple[str, Sent]:
     try:
         return "done", getattr(bench, name)(*arguments)
     except SlimvlmError as error:
