@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import product
 
 import numpy as np
 
@@ -267,9 +268,6 @@ def _vendor_tables(models: Mapping[str, Quality], metric: str) -> Iterator[Table
 
 def outcomes(dense: Quality, slim: Quality) -> dict[tuple[bool, bool], list[int]]:
     """(dense right, slim right) -> places of the rows."""
-    pairs = np.array([[right(row, quality.kind) >= 1 for row in quality.rows] for quality in (dense, slim)]).T
-    return {
-        (first, second): [int(place) for place in np.flatnonzero((pairs == (first, second)).all(1))]
-        for first in (True, False)
-        for second in (True, False)
-    }
+    pairs = list(zip(*([right(row, one.kind) >= 1 for row in one.rows] for one in (dense, slim)), strict=True))
+    cases = product((True, False), repeat=2)
+    return {(first, second): [n for n, pair in enumerate(pairs) if pair == (first, second)] for first, second in cases}

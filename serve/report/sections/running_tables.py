@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
+from typing import NamedTuple
 
 from slimvlm.compress.runs import PROFILE
 from slimvlm.serve.profile import Cell, DecoderTest, Device, Memory, Profile, Ratio, Run, Subject
@@ -29,8 +30,7 @@ MEMORY_NAMES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Numbered:
+class Numbered(NamedTuple):
     """A cell and its number in the tables and charts; it is profile.json's cells[number - 1]."""
 
     number: int
@@ -60,13 +60,10 @@ def interval(ratio: Ratio) -> str:
     return f"{ratio.low:.2f} to {ratio.high:.2f}"
 
 
-def number(value: float | None) -> str:
-    """To three digits, large ones to the whole."""
-    return whole(value) if value is not None and abs(value) >= 1000 else figure(value)
-
-
-def _milliseconds(seconds: float | None) -> str:
-    return number(None if seconds is None else 1000 * seconds)
+def number(value: float | None, times: float = 1) -> str:
+    """So many times the value to three digits, large ones to the whole."""
+    scaled = None if value is None else times * value
+    return whole(scaled) if scaled is not None and abs(scaled) >= 1000 else figure(scaled)
 
 
 def _models(models: Mapping[str, Subject]) -> Table:
@@ -98,15 +95,16 @@ def _compared(name: str, values: Sequence[int | None]) -> tuple[str, ...]:
 def _workloads(cells: Sequence[Numbered]) -> Table:
     rows = [
         (
-            *(str(one.number), shown(one.cell.backend), shown(one.cell.dtype), _status(one.cell)),
-            *(whole(one.cell.batch_size), _image(one.cell), whole(one.cell.prompt_tokens), whole(one.cell.new_tokens)),
-            *(whole(one.cell.starts), _rounds(one.cell)),
+            *(str(place), shown(cell.backend), shown(cell.dtype), _status(cell), whole(cell.batch_size), _image(cell)),
+            *(whole(cell.prompt_tokens), whole(cell.new_tokens), whole(cell.starts), _rounds(cell)),
         )
-        for one in cells
+        for place, cell in cells
     ]
-    columns = ("workload", "backend", "dtype", "status", "batch", "image", "prompt tokens", "new tokens")
-    counted = ("starts", "rounds of each")
-    return Table("Workloads", (*columns, *counted), rows, f"{PROFILE}: cells", texts=4)
+    columns = (
+        *("workload", "backend", "dtype", "status", "batch", "image", "prompt tokens", "new tokens"),
+        *("starts", "rounds of each"),
+    )
+    return Table("Workloads", columns, rows, f"{PROFILE}: cells", texts=4)
 
 
 def _status(cell: Cell) -> str:
@@ -127,14 +125,14 @@ def _image(cell: Cell) -> str:
 
 def _latency(cells: Sequence[Numbered], device: str) -> Table:
     rows = []
-    for one in cells:
-        runs = one.cell.runs
+    for place, cell in cells:
+        runs = cell.runs
         for phase in (name for name in PHASE_NAMES if any(name in run.medians for run in runs.values())):
-            ratio = one.cell.ratios.get(phase)
+            ratio = cell.ratios.get(phase)
             rows.append(
                 (
-                    *(str(one.number), shown(one.cell.backend), PHASE_NAMES[phase]),
-                    *(_milliseconds(_of(runs, model, "medians", phase)) for model in ("dense", "slim")),
+                    *(str(place), shown(cell.backend), PHASE_NAMES[phase]),
+                    *(number(_of(runs, model, "medians", phase), 1000) for model in ("dense", "slim")),
                     *(("", "", "") if ratio is None else (f"{ratio.value:.2f}", interval(ratio), ratio.verdict)),
                     *(number(_of(runs, model, "tokens_per_second", phase)) for model in ("dense", "slim")),
                 )
@@ -164,7 +162,7 @@ def _decoder_rows(test: DecoderTest, profile: Profile) -> Iterator[tuple[str, ..
         subject, ratio = profile.models.get(model), test.ratio if model == "slim" else None
         yield (
             *(model, backend, shown(test.name)),
-            *((_mib(subject.weight_bytes), _count(subject.parameters)) if subject else ("none", "none")),
+            *((number(subject.weight_bytes, 1 / MIB), _count(subject.parameters)) if subject else ("none", "none")),
             *(str(profile.device.threads), f"{run.mean:.2f} ± {run.std:.2f}"),
             f"{ratio.value:.2f} ({interval(ratio)}, {ratio.verdict})" if ratio else "",
         )
@@ -189,12 +187,12 @@ def _verdicts(profile: Profile, device: str) -> Table:
 def _device_use(cells: Sequence[Numbered], device: str) -> Table:
     rows = [
         (
-            *(str(one.number), shown(one.cell.backend), PHASE_NAMES[phase], model),
+            *(str(place), shown(cell.backend), PHASE_NAMES[phase], model),
             *(number(run.flops[phase] / 1e9), number(run.bytes.get(phase, 0.0) / MIB)),
             *(_share(run.mfu, phase), _share(run.mbu, phase)),
         )
-        for one in cells
-        for model, run in one.cell.runs.items()
+        for place, cell in cells
+        for model, run in cell.runs.items()
         for phase in PHASE_NAMES
         if phase in run.flops
     ]
@@ -211,17 +209,17 @@ def _memory(cells: Sequence[Numbered], device: str) -> Table:
     used = [
         field.name
         for field in fields(Memory)
-        if any(getattr(run.memory, field.name) is not None for one in cells for run in one.cell.runs.values())
+        if any(getattr(run.memory, field.name) is not None for _, cell in cells for run in cell.runs.values())
     ]
     rows = [
         (
-            *(str(one.number), shown(one.cell.backend), model),
-            *(_mib(getattr(run.memory, name)) for name in used),
+            *(str(place), shown(cell.backend), model),
+            *(number(getattr(run.memory, name), 1 / MIB) for name in used),
             figure(sorted(run.load_seconds)[len(run.load_seconds) // 2] if run.load_seconds else None),
             figure(run.energy_joules_per_token),
         )
-        for one in cells
-        for model, run in one.cell.runs.items()
+        for place, cell in cells
+        for model, run in cell.runs.items()
     ]
     names = (f"{MEMORY_NAMES[name]}, MiB" for name in used)
     columns = ("workload", "backend", "model", *names, "load time, s", "energy, J/token")
@@ -231,10 +229,6 @@ def _memory(cells: Sequence[Numbered], device: str) -> Table:
 
 def _count(number: int | None) -> str:
     return "none" if number is None else whole(number)
-
-
-def _mib(count: int | None) -> str:
-    return number(None if count is None else count / MIB)
 
 
 def _limits(profile: Profile) -> Table:
