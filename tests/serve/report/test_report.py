@@ -34,6 +34,12 @@ def run(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "run"))
 
 
+@pytest.fixture(scope="module")
+def written(made: Path) -> Path:
+    """The finished run with its report, for who only reads."""
+    return write_report(made).parent
+
+
 def story_text(tmp_path: Path, **changes: object) -> str:
     return text_of(write_run(tmp_path / "other", replace(Story(), **changes)))
 
@@ -41,8 +47,8 @@ def story_text(tmp_path: Path, **changes: object) -> str:
 # ------------------------------------------------------------------ what it says
 
 
-def test_removals_are_the_plans(run: Path) -> None:
-    text = text_of(run)
+def test_removals_are_the_plans(written: Path) -> None:
+    text = (written / "report.md").read_text()
     assert table(text, "Sizes")[0] == ["parameters, whole model", "2,000,000", "1,000,000", "-50.0 %"]
     assert table(text, "vision: attention heads kept per layer") == [
         ["0", "4", "3", "75.0 %"],
@@ -52,13 +58,13 @@ def test_removals_are_the_plans(run: Path) -> None:
     assert table(text, "language: MLP channels kept per layer")[-1] == ["all", "32", "10", "31.2 %"]
 
 
-def test_quality_is_given_per_task_with_intervals_and_the_change_of_each(run: Path) -> None:
-    text = text_of(run)
+def test_quality_is_given_per_task_with_intervals_and_the_change_of_each(written: Path) -> None:
+    text = (written / "report.md").read_text()
     assert table(text, "Per task, with intervals, in percent") == [
         ["count", "8", "100.0 (67.6 to 100.0)", "0.0 (0.0 to 32.4)", "12.5 (2.2 to 47.1)"],
         ["colour", "8", "100.0 (67.6 to 100.0)", "25.0 (7.1 to 59.1)", "87.5 (52.9 to 97.8)"],
     ]
-    comparison = json.loads((run / "quality.json").read_text())["comparison"]
+    comparison = json.loads((written / "quality.json").read_text())["comparison"]
     first, count, _ = table(text, "Slim minus dense, in points")
     interval = f"{100 * comparison['low']:.1f} to {100 * comparison['high']:.1f}"
     assert first == ["mean of tasks", "-50.0", interval, "worse"]
@@ -71,8 +77,8 @@ def test_quality_is_given_per_task_with_intervals_and_the_change_of_each(run: Pa
     ]
 
 
-def test_what_got_worse_comes_first(run: Path) -> None:
-    text = text_of(run)
+def test_what_got_worse_comes_first(written: Path) -> None:
+    text = (written / "report.md").read_text()
     assert "Quality fell by 50.0 points" in bad_news(text)
     assert "1 task of 2 got worse, in points: count (-87.5); 1 more fell within what chance explains" in bad_news(text)
     assert "Latency and memory were not measured" in bad_news(text)
@@ -121,8 +127,8 @@ def test_skipped_steps_bad_samples_and_samples_not_held_out_are_said(tmp_path: P
     assert "those the model was calibrated on: its figures may flatter" in bad
 
 
-def test_stages_and_validations_are_the_journals(run: Path) -> None:
-    text = text_of(run)
+def test_stages_and_validations_are_the_journals(written: Path) -> None:
+    text = (written / "report.md").read_text()
     assert table(text, "Stages")[0] == ["plan", "finished", table(text, "Stages")[0][2]]
     assert table(text, "Stages of the training") == [
         ["1", "vision shallow", "4", "400", "2.0", "1", "0.25"],
@@ -133,13 +139,15 @@ def test_stages_and_validations_are_the_journals(run: Path) -> None:
     ]  # fmt: skip
 
 
-def test_everything_to_repeat_it_is_there(run: Path) -> None:
-    text = text_of(run)
+def test_everything_to_repeat_it_is_there(written: Path) -> None:
+    text = (written / "report.md").read_text()
     assert "slimvlm compress models/small run --data" in text
     assert ["slimvlm", "1.0"] in table(text, "Versions")
     assert any(row[1] == "ab" * 32 for row in table(text, "Digests (sha256)"))
-    digest = subprocess.run(["sha256sum", run / "plan.json"], capture_output=True, text=True, check=True).stdout[:64]
-    assert ["plan.json", digest, f"{(run / 'plan.json').stat().st_size:,}"] in table(text, "Digests (sha256)")
+    digest = subprocess.run(["sha256sum", written / "plan.json"], capture_output=True, text=True, check=True).stdout[
+        :64
+    ]
+    assert ["plan.json", digest, f"{(written / 'plan.json').stat().st_size:,}"] in table(text, "Digests (sha256)")
     assert [row[1] for row in table(text, "Seeds")] == ["0", "0", "0"]
 
 
@@ -232,10 +240,10 @@ def test_dual_encoders_are_reported_by_their_ranks(run: Path) -> None:
 # ------------------------------------------------------------------ images
 
 
-def test_examples_show_the_image_the_question_and_every_answer(run: Path) -> None:
-    page = write_report(run).read_text()
+def test_examples_show_the_image_the_question_and_every_answer(written: Path) -> None:
+    page = (written / "report.html").read_text()
     assert page.count('<img src="data:image/webp;base64,') == 5  # 3 only dense right, 2 both right; no other case
-    rows = table((run / "report.md").read_text(), "Answers side by side")
+    rows = table((written / "report.md").read_text(), "Answers side by side")
     assert rows[0][2:5] == ["what colour ?", "red", "red (right)"]
     assert rows[0][6] == "blue (wrong)"
 
@@ -259,8 +267,8 @@ def test_the_same_run_gives_the_same_bytes(run: Path) -> None:
     assert [path.read_bytes() for path in (write_report(run), run / "report.md")] == first
 
 
-def test_charts_are_vectors_with_text_and_colours_of_the_page(run: Path) -> None:
-    page = write_report(run).read_text()
+def test_charts_are_vectors_with_text_and_colours_of_the_page(written: Path) -> None:
+    page = (written / "report.html").read_text()
     charts = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
     assert len(charts) == 1 + 4 + 1 + 1 + 1  # sizes, towers x kinds, scores, training, tasks
     assert all("<text" in chart and "<image" not in chart for chart in charts)
@@ -268,8 +276,8 @@ def test_charts_are_vectors_with_text_and_colours_of_the_page(run: Path) -> None
     assert {"var(--ink)", "var(--slim)"} <= set(re.findall(r"var\(--\w+\)", "".join(charts)))
 
 
-def test_no_two_elements_of_the_page_have_one_identifier(run: Path) -> None:
-    found = re.findall(r'\bid="([^"]*)"', write_report(run).read_text())
+def test_no_two_elements_of_the_page_have_one_identifier(written: Path) -> None:
+    found = re.findall(r'\bid="([^"]*)"', (written / "report.html").read_text())
     assert len(found) == len(set(found))
 
 
