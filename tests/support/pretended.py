@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,13 @@ def wait(what: str) -> None:
     while frame.f_back is not None and any(part in frame.f_code.co_filename for part in UNSEEN):
         frame = frame.f_back
     file = frame.f_code.co_filename
+    waits.append(Wait(what, f"{file}:{frame.f_lineno}", _is_ours(file)))
+
+
+@cache
+def _is_ours(file: str) -> bool:
     inside = str(Path(file).resolve()).removeprefix(OURS)
-    ours = inside != file and not inside.startswith(("/tests/", "/.venv/")) and "site-packages" not in file
-    waits.append(Wait(what, f"{file}:{frame.f_lineno}", ours))
+    return inside != file and not inside.startswith(("/tests/", "/.venv/")) and "site-packages" not in file
 
 
 class Pretended(torch.Tensor):
@@ -163,6 +168,8 @@ def call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name = getattr(func, "__name__", "")
     if name in HANDLERS:
         return HANDLERS[name](func, args, kwargs)
+    if name == "__get__":  # an attribute, as half of all calls
+        return _run(func, args, kwargs, place_of(args[0]))
     here = _common(name, args, kwargs)
     if "device" in kwargs and kwargs["device"] is not None and torch.device(kwargs["device"]).type != "meta":
         return _made_on(func, args, kwargs)
@@ -207,14 +214,14 @@ def _run(func: Any, args: Any, kwargs: Any, index: int | None) -> Any:
         out = func(*args, **kwargs)
         if index is None or isinstance(out, torch.Size) or not isinstance(out, torch.Tensor | tuple | list):
             return out
-        if isinstance(out, Pretended):
-            return out
-        given = {id(leaf) for leaf in _tensors(args, kwargs)}
+        given = _tensors(args, kwargs)
+        if isinstance(out, torch.Tensor):
+            return _labelled(out, index) if _is_new(out, given) else out
         return tree_map(lambda leaf: _labelled(leaf, index) if _is_new(leaf, given) else leaf, out)
 
 
-def _is_new(leaf: Any, given: set[int]) -> bool:
-    return type(leaf) is torch.Tensor and id(leaf) not in given and not leaf.is_meta
+def _is_new(leaf: Any, given: list[torch.Tensor]) -> bool:
+    return type(leaf) is torch.Tensor and not any(leaf is other for other in given) and not leaf.is_meta
 
 
 def _made_on(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
