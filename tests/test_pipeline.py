@@ -2,15 +2,13 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from pairs import assert_done, run_pair
 from run_records import edit_record
 
 import slimvlm
@@ -212,11 +210,8 @@ make_plan(CompressOptions(model=str(MODEL), out=Path(sys.argv[1]), criterion="uk
 
 def test_two_processes_give_the_plan_of_one(tmp_path):
     one = make_plan(few(tmp_path, criterion="ukmi", rounds=2)).plan
-    script = tmp_path / "job.py"
-    script.write_text(JOB)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    subprocess.run([*launcher, script, tmp_path / "two"], check=True, cwd=tmp_path, env=environment, timeout=120)
+    (tmp_path / "job.py").write_text(JOB)
+    assert_done(run_pair(tmp_path, [tmp_path / "job.py", tmp_path / "two"]))
     two = Plan.from_json((tmp_path / "two" / "plan.json").read_text())
     # Shares are added in another order, and a cosine on the edge of a bin may fall on either side: of the units at the
     # threshold another one may go, no others.
