@@ -22,6 +22,7 @@ from slimvlm.demo import MODEL, SAMPLES
 # No calibration and few questions: seconds.
 CHEAP = ("--data", SAMPLES / "train.jsonl", "--criterion", "magnitude", "--rounds", 1, "--samples", 8)
 ONLY_CUT = ("--no-refit", "--recover", "none", "--export", "none", "--no-profile")
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 def run(*words: object) -> Result:

@@ -31,6 +31,8 @@ from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.demo import MODEL
 from slimvlm.pipeline import compress, recover_run
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture(scope="module")
 def recovered(tmp_path_factory: pytest.TempPathFactory):
