@@ -15,6 +15,7 @@ import click
 
 from slimvlm.compress.errors import CheckFailedError
 from slimvlm.compress.options import ATTENTION_UNITS, CompressOptions, EvaluateOptions
+from slimvlm.compress.progress import Progress
 from slimvlm.console import show, show_profile, show_selfcheck
 from slimvlm.console.commands import Commands, Interrupted
 from slimvlm.console.options import (
@@ -88,7 +89,8 @@ def compress(as_json: bool, quiet: bool, **values: Any) -> None:
     """
     from slimvlm import pipeline
 
-    _show_job(partial(pipeline.compress, CompressOptions(**values)), as_json=as_json, quiet=quiet)
+    job = partial(pipeline.compress, CompressOptions(**values))
+    _show_job(job, partial(show.show_compression, as_json=as_json), quiet)
 
 
 @main.command()
@@ -121,21 +123,19 @@ def demo(as_json: bool, quiet: bool, **values: Any) -> None:
         "train_batch_size": 32,
     }
     options = CompressOptions(**packaged, **values, device="cpu")
-    _show_job(partial(pipeline.compress, options), as_json=as_json, quiet=quiet)
+    _show_job(partial(pipeline.compress, options), partial(show.show_compression, as_json=as_json), quiet)
 
 
-def _show_job(job: Callable[[Any], Any], *, as_json: bool, quiet: bool) -> None:
-    """Print what a whole job gave, also when a check on it failed."""
-    from slimvlm import pipeline
-
+def _show_job(job: Callable[[Progress], Any], shown: Callable[[Any], None], quiet: bool) -> None:
+    """Show what a job gave, also when a check on it failed."""
     with progress(quiet) as report:
         try:
             result = job(report)
         except CheckFailedError as failed:
-            if isinstance(failed.result, pipeline.Result):
-                show.show_compression(failed.result, as_json=as_json)
+            if failed.result is not None:
+                shown(failed.result)
             raise
-    show.show_compression(result, as_json=as_json)
+    shown(result)
 
 
 @main.command()
@@ -200,7 +200,7 @@ def recover(run: Path, as_json: bool, quiet: bool, **values: Any) -> None:
     """
     from slimvlm import pipeline
 
-    _show_job(partial(pipeline.recover_run, run, values), as_json=as_json, quiet=quiet)
+    _show_job(partial(pipeline.recover_run, run, values), partial(show.show_compression, as_json=as_json), quiet)
 
 
 @main.command()
@@ -255,24 +255,15 @@ def export(model: str, out: Path | None, verify: bool, as_json: bool, quiet: boo
 
         slimvlm export out/model exported --format onnx --data test.jsonl
     """
-    from slimvlm.export import ExportOptions, export_checkpoint
-    from slimvlm.export import verify as verify_folder
+    from slimvlm import export as exports
 
     if verify:
-        show.show_verification(verify_folder(model), as_json=as_json)
+        show.show_verification(exports.verify(model), as_json=as_json)
         return
     if out is None:
         raise click.UsageError("Missing argument 'OUT'.")
-    with progress(quiet) as report:
-        try:
-            result = export_checkpoint(model, out, ExportOptions(**values), report)
-        except CheckFailedError as failed:
-            from slimvlm.export.job import ExportResult
-
-            if isinstance(failed.result, ExportResult):
-                show.show_export(failed.result, as_json=as_json)
-            raise
-    show.show_export(result, as_json=as_json)
+    job = partial(exports.export_checkpoint, model, out, exports.ExportOptions(**values))
+    _show_job(job, partial(show.show_export, as_json=as_json), quiet)
 
 
 @main.command()
@@ -286,18 +277,11 @@ def profile(as_json: bool, quiet: bool, **values: Any) -> None:
 
         slimvlm profile out --against ./my-vlm --backend torch,onnx
     """
-    from slimvlm.serve.profile import Profile
     from slimvlm.serve.profiling import profile_models
 
     options = ProfileOptions(**values)
-    with progress(quiet) as report:
-        try:
-            result = profile_models(options, report)
-        except CheckFailedError as failed:
-            if isinstance(failed.result, Profile):
-                show_profile.show_profile(failed.result, options.written, as_json=as_json)
-            raise
-    show_profile.show_profile(result, options.written, as_json=as_json)
+    shown = partial(show_profile.show_profile, written=options.written, as_json=as_json)
+    _show_job(partial(profile_models, options), shown, quiet)
 
 
 @main.command()

@@ -2,49 +2,21 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-from typing import TYPE_CHECKING
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from slimvlm.compress.progress import Progress, silent
 from slimvlm.export.options import ExportOptions
 
 if TYPE_CHECKING:
-    from slimvlm.export.checks.verification import Verification
-    from slimvlm.export.job import ExportResult
+    from slimvlm.export.checks.verification import verify
+    from slimvlm.export.job import export_checkpoint
 
 __all__ = ["ExportOptions", "export_checkpoint", "verify"]
 
-
-def export_checkpoint(
-    folder: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    options: ExportOptions,
-    progress: Progress = silent,
-) -> ExportResult:
-    """Exports a checkpoint (dense, per-layer or stock layout, or a hub name) into the folder `out`.
-
-    Raises:
-        SlimvlmError: refused: unsupported model, option, missing package, an occupied or full `out`.
-        CheckFailedError: a graph differs from torch; the files are kept and marked, the result is in the error.
-    """
-    from slimvlm.export.packages import require_packages
-
-    require_packages(options)
-    from slimvlm.export.job import run_export
-
-    return run_export(os.fspath(folder), Path(out), options, progress)
+FILES = {"export_checkpoint": "slimvlm.export.job", "verify": "slimvlm.export.checks.verification"}
 
 
-def verify(folder: str | os.PathLike[str]) -> Verification:
-    """Checks an exported folder here: hashes of all files, and the stored sample through every runtime present.
-
-    It runs what is in the folder; a program compiled ahead of time (`.aoti.pt2`) is native code of whoever made it.
-
-    Raises:
-        CheckpointError: no export, or one whose manifest names files outside it.
-        CheckFailedError: a file changed, or this machine's answers are not torch's.
-    """
-    from slimvlm.export.checks.verification import verify_folder
-
-    return verify_folder(Path(folder))
+def __getattr__(name: str) -> Any:  # what the file holds
+    if name not in FILES:  # imported when asked for: options are read, and ONNX graphs verified, without torch
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(FILES[name]), name)

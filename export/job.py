@@ -21,13 +21,7 @@ from slimvlm.compress.models.checkpoint import build_meta, load_model
 from slimvlm.compress.models.computing import cast
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.export.checks.files import check_graphs
-from slimvlm.export.checks.reference import (
-    Reference,
-    export_samples,
-    first_batch,
-    image_size,
-    make_reference,
-)
+from slimvlm.export.checks.reference import Reference, export_samples, first_batch, image_size, make_reference
 from slimvlm.export.checks.sample import write_sample
 from slimvlm.export.client.bundle import is_bundle, tar_name, write_readme, write_tar
 from slimvlm.export.client.client_files import external_data, write_client_files
@@ -37,6 +31,7 @@ from slimvlm.export.graphs.build import build_graphs
 from slimvlm.export.graphs.graph import Graph, Model
 from slimvlm.export.graphs.windows import refuse_windows
 from slimvlm.export.options import ExportOptions
+from slimvlm.export.packages import require_packages
 from slimvlm.export.running.manifest import Manifest
 from slimvlm.export.variants import VARIANTS
 from slimvlm.export.writers.formats import write_graphs
@@ -51,9 +46,17 @@ class ExportResult:
     seconds: float
 
 
-def run_export(checkpoint: str, out: Path, options: ExportOptions, progress: Progress = silent) -> ExportResult:
-    """See `slimvlm.export.export_checkpoint`."""
-    options = options.checked()
+def export_checkpoint(
+    folder: str | os.PathLike[str], out: str | os.PathLike[str], options: ExportOptions, progress: Progress = silent
+) -> ExportResult:
+    """Exports a checkpoint (dense, per-layer or stock layout, or a hub name) into the folder `out`.
+
+    Raises:
+        SlimvlmError: refused: unsupported model, option, missing package, an occupied or full `out`.
+        CheckFailedError: a graph differs from torch; the files are kept and marked, the result is in the error.
+    """
+    require_packages(options)
+    checkpoint, out, options = os.fspath(folder), Path(out), options.checked()
     refuse_inside(out, {"model": checkpoint, "data": options.data})
     refuse_occupied(out, options.overwrite)
     if options.bundle:
@@ -64,7 +67,7 @@ def run_export(checkpoint: str, out: Path, options: ExportOptions, progress: Pro
             checkpoint, trust_remote_code=options.trust_remote_code, dtype=torch.float32, attention="sdpa"
         )
         collator = collator_of(loaded)
-        origin = {"source": str(checkpoint), "digest": loaded.digest, "family": loaded.family.name}
+        origin = {"source": checkpoint, "digest": loaded.digest, "family": loaded.family.name}
         return export_model(loaded.model, collator, out, options, progress, origin)
 
 
@@ -76,7 +79,7 @@ def export_model(
     progress: Progress,
     origin: dict[str, Any],
 ) -> ExportResult:
-    """As `run_export`, of a model in memory (fp32, in eval mode; `options.dtype` fp16 casts its weights)."""
+    """As `export_checkpoint`, of a model in memory (fp32, in eval mode; `options.dtype` fp16 casts its weights)."""
     started = time.perf_counter()
     samples = export_samples(collator, model, options)
     check_computes(model, collator, samples[0], origin.get("source", "the model"))

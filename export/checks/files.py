@@ -8,9 +8,9 @@ from pathlib import Path
 
 from slimvlm.compress.progress import Progress
 from slimvlm.export.checks.parity import measure
-from slimvlm.export.checks.reference import Reference, check_tokens, graph_ports
+from slimvlm.export.checks.reference import Reference, check_tokens, graph_ports, port_of
 from slimvlm.export.graphs.graph import Graph
-from slimvlm.export.running.generation import PortInfo, Runner
+from slimvlm.export.running.generation import Runner
 from slimvlm.export.running.manifest import Artifact, Manifest
 from slimvlm.export.running.runners import runner_of
 from slimvlm.export.variants import VARIANTS
@@ -22,10 +22,9 @@ def check_graphs(
 ) -> None:
     """Checks every format and variant in `manifest` and notes there what was found."""
     manifest.generation = reference.prompting
-    sets: dict[tuple[str, str], list[Artifact]] = {}
     for artifact in manifest.artifacts:
         _note_ports(artifact, next(graph for graph in graphs if graph.name == artifact.graph), reference)
-        sets.setdefault((artifact.format, artifact.variant), []).append(artifact)
+    sets = manifest.graphs
     for done, artifacts in enumerate(sets.values()):
         progress("check", done, len(sets))
         _check_set(folder, artifacts, reference, manifest)
@@ -36,14 +35,7 @@ def _note_ports(artifact: Artifact, graph: Graph, reference: Reference) -> None:
     """Inputs, and outputs as the first case shows them; varying axes by name."""
     artifact.inputs = list(graph_ports(graph))
     seen = next(case.outputs for case in reference.cases if case.graph == graph.name)
-    artifact.outputs = [
-        PortInfo(
-            name,
-            str(seen[name].dtype),
-            tuple(axes.get(axis, size) for axis, size in enumerate(seen[name].shape)),
-        )
-        for name, axes in graph.outputs.items()
-    ]
+    artifact.outputs = [port_of(name, seen[name], axes) for name, axes in graph.outputs.items()]
 
 
 def _check_set(folder: Path, artifacts: list[Artifact], reference: Reference, manifest: Manifest) -> None:

@@ -136,14 +136,13 @@ def torch_runner(graphs: Sequence[Graph]) -> TorchRunner:
 
 def graph_ports(graph: Graph) -> tuple[PortInfo, ...]:
     """Inputs of a graph as every runtime states them."""
-    return tuple(
-        PortInfo(
-            port.name,
-            str(port.sample.dtype).removeprefix("torch."),
-            tuple(port.axes.get(axis, size) for axis, size in enumerate(port.sample.shape)),
-        )
-        for port in graph.inputs
-    )
+    return tuple(port_of(port.name, port.sample, port.axes) for port in graph.inputs)
+
+
+def port_of(name: str, value: torch.Tensor | np.ndarray, axes: Mapping[int, str]) -> PortInfo:
+    """What takes or gives values like this one; `axes` vary, by name."""
+    shape = tuple(axes.get(axis, size) for axis, size in enumerate(value.shape))
+    return PortInfo(name, str(value.dtype).removeprefix("torch."), shape)
 
 
 def make_reference(

@@ -6,6 +6,7 @@ ONNX graphs are checked without torch.
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,20 +38,26 @@ class Verification:
         return {**asdict(self), "folder": str(self.folder)}
 
 
-def verify_folder(folder: Path) -> Verification:
-    """See `slimvlm.export.verify`."""
+def verify(folder: str | os.PathLike[str]) -> Verification:
+    """Checks an exported folder here: hashes of all files, and the stored sample through every runtime present.
+
+    It runs what is in the folder; a program compiled ahead of time (`.aoti.pt2`) is native code of whoever made it.
+
+    Raises:
+        CheckpointError: no export, or one whose manifest names files outside it.
+        CheckFailedError: a file changed, or this machine's answers are not torch's.
+    """
+    folder = Path(folder)
     manifest = Manifest.read(folder)
     if wrong := check_files(folder, manifest.files):
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise CheckFailedError(f"{folder}: {wrong[0]}{more}; copy the export again")
     for artifact in manifest.artifacts:
         inside(folder, artifact.file)
-    sets: dict[tuple[str, str], list[Artifact]] = {}
-    for artifact in manifest.artifacts:
-        sets.setdefault((artifact.format, artifact.variant), []).append(artifact)
     checks, skipped, failures = [], [], list(manifest.failures)
     given, expected = read_sample(folder)
-    for (form, variant), artifacts in sets.items():
+    for artifacts in manifest.graphs.values():
+        form, variant = artifacts[0].format, artifacts[0].variant
         runtime = "onnxruntime" if form == "onnx" else "torch"
         if importlib.util.find_spec(runtime) is None:
             skipped.append(f"{form} {variant}: {runtime} is not installed")

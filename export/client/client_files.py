@@ -31,9 +31,9 @@ def write_client_files(
     config = _config(model, collator.family.export.flat_config)
     if external:
         config["transformers.js_config"] = {"use_external_data_format": dict(external)}
-    _write(folder / "config.json", config)
+    write_document(folder / "config.json", config)
     if prompting is not None:
-        _write(folder / "generation_config.json", _generation(model, prompting))
+        write_document(folder / "generation_config.json", _generation(model, prompting))
     collator.processor.tokenizer.save_pretrained(folder)
     _save_processor(folder, collator.processor)
     for pattern in CARRIED:
@@ -81,7 +81,7 @@ def _save_processor(folder: Path, processor: Any) -> None:
         images.get("image_processor_type") or type(processor.image_processor).__name__
     )
     images["processor_class"] = name
-    _write(folder / "preprocessor_config.json", images)
+    write_document(folder / "preprocessor_config.json", images)
     whole = {
         key: value
         for key, value in processor.to_dict().items()
@@ -92,7 +92,7 @@ def _save_processor(folder: Path, processor: Any) -> None:
         # The same number of image tokens in fewer steps: transformers.js adds, but does not take one off for `default`.
         whole["num_additional_image_tokens"] -= 1
         whole["vision_feature_select_strategy"] = "full"
-    _write(folder / "processor_config.json", whole)
+    write_document(folder / "processor_config.json", whole)
     template = getattr(processor, "chat_template", None)
     if isinstance(template, str):
         (folder / "chat_template.jinja").write_text(template)
@@ -102,5 +102,6 @@ def _plain(name: str) -> str:
     return name.removesuffix("Fast").removesuffix(PIL)
 
 
-def _write(path: Path, document: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=2, sort_keys=True, default=str) + "\n")
+def write_document(path: Path, document: Mapping[str, Any], sort_keys: bool = True) -> None:
+    """Writes JSON as the tools do whose files these are."""
+    path.write_text(json.dumps(document, indent=2, sort_keys=sort_keys, default=str) + "\n")

@@ -5,7 +5,6 @@ It puts image features into the prompt inside a graph of its own, `embedding`; t
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from slimvlm.compress.models.families import Family
+from slimvlm.export.client.client_files import write_document
 from slimvlm.export.graphs.decoder import Embed, embedding_width
-from slimvlm.export.graphs.graph import BATCH, SEQUENCE, Graph, Model, Port
+from slimvlm.export.graphs.graph import ROWS, Graph, Model, Port
 from slimvlm.export.running.generation import Prompting
 
 CONFIG, IMAGES = "genai_config.json", "genai_processor.json"
@@ -48,9 +48,8 @@ def genai_graphs(model: Model, family: Family) -> tuple[Graph, ...]:
     embedding, width, image_token = model.get_input_embeddings(), embedding_width(model), model.config.image_token_id
     ids = torch.tensor([[1, image_token, image_token, 2, 3], [image_token, 1, 2, 3, 4]])
     features = torch.randn(PIXELS, width, generator=torch.Generator().manual_seed(2))
-    axes = {0: BATCH, 1: SEQUENCE}
-    ports = (Port("input_ids", ids, axes), Port("image_features", features, {0: "num_features"}))
-    return (Graph("embedding", Merge(embedding, width, image_token).eval(), ports, {"inputs_embeds": axes}),)
+    ports = (Port("input_ids", ids, ROWS), Port("image_features", features, {0: "num_features"}))
+    return (Graph("embedding", Merge(embedding, width, image_token).eval(), ports, {"inputs_embeds": ROWS}),)
 
 
 def write_genai(folder: Path, model_type: str, model: Model, processor: Any, prompting: Prompting) -> None:
@@ -59,8 +58,10 @@ def write_genai(folder: Path, model_type: str, model: Model, processor: Any, pro
     Args:
         model_type: as onnxruntime-genai calls it.
     """
-    _write(folder / CONFIG, {"model": _model(model_type, model, prompting), "search": _search(model)})
-    _write(folder / IMAGES, {"processor": {"name": "image", "transforms": _transforms(processor.image_processor)}})
+    config = {"model": _model(model_type, model, prompting), "search": _search(model)}
+    write_document(folder / CONFIG, config, sort_keys=False)
+    images = {"processor": {"name": "image", "transforms": _transforms(processor.image_processor)}}
+    write_document(folder / IMAGES, images, sort_keys=False)
 
 
 def _model(model_type: str, model: Model, prompting: Prompting) -> dict[str, Any]:
@@ -145,7 +146,3 @@ def _transforms(images: Any) -> list[dict[str, Any]]:
         {"operation": {"name": kind.lower(), "type": kind, **({"attrs": attributes} if attributes else {})}}
         for kind, attributes in steps
     ]
-
-
-def _write(path: Path, document: dict[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=2) + "\n")

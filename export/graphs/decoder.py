@@ -16,6 +16,7 @@ from slimvlm.compress.models.families import Family
 from slimvlm.export.graphs.graph import (
     BATCH,
     PAST,
+    ROWS,
     SAMPLE_BATCH,
     SAMPLE_PAST,
     SAMPLE_SEQUENCE,
@@ -28,6 +29,7 @@ from slimvlm.export.graphs.graph import (
     cached_tensors,
     causal_mask,
     filled_cache,
+    present,
 )
 
 EMBEDDING = "embed_tokens"
@@ -42,10 +44,9 @@ class Embed(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Look up, fp32."""
-        embeds = self.embedding(input_ids).float()
-        return (
-            nn.functional.pad(embeds, (0, self.width - embeds.shape[-1])) if self.width > embeds.shape[-1] else embeds
-        )
+        embeds: Tensor = self.embedding(input_ids).float()
+        missing = self.width - embeds.shape[-1]
+        return nn.functional.pad(embeds, (0, missing)) if missing > 0 else embeds
 
 
 class Decoder(nn.Module):
@@ -112,8 +113,7 @@ def embed_graph(model: Model, width: int) -> Graph:
     """`embed_tokens`: token ids -> embeddings of `width`."""
     embedding = model.get_input_embeddings()
     ids = torch.arange(SAMPLE_BATCH * SAMPLE_SEQUENCE).view(SAMPLE_BATCH, SAMPLE_SEQUENCE) % embedding.weight.shape[0]
-    axes = {0: BATCH, 1: SEQUENCE}
-    return Graph(EMBEDDING, Embed(embedding, width).eval(), (Port("input_ids", ids, axes),), {"inputs_embeds": axes})
+    return Graph(EMBEDDING, Embed(embedding, width).eval(), (Port("input_ids", ids, ROWS),), {"inputs_embeds": ROWS})
 
 
 def decoder_graph(model: Model, family: Family) -> Graph:
@@ -124,19 +124,18 @@ def decoder_graph(model: Model, family: Family) -> Graph:
     generator = torch.Generator().manual_seed(1)
     embeds = torch.randn(SAMPLE_BATCH, SAMPLE_SEQUENCE, embedding_width(model), generator=generator)
     positions = torch.arange(SAMPLE_PAST, SAMPLE_PAST + SAMPLE_SEQUENCE).expand(SAMPLE_BATCH, -1).clone()
-    position_axes = {0: BATCH, 1: SEQUENCE}
+    position_axes = ROWS
     if family.export.positions == "mrope":
         positions, position_axes = positions.expand(3, -1, -1).clone(), {1: BATCH, 2: SEQUENCE}
     mask = torch.ones(SAMPLE_BATCH, SAMPLE_PAST + SAMPLE_SEQUENCE, dtype=torch.long)
     sizes = _cache_sizes(module, embeds, positions)
     ports = (
-        Port("inputs_embeds", embeds, {0: BATCH, 1: SEQUENCE}),
+        Port("inputs_embeds", embeds, ROWS),
         Port("attention_mask", mask, {0: BATCH, 1: TOTAL}),
         Port("position_ids", positions, position_axes),
         *cache_ports(sizes, "past_key_values.{layer}.{part}", PAST, head.weight.dtype),
     )
-    present = {port.name.replace("past_key_values", "present"): {0: BATCH, 2: TOTAL} for port in ports[3:]}
-    return Graph("decoder_model_merged", module, ports, {"logits": {0: BATCH, 1: SEQUENCE}, **present})
+    return Graph("decoder_model_merged", module, ports, {"logits": ROWS, **present(ports[3:], TOTAL)})
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from slimvlm.compress.models.families import Family
-from slimvlm.export.graphs.graph import BATCH, SEQUENCE, Graph, Model, Port
+from slimvlm.export.graphs.graph import BATCH, ROWS, SEQUENCE, Graph, Model, Port
 
 
 class Encoder(nn.Module):
@@ -26,8 +26,7 @@ class Encoder(nn.Module):
 def dual_encoder(model: Model, family: Family, batch: Mapping[str, Tensor]) -> tuple[Graph, ...]:
     """`vision_model` and `text_model`, each giving the embeddings that are compared."""
     row = family.export
-    axes = {0: BATCH, 1: SEQUENCE}
-    text = tuple(Port(name, batch[name], axes) for name in ("input_ids", "attention_mask") if name in batch)
+    text = tuple(Port(name, batch[name], ROWS) for name in ("input_ids", "attention_mask") if name in batch)
     image = (Port("pixel_values", batch["pixel_values"], {0: BATCH}),)
     longest = {SEQUENCE: model.config.text_config.max_position_embeddings}
     return (

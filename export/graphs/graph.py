@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer
 
 BATCH, SEQUENCE, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
 PATCHES = "num_patches"
+ROWS = {0: BATCH, 1: SEQUENCE}  # of what has a row per token
 Model = Any  # of transformers, or a part of it: every family names what is inside in its own way
 SAMPLE_BATCH, SAMPLE_SEQUENCE, SAMPLE_PAST = 2, 3, 4  # all different and none 0 or 1: what is equal is taken for fixed
 
@@ -59,7 +60,7 @@ def filled_cache(past: Sequence[Tensor]) -> DynamicCache:
 
 def cached_tensors(cache: DynamicCache) -> list[Tensor]:
     """Keys and values as `filled_cache` takes them."""
-    layers: list[Any] = cache.layers
+    layers: list[Any] = cache.layers  # transformers' base class of them has no keys
     return [tensor for layer in layers for tensor in (layer.keys, layer.values)]
 
 
@@ -75,6 +76,11 @@ def causal_mask(attention_mask: Tensor, queries: Tensor, prefix: bool = False) -
     allowed = (seen if prefix else seen & (columns <= rows)) | (columns == rows)
     lowest = torch.full((), torch.finfo(queries.dtype).min, dtype=queries.dtype, device=queries.device)
     return torch.where(allowed, torch.zeros_like(lowest), lowest)
+
+
+def present(past: Sequence[Port], length: str) -> dict[str, Mapping[int, str]]:
+    """The outputs that become the inputs `past` of the next step."""
+    return {port.name.replace("past_key_values", "present"): {0: BATCH, 2: length} for port in past}
 
 
 def cache_ports(sizes: Sequence[tuple[int, int]], name: str, length: str, dtype: torch.dtype) -> list[Port]:

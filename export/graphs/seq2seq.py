@@ -9,9 +9,9 @@ from transformers import EncoderDecoderCache
 from slimvlm.export.graphs.graph import (
     BATCH,
     PAST,
+    ROWS,
     SAMPLE_BATCH,
     SAMPLE_SEQUENCE,
-    SEQUENCE,
     TOTAL,
     Graph,
     Model,
@@ -20,6 +20,7 @@ from slimvlm.export.graphs.graph import (
     cached_tensors,
     causal_mask,
     filled_cache,
+    present,
 )
 
 ENCODED = "encoder_sequence_length"
@@ -86,7 +87,7 @@ def encoder_decoder_graphs(model: Model) -> tuple[Graph, Graph]:
     generator = torch.Generator().manual_seed(1)
     embeds = torch.randn(SAMPLE_BATCH, SAMPLE_ENCODED, width, generator=generator)
     mask = torch.ones(SAMPLE_BATCH, SAMPLE_ENCODED, dtype=torch.long)
-    axes, encoded = {0: BATCH, 1: SEQUENCE}, {0: BATCH, 1: ENCODED}
+    encoded = {0: BATCH, 1: ENCODED}
     with torch.no_grad():
         given = encoder(embeds, mask)[1:]
     sizes = [(keys.shape[1], keys.shape[3]) for keys in given[::2]]
@@ -97,18 +98,16 @@ def encoder_decoder_graphs(model: Model) -> tuple[Graph, Graph]:
     past = cache_ports(own, "past_key_values.{layer}.decoder.{part}", PAST, dtype)
     cross = cache_ports(sizes, "past_key_values.{layer}.encoder.{part}", ENCODED, dtype)
     cross = [Port(port.name, tensor, port.axes) for port, tensor in zip(cross, given, strict=True)]
-    present = {port.name.replace("past_key_values", "present"): {0: BATCH, 2: TOTAL} for port in past}
-    passed = {port.name.replace("past_key_values", "present"): {0: BATCH, 2: ENCODED} for port in cross}
     inputs = (Port("inputs_embeds", embeds, encoded), Port("attention_mask", mask, encoded))
     steps = (
-        Port("inputs_embeds", embeds[:, :SAMPLE_SEQUENCE].clone(), axes),
+        Port("inputs_embeds", embeds[:, :SAMPLE_SEQUENCE].clone(), ROWS),
         Port("encoder_attention_mask", mask, encoded),
         *past,
         *cross,
     )
     return (
-        Graph("encoder_model", encoder, inputs, {"last_hidden_state": encoded, **passed}),
-        Graph("decoder_model_merged", decoder, steps, {"logits": axes, **present}),
+        Graph("encoder_model", encoder, inputs, {"last_hidden_state": encoded, **present(cross, ENCODED)}),
+        Graph("decoder_model_merged", decoder, steps, {"logits": ROWS, **present(past, TOTAL)}),
     )
 
 

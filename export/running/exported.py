@@ -21,11 +21,10 @@ def is_export(folder: Path) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What an export holds; `graphs` are its artifacts by backend."""
+    """What an export holds."""
 
     folder: Path
     manifest: Manifest
-    graphs: dict[str, list[Artifact]]
 
     @classmethod
     def open(cls, folder: Path) -> Exported:
@@ -34,11 +33,12 @@ class Exported:
         Raises:
             CheckpointError: the folder is no export.
         """
-        manifest = Manifest.read(folder)
-        graphs: dict[str, list[Artifact]] = {}
-        for artifact in manifest.artifacts:
-            graphs.setdefault(artifact.backend, []).append(artifact)
-        return cls(folder, manifest, graphs)
+        return cls(folder, Manifest.read(folder))
+
+    @property
+    def graphs(self) -> dict[str, list[Artifact]]:
+        """Its artifacts by backend."""
+        return self.manifest.graphs
 
     def backend(self, form: str, variant: str | None = None) -> str | None:
         """Of `graphs` the key of a format and variant, by default the format's first; None if they are not here."""

@@ -112,6 +112,14 @@ class Manifest:
     ok: bool = True
     schema: int = SCHEMA
 
+    @property
+    def graphs(self) -> dict[str, list[Artifact]]:
+        """The artifacts by what runs them: those of one format and variant together."""
+        found: dict[str, list[Artifact]] = {}
+        for artifact in self.artifacts:
+            found.setdefault(artifact.backend, []).append(artifact)
+        return found
+
     def write(self, folder: Path) -> None:
         """Lists the files of the folder and writes the manifest last."""
         self.ok = not self.failures

@@ -264,36 +264,14 @@ def runner_of(
         raise DeviceError(f"{first.backend} graphs were traced on the CPU and run there only; use --device cpu")
     ports = {artifact.graph: artifact.inputs for artifact in artifacts}
     outputs = {artifact.graph: [port.name for port in artifact.outputs] for artifact in artifacts}
-    return TorchRunner({graph: LOADERS[first.format](path) for graph, path in files.items()}, ports, outputs)
+    return TorchRunner({graph: load_module(first.format, path) for graph, path in files.items()}, ports, outputs)
 
 
-def load_torchscript(path: Path) -> Callable[..., Any]:
-    """The traced module."""
+def load_module(form: str, path: Path) -> Callable[..., Any]:
+    """What calls the graph in a file of `torchscript`, `pt2` or `aoti`."""
     import torch
 
     with quiet():
-        module: Callable[..., Any] = torch.jit.load(str(path), map_location="cpu")
-    return module
-
-
-def load_pt2(path: Path) -> Callable[..., Any]:
-    """The program as a callable module."""
-    import torch
-
-    with quiet():
-        return torch.export.load(path).module()
-
-
-def load_aoti(path: Path) -> Callable[..., Any]:
-    """The compiled program."""
-    import torch
-
-    with quiet():
-        return torch._inductor.aoti_load_package(str(path))
-
-
-LOADERS: dict[str, Callable[[Path], Callable[..., Any]]] = {
-    "torchscript": load_torchscript,
-    "pt2": load_pt2,
-    "aoti": load_aoti,
-}
+        if form == "torchscript":
+            return torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-any-return]
+        return torch.export.load(path).module() if form == "pt2" else torch._inductor.aoti_load_package(str(path))

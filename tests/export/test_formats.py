@@ -20,7 +20,7 @@ from slimvlm.export.graphs import vision
 from slimvlm.export.graphs.build import build_graphs
 from slimvlm.export.graphs.graph import BATCH, Graph, Port
 from slimvlm.export.options import EXTERNAL_BYTES, ExportOptions
-from slimvlm.export.running.runners import SessionRunner, TorchRunner, load_pt2
+from slimvlm.export.running.runners import SessionRunner, TorchRunner, load_module
 from slimvlm.export.writers.onnx_rewriting import fuse, quantize_int8
 from slimvlm.export.writers.onnx_writer import write_onnx
 from slimvlm.export.writers.torch_writer import write_pt2
@@ -154,7 +154,7 @@ def test_a_torch_export_program_equals_torch_at_other_sizes(decoder, tmp_path):
     graph, _ = decoder
     write_pt2(graph, tmp_path / "decoder.pt2", aoti=False)
     ports, outputs = {graph.name: graph_ports(graph)}, {graph.name: tuple(graph.outputs)}
-    runner = TorchRunner({graph.name: load_pt2(tmp_path / "decoder.pt2")}, ports, outputs)
+    runner = TorchRunner({graph.name: load_module("pt2", tmp_path / "decoder.pt2")}, ports, outputs)
     assert difference_at_other_sizes(graph, runner)[0] < 1e-5
 
 
