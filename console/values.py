@@ -1,4 +1,7 @@
-"""Values of options: numbers, paths, names, amounts of memory, shares, devices; what nothing can take is refused."""
+"""Values of options: numbers, paths, names, amounts of memory, shares, devices; what nothing can take is refused.
+
+A value is Any where click hands it over: text from the command line, or a default that is one already.
+"""
 
 from __future__ import annotations
 

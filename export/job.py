@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -32,7 +31,7 @@ from slimvlm.export.graphs.graph import Graph, Model
 from slimvlm.export.graphs.windows import refuse_windows
 from slimvlm.export.options import ExportOptions
 from slimvlm.export.packages import require_packages
-from slimvlm.export.running.manifest import Manifest
+from slimvlm.export.running.manifest import Document, Manifest
 from slimvlm.export.variants import VARIANTS
 from slimvlm.export.writers.formats import write_graphs
 
@@ -77,7 +76,7 @@ def export_model(
     out: Path,
     options: ExportOptions,
     progress: Progress,
-    origin: dict[str, Any],
+    origin: Document,
 ) -> ExportResult:
     """As `export_checkpoint`, of a model in memory (fp32, in eval mode; `options.dtype` fp16 casts its weights)."""
     started = time.perf_counter()
@@ -133,7 +132,7 @@ def earlier_export(folder: Path) -> tuple[str, ...]:
     return listed_files(folder)
 
 
-def _stated(options: ExportOptions) -> dict[str, Any]:
+def _stated(options: ExportOptions) -> Document:
     stated = {**asdict(options), "data": None if options.data is None else str(options.data)}
     return {name: value for name, value in stated.items() if name not in ("overwrite", "trust_remote_code")}
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from slimvlm.compress.errors import CheckFailedError, SlimvlmError
 from slimvlm.compress.options import DeliverOptions
@@ -12,9 +10,10 @@ from slimvlm.compress.progress import Progress
 from slimvlm.compress.runs import EXPORT, MODEL, RunFolder
 from slimvlm.export import ExportOptions, export_checkpoint
 from slimvlm.export.packages import installed_formats
+from slimvlm.export.running.manifest import Document
 
 
-def export_stage(run: RunFolder, options: DeliverOptions, data: Path, progress: Progress) -> dict[str, Any]:
+def export_stage(run: RunFolder, options: DeliverOptions, data: Path, progress: Progress) -> Document:
     """Write `export/`, checked on the samples of `data`; what was recorded.
 
     A check that fails is recorded, and fails the run at its end; so is a model that cannot be exported, unless formats
@@ -31,14 +30,14 @@ def export_stage(run: RunFolder, options: DeliverOptions, data: Path, progress: 
     return run.facts("export")
 
 
-def exported_formats(recorded: Mapping[str, Any]) -> tuple[str, ...]:
+def exported_formats(recorded: Document) -> tuple[str, ...]:
     """The formats of an export stage whose graphs can be run."""
     return () if "failed" in recorded or "refused" in recorded else tuple(recorded["formats"])
 
 
 def _export(
     run: RunFolder, options: DeliverOptions, formats: tuple[str, ...], data: Path, progress: Progress
-) -> dict[str, Any]:
+) -> Document:
     code = options.trust_remote_code
     chosen = ExportOptions(formats=formats, data=data, seed=options.seed, trust_remote_code=code)
     try:

@@ -21,11 +21,11 @@ from torch import Tensor
 VECTOR_BYTES = 16  # of one load or store of a thread
 
 
-def launch(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], device: torch.device) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, object], device: torch.device) -> None:
     """Run a kernel.
 
     Args:
-        kernel: decorated by `triton.jit`.
+        kernel: decorated by `triton.jit`, which states no types.
         grid: number of programs.
         arguments: of the kernel, by name, and `num_warps`.
         device: where the operands are.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -68,7 +67,7 @@ def export_samples(collator: Collator, model: Model, options: ExportOptions) -> 
     return samples if size is None else [resized(sample, size) for sample in samples]
 
 
-def image_size(collator: Collator, config: Any, options: ExportOptions) -> tuple[int, int] | None:
+def image_size(collator: Collator, config: Model, options: ExportOptions) -> tuple[int, int] | None:
     """Height and width all images are brought to, or None where the processor brings every image to one size.
 
     Raises:

@@ -10,7 +10,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from slimvlm.compress.errors import CheckFailedError, CheckpointError, MissingDe
 from slimvlm.export.checks.parity import Case, measure, token_losses
 from slimvlm.export.checks.sample import read_sample
 from slimvlm.export.running.generation import Arrays, Runner, steps, until_end
-from slimvlm.export.running.manifest import Artifact, Manifest, check_files, inside
+from slimvlm.export.running.manifest import Artifact, Document, Manifest, check_files, inside
 from slimvlm.export.running.runners import runner_of
 from slimvlm.export.running.sessions import UnreadableGraphError
 from slimvlm.export.variants import VARIANTS
@@ -30,10 +29,10 @@ class Verification:
 
     folder: Path
     files: int
-    checks: tuple[dict[str, Any], ...]
+    checks: tuple[Document, ...]
     skipped: tuple[str, ...]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Document:
         """For `--json`."""
         return {**asdict(self), "folder": str(self.folder)}
 
@@ -83,7 +82,7 @@ def verify(folder: str | os.PathLike[str]) -> Verification:
     return result
 
 
-def _check(runner: Runner, manifest: Manifest, variant: str, given: Arrays, expected: Arrays) -> dict[str, Any]:
+def _check(runner: Runner, manifest: Manifest, variant: str, given: Arrays, expected: Arrays) -> Document:
     tolerance = VARIANTS[variant].tolerance
     prompting = manifest.generation
     if prompting is None:
@@ -102,7 +101,7 @@ def _check(runner: Runner, manifest: Manifest, variant: str, given: Arrays, expe
 
 def _check_embeddings(
     runner: Runner, artifacts: Sequence[Artifact], variant: str, given: Arrays, expected: Arrays
-) -> dict[str, Any]:
+) -> Document:
     relative, cosine, ok = 0.0, 1.0, True
     for graph in dict.fromkeys(artifact.graph for artifact in artifacts):
         feeds = {port.name: given[port.name] for port in runner.inputs(graph)}
@@ -113,5 +112,5 @@ def _check_embeddings(
     return {"ok": bool(ok), "max_relative": float(relative), "cosine": float(np.float64(cosine))}
 
 
-def _shown(check: dict[str, Any]) -> str:
+def _shown(check: Document) -> str:
     return ", ".join(f"{name} {value:.3g}" for name, value in check.items() if name != "ok")

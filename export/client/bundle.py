@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import tarfile
 from pathlib import Path
-from typing import Any
 
 from slimvlm.compress.files.decoding import LARGEST_FILE, decode, parse
 from slimvlm.compress.files.folders import MANIFEST
 from slimvlm.compress.files.writing import written_file
-from slimvlm.export.running.manifest import Manifest
+from slimvlm.export.running.manifest import Document, Manifest
 
 README = "README.md"
 
@@ -89,7 +88,7 @@ def _lines(manifest: Manifest) -> list[str]:
     return lines
 
 
-def _check(check: dict[str, Any]) -> str:
+def _check(check: Document) -> str:
     right = (
         "" if check["accuracy"] is None else f", right answers {check['accuracy']:.1%} ({check['torch_accuracy']:.1%})"
     )

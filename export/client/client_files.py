@@ -6,13 +6,12 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from slimvlm.compress.data.collate import Collator
 from slimvlm.compress.models.modeling_slim import PREFIX, RECORD
 from slimvlm.export.graphs.graph import Model
 from slimvlm.export.running.generation import Prompting
-from slimvlm.export.running.manifest import Manifest
+from slimvlm.export.running.manifest import Document, Manifest
 
 CARRIED = ("LICENSE*", "NOTICE*", "spiece.model", "tokenizer.model", "vocab.json", "merges.txt")
 TEXT_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -48,7 +47,7 @@ def external_data(folder: Path, manifest: Manifest) -> dict[str, int]:
     return {file.removeprefix("onnx/"): 1 for file in files if (folder / f"{file}_data").exists()}
 
 
-def _config(model: Model, flat: bool) -> dict[str, Any]:
+def _config(model: Model, flat: bool) -> Document:
     """The model's config under the name of its stock class; `auto_map` points to code that is not here.
 
     Args:
@@ -63,17 +62,17 @@ def _config(model: Model, flat: bool) -> dict[str, Any]:
         config |= {name: text[name] for name in TEXT_SIZES if name in text and name not in config}
     if RECORD in config:
         config[RECORD] = {"per_layer_config": config[RECORD].get("per_layer_config")}
-    plain: dict[str, Any] = json.loads(json.dumps(config, default=str))
+    plain: Document = json.loads(json.dumps(config, default=str))
     return plain
 
 
-def _generation(model: Model, prompting: Prompting) -> dict[str, Any]:
+def _generation(model: Model, prompting: Prompting) -> Document:
     config = model.generation_config.to_diff_dict()
     ends = list(prompting.end)
     return {**config, "eos_token_id": ends if len(ends) != 1 else ends[0], "pad_token_id": prompting.pad}
 
 
-def _save_processor(folder: Path, processor: Any) -> None:
+def _save_processor(folder: Path, processor: Model) -> None:
     """One file for the whole processor and one for its image part: older clients read only the second."""
     name = type(processor).__name__
     images = json.loads(processor.image_processor.to_json_string())
@@ -102,6 +101,6 @@ def _plain(name: str) -> str:
     return name.removesuffix("Fast").removesuffix(PIL)
 
 
-def write_document(path: Path, document: Mapping[str, Any], sort_keys: bool = True) -> None:
+def write_document(path: Path, document: Mapping[str, object], sort_keys: bool = True) -> None:
     """Writes JSON as the tools do whose files these are."""
     path.write_text(json.dumps(document, indent=2, sort_keys=sort_keys, default=str) + "\n")

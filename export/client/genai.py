@@ -6,7 +6,6 @@ It puts image features into the prompt inside a graph of its own, `embedding`; t
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from slimvlm.export.client.client_files import write_document
 from slimvlm.export.graphs.decoder import Embed, embedding_width
 from slimvlm.export.graphs.graph import ROWS, Graph, Model, Port
 from slimvlm.export.running.generation import Prompting
+from slimvlm.export.running.manifest import Document
 
 CONFIG, IMAGES = "genai_config.json", "genai_processor.json"
 PIXELS = 3
@@ -52,7 +52,7 @@ def genai_graphs(model: Model, family: Family) -> tuple[Graph, ...]:
     return (Graph("embedding", Merge(embedding, width, image_token).eval(), ports, {"inputs_embeds": ROWS}),)
 
 
-def write_genai(folder: Path, model_type: str, model: Model, processor: Any, prompting: Prompting) -> None:
+def write_genai(folder: Path, model_type: str, model: Model, processor: Model, prompting: Prompting) -> None:
     """Writes `genai_config.json` and `genai_processor.json`.
 
     Args:
@@ -64,7 +64,7 @@ def write_genai(folder: Path, model_type: str, model: Model, processor: Any, pro
     write_document(folder / IMAGES, images, sort_keys=False)
 
 
-def _model(model_type: str, model: Model, prompting: Prompting) -> dict[str, Any]:
+def _model(model_type: str, model: Model, prompting: Prompting) -> Document:
     config, text = model.config, model.config.text_config
     heads = text.num_attention_heads
     options = {"log_id": "onnxruntime-genai", "provider_options": []}
@@ -114,7 +114,7 @@ def _model(model_type: str, model: Model, prompting: Prompting) -> dict[str, Any
     }
 
 
-def _search(model: Model) -> dict[str, Any]:
+def _search(model: Model) -> Document:
     return {
         "do_sample": False,
         "num_beams": 1,
@@ -129,12 +129,12 @@ def _search(model: Model) -> dict[str, Any]:
     }
 
 
-def _transforms(images: Any) -> list[dict[str, Any]]:
+def _transforms(images: Model) -> list[Document]:
     """The steps of Qwen's image processor in the terms of onnxruntime-extensions."""
     patch = {"patch_size": images.patch_size, "merge_size": images.merge_size}
     size = {"min_pixels": images.size["shortest_edge"], "max_pixels": images.size["longest_edge"]}
     colours = {"mean": list(images.image_mean), "std": list(images.image_std), "qwen2_5_vl": 1}
-    steps: list[tuple[str, dict[str, Any]]] = [
+    steps: list[tuple[str, Document]] = [
         ("DecodeImage", {"color_space": "RGB"}),
         ("ConvertRGB", {}),
         ("Resize", {"width": 540, "height": 360, "smart_resize": 1, **size, **patch}),

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
@@ -19,7 +18,9 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 from slimvlm.compress.data.collate import Collator
 from slimvlm.compress.data.records import Turn
 from slimvlm.compress.data.samples import Sample, open_image
+from slimvlm.export.graphs.graph import Model
 from slimvlm.export.running.generation import Arrays
+from slimvlm.export.running.manifest import Document
 
 QUESTION = "{question}"
 CHECKED = 4  # samples
@@ -33,9 +34,7 @@ class NoRecipeError(ValueError):
     """This processor does what the recipe cannot say; the message names it."""
 
 
-def write_example(
-    folder: Path, collator: Collator, samples: list[Sample], size: tuple[int, int] | None
-) -> dict[str, Any]:
+def write_example(folder: Path, collator: Collator, samples: list[Sample], size: tuple[int, int] | None) -> Document:
     """Writes `run_onnx.py`, if its recipe gives what the processor gives.
 
     Args:
@@ -57,7 +56,7 @@ def write_example(
     return recipe
 
 
-def make_recipe(collator: Collator, sample: Sample, batch: Arrays, size: tuple[int, int] | None) -> dict[str, Any]:
+def make_recipe(collator: Collator, sample: Sample, batch: Arrays, size: tuple[int, int] | None) -> Document:
     """`prompt` and `image` for run_onnx.py.
 
     Args:
@@ -75,7 +74,7 @@ def make_recipe(collator: Collator, sample: Sample, batch: Arrays, size: tuple[i
     return {"prompt": prompt, "image": image}
 
 
-def check_recipe(collator: Collator, recipe: dict[str, Any], samples: list[Sample], batches: list[Arrays]) -> None:
+def check_recipe(collator: Collator, recipe: Document, samples: list[Sample], batches: list[Arrays]) -> None:
     """Raises NoRecipeError where the recipe's token ids or pixels are not the processor's."""
     from tokenizers import Tokenizer
 
@@ -115,7 +114,7 @@ def single_batches(collator: Collator, samples: list[Sample]) -> list[Arrays]:
     ]
 
 
-def _prompt(collator: Collator, sample: Sample, batch: Arrays) -> dict[str, Any]:
+def _prompt(collator: Collator, sample: Sample, batch: Arrays) -> Document:
     marked = Sample(sample.image, (Turn(QUESTION, ("",)),), "recipe", content=sample.content)
     text, special = collator.prompt_text(marked)
     if text.count(QUESTION) != 1:
@@ -135,10 +134,10 @@ def _prompt(collator: Collator, sample: Sample, batch: Arrays) -> dict[str, Any]
     }
 
 
-def _image(collator: Collator, batch: Arrays, size: tuple[int, int] | None) -> dict[str, Any]:
+def _image(collator: Collator, batch: Arrays, size: tuple[int, int] | None) -> Document:
     images = collator.processor.image_processor
     shape = list(batch["pixel_values"].shape)
-    recipe: dict[str, Any] = {
+    recipe: Document = {
         "resize_first": None if size is None else list(size),
         "resample": int(images.resample),
         "scale": images.rescale_factor if images.do_rescale else 1.0,
@@ -152,7 +151,7 @@ def _image(collator: Collator, batch: Arrays, size: tuple[int, int] | None) -> d
     return {**recipe, **LAYOUTS[collator.family.export.vision](collator, batch, size)}
 
 
-def _plain(collator: Collator, batch: Arrays, size: tuple[int, int] | None) -> dict[str, Any]:
+def _plain(collator: Collator, batch: Arrays, size: tuple[int, int] | None) -> Document:
     """One image of one size."""
     images = collator.processor.image_processor
     side = dict(images.size)
@@ -166,14 +165,14 @@ def _plain(collator: Collator, batch: Arrays, size: tuple[int, int] | None) -> d
     return {"views": [{"size": [height, width]}]}
 
 
-def _twice(collator: Collator, batch: Arrays, size: tuple[int, int] | None) -> dict[str, Any]:
+def _twice(collator: Collator, batch: Arrays, size: tuple[int, int] | None) -> Document:
     """First to one longest side, then to a square: two steps lose more of an image than one (Idefics3)."""
     layout, images = _plain(collator, batch, size), collator.processor.image_processor
     longest = dict(images.size).get("longest_edge") if images.do_resize else None
     return layout if longest is None else {**layout, "longest_edge": longest}
 
 
-def _grids(images: Any, shape: list[int]) -> dict[str, Any]:
+def _grids(images: Model, shape: list[int]) -> Document:
     """As many tiles as the shape of the image asks for, by columns within equal numbers, then the whole (InternVL)."""
     counts = range(1, images.max_patches + 1)
     grids = [[rows, columns] for columns in counts for rows in counts]
@@ -182,7 +181,7 @@ def _grids(images: Any, shape: list[int]) -> dict[str, Any]:
     return {"grids": sorted(grids, key=math.prod), "tile": shape[-2:], "split": shape, "order": order, "shape": shape}
 
 
-def _tiles(collator: Collator, batch: Arrays, size: tuple[int, int] | None) -> dict[str, Any]:
+def _tiles(collator: Collator, batch: Arrays, size: tuple[int, int] | None) -> Document:
     """The whole image, then its tiles; the image is one of the sizes that need no padding."""
     side = batch["pixel_values"].shape[-1]
     height, width = size if size is not None else (side, side)
@@ -194,7 +193,7 @@ def _tiles(collator: Collator, batch: Arrays, size: tuple[int, int] | None) -> d
     return {"views": [{"size": [side, side]}, *tiles]}
 
 
-def _patches(collator: Collator, batch: Arrays, size: tuple[int, int] | None) -> dict[str, Any]:
+def _patches(collator: Collator, batch: Arrays, size: tuple[int, int] | None) -> Document:
     """Patches of one image in blocks that are merged to one token, every image repeated in time (Qwen VL)."""
     images = collator.processor.image_processor
     frames, rows, columns = batch["image_grid_thw"][0].tolist()

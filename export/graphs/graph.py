@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 BATCH, SEQUENCE, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
 PATCHES = "num_patches"
 ROWS = {0: BATCH, 1: SEQUENCE}  # of what has a row per token
-Model = Any  # of transformers, or a part of it: every family names what is inside in its own way
+Model = Any  # of transformers, a part of it or its processor: each class names what is inside in its own way
 SAMPLE_BATCH, SAMPLE_SEQUENCE, SAMPLE_PAST = 2, 3, 4  # all different and none 0 or 1: what is equal is taken for fixed
 
 

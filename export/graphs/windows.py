@@ -14,12 +14,13 @@ from transformers import PretrainedConfig
 
 from slimvlm.compress.errors import UnsupportedModelError
 
+Config = Any  # of transformers: every model type has fields of its own
 FULL_ATTENTION = "full_attention"
 WINDOW = re.compile(r"^(?!use_|max_|num_)(?=.*(sliding|attention|attn|local|window_size)).*(window|chunk)(?!.*pattern)")
 OTHERS = ("vision_config", "audio_config", "qformer_config")  # towers whose windows are inside their graph
 
 
-def refuse_windows(config: Any) -> None:
+def refuse_windows(config: Config) -> None:
     """Raises UnsupportedModelError, naming the field, if a language model in `config` attends through windows.
 
     Args:
@@ -36,7 +37,7 @@ def refuse_windows(config: Any) -> None:
             )
 
 
-def _parts(config: Any, path: str) -> Iterator[tuple[str, Any]]:
+def _parts(config: Config, path: str) -> Iterator[tuple[str, Config]]:
     """A config and those in it, each with its path."""
     yield path, config
     for name, part in vars(config).items():
@@ -44,7 +45,7 @@ def _parts(config: Any, path: str) -> Iterator[tuple[str, Any]]:
             yield from _parts(part, f"{path}{name}.")
 
 
-def _limited(config: Any) -> tuple[str, Any] | None:
+def _limited(config: Config) -> tuple[str, object] | None:
     """The field that limits how far a token sees, and its value."""
     kinds = getattr(config, "layer_types", None) or ()
     if other := next((kind for kind in kinds if kind != FULL_ATTENTION), None):
@@ -59,6 +60,6 @@ def _limited(config: Any) -> tuple[str, Any] | None:
     return None
 
 
-def _reads(config: Any, name: str) -> bool:
+def _reads(config: Config, name: str) -> bool:
     """Whether the field is one of the config's class."""
     return any(name in vars(kind).get("__annotations__", {}) for kind in type(config).__mro__)

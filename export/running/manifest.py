@@ -19,8 +19,7 @@ SAMPLE = "sample.safetensors"
 SCHEMA = 1
 VERSIONED = ("slimvlm", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy")
 
-
-Document = dict[str, Any]
+Document = dict[str, Any]  # JSON whose fields others fix: a config, a record, a recipe for `run_onnx.py`
 
 
 class Parity(TypedDict):
@@ -58,8 +57,8 @@ class ForClients(TypedDict, total=False):
 
     image_size: tuple[int, int]
     external_data: dict[str, int]
-    prompt: dict[str, Any]
-    image: dict[str, Any]
+    prompt: Document
+    image: Document
     why_not: str
     note: str
 

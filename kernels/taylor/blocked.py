@@ -50,7 +50,7 @@ def _split(tensor: Tensor | None, rows: int, step: int) -> Sequence[Tensor | Non
 
 
 def _saliency(inputs: Sequence[Any], variant: str, buffers: Tensor) -> Tensor:
-    """Signed saliency of one block, in `buffers[0]`."""
+    """Signed saliency of one block, in `buffers[0]`; of the inputs those are there that the variant reads."""
     weight, grad, square = inputs
     if variant == "second":
         return _product(weight, square, buffers[0]).mul_(weight)

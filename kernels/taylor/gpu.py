@@ -7,7 +7,7 @@ reduces BLOCK_N survivors over its share of the other dimension; shares are adde
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from slimvlm.kernels.taylor import Operands
 
 FIELDS: tl.constexpr = tl.constexpr(16)  # of a matrix in the table; 13 are used
+Kind = tuple[str, int, tuple[object, ...]]  # layout, elements of a vector (1: none), Triton's dtypes
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # Survivors of a program: along rows few and the loop runs through memory, across rows a segment of a row.
 SURVIVORS = {"along": 4, "across": 128, "strided": 32}
@@ -81,7 +82,7 @@ def _read(
 
 def saliency_sums(batch: Sequence[Operands], variant: str) -> list[Tensor]:
     """As the reference; one launch per combination of dtypes and layout."""
-    kinds: dict[tuple[Any, ...], list[int]] = {}
+    kinds: dict[Kind, list[int]] = {}
     for index, operands in enumerate(batch):
         kinds.setdefault(_kind(operands), []).append(index)
     results: list[Tensor] = [torch.empty(0)] * len(batch)
@@ -92,8 +93,8 @@ def saliency_sums(batch: Sequence[Operands], variant: str) -> list[Tensor]:
     return results
 
 
-def _kind(operands: Operands) -> tuple[Any, ...]:
-    """What the matrices of one launch share: layout, elements of a vector (1: none), dtypes."""
+def _kind(operands: Operands) -> Kind:
+    """What the matrices of one launch share."""
     tensors = [tensor for tensor in operands[:3] if tensor is not None]
     steps = {(tensor.stride(operands.dim), tensor.stride(1 - operands.dim)) for tensor in tensors}
     layout = "strided"
@@ -108,7 +109,7 @@ def _kind(operands: Operands) -> tuple[Any, ...]:
     return layout, align, types
 
 
-def _launch(batch: Sequence[Operands], kind: tuple[Any, ...], variant: str) -> list[Tensor]:
+def _launch(batch: Sequence[Operands], kind: Kind, variant: str) -> list[Tensor]:
     layout, align, (weight, grad, square) = kind
     device = batch[0].weight.device
     block = SURVIVORS[layout]
