@@ -67,7 +67,7 @@ def gather_2d(weight: Tensor, rows: Tensor | None, cols: Tensor | None, out: Ten
     source, target = _carried(weight), _carried(out)
     whole = aligned(target) and (cols is not None or (source.stride(1) == 1 and aligned(source)))
     align = _align(source) if whole else 1
-    arguments = {
+    arguments: dict[str, object] = {
         "weight": source, "rows": rows, "cols": cols, "out": target, "height": height, "width": width // align,
         "per_row": source.stride(0) // (align if cols is None else 1), "per_col": source.stride(1), "ALIGN": align,
     }  # fmt: skip
