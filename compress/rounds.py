@@ -16,8 +16,7 @@ from slimvlm.compress.allocate.allocators import ALLOCATORS
 from slimvlm.compress.allocate.budget import Budget, plan_units
 from slimvlm.compress.allocate.facts import Facts, facts_of
 from slimvlm.compress.criteria.criterion import CRITERIA, Criterion
-from slimvlm.compress.criteria.scores import Scores
-from slimvlm.compress.criteria.scoring import score_groups
+from slimvlm.compress.criteria.scoring import Scores, score_groups
 from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.models.computing import give_back_memory
 from slimvlm.compress.models.families import find_family

@@ -18,7 +18,7 @@ from slimvlm.compress.allocate.bundles import Line, lines_of, pool_of, stock_lin
 from slimvlm.compress.allocate.costs import COSTS, Total
 from slimvlm.compress.allocate.facts import Facts
 from slimvlm.compress.allocate.pool import Flags, Integers
-from slimvlm.compress.criteria.scores import Scores
+from slimvlm.compress.criteria.scoring import Scores
 from slimvlm.compress.errors import InfeasibleBudgetError
 from slimvlm.compress.models.groups import Dead, Group
 from slimvlm.compress.options import KINDS, LAYOUTS

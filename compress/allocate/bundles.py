@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from slimvlm.compress.allocate.costs import Cost
 from slimvlm.compress.allocate.pool import Floats, Integers, Pool
-from slimvlm.compress.criteria.scores import Scores
+from slimvlm.compress.criteria.scoring import Scores
 from slimvlm.compress.errors import InfeasibleBudgetError
 from slimvlm.compress.models.families import Family
 from slimvlm.compress.models.groups import Group
@@ -30,12 +30,14 @@ class Line:
         ranks: per group the unit numbers, lowest score first (equal ones by number). [units] each
         bounds: bundle i holds the ranks bounds[i] .. bounds[i + 1]. [bundles + 1]
         scores: mean over the weights of a bundle, non-decreasing. [bundles]
+        share: how much of them is to go beside the others, mean of the groups; None: nothing is said of it.
     """
 
     groups: tuple[Group, ...]
     ranks: tuple[Integers, ...]
     bounds: Integers
     scores: Floats
+    share: float | None = None
 
     @property
     def kind(self) -> str:
@@ -75,7 +77,7 @@ def stock_lines_of(groups: Sequence[Group], scores: Scores, round_channels: int,
     classes: dict[tuple[str, ...], list[Group]] = {}
     for group in groups:
         if group.part.fields:
-            classes.setdefault((group.config, *(name for name, _ in group.part.fields)), []).append(group)
+            classes.setdefault((group.home.config, *(name for name, _ in group.part.fields)), []).append(group)
     if not classes:
         raise InfeasibleBudgetError(
             f"layout stock: the unmodified class of family {family.name!r} can build no cut; use --layout per-layer"
@@ -105,6 +107,7 @@ def pool_of(lines: Sequence[Line], cost: Cost, dense_sizes: Mapping[str, int], *
         channels=np.concatenate([line.channels for line in lines]),
         modality=np.repeat(modality, counts),
         size=np.array([sum(dense_sizes[group.key] * group.head_dim for group in line.groups) for line in lines]),
+        share=None if lines[0].share is None else np.array([line.share for line in lines]),
         **asked,
     )
 
@@ -120,4 +123,5 @@ def _line(groups: tuple[Group, ...], scores: Scores, round_channels: int) -> Lin
     totals = [np.add.reduceat(value[order], bounds[:-1]) for value, order in zip(values, ranks, strict=True)]
     means = (weights / weights.sum()) @ np.stack(totals) / np.diff(bounds)
     # Rounding of the means must not reverse the ranks.
-    return Line(groups, ranks, bounds, np.maximum.accumulate(means))
+    share = None if scores.shares is None else float(np.mean([scores.shares[group.key] for group in groups]))
+    return Line(groups, ranks, bounds, np.maximum.accumulate(means), share)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slimvlm.compress.criteria.scoring import Seen
-from slimvlm.compress.criteria.units import units_of
+from slimvlm.compress.criteria.scoring import Seen, units_of
 from slimvlm.compress.models.groups import Group
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from slimvlm.compress.statistics.rows import ALL, POORLY_FITTED, CalibrationOptions, TokenRule
+from slimvlm.compress.statistics.rows import ALL, POORLY_FITTED, STATISTICS, CalibrationOptions, TokenRule
 
 if TYPE_CHECKING:
     from slimvlm.compress.criteria.scoring import Score
@@ -27,7 +27,8 @@ class Criterion:
         file: of this folder; its function `score` gives a value per unit.
         normalise: makes units of different groups comparable: division by the `weights` of a unit, or by the `mean` of
             the group; None: they are.
-        units: `width`, the channels and heads of a block, or `block`, whole blocks.
+        shares: a statistic whose mean over the linears of a group (or its blocks) says how much of the group is to go
+            beside the others, for allocators that heed `Pool.share`; None: nothing does.
     """
 
     name: str
@@ -36,7 +37,12 @@ class Criterion:
     angles: str | None = None
     file: str = "saliency"
     normalise: str | None = "weights"
-    units: str = "width"
+    shares: str | None = None
+
+    @property
+    def units(self) -> str:
+        """What leaves, and what its statistics watch: `width`, channels and heads, or `block`, whole blocks."""
+        return next((STATISTICS[name].units for name in self.statistics), "width")
 
     @property
     def score(self) -> Score:
@@ -44,12 +50,12 @@ class Criterion:
         made: Score = import_module(f"slimvlm.compress.criteria.{self.file}").score
         return made
 
-    def calibration(self, **bounds: Any) -> CalibrationOptions:
-        """What it wants of the data, within `bounds` on memory."""
-        angles = () if self.angles is None else (self.angles,)
-        return CalibrationOptions((*self.statistics, *angles), self.tokens, **bounds)
+    def calibration(self, grad_memory_bytes: int | None = None, host_sums: bool = False) -> CalibrationOptions:
+        """What it wants of the data, within these bounds on memory."""
+        besides = (name for name in (self.angles, self.shares) if name is not None)
+        return CalibrationOptions((*self.statistics, *besides), self.tokens, grad_memory_bytes, host_sums)
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         """What files say of it."""
         return {
             "name": self.name,
@@ -69,6 +75,6 @@ CRITERIA: Mapping[str, Criterion] = {
         Criterion("magnitude", file="magnitude"),  # Li et al., ICLR 2017
         Criterion("random", file="chance", normalise=None),
         Criterion("wanda-sp", ("input-norms",), file="wanda", normalise="mean"),  # An et al., FLAP, AAAI 2024
-        Criterion("influence", ("turning",), file="influence", normalise=None, units="block"),  # ShortGPT, 2024
+        Criterion("influence", ("turning",), file="influence", normalise=None),  # ShortGPT, 2024
     )
 }

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from slimvlm.compress.criteria.scoring import Seen
-from slimvlm.compress.criteria.units import unit_sums
+from slimvlm.compress.criteria.scoring import Seen, unit_sums
 from slimvlm.compress.models.groups import Group, Member
 
 

@@ -4,16 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from slimvlm.compress.criteria.criterion import Criterion
-from slimvlm.compress.criteria.scores import Scores
-from slimvlm.compress.criteria.ukmi import unit_entropy
 from slimvlm.compress.errors import CalibrationError
+from slimvlm.compress.files.writing import save_tensors
 from slimvlm.compress.models.groups import Group, Member
 from slimvlm.compress.statistics.collect import Calibration
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """One importance per unit, and which indices of the group each unit holds.
+
+    Attributes:
+        criterion: what made them.
+        values: group key -> fp32 [num_units], finite and >= 0.
+        members: group key -> int64 [num_units, m], indices of the group (channels or query heads).
+        shares: group key -> how much of it is to go beside the others, > 0; None: nothing is said of it.
+    """
+
+    criterion: Criterion
+    values: Mapping[str, Tensor]
+    members: Mapping[str, Tensor]
+    shares: Mapping[str, float] | None = None
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file; a reader never sees half of it."""
+        tensors = {f"values/{key}": value for key, value in self.values.items()}
+        tensors |= {f"members/{key}": value for key, value in self.members.items()}
+        save_tensors(path, tensors, {"criterion": self.criterion.facts()})
 
 
 @dataclass(frozen=True)
@@ -78,8 +101,82 @@ def score_groups(
         score, units = criterion.score(group, seen)
         score = NORMALISED[criterion.normalise](group, score)
         if criterion.angles and group.modality == "language":
-            score = score * unit_entropy(group, statistics[criterion.angles], units)
+            score = score * _unit_entropy(group, statistics[criterion.angles], units)
         if not torch.isfinite(score).all():
             raise CalibrationError(f"the scores of {group.key} are not finite; load the model in float32 or bfloat16")
         values[group.key], members[group.key] = score.float(), units
-    return Scores(criterion, values, members)
+    shares = {group.key: _share(group, statistics[criterion.shares]) for group in groups} if criterion.shares else None
+    return Scores(criterion, values, members, shares)
+
+
+def unit_sums(
+    group: Group, saliency: Callable[[Member], Tensor], dims: tuple[int, ...] = (0, 1)
+) -> tuple[Tensor, Tensor]:
+    """(saliency [num_units] summed over the weights of a unit, the units' indices [num_units, m]).
+
+    Args:
+        saliency: of a member, over the rows or columns of its full tensor.
+        dims: members that lose rows (0), columns (1).
+    """
+    scored = [member for member in group.members if member.dim in dims and not member.norm]
+    own = (_per_index(group, member, saliency(member)) for member in scored if _own(member))
+    query = sum(own, torch.zeros(()))
+    units = units_of(group, query)
+    sums = query[units].sum(1)
+    if group.unit != "query-slot":
+        # A unit that is a head or a KV group takes its own key and value head along, and unit i is KV head i.
+        for member in scored:
+            if not _own(member):
+                sums = sums + _per_index(group, member, saliency(member))
+    return sums, units
+
+
+def _own(member: Member) -> bool:
+    return member.heads != "kv"
+
+
+def _per_index(group: Group, member: Member, vector: Tensor) -> Tensor:
+    """Sum of a full-tensor vector over the rows or columns of each channel, query head or KV head: fp64 [count]."""
+    return _rows_of(group, member, vector).sum(1)
+
+
+def _rows_of(group: Group, member: Member, vector: Tensor) -> Tensor:
+    """The entries of one member, [channels or heads, width], fp64."""
+    count = (group.kv_heads if member.heads == "kv" else group.size) * member.width
+    if len(vector) != count * member.parts:
+        raise ValueError(
+            f"{group.key}: statistics of {member.path} have {len(vector)} entries, not {count * member.parts}"
+        )
+    return vector[member.part * count : (member.part + 1) * count].double().view(-1, member.width)
+
+
+def units_of(group: Group, importance: Tensor) -> Tensor:
+    """Indices of every unit, int64 [num_units, m]; `importance` [size] ranks the heads of query slots."""
+    if group.unit == "query-slot":
+        by_kv_head = importance.view(group.kv_heads, group.heads_per_kv)
+        first = torch.arange(group.kv_heads) * group.heads_per_kv
+        return (by_kv_head.argsort(dim=1, stable=True) + first[:, None]).t().contiguous()
+    indices = torch.tensor([block.index for block in group.blocks]) if group.blocks else torch.arange(group.size)
+    return indices.view(group.num_units, -1)
+
+
+def _unit_entropy(group: Group, entropy: Mapping[str, Tensor], units: Tensor) -> Tensor:
+    """UKMI's second factor, the entropy of the angles between tokens and weight rows (UKMP, AAAI 2025): mean over the
+    row-cut matrices a unit has a part in, of the mean entropy of its rows there, fp64 [num_units].
+    """
+    means = []
+    for member in group.members:
+        if member.norm or member.dim != 0:
+            continue
+        rows = _rows_of(group, member, entropy[member.path]).mean(1)
+        if _own(member):
+            means.append(rows[units].mean(1))
+        elif group.unit != "query-slot":
+            means.append(rows)
+    return torch.stack(means).mean(0)
+
+
+def _share(group: Group, statistic: Mapping[str, Tensor]) -> float:
+    """Mean of what was seen of the linears of a group, or of its blocks."""
+    paths = group.block_paths or {member.path for member in group.members if not member.norm}
+    return float(torch.cat([statistic[path] for path in sorted(paths)]).double().mean())

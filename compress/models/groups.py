@@ -11,10 +11,12 @@ or is composed of two plans, the later of which was made for the model that the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import (
+    Any,  # modules: torch types their attributes as tensors or modules, transformers their sizes not at all
+)
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,35 +75,50 @@ class Group:
     """Units that must be cut together.
 
     Attributes:
-        key: `language.3.attn`, or `language.block` for the blocks of a tower.
-        config: attribute path of the config of its tower.
+        home: the tower it is in.
+        layer: number of its block; 0 for the blocks of a tower.
         part: its row in the family table.
         path: attention module, the block of an MLP, or the list of blocks.
         size: indices: channels I of an MLP, query heads H of an attention, blocks that are not dead.
-        kv_heads, head_dim: K and D of an attention; 0 and 1 for an MLP.
         unit: `channel`, `head`, `kv-group`, `query-slot` or `block`; num_units of them.
         weights_per_unit: weights one unit owns (biases not counted): the divisor of the block-wise normaliser.
         parameters_per_unit: weights and biases that leave with one unit (of blocks, the mean; they differ).
+        kv_heads, head_dim: K and D of an attention; 0 and 1 for an MLP.
         blocks: what may leave, one block per unit; empty for groups of another kind.
     """
 
-    key: str
-    tower: str
-    modality: str
+    home: Tower
     layer: int
-    kind: str
+    part: Attention | Mlp | Tower
     path: str
     size: int
-    kv_heads: int
-    head_dim: int
-    members: tuple[Member, ...]
     unit: str
     num_units: int
     weights_per_unit: int
     parameters_per_unit: int
-    config: str
-    part: Attention | Mlp | Tower
+    members: tuple[Member, ...] = ()
+    kv_heads: int = 0
+    head_dim: int = 1
     blocks: tuple[Block, ...] = ()
+
+    @property
+    def tower(self) -> str:
+        return self.home.name
+
+    @property
+    def modality(self) -> str:
+        return self.home.modality
+
+    @property
+    def kind(self) -> str:
+        """`attention`, `mlp` or `block`."""
+        return {Attention: "attention", Mlp: "mlp", Tower: BLOCK}[type(self.part)]
+
+    @property
+    def key(self) -> str:
+        """`language.3.attn`, or `language.block` for the blocks of a tower."""
+        part = self.part
+        return f"{self.tower}.{BLOCK}" if isinstance(part, Tower) else f"{self.tower}.{self.layer}.{part.key}"
 
     @property
     def parameters(self) -> NDArray[np.int64]:
@@ -162,14 +179,12 @@ def find_groups(
     groups = []
     for tower in family.towers:
         blocks = resolve(model, tower.blocks, family)
-        for layer, block in enumerate(blocks if dead else blocks[: live_blocks(model, family, tower)]):
-            path = f"{tower.blocks}.{layer}"
+        for layer in range(len(blocks) if dead else live_blocks(model, family, tower)):
             for part in tower.parts:
-                where = (tower, layer, path)
                 if isinstance(part, Attention):
-                    groups.append(_attention_group(model, family, part, where, attention_unit))
+                    groups.append(_attention_group(model, family, (tower, layer, part), attention_unit))
                 else:
-                    groups.append(_mlp_group(block, family, part, where))
+                    groups.append(_mlp_group(model, family, tower, layer, part))
     return tuple(groups)
 
 
@@ -192,22 +207,15 @@ def find_blocks(model: nn.Module, family: Family) -> tuple[Group, ...]:
         count = len(blocks)
         groups.append(
             Group(
-                key=f"{tower.name}.{BLOCK}",
-                tower=tower.name,
-                modality=tower.modality,
+                home=tower,
                 layer=0,
-                kind=BLOCK,
+                part=tower,
                 path=tower.blocks,
                 size=live,
-                kv_heads=0,
-                head_dim=1,
-                members=(),
                 unit=BLOCK,
                 num_units=count,
                 weights_per_unit=sum(block.macs for block in blocks) // max(count, 1),
                 parameters_per_unit=sum(block.parameters for block in blocks) // max(count, 1),
-                config=tower.config,
-                part=tower,
                 blocks=blocks,
             )
         )
@@ -232,7 +240,12 @@ def live_blocks(model: nn.Module, family: Family, tower: Tower) -> int:
     return min(max(1, *states), count) if states else count
 
 
-def read_states(config: Any, tower: Tower, blocks: int) -> list[int]:
+def depths_of(model: nn.Module, family: Family) -> dict[str, int]:
+    """Tower name -> number of blocks, without those whose output nobody reads."""
+    return {tower.name: live_blocks(model, family, tower) for tower in family.towers}
+
+
+def read_states(config: object, tower: Tower, blocks: int) -> list[int]:
     """Indices of the hidden states of `tower` that are read, 0 to `blocks`; empty: the output of the last block is."""
     states = getattr(config, tower.states) if tower.states else []
     return [state if state >= 0 else blocks + 1 + state for state in ([states] if isinstance(states, int) else states)]
@@ -264,10 +277,10 @@ def resolve(model: nn.Module, path: str, family: Family) -> Any:
 
 
 def _attention_group(
-    model: nn.Module, family: Family, attention: Attention, where: tuple[Tower, int, str], attention_unit: str
+    model: nn.Module, family: Family, where: tuple[Tower, int, Attention], attention_unit: str
 ) -> Group:
-    tower, layer, block_path = where
-    path = f"{block_path}.{attention.module}"
+    tower, layer, attention = where
+    path = f"{tower.blocks}.{layer}.{attention.module}"
     module = resolve(model, path, family)
     head_dim = getattr(module, attention.head_dim)
     rows = [resolve(module, name, family) for name in attention.rows]
@@ -280,34 +293,27 @@ def _attention_group(
         names = [(name, 0, 1, "query" if i == 0 else "kv") for i, name in enumerate(attention.rows)]
     members = [Member(f"{path}.{name}", 0, kind, head_dim, part, parts) for name, part, parts, kind in names]
     for norm, kind in zip(attention.norms, ("query", "kv"), strict=False):
-        if (
-            isinstance(getattr(module, norm, None), nn.Module)
-            and getattr(getattr(module, norm), "weight", None) is not None
-        ):
+        if getattr(getattr(module, norm, None), "weight", None) is not None:
             members.append(Member(f"{path}.{norm}", 0, kind, head_dim, norm=True))
     members.append(Member(f"{path}.{attention.output}", 1, "query", head_dim))
     unit = _attention_unit(heads, kv_heads, attention_unit)
     num_units = {"head": heads, "kv-group": kv_heads, "query-slot": heads // kv_heads}[unit]
     # A query slot takes query heads only; keys and values stay.
     owned = [m for m in members if unit != "query-slot" or m.heads == "query"]
-    weights, parameters = _owned(model, owned, num_units)
+    weights, parameters = _owned(model, family, owned, num_units)
     return Group(
-        key=f"{tower.name}.{layer}.{attention.key}",
-        tower=tower.name,
-        modality=tower.modality,
+        home=tower,
         layer=layer,
-        kind="attention",
+        part=attention,
         path=path,
         size=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        members=tuple(members),
         unit=unit,
         num_units=num_units,
         weights_per_unit=weights,
         parameters_per_unit=parameters,
-        config=tower.config,
-        part=attention,
+        members=tuple(members),
+        kv_heads=kv_heads,
+        head_dim=head_dim,
     )
 
 
@@ -319,40 +325,31 @@ def _attention_unit(heads: int, kv_heads: int, asked: str) -> str:
     return asked
 
 
-def _mlp_group(block: nn.Module, family: Family, mlp: Mlp, where: tuple[Tower, int, str]) -> Group:
-    tower, layer, path = where
-    size = resolve(block, mlp.rows[0], family).weight.shape[0]
-    members = [Member(f"{path}.{name}", 0, "channel") for name in mlp.rows] + [
-        Member(f"{path}.{mlp.output}", 1, "channel")
-    ]
-    linears = [resolve(block, name, family) for name in (*mlp.rows, mlp.output)]
-    weights = sum(linear.weight.shape[1 - m.dim] for linear, m in zip(linears, members, strict=True))
-    biases = sum(1 for linear in linears[:-1] if linear.bias is not None)
+def _mlp_group(model: nn.Module, family: Family, tower: Tower, layer: int, mlp: Mlp) -> Group:
+    path = f"{tower.blocks}.{layer}"
+    sides = [*((name, 0) for name in mlp.rows), (mlp.output, 1)]
+    members = [Member(f"{path}.{name}", dim, "channel") for name, dim in sides]
+    size = resolve(model, members[0].path, family).weight.shape[0]
+    weights, parameters = _owned(model, family, members, size)
     return Group(
-        key=f"{tower.name}.{layer}.{mlp.key}",
-        tower=tower.name,
-        modality=tower.modality,
+        home=tower,
         layer=layer,
-        kind="mlp",
+        part=mlp,
         path=path,
         size=size,
-        kv_heads=0,
-        head_dim=1,
-        members=tuple(members),
         unit="channel",
         num_units=size,
         weights_per_unit=weights,
-        parameters_per_unit=weights + biases,
-        config=tower.config,
-        part=mlp,
+        parameters_per_unit=parameters,
+        members=tuple(members),
     )
 
 
-def _owned(model: nn.Module, members: list[Member], num_units: int) -> tuple[int, int]:
+def _owned(model: nn.Module, family: Family, members: list[Member], num_units: int) -> tuple[int, int]:
     """(weights, weights and biases and norm entries) that one of `num_units` equal units owns."""
     weights = extras = 0
     for member in members:
-        module: Any = model.get_submodule(member.path)
+        module = resolve(model, member.path, family)
         if member.norm:
             extras += module.weight.numel()
             continue
@@ -362,11 +359,6 @@ def _owned(model: nn.Module, members: list[Member], num_units: int) -> tuple[int
     return weights // num_units, (weights + extras) // num_units
 
 
-def unique_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter once, however often it is tied."""
-    yield from model.named_parameters(remove_duplicate=True)
-
-
 def count_parameters(model: nn.Module) -> int:
     """Parameters of the model; tied ones count once."""
-    return sum(parameter.numel() for _, parameter in unique_parameters(model))
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -20,7 +20,7 @@ from slimvlm.compress.evaluation.equality import CHECKED_SAMPLES, TOLERANCE, out
 from slimvlm.compress.evaluation.evaluate import evaluate, evaluation_batch
 from slimvlm.compress.models.checkpoint import Loaded, locate
 from slimvlm.compress.models.computing import as_stored, cast, load_to_compute
-from slimvlm.compress.models.groups import resolve
+from slimvlm.compress.models.groups import depths_of, resolve
 from slimvlm.compress.options import NOT_GIVEN, LearnOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.progress import Progress
@@ -30,7 +30,7 @@ from slimvlm.compress.recovery.checks import recipe_of, require_projector
 from slimvlm.compress.recovery.distillation.distiller import Distiller
 from slimvlm.compress.recovery.distillation.recipe import Recipe, make_stages, match_blocks
 from slimvlm.compress.recovery.distillation.teacher_cache import TeacherCache
-from slimvlm.compress.recovery.distillation.teacher_checks import check_family, depths_of
+from slimvlm.compress.recovery.distillation.teacher_checks import check_family
 from slimvlm.compress.recovery.training.history import History
 from slimvlm.compress.recovery.training.state import load_best
 from slimvlm.compress.recovery.training.stepping import Task

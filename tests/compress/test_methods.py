@@ -4,20 +4,22 @@ encoder-decoder. A new row is tested here without a line more.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 from tiny_models import Tiny, tiny_model
 
-from slimvlm.compress.allocate.allocators import ALLOCATORS
+from slimvlm.compress.allocate.allocators import ALLOCATORS, Allocator
 from slimvlm.compress.allocate.budget import Budget, plan_units
 from slimvlm.compress.allocate.bundles import lines_of
 from slimvlm.compress.allocate.costs import COSTS
 from slimvlm.compress.allocate.facts import facts_of
+from slimvlm.compress.allocate.local import allocate_local
+from slimvlm.compress.allocate.pool import Flags, Pool
 from slimvlm.compress.criteria.criterion import CRITERIA
-from slimvlm.compress.criteria.scores import Scores
-from slimvlm.compress.criteria.scoring import score_groups
+from slimvlm.compress.criteria.scoring import Scores, score_groups
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import Group, find_units
 from slimvlm.compress.plan import Plan
@@ -109,6 +111,25 @@ def test_what_bundles_cost_is_above_nothing_and_together_what_their_kind_costs(c
         kinds[line.kind] += spent.sum()
     assert kinds == pytest.approx(total.kinds)
     assert 0 < sum(kinds.values()) < total.whole
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_row_may_name_the_statistic_that_says_how_much_of_each_group_is_to_go(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    pools: list[Pool] = []
+
+    def heeding(pool: Pool, target: float) -> Flags:
+        pools.append(pool)
+        return allocate_local(pool, target)
+
+    monkeypatch.setitem(CRITERIA, "shared", replace(CRITERIA["magnitude"], name="shared", shares="input-norms"))
+    monkeypatch.setattr("slimvlm.compress.allocate.local.heeding", heeding, raising=False)
+    monkeypatch.setitem(ALLOCATORS, "heeding", Allocator("heeding", "By shares.", ("local", "heeding")))
+    scores = scored(name, "shared")
+    planned(name, "heeding", scores)
+    shares = [scores.shares[group.key] for group in tiny_groups(name, "shared")[1]]
+    assert pools[0].share.tolist() == pytest.approx(shares) and min(shares) > 0 and len(set(shares)) > 1
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)

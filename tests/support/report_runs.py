@@ -12,7 +12,7 @@ from PIL import Image
 from run_records import edit_record
 
 from slimvlm.compress.criteria.criterion import CRITERIA
-from slimvlm.compress.criteria.scores import Scores
+from slimvlm.compress.criteria.scoring import Scores
 from slimvlm.compress.evaluation.quality import Row, compare, exact_match, summarize
 from slimvlm.compress.files.writing import write_text
 from slimvlm.compress.options import CompressOptions

@@ -9,7 +9,8 @@ from tiny_models import tiny_model
 from train_options import train_options
 
 from slimvlm.compress.models.families import find_family
-from slimvlm.compress.recovery.distillation.distiller import Distiller, depths_of
+from slimvlm.compress.models.groups import depths_of
+from slimvlm.compress.recovery.distillation.distiller import Distiller
 from slimvlm.compress.recovery.distillation.recipe import make_stages, parse_recipe
 from slimvlm.compress.recovery.training.stepping import Task
 from slimvlm.compress.recovery.training.trainer import train

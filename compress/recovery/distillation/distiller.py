@@ -21,9 +21,10 @@ from slimvlm.compress.data.collate import IGNORED
 from slimvlm.compress.data.questions import PATCHES, aligned, patch_mask, pose, stream_through
 from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.models.families import Family, Tower
+from slimvlm.compress.models.groups import depths_of
 from slimvlm.compress.recovery.distillation import losses
 from slimvlm.compress.recovery.distillation.recipe import TAUGHT, Recipe, Stage
-from slimvlm.compress.recovery.distillation.teacher_checks import check_states, check_teacher, depths_of
+from slimvlm.compress.recovery.distillation.teacher_checks import check_states, check_teacher
 
 Batch = Mapping[str, Any]
 Targets = dict[str, Tensor]

@@ -9,7 +9,7 @@ from torch import nn
 
 from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.models.families import Attention, Family, find_family
-from slimvlm.compress.models.groups import live_blocks, resolve
+from slimvlm.compress.models.groups import depths_of, resolve
 from slimvlm.compress.recovery.distillation.recipe import Recipe
 
 
@@ -69,11 +69,6 @@ def check_states(recipe: Recipe, model: nn.Module, family: Family) -> None:
             raise UnsuitableOptionError(
                 f"hidden state {index} does not exist; choose from {-states} to {states - 1} (-1 is the last)"
             )
-
-
-def depths_of(model: nn.Module, family: Family) -> dict[str, int]:
-    """Tower name -> number of blocks, without those whose output nobody reads."""
-    return {tower.name: live_blocks(model, family, tower) for tower in family.towers}
 
 
 def _vocabulary(model: nn.Module) -> int:

@@ -17,10 +17,9 @@ from slimvlm.compress.allocate.budget import Budget, plan_units
 from slimvlm.compress.allocate.facts import Facts, facts_of
 from slimvlm.compress.allocate.pool import proportional_steps
 from slimvlm.compress.criteria.criterion import CRITERIA
-from slimvlm.compress.criteria.scores import Scores
-from slimvlm.compress.criteria.scoring import score_groups
+from slimvlm.compress.criteria.scoring import Scores, score_groups
 from slimvlm.compress.errors import InfeasibleBudgetError
-from slimvlm.compress.models.families import FAMILIES, GATED_MLP, find_family
+from slimvlm.compress.models.families import FAMILIES, GATED_MLP, LANGUAGE, find_family
 from slimvlm.compress.models.groups import Group, Member, count_parameters, find_groups
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.slicing.apply import apply_plan
@@ -63,9 +62,8 @@ def single_mlp(values: list[float], unprunable: int = 5) -> tuple[tuple[Group, .
     size = len(values)
     members = (Member("gate", 0, "channel"), Member("up", 0, "channel"), Member("down", 1, "channel"))
     group = Group(
-        key="language.0.mlp", tower="language", modality="language", layer=0, kind="mlp", path="b", size=size,
-        kv_heads=0, head_dim=1, members=members, unit="channel", num_units=size, weights_per_unit=9,
-        parameters_per_unit=9, config="text_config", part=GATED_MLP,
+        home=LANGUAGE, layer=0, part=GATED_MLP, path="b", size=size, unit="channel", num_units=size,
+        weights_per_unit=9, parameters_per_unit=9, members=members,
     )  # fmt: skip
     scores = Scores(CRITERIA["taylor"], {group.key: Tensor(values)}, {group.key: torch.arange(size)[:, None]})
     prunable = 9 * size

@@ -11,8 +11,7 @@ from tiny_models import FACTORIES, tiny_model
 
 from slimvlm.compress.errors import CheckpointError
 from slimvlm.compress.models.checkpoint import load
-from slimvlm.compress.models.saving import save_checkpoint
-from slimvlm.compress.models.stock import stock_model
+from slimvlm.compress.models.saving import save_checkpoint, stock_model
 from slimvlm.compress.slicing.apply import apply_plan
 
 

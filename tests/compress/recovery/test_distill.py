@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.models.families import Family, find_family
+from slimvlm.compress.models.groups import depths_of
 from slimvlm.compress.options import LowRank
 from slimvlm.compress.recovery.adapters.recall import attach
-from slimvlm.compress.recovery.distillation.distiller import Distiller, depths_of
+from slimvlm.compress.recovery.distillation.distiller import Distiller
 from slimvlm.compress.recovery.distillation.recipe import Stage, make_stages, match_blocks, parse_recipe
 from slimvlm.compress.slicing.apply import apply_plan
 

@@ -15,10 +15,10 @@ from slimvlm.compress.criteria.scoring import score_groups
 from slimvlm.compress.errors import CheckpointError
 from slimvlm.compress.models.checkpoint import load_model
 from slimvlm.compress.models.families import FAMILIES, find_family
-from slimvlm.compress.models.groups import count_parameters, dead_blocks, find_groups
+from slimvlm.compress.models.groups import count_parameters, dead_blocks, depths_of, find_groups
 from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.plan import Plan
-from slimvlm.compress.recovery.distillation.teacher_checks import check_teacher, depths_of
+from slimvlm.compress.recovery.distillation.teacher_checks import check_teacher
 from slimvlm.compress.rounds import Planning, plan_in_rounds
 from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.compress.slicing.mask import mask_plan
