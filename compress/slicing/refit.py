@@ -13,21 +13,22 @@ read at once as a bound on memory allows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from slimvlm.compress.data.collate import Batch
-from slimvlm.compress.data.questions import Question, ask, stream_of
+from slimvlm.compress.data.questions import ask, stream_of
 from slimvlm.compress.errors import CalibrationError
 from slimvlm.compress.models.computing import in_passes, undisturbed
 from slimvlm.compress.models.families import Family
 from slimvlm.compress.models.groups import Group, count_parameters
 from slimvlm.compress.progress import Progress, silent
-from slimvlm.compress.slicing.cuts import Cut, find_cuts
+from slimvlm.compress.slicing.cuts import find_cuts
+from slimvlm.compress.statistics.collector import Side
+from slimvlm.compress.statistics.rows import STATISTICS
 
 DAMPING = 0.01  # of the mean of C's diagonal; 1e-4 to 1e-1 differ little on the demo model
 MOST, LEAST = 4 * 2**30, 128 * 2**20  # bytes of sums held at once; between them, a quarter of the fp32 weights
@@ -50,10 +51,10 @@ class Refit:
         """Replace the weights of the cut `model`, in place; `places`: where it has the modules of the dense one."""
         with torch.no_grad():
             for path, (weight, bias) in self.weights.items():
-                module: Any = model.get_submodule(places(path))
-                module.weight.copy_(weight)
+                module = model.get_submodule(places(path))
+                module.get_parameter("weight").copy_(weight)
                 if bias is not None:
-                    module.bias.copy_(bias)
+                    module.get_parameter("bias").copy_(bias)
         return model
 
 
@@ -77,101 +78,61 @@ def refit(  # noqa: PLR0913 (the model with what is known of it, what is kept, w
     Raises:
         CalibrationError: a sum is not finite, or there are no tokens.
     """
-    wanted = [
-        _Projection(model.get_submodule(cut.path), cut, stream_of(family, group, group.members[0]), group.modality)
-        for group in groups
-        for cut in find_cuts(group, torch.tensor(keep[group.key], dtype=torch.int64))
-        if cut.columns is not None
-    ]
+    sides: list[Side] = []
+    kept: dict[str, Tensor] = {}
+    for group in groups:
+        stream = stream_of(family, group, group.members[0]) if group.modality == "language" else None
+        for cut in find_cuts(group, torch.tensor(keep[group.key], dtype=torch.int64)):
+            if cut.columns is not None:
+                sides.append(Side(cut.path, model.get_submodule(cut.path), (1,), stream=stream))
+                kept[cut.path] = cut.columns
     weights, losses = {}, []
-    bound = memory or min(MOST, max(LEAST, count_parameters(model)))
-    passes = in_passes(wanted, lambda projection: projection.bytes, bound)
+    moments = STATISTICS["moments"].make()
+    passes = in_passes(sides, moments.bytes_needed, memory or min(MOST, max(LEAST, count_parameters(model))))
     for number, chosen in enumerate(passes):
-        for index, question in enumerate(_read(model, family, batches, chosen)):
-            for projection in chosen:
-                projection.mask = question.masks.get(projection.stream) if projection.modality == "language" else None
-            unread = {"logits_to_keep": 1} if "logits_to_keep" in question.inputs else {}  # as few as can be asked for
-            with torch.no_grad():
-                model(**{**question.inputs, **unread})
-            progress("refit", number * len(batches) + index + 1, len(passes) * len(batches))
-        for projection in chosen:
-            weight, bias, lost = projection.solve()
-            weights[projection.cut.path] = (weight, bias)
+        with moments.watch(chosen), undisturbed(model), torch.no_grad():
+            for index, batch in enumerate(batches):
+                if (question := ask(model, family, batch())) is not None:
+                    moments.see(question)
+                    unread = {"logits_to_keep": 1} if "logits_to_keep" in question.inputs else {}  # as few as can be
+                    model(**{**question.inputs, **unread})
+                progress("refit", number * len(batches) + index + 1, len(passes) * len(batches))
+            seen = moments.finish(lambda moment, how: None)  # of this process alone
+        for side in chosen:
+            found = (seen.pop(key) for key in (side.path, f"{side.path}:sum", f"{side.path}:tokens"))
+            weight, bias, lost = _solve(side, kept[side.path], *found)
+            weights[side.path] = (weight, bias)
             losses.append(lost)
     before, after = torch.tensor(losses).mean(0).tolist() if losses else (0.0, 0.0)
     return Refit(weights, before, after)
 
 
-class _Projection:
-    """The sums of one output projection: C = sum of x x^T [I, I] and sum of x [I], fp32, on the model's device."""
-
-    def __init__(self, module: nn.Module, cut: Cut, stream: str, modality: str) -> None:
-        self.module, self.cut, self.stream, self.modality = cast(nn.Linear, module), cut, stream, modality
-        self.mask: Tensor | None = None
-        self.tokens = 0
-        self.products: Tensor
-        self.sums: Tensor
-
-    @property
-    def bytes(self) -> int:
-        return 4 * self.module.weight.shape[1] ** 2
-
-    def start(self) -> torch.utils.hooks.RemovableHandle:
-        width, device = self.module.weight.shape[1], self.module.weight.device
-        self.products = torch.zeros(width, width, device=device)
-        self.sums = torch.zeros(width, device=device)
-        return self.module.register_forward_pre_hook(self._see)
-
-    def _see(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen = inputs[0].detach().flatten(0, -2)
-        if self.mask is not None:
-            seen = seen[self.mask.flatten()]
-        seen = seen.float()
-        self.products.addmm_(seen.T, seen)
-        self.sums += seen.sum(0)
-        self.tokens += len(seen)
-
-    def solve(self) -> tuple[Tensor, Tensor | None, tuple[float, float]]:
-        """(weight, bias, share of the output's energy lost by the cut alone and after this); the sums are freed."""
-        weight, bias = self.module.weight.detach().float(), getattr(self.module, "bias", None)
-        products, mean = self.products, self.sums / max(self.tokens, 1)
-        del self.products, self.sums
-        if not (self.tokens and products.isfinite().all()):
-            raise CalibrationError(f"the inputs of {self.cut.path} are not finite, or there are none; check the data")
-        kept = torch.as_tensor(self.cut.columns, device=weight.device)
-        dropped = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-        dropped[kept] = False
-        energy = _energy(weight, products).clamp(min=1e-30)
-        by_cut = _energy(weight[:, dropped], products[dropped][:, dropped]) / energy
-        if bias is not None:
-            products = products.addr(mean, mean, alpha=-self.tokens)
-        inner = products[kept][:, kept]
-        inner.diagonal().add_(DAMPING * products.diagonal().mean().clamp(min=1e-30))
-        new = weight[:, kept] + torch.linalg.solve(inner, products[kept][:, dropped] @ weight[:, dropped].T).T
-        change = weight.clone()
-        change[:, kept] -= new
-        lost = _energy(change, products) / energy
-        if bias is not None:
-            bias = (bias.detach().float() + weight @ mean - new @ mean[kept]).to(bias.dtype)
-        return new.to(self.module.weight.dtype), bias, (by_cut.item(), lost.item())
+def _solve(
+    side: Side, columns: Tensor, products: Tensor, total: Tensor, count: Tensor
+) -> tuple[Tensor, Tensor | None, tuple[float, float]]:
+    """(weight, bias, share of the output's energy lost by the cut alone and after this), of an input's moments."""
+    weight, bias, tokens = side.module.weight.detach().float(), side.module.bias, int(count)
+    mean = total / max(tokens, 1)
+    if not (tokens and products.isfinite().all()):
+        raise CalibrationError(f"the inputs of {side.path} are not finite, or there are none; check the data")
+    kept = columns.to(weight.device)
+    dropped = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+    dropped[kept] = False
+    energy = _energy(weight, products).clamp(min=1e-30)
+    by_cut = _energy(weight[:, dropped], products[dropped][:, dropped]) / energy
+    if bias is not None:
+        products = products.addr(mean, mean, alpha=-tokens)
+    inner = products[kept][:, kept]
+    inner.diagonal().add_(DAMPING * products.diagonal().mean().clamp(min=1e-30))
+    new = weight[:, kept] + torch.linalg.solve(inner, products[kept][:, dropped] @ weight[:, dropped].T).T
+    change = weight.clone()
+    change[:, kept] -= new
+    lost = _energy(change, products) / energy
+    if bias is not None:
+        bias = (bias.detach().float() + weight @ mean - new @ mean[kept]).to(bias.dtype)
+    return new.to(side.module.weight.dtype), bias, (by_cut.item(), lost.item())
 
 
 def _energy(weight: Tensor, products: Tensor) -> Tensor:
     """Sum over tokens of |weight x|^2."""
     return ((weight @ products) * weight).sum()
-
-
-def _read(
-    model: nn.Module, family: Family, batches: Sequence[Callable[[], Batch]], chosen: Sequence[_Projection]
-) -> Iterator[Question]:
-    """The batches as questions, while the projections watch; their hooks are gone afterwards, also after an error."""
-    handles = [projection.start() for projection in chosen]
-    try:
-        with undisturbed(model):
-            for batch in batches:
-                question = ask(model, family, batch())
-                if question is not None:
-                    yield question
-    finally:
-        for handle in handles:
-            handle.remove()

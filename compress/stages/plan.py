@@ -23,7 +23,7 @@ from slimvlm.compress.progress import Progress
 from slimvlm.compress.rounds import Planned, Planning, check_budget, plan_in_rounds
 from slimvlm.compress.runs import AGAIN, ROUNDS, RunFolder
 from slimvlm.compress.slicing.compensation import COMPENSATIONS
-from slimvlm.compress.statistics.batch_size import calibration_batch
+from slimvlm.compress.statistics.collect import calibration_batch
 from slimvlm.compress.statistics.rows import ALL, POORLY_FITTED, STATISTICS
 
 

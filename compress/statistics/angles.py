@@ -7,7 +7,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from slimvlm.compress.data.questions import Question
 from slimvlm.compress.errors import CalibrationError
 from slimvlm.compress.statistics.collector import Collector, Reduce, Side
 from slimvlm.kernels import angle_histogram, histogram_entropy, row_norms
@@ -31,19 +30,9 @@ class AngleHistograms(Collector):
                 self.counts[side.path] = torch.zeros(weight.shape[0], BINS, dtype=torch.int64, device=weight.device)
                 self._handles.append(side.module.register_forward_hook(partial(self._count, side)))
 
-    def stop(self) -> None:
-        self._last: tuple[Tensor, Tensor] | None = None
-
-    def see(self, question: Question) -> None:
-        super().see(question)
-        self._last = None  # q, k, v (or gate, up) read one tensor: its norms, once
-
     @torch.no_grad()
     def _count(self, side: Side, linear: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if self._last is None or self._last[0] is not inputs[0]:
-            tokens = inputs[0].detach().flatten(0, -2)
-            self._last = (inputs[0], row_norms(tokens))
-        norms = self._last[1]
+        norms = self.once(inputs[0], lambda read: row_norms(read.detach().flatten(0, -2)))
         bias = None if linear.bias is None else linear.bias.detach()
         rows = output.detach().flatten(0, -2)
         counts, mask = self.counts[side.path], self.mask_of(side, len(norms))

@@ -10,24 +10,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 
+from slimvlm.compress.data.collate import Collator
 from slimvlm.compress.data.questions import Question, Tally, ask, stream_of, stream_through
+from slimvlm.compress.data.samples import Sample
 from slimvlm.compress.errors import CalibrationError
+from slimvlm.compress.models.checkpoint import Loaded
 from slimvlm.compress.models.computing import in_passes, undisturbed
 from slimvlm.compress.models.families import Family, Tower
-from slimvlm.compress.models.groups import Group, Member
+from slimvlm.compress.models.groups import Group, Member, count_parameters, find_groups
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.statistics.collector import Collector, Side
 from slimvlm.compress.statistics.loss import loss
 from slimvlm.compress.statistics.rows import STATISTICS, CalibrationOptions
 
 CHECK_EVERY = 32  # batches between two looks at the non-finite flags: each look waits for the device
+LEAST = 128 * 2**20  # bytes of activations that are never too many
+ACTIVATIONS = 1  # bytes of activations per parameter: a quarter of the fp32 weights
 
-Batch = Mapping[str, Any]
+Batch = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -98,6 +102,24 @@ def collect(
                 for collector in reading:
                     seen[collector.statistic.name] |= collector.finish(run.reduce)
     return Calibration(seen=seen, passes=len(passes), **counts)
+
+
+def calibration_batch(
+    loaded: Loaded, collator: Collator, samples: Sequence[Sample], options: CalibrationOptions, wanted: int
+) -> int:
+    """Samples of a calibration batch: `wanted`, or fewer on a CPU, so that activations stay small in host memory.
+
+    Only where a batch is no part of what is measured: squares of gradients are taken per batch, and a contrastive loss
+    compares the samples of one. On a GPU small batches are slow, and its memory is the user's to divide (--batch-size).
+    Follows from shapes, so the same every time.
+    """
+    model, family = loaded.model, loaded.family
+    per_batch = family.contrastive or any(STATISTICS[name].per_batch for name in options.statistics)
+    if model.device.type != "cpu" or per_batch:
+        return wanted
+    longest = max(samples, key=lambda sample: sum(len(turn.prompt) + len(turn.target) for turn in sample.turns))
+    kept = bytes_kept(model, family, find_groups(model, family), collator.training([longest]), options)
+    return max(1, min(wanted, max(LEAST, ACTIVATIONS * count_parameters(model)) // max(kept, 1)))
 
 
 def bytes_kept(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any  # a linear or a block; torch types what a block has as tensors or modules
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ class Collector:
         self.host = host
         self.sides: Sequence[Side] = ()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._made: tuple[Tensor, Tensor] | None = None
 
     def bytes_needed(self, side: Side) -> int:
         """Bytes this holds for `side` while the data is read; where it is not 0, sides may take turns."""
@@ -58,6 +59,7 @@ class Collector:
             for handle in self._handles:
                 handle.remove()
             self._handles.clear()
+            self._made = None
             self.stop()
 
     def start(self) -> None:
@@ -69,7 +71,13 @@ class Collector:
 
     def see(self, question: Question) -> None:
         """The next forward answers `question`."""
-        self._masks = question.masks
+        self._masks, self._made = question.masks, None
+
+    def once(self, read: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
+        """What `make` gives of what linears read: q, k, v (or gate, up) read one tensor, and it is made once."""
+        if self._made is None or self._made[0] is not read:
+            self._made = read, make(read)
+        return self._made[1]
 
     def mask_of(self, side: Side, tokens: int) -> Tensor | None:
         """Which of the `tokens` that `side` reads count, bool [tokens]; None: all of them.
@@ -92,5 +100,5 @@ class Collector:
         """Raise a CalibrationError naming batch and tensor if a sum is not finite (in any process)."""
 
     def finish(self, reduce: Reduce) -> dict[str, Tensor]:
-        """What was seen, by all processes: fp32 vectors on the CPU, keyed `path` or `path:dim`."""
+        """What was seen, by all processes: fp32 vectors on the CPU, keyed `path` or `path:dim`; moments are more."""
         raise NotImplementedError

@@ -10,7 +10,6 @@ criterion `fisher` squares weight by weight.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ class GateSquares(GradientSums):
         if 1 in side.dims:
             self._handles.append(side.module.register_forward_pre_hook(partial(self._watch, index)))
 
-    def _watch(self, index: int, _linear: nn.Linear, inputs: tuple[Any, ...]) -> None:
+    def _watch(self, index: int, _linear: nn.Linear, inputs: tuple[Tensor, ...]) -> None:
         if torch.is_grad_enabled():
             entering = inputs[0]
             if not entering.requires_grad:  # nothing before it was watched: the graph begins here

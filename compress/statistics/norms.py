@@ -7,7 +7,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from slimvlm.compress.data.questions import Question
 from slimvlm.compress.errors import CalibrationError
 from slimvlm.compress.statistics.collector import Collector, Reduce, Side
 
@@ -22,22 +21,16 @@ class InputNorms(Collector):
             self.squares[side.path] = torch.zeros(weight.shape[1], device=weight.device)
             self._handles.append(side.module.register_forward_pre_hook(partial(self._add, side)))
 
-    def stop(self) -> None:
-        self._last: tuple[Tensor, Tensor] | None = None
-
-    def see(self, question: Question) -> None:
-        super().see(question)
-        self._last = None  # q, k, v (or gate, up) read one tensor: its squares, once
-
     @torch.no_grad()
     def _add(self, side: Side, _: nn.Linear, inputs: tuple[Tensor, ...]) -> None:
-        if self._last is None or self._last[0] is not inputs[0]:
-            tokens = inputs[0].flatten(0, -2).float()
-            mask = self.mask_of(side, len(tokens))
-            if mask is not None:  # filled, not chosen: how many there are would wait for the device
-                tokens = tokens.masked_fill(~mask[:, None], 0)
-            self._last = (inputs[0], tokens.square().sum(0))
-        self.squares[side.path] += self._last[1]
+        self.squares[side.path] += self.once(inputs[0], partial(self._squared, side))
+
+    def _squared(self, side: Side, read: Tensor) -> Tensor:
+        tokens = read.flatten(0, -2).float()
+        mask = self.mask_of(side, len(tokens))
+        if mask is not None:  # filled, not chosen: how many there are would wait for the device
+            tokens = tokens.masked_fill(~mask[:, None], 0)
+        return tokens.square().sum(0)
 
     def finish(self, reduce: Reduce) -> dict[str, Tensor]:
         result = {}

@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from slimvlm.compress.data.questions import Question
     from slimvlm.compress.statistics.collector import Collector
 
@@ -50,6 +52,7 @@ STATISTICS: Mapping[str, Statistic] = {
         Statistic("angles", "forward", "angles", "AngleHistograms"),
         Statistic("paper-angles", "forward", "angles", "AngleHistograms"),
         Statistic("input-norms", "forward", "norms", "InputNorms"),
+        Statistic("moments", "forward", "moments", "Moments"),
         Statistic("turning", "forward", "turning", "Turning", units="block"),
     )
 }
@@ -68,7 +71,7 @@ class TokenRule:
 
     name: str
     threshold: float | None = None
-    masks: Callable[[Question], dict[str, Any]] = attrgetter("masks")
+    masks: Callable[[Question], dict[str, Tensor | None]] = attrgetter("masks")
 
     def __post_init__(self) -> None:
         if self.threshold is not None and not 0 <= self.threshold <= 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +26,21 @@ class Turning(Collector):
             self._handles.append(side.module.register_forward_hook(partial(self._add, side), with_kwargs=True))
 
     @torch.no_grad()
-    def _add(self, side: Side, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _add(
+        self,
+        side: Side,
+        _: nn.Module,
+        args: tuple[Tensor, ...],
+        kwargs: dict[str, Tensor],
+        output: Tensor | tuple[Tensor, ...],
+    ) -> None:
         before = args[0] if args else kwargs["hidden_states"]
         after = output[0] if isinstance(output, tuple) else output
         turned = (1 - F.cosine_similarity(before.float(), after.float(), dim=-1)).flatten().clamp(min=0)
         mask = self.mask_of(side, len(turned))
-        chosen = turned if mask is None else turned[mask]
-        self.sums[side.path] += torch.stack([chosen.double().sum(), chosen.new_tensor(len(chosen)).double()])
+        counted = torch.ones_like(turned, dtype=torch.bool) if mask is None else mask
+        # Filled, not chosen: how many there are would wait for the device.
+        self.sums[side.path] += torch.stack([turned.where(counted, 0).double().sum(), counted.sum().double()])
 
     def finish(self, reduce: Reduce) -> dict[str, Tensor]:
         result = {}

@@ -17,7 +17,7 @@ from slimvlm.compress.models.checkpoint import Loaded
 from slimvlm.compress.models.computing import give_back_memory
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import find_groups
-from slimvlm.compress.statistics import batch_size
+from slimvlm.compress.statistics import collect
 from slimvlm.compress.statistics.collect import bytes_kept
 
 GATE = CRITERIA["gate"].calibration()
@@ -61,21 +61,21 @@ def test_a_calibration_batch_is_as_large_as_the_bound_allows(
     samples = samples_in(tmp_path)
     groups = find_groups(loaded.model, loaded.family)
     kept = bytes_kept(loaded.model, loaded.family, groups, collator.training(samples[2:]), GATE)
-    assert batch_size.calibration_batch(loaded, collator, samples, GATE, 16) == 16
-    monkeypatch.setattr(batch_size, "ACTIVATIONS", 0)
+    assert collect.calibration_batch(loaded, collator, samples, GATE, 16) == 16
+    monkeypatch.setattr(collect, "ACTIVATIONS", 0)
     for bound, found in ((0, 1), (3.5 * kept, 3), (100 * kept, 16)):
-        monkeypatch.setattr(batch_size, "LEAST", int(bound))
-        assert batch_size.calibration_batch(loaded, collator, samples, GATE, 16) == found
+        monkeypatch.setattr(collect, "LEAST", int(bound))
+        assert collect.calibration_batch(loaded, collator, samples, GATE, 16) == found
 
 
 @pytest.mark.parametrize(("name", "criterion"), [("llava", "fisher"), ("clip", "gate")])
 def test_a_batch_that_is_part_of_what_is_measured_stays(
     name: str, criterion: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch_size, "ACTIVATIONS", 0)
-    monkeypatch.setattr(batch_size, "LEAST", 0)
+    monkeypatch.setattr(collect, "ACTIVATIONS", 0)
+    monkeypatch.setattr(collect, "LEAST", 0)
     options = CRITERIA[criterion].calibration()
-    assert batch_size.calibration_batch(*loaded_of(name), samples_in(tmp_path), options, 16) == 16
+    assert collect.calibration_batch(*loaded_of(name), samples_in(tmp_path), options, 16) == 16
 
 
 @pytest.mark.parametrize("name", GENERATIVE)
