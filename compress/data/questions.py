@@ -10,7 +10,7 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast  # Any: transformers' configs
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,8 @@ from slimvlm.compress.models.groups import Group, Member
 
 # Streams of tokens: the text model's input, what a decoder of its own reads, the patches of the images.
 TEXT, TARGETS, PATCHES = "text", "targets", "patches"
+Inputs = dict[str, Tensor | int]  # keyword arguments of a forward; flags are integers, too
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Posed:
         masks: per stream the tokens that are no padding, bool [B, S]; None for all of them.
     """
 
-    inputs: dict[str, Any]
+    inputs: Inputs
     labels: Tensor | None
     masks: dict[str, Tensor | None]
 
@@ -61,7 +63,7 @@ class Question:
         masks: per stream the tokens that count, bool [B, S]; None for all of them.
     """
 
-    inputs: dict[str, Any]
+    inputs: Inputs
     labels: Tensor | None
     rows: Tensor | None
     positions: Tensor | None
@@ -87,7 +89,7 @@ def stream_through(family: Family, tower: Tower) -> str:
     return TARGETS if family.own_decoder and tower.name == "decoder" else TEXT
 
 
-def pose(model: nn.Module, family: Family, batch: Mapping[str, Any]) -> Posed:
+def pose(model: nn.Module, family: Family, batch: Mapping[str, Tensor]) -> Posed:
     """What `model` is asked about a batch, and which of its tokens are no padding.
 
     Raises:
@@ -95,10 +97,11 @@ def pose(model: nn.Module, family: Family, batch: Mapping[str, Any]) -> Posed:
     """
     text = batch.get("attention_mask")
     masks = {TEXT: None if text is None else text.bool()}
+    inputs: Inputs = {**batch}
     if family.contrastive:
-        return Posed({**batch, "return_loss": True}, None, masks)
+        return Posed({**inputs, "return_loss": True}, None, masks)
     labels = aligned(family, batch)
-    inputs = {**batch, "use_cache": False}
+    inputs["use_cache"] = False
     del inputs["labels"]
     if family.own_decoder:
         inputs["decoder_input_ids"] = _decoder_inputs(model, family.towers[-1], labels)
@@ -107,7 +110,7 @@ def pose(model: nn.Module, family: Family, batch: Mapping[str, Any]) -> Posed:
     return Posed(inputs, labels, masks)
 
 
-def aligned(family: Family, batch: Mapping[str, Any]) -> Tensor:
+def aligned(family: Family, batch: Mapping[str, Tensor]) -> Tensor:
     """The labels [B, L] of a batch, each where its logits are.
 
     Raises:
@@ -119,7 +122,7 @@ def aligned(family: Family, batch: Mapping[str, Any]) -> Tensor:
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED) if family.labels_shifted else labels
 
 
-def ask(model: nn.Module, family: Family, batch: Mapping[str, Any]) -> Question | None:
+def ask(model: nn.Module, family: Family, batch: Mapping[str, Tensor]) -> Question | None:
     """The batch as a question to `model`; None if no sample can count (no supervised token, or nothing to contrast).
 
     Raises:
@@ -153,18 +156,18 @@ def ask(model: nn.Module, family: Family, batch: Mapping[str, Any]) -> Question 
     )
 
 
-def placed(batch: Mapping[str, Any], device: torch.device, dtype: torch.dtype | None = None) -> dict[str, Any]:
+def placed(batch: Mapping[str, Value], device: torch.device, dtype: torch.dtype | None = None) -> dict[str, Value]:
     """A batch on a device, floating point in `dtype` if one is given; copies from pinned memory do not wait."""
 
-    def move(value: Any) -> Any:
+    def move(value: Value) -> Value:
         if not isinstance(value, Tensor):
             return value
-        return value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
+        return cast(Value, value.to(device, dtype if value.is_floating_point() else None, non_blocking=True))
 
     return {name: move(value) for name, value in batch.items()}
 
 
-def patch_mask(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
+def patch_mask(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor | None:
     """True for patches that hold a pixel, [images, patches], without padding images; None: all patches hold one."""
     pixels = batch.get("pixel_attention_mask")
     if pixels is None:
@@ -187,7 +190,7 @@ def _decoder_inputs(model: nn.Module, tower: Tower, labels: Tensor) -> Tensor:
     raise ValueError(f"no module above {tower.blocks} makes decoder inputs from labels")
 
 
-def _patches(model: nn.Module, batch: Mapping[str, Any]) -> int:
+def _patches(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
     config: Any = model.config
     size: int = config.vision_config.patch_size
     pixels: Tensor = batch["pixel_values"]
@@ -202,7 +205,8 @@ def _image_token(model: nn.Module) -> int:
 def _on_device(model: nn.Module, question: Question) -> Question:
     """The same question where the model is."""
     weight = next(model.parameters())
-    parts = {"labels": question.labels, "rows": question.rows, "positions": question.positions}
     masks = {name: None if mask is None or mask.all() else mask for name, mask in question.masks.items()}
-    inputs, parts, masks = (placed(some, weight.device, weight.dtype) for some in (question.inputs, parts, masks))
+    parts = {"labels": question.labels, "rows": question.rows, "positions": question.positions}
+    masks, parts = (placed(some, weight.device) for some in (masks, parts))
+    inputs = placed(question.inputs, weight.device, weight.dtype)
     return Question(inputs, masks=masks, tally=question.tally, **parts)

@@ -11,10 +11,11 @@ import json
 import math
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any  # records are JSON that somebody else wrote
 
 from slimvlm.compress.data.images import SUFFIXES
 from slimvlm.compress.errors import LONGEST, MissingDependencyError, SampleError, foreign, one_line
@@ -27,6 +28,13 @@ CAPTION_FILES = ("metadata.jsonl", "metadata.csv", "captions.jsonl", "captions.j
 LISTS = (".jsonl", ".ndjson", ".json")
 PLACEHOLDER = "<image>"
 ACCEPTED = "a .jsonl or .json file, a folder of images with captions, or a Hugging Face dataset folder"
+
+
+class BadRecordError(ValueError):
+    """One record cannot be used (no image, empty answer, an unknown form); the message is the reason."""
+
+
+Row = dict[str, Any] | BadRecordError  # what JSON, a table or a caption file gives, before anything is known of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +58,8 @@ class Records:
     """
 
     root: Path
-    rows: Sequence[dict[str, Any] | BadRecordError]
+    rows: Sequence[Row]
     names: Sequence[str]
-
-
-class BadRecordError(ValueError):
-    """One record cannot be used (no image, empty answer, an unknown form); the message is the reason."""
 
 
 def _first(record: dict[str, Any], keys: Iterable[str]) -> Any:
@@ -80,14 +84,14 @@ def image_of(record: dict[str, Any]) -> str | bytes:
     return image
 
 
-def sound_text(value: Any, what: str) -> str:
+def sound_text(value: object, what: str) -> str:
     """The text of a record's value, without blanks around it; numbers are texts too.
 
     Raises:
         BadRecordError: it is none, or holds half a character (a lone surrogate), which no tokenizer takes.
     """
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not isinstance(value, str) and not (number and math.isfinite(value)):
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, str) and not number:
         raise BadRecordError(f"the {what} is {_shown(value)}; accepted is a text")
     text = str(value).strip()
     if any("\ud800" <= character <= "\udfff" for character in text):
@@ -101,7 +105,7 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """Short, however long or deep it is."""
     return printable(reprlib.repr(value))
 
@@ -113,7 +117,7 @@ def _turn(prompt: str, answers: Iterable[str]) -> Turn:
     return Turn(prompt, kept)
 
 
-def _conversation(turns: Any) -> tuple[Turn, ...]:
+def _conversation(turns: Sequence[dict[str, Any]]) -> tuple[Turn, ...]:
     """LLaVA's list of {from, value} or the chat form {role, content}: user and assistant in turn."""
     said: list[str] = []
     for entry in turns:
@@ -159,20 +163,27 @@ def read_turns(record: dict[str, Any]) -> tuple[Turn, ...]:
     return _conversation(turns)
 
 
-def _jsonl(file: Path) -> Records:
+def _by_line(parsed: Callable[[str], Row], file: Path) -> Records:
+    """A record a line, empty lines left out."""
     numbered = [(number, line) for number, line in enumerate(_lines(file), 1) if line.strip()]
-    rows = [_parsed(line) for _, line in numbered]
+    rows = [parsed(line) for _, line in numbered]
     return Records(file.parent, rows, [f"{file.name}:{number}" for number, _ in numbered])
 
 
-def _parsed(line: str) -> dict[str, Any] | BadRecordError:
+def _parsed(line: str) -> Row:
     try:
         return _record(json.loads(line))
     except (ValueError, RecursionError) as error:
         return BadRecordError(f"is not valid JSON ({one_line(error)}); accepted is one object a line")
 
 
-def _record(row: Any) -> dict[str, Any] | BadRecordError:
+def _captioned(line: str) -> Row:
+    """Image TAB caption."""
+    image, tab, caption = line.partition("\t")
+    return {"image": image, "caption": caption} if tab else BadRecordError("has no tab; accepted is: image TAB caption")
+
+
+def _record(row: object) -> Row:
     return row if isinstance(row, dict) else BadRecordError(f"is {_shown(row)}; accepted is an object")
 
 
@@ -202,7 +213,7 @@ def _json(file: Path) -> Records:
 def _csv(file: Path) -> Records:
     """Comma-separated with a header line; values may hold line breaks."""
     reader = csv.reader(io.StringIO(_content(file), newline=""))
-    rows: list[dict[str, Any] | BadRecordError] = []
+    rows: list[Row] = []
     names: list[str] = []
     header: list[str] | None = None
     while True:
@@ -221,21 +232,10 @@ def _csv(file: Path) -> Records:
         names.append(f"{file.name}:{reader.line_num}")
 
 
-def _captions(file: Path) -> Records:
-    """Image TAB caption, without a header."""
-    rows: list[dict[str, Any] | BadRecordError] = []
-    names = []
-    for number, line in enumerate(_lines(file), 1):
-        if not line.strip():
-            continue
-        image, tab, caption = line.partition("\t")
-        bad = BadRecordError("has no tab; accepted is: image TAB caption")
-        rows.append({"image": image, "caption": caption} if tab else bad)
-        names.append(f"{file.name}:{number}")
-    return Records(file.parent, rows, names)
-
-
-READERS = {".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv, ".txt": _captions}
+_jsonl = partial(_by_line, _parsed)
+READERS: Mapping[str, Callable[[Path], Records]] = {
+    ".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv, ".txt": partial(_by_line, _captioned)
+}  # fmt: skip
 
 
 def _folder(folder: Path) -> Records:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any  # a model that generates, which transformers' types do not say
 
 import torch
 import torch.nn.functional as F

@@ -7,7 +7,7 @@ import re
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypedDict
+from typing import Any, TypedDict  # rows of the right kind, whose fields are set; parts of a file, each of its own type
 
 import numpy as np
 
@@ -128,7 +128,7 @@ class Quality:
         """The same, of one task's questions alone."""
         return summarize(self.kind, [row for row in self.rows if row.task == task], blind=self.blind, seconds=0.0)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain JSON types."""
         return asdict(self)
 
@@ -196,7 +196,7 @@ class Comparison:
         """How much worse slim is; negative if it is better."""
         return self.difference if self.metric in LOWER_IS_BETTER else -self.difference
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain JSON types."""
         return asdict(self)
 
@@ -216,7 +216,7 @@ class QualityFileOfRun(QualityFile, total=False):
     blind: Quality
 
 
-def qualities_of(document: Any) -> dict[str, Any]:
+def qualities_of(document: object) -> dict[str, Any]:
     """What `quality.json` holds, if its parts fit each other.
 
     Raises:
@@ -246,7 +246,7 @@ def qualities_of(document: Any) -> dict[str, Any]:
     return found
 
 
-def _names(values: Mapping[str, Any]) -> Any:
+def _names(values: Mapping[str, object]) -> dict[str, object]:
     return {name: _names(value) if isinstance(value, Mapping) else None for name, value in values.items()}
 
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar  # JSON, and annotations, which are no types to a type checker
 
 from slimvlm.compress.errors import CheckpointError, SlimvlmError
 

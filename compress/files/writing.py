@@ -10,11 +10,11 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any  # JSON
 
 from safetensors import SafetensorError, safe_open
 
@@ -80,7 +80,7 @@ def write_text(path: Path, text: str) -> None:
         beside.write_text(text, encoding="utf-8")
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, object]) -> None:
     """Write tensors, and JSON `facts` in the header, as one safetensors file, whole or not at all.
 
     Raises:
@@ -113,7 +113,7 @@ def real(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def require_kind(path: Path, is_kind: Any, words: str) -> None:
+def require_kind(path: Path, is_kind: Callable[[int], bool], words: str) -> None:
     """Refuse to write to `path` if it is there and something else: a link, a device, a pipe.
 
     Raises:

@@ -7,7 +7,6 @@ patched after a cut. How a family is added: CONTRIBUTING.md. No torch is importe
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from slimvlm.compress.errors import UnsupportedModelError
 
@@ -364,7 +363,7 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
-def find_family(config: Any) -> Family:
+def find_family(config: object) -> Family:
     """The row of a transformers config.
 
     Raises:

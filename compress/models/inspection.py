@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from slimvlm.compress.models.checkpoint import build_meta
 from slimvlm.compress.models.groups import Dead, Group, count_parameters, dead_blocks, find_groups
@@ -35,7 +34,7 @@ class Inspection:
     dead: Mapping[str, Dead]
     parts: tuple[PartSummary, ...]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain JSON types."""
         return asdict(self)
 

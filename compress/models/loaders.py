@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any  # classes and options of transformers' loaders
 
 import torch
 import transformers
@@ -183,7 +183,7 @@ def _model_class(config: transformers.PreTrainedConfig, family: Family) -> Any:
     return slim_class(base) if getattr(config, RECORD, None) else base
 
 
-def _check_numbers(folder: Path, document: Any, place: str) -> None:
+def _check_numbers(folder: Path, document: object, place: str) -> None:
     """Counts of modules that a machine can build, and no weights in a form of somebody else's."""
     if isinstance(document, dict):
         if document.get("quantization_config"):

@@ -19,7 +19,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any  # classes of transformers that are extended whatever they are
 
 import torch
 import transformers
@@ -29,9 +29,10 @@ RECORD = "slimvlm"
 SCHEMA = 1
 FILE_NAME = "modeling_slimvlm"
 PREFIX = "Slim"
+Record = dict[str, Any]  # JSON, as above
 
 
-def shrink(model: nn.Module, record: dict[str, Any]) -> None:
+def shrink(model: nn.Module, record: Record) -> None:
     """Gives a dense model the sizes of `record`, in place. Values are the leading slices of the present ones: they are
     meant to be overwritten by a checkpoint (on the meta device nothing is copied).
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from slimvlm.compress.slicing.apply import apply_plan
@@ -11,10 +11,9 @@ if TYPE_CHECKING:
 
 __all__ = ["apply_plan", "mask_plan"]
 
-FILES = {"apply_plan": "slimvlm.compress.slicing.apply", "mask_plan": "slimvlm.compress.slicing.mask"}
 
-
-def __getattr__(name: str) -> Any:
-    if name not in FILES:  # imported when asked for: a command line that names them must not import torch
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(FILES[name]), name)
+def __getattr__(name: str) -> object:
+    """Imported when asked for: a command line that names the rows of this folder must not import torch."""
+    if name in __all__:
+        return getattr(import_module(f"{__name__}.{name.removesuffix('_plan')}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,7 +7,6 @@ was cut before, and on the meta device.
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from slimvlm.compress.errors import CheckpointError
 from slimvlm.compress.models.families import Attention, Mlp, find_family
 from slimvlm.compress.models.groups import Group, count_parameters, weigh
 from slimvlm.compress.models.mapped import leave_files
-from slimvlm.compress.models.modeling_slim import RECORD, SCHEMA, replace_forward, resize, slim_class
+from slimvlm.compress.models.modeling_slim import RECORD, SCHEMA, Record, replace_forward, resize, slim_class
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.slicing.cuts import Cut, find_cuts, kept_kv_heads, matching_groups
 from slimvlm.compress.slicing.depth import drop_blocks, left_out, shortened, write_depth
@@ -99,7 +98,7 @@ def _take(tensor: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor
     return tensor.clone() if rows is None else tensor.index_select(0, rows)
 
 
-def _patch_attention(module: nn.Module, group: Group, part: Attention, kept: Tensor, record: dict[str, Any]) -> None:
+def _patch_attention(module: nn.Module, group: Group, part: Attention, kept: Tensor, record: Record) -> None:
     heads, kv_heads = len(kept), len(kept_kv_heads(group, kept))
     facts = {"heads": heads, "kv_heads": kv_heads, "groups": heads // kv_heads, "width": heads * group.head_dim}
     attributes = {name: facts[fact] for name, fact in part.patch if hasattr(module, name)}
@@ -113,7 +112,7 @@ def _patch_attention(module: nn.Module, group: Group, part: Attention, kept: Ten
         record["forwards"][group.path] = {"name": part.forward, "heads": original}
 
 
-def _record_sizes(record: dict[str, Any], group: Group, kept: Tensor) -> None:
+def _record_sizes(record: Record, group: Group, kept: Tensor) -> None:
     """Sizes under the names of transformers' `per_layer_config`. That itself cannot be set: the stock layers read the
     whole tower's value, which transformers refuses once layers differ.
     """

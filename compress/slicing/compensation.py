@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any  # what the function of a row is given, which says its types
 
 if TYPE_CHECKING:
     from slimvlm.compress.slicing.refit import Refit

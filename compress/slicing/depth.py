@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any  # stacks of blocks, whatever their class
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from slimvlm.compress.models.families import Family, Tower
 from slimvlm.compress.models.groups import live_blocks, read_states, resolve
+from slimvlm.compress.models.modeling_slim import Record
 from slimvlm.compress.plan import Plan
 
 
@@ -28,7 +29,7 @@ def left_out(model: nn.Module, tower: Tower, kept: Sequence[int]) -> list[nn.Mod
     return [block for index, block in enumerate(blocks) if index not in kept]
 
 
-def drop_blocks(model: PreTrainedModel, tower: Tower, kept: Sequence[int], record: dict[str, Any]) -> None:
+def drop_blocks(model: PreTrainedModel, tower: Tower, kept: Sequence[int], record: Record) -> None:
     """Take all blocks but `kept` out of `tower`, in place.
 
     Renumbered are the caches' layers, what the tower's config lists or numbers, the hidden states that are read (from

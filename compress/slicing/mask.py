@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,14 +28,15 @@ def mask_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
         for group in groups:
             kept = torch.tensor(plan.keep[group.key], dtype=torch.int64)
             for cut in (*find_cuts(group, kept), *_switched_off(group, kept)):
-                module: Any = model.get_submodule(cut.path)
+                module = model.get_submodule(cut.path)
+                weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
                 if cut.rows is not None:
-                    gone = complement(cut.rows, module.weight.shape[0])
-                    module.weight[gone] = 0
-                    if getattr(module, "bias", None) is not None:
-                        module.bias[gone] = 0
+                    gone = complement(cut.rows, weight.shape[0])
+                    weight[gone] = 0
+                    if bias is not None:
+                        bias[gone] = 0
                 if cut.columns is not None:
-                    module.weight[:, complement(cut.columns, module.weight.shape[1])] = 0
+                    weight[:, complement(cut.columns, weight.shape[1])] = 0
     return model
 
 
