@@ -284,11 +284,7 @@ class Collator:
         for sample, text, vision in zip(samples, texts, visions, strict=True):
             at, after = self._placeholder(sample, text.ids)
             ids = text.ids[:at] + vision.ids + text.ids[after:]
-            if len(ids) > self.max_text_tokens:
-                raise SampleError(
-                    f"{sample.identity}: {len(ids)} tokens with the image's {len(vision.ids)}; the model takes at most "
-                    f"{self.max_text_tokens}. Shorten the text or leave the sample out."
-                )
+            self._require_room(sample, len(ids), f" with the image's {len(vision.ids)}")
             rows["input_ids"].append(ids)
             rows["attention_mask"].append([1] * len(ids))
             if text.labels:
@@ -314,6 +310,13 @@ class Collator:
             )
         return (found[0], found[0] + 1) if wanted else (0, 0)
 
+    def _require_room(self, sample: Sample, tokens: int, counted: str = "") -> None:
+        if tokens > self.max_text_tokens:
+            raise SampleError(
+                f"{sample.identity}: {tokens} tokens{counted}; the model takes at most {self.max_text_tokens}. "
+                "Shorten the text or leave the sample out."
+            )
+
     def _pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
         return pad if pad is not None else (self.tokenizer.eos_token_id or 0)
@@ -322,15 +325,10 @@ class Collator:
         """Pixel values [B, 3, height, width] and texts; SigLIP wants texts padded to full length, without a mask."""
         encoded = [self._ids(self.caption(sample), special=True) for sample in samples]
         for sample, ids in zip(samples, encoded, strict=True):
-            if len(ids) > self.max_text_tokens:
-                raise SampleError(
-                    f"{sample.identity}: {len(ids)} tokens; the model takes at most {self.max_text_tokens}. "
-                    "Shorten the text or leave the sample out."
-                )
+            self._require_room(sample, len(ids))
         masked = "attention_mask" in self.tokenizer.model_input_names
-        width = max(map(len, encoded)) if masked else self.max_text_tokens
-        padded = [ids + [self._pad_id()] * (width - len(ids)) for ids in encoded]
-        batch = {"input_ids": torch.tensor(padded)}
+        width = None if masked else self.max_text_tokens
+        batch = {"input_ids": _pad(encoded, self._pad_id(), left=False, width=width)}
         if masked:
             batch["attention_mask"] = _pad([[1] * len(ids) for ids in encoded], 0, left=False)
         return {**batch, **_join([self._vision(sample).tensors for sample in samples])}
@@ -340,12 +338,11 @@ def _size(vision: _Vision) -> int:
     return sum(tensor.nbytes for tensor in vision.tensors.values())
 
 
-def _pad(rows: Sequence[Sequence[int]], fill: int, left: bool) -> torch.Tensor:
-    """int64 [B, longest row]."""
-    width = max(map(len, rows))
-    padded = [
-        [fill] * (width - len(row)) + list(row) if left else list(row) + [fill] * (width - len(row)) for row in rows
-    ]
+def _pad(rows: Sequence[Sequence[int]], fill: int, left: bool, width: int | None = None) -> torch.Tensor:
+    """int64 [B, width], by default that of the longest row."""
+    width = width or max(map(len, rows))
+    padding = [[fill] * (width - len(row)) for row in rows]
+    padded = [[*more, *row] if left else [*row, *more] for row, more in zip(rows, padding, strict=True)]
     return torch.tensor(padded, dtype=torch.long)
 
 

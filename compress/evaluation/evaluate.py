@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any  # a model that generates, which transformers' types do not say
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
@@ -290,7 +291,7 @@ def _retrieve(run: _Evaluation, samples: Sequence[Sample]) -> list[Row]:
         run.report(done, len(samples))
     image_ids = _numbered([sample.image_key for sample in samples])
     text_ids = _numbered([run.collator.caption(sample) for sample in samples])
-    image_at, text_at = (_first_places(ids) for ids in (image_ids, text_ids))
+    image_at, text_at = (np.unique(ids, return_index=True)[1].tolist() for ids in (image_ids, text_ids))  # first places
     similar = F.normalize(torch.cat(texts)[text_at], dim=-1) @ F.normalize(torch.cat(images)[image_at], dim=-1).T
     right = torch.zeros(similar.shape, dtype=torch.bool, device=similar.device)
     right[text_ids, image_ids] = True
@@ -311,13 +312,6 @@ def _retrieve(run: _Evaluation, samples: Sequence[Sample]) -> list[Row]:
 def _numbered(keys: Sequence[Hashable]) -> list[int]:
     numbers: dict[Hashable, int] = {}
     return [numbers.setdefault(key, len(numbers)) for key in keys]
-
-
-def _first_places(ids: Sequence[int]) -> list[int]:
-    first: dict[int, int] = {}
-    for place, number in enumerate(ids):
-        first.setdefault(number, place)
-    return list(first.values())
 
 
 def _ranks(similar: torch.Tensor, right: torch.Tensor) -> list[int]:

@@ -26,7 +26,7 @@ from slimvlm.compress.models.computing import in_passes, undisturbed
 from slimvlm.compress.models.families import Family
 from slimvlm.compress.models.groups import Group, count_parameters
 from slimvlm.compress.progress import Progress, silent
-from slimvlm.compress.slicing.cuts import find_cuts
+from slimvlm.compress.slicing.cuts import complement, find_cuts
 from slimvlm.compress.statistics.collector import Side
 from slimvlm.compress.statistics.rows import STATISTICS
 
@@ -115,9 +115,7 @@ def _solve(
     mean = total / max(tokens, 1)
     if not (tokens and products.isfinite().all()):
         raise CalibrationError(f"the inputs of {side.path} are not finite, or there are none; check the data")
-    kept = columns.to(weight.device)
-    dropped = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-    dropped[kept] = False
+    kept, dropped = (index.to(weight.device) for index in (columns, complement(columns, weight.shape[1])))
     energy = _energy(weight, products).clamp(min=1e-30)
     by_cut = _energy(weight[:, dropped], products[dropped][:, dropped]) / energy
     if bias is not None:
