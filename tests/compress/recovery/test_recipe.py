@@ -190,7 +190,7 @@ def test_losses_added_to_lpd_join_those_of_its_last_stage_or_weigh_them_anew():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "'' is no loss; accepted are lpd, lpd-paper and sums of sft, kl, rkl, hidden"),
+        ("", f"'' is no loss; accepted are {', '.join(PROGRESSIONS)} and sums of {', '.join(LOSSES)}"),
         ("sft+ce", "recipe 'sft[+]ce': 'ce' is no loss; accepted are lpd"),
         ("2*lpd", "'lpd' is no loss"),
         ("lpd+lpd", "'lpd' comes twice"),
