@@ -23,6 +23,7 @@ from slimvlm.compress.models.groups import Group, Member
 # Streams of tokens: the text model's input, what a decoder of its own reads, the patches of the images.
 TEXT, TARGETS, PATCHES = "text", "targets", "patches"
 Inputs = dict[str, Tensor | int]  # keyword arguments of a forward; flags are integers, too
+Masks = dict[str, Tensor | None]  # per stream the tokens that count, bool [B, S]; None: all of them
 Value = TypeVar("Value")
 
 
@@ -48,7 +49,7 @@ class Posed:
 
     inputs: Inputs
     labels: Tensor | None
-    masks: dict[str, Tensor | None]
+    masks: Masks
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Question:
     labels: Tensor | None
     rows: Tensor | None
     positions: Tensor | None
-    masks: dict[str, Tensor | None]
+    masks: Masks
     tally: Tally = field(default_factory=Tally)
 
     def chosen(self, logits: Tensor) -> Tensor:

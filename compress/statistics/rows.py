@@ -9,9 +9,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from slimvlm.compress.data.questions import Question
+    from slimvlm.compress.data.questions import Masks, Question
     from slimvlm.compress.statistics.collector import Collector
 
 
@@ -71,7 +69,7 @@ class TokenRule:
 
     name: str
     threshold: float | None = None
-    masks: Callable[[Question], dict[str, Tensor | None]] = attrgetter("masks")
+    masks: Callable[[Question], Masks] = attrgetter("masks")
 
     def __post_init__(self) -> None:
         if self.threshold is not None and not 0 <= self.threshold <= 1:
