@@ -30,26 +30,15 @@ RATIO_RULE = (
 Starts = Sequence[Sequence[float]]  # start of a process -> one time per round
 
 
-def median(samples: Sequence[float]) -> float:
-    """The median.
-
-    Raises:
-        ValueError: no samples.
-    """
-    if not len(samples):
-        raise ValueError("a median needs at least one sample")
-    return float(np.median(samples))
-
-
 def typical(starts: Starts) -> float:
     """Median over the rounds of each start, geometric mean over the starts.
 
     Raises:
-        ValueError: no samples, or one that is not positive.
+        ValueError: no samples, a start without any, or one that is not positive.
     """
-    if not len(starts):
+    if not len(starts) or not all(map(len, starts)):
         raise ValueError("a median needs at least one sample")
-    return math.exp(math.fsum(math.log(median(rounds)) for rounds in starts) / len(starts))
+    return math.exp(math.fsum(math.log(np.median(rounds)) for rounds in starts) / len(starts))
 
 
 def paired_ratio(dense: Starts, slim: Starts, seed: int = 0) -> Ratio:

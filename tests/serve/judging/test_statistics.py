@@ -12,7 +12,6 @@ from slimvlm.serve.judging.intervals import (
     MIN_ROUNDS,
     MIN_STARTS,
     decoder_test,
-    median,
     paired_ratio,
     summarize_cell,
     typical,
@@ -149,8 +148,9 @@ def test_the_same_seed_gives_the_same_interval() -> None:
 def test_samples_that_are_no_pairs_of_times_are_refused(dense, slim) -> None:
     with pytest.raises(ValueError, match="paired positive times"):
         paired_ratio(dense, slim)
-    with pytest.raises(ValueError, match="at least one sample"):
-        median([])
+    for starts in ([], [[]], [[1.0], []]):
+        with pytest.raises(ValueError, match="at least one sample"):
+            typical(starts)
 
 
 def test_a_cell_is_summarized_from_its_samples() -> None:
