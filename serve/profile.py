@@ -17,13 +17,13 @@ from typing import Any
 SCHEMA = 2
 LARGEST = 1e18  # of a time, a rate or a ratio
 MODELS = ("dense", "slim")
-PHASES = {
-    "vision": "pixels to features of the language model",
-    "text": "a dual encoder's text to its embedding",
-    "prefill": "embeddings of the prompt to the first logits",
-    "ttft": "pixels and prompt to the first token",
-    "tpot": "one later token, mean",
-    "end_to_end": "pixels and prompt to the last token",
+PHASES = {  # and what they are called in words
+    "vision": "vision",  # pixels to features of the language model
+    "text": "text",  # a dual encoder's text to its embedding
+    "prefill": "prefill",  # embeddings of the prompt to the first logits
+    "ttft": "first token",  # from pixels and prompt
+    "tpot": "per token",  # one later token, mean
+    "end_to_end": "end to end",  # pixels and prompt to the last token
 }
 MEASURED, OUT_OF_MEMORY, FAILED = STATUSES = ("measured", "out of memory", "failed")
 FASTER, SLOWER, SAME, TOO_NOISY = RELATIONS = ("faster", "slower", "same", "too noisy")

@@ -9,19 +9,11 @@ from itertools import chain
 from slimvlm.compress.runs import PROFILE
 from slimvlm.serve.judging.intervals import LEVEL, RATIO_RULE
 from slimvlm.serve.judging.verdict import BOUND_RULE, nothing_faster
-from slimvlm.serve.profile import FAILED, FASTER, MEASURED, OUT_OF_MEMORY, SLOWER, TOO_NOISY, Cell, Profile, Ratio, Run
+from slimvlm.serve.profile import FAILED, FASTER, MEASURED, OUT_OF_MEMORY, PHASES, SLOWER, TOO_NOISY, Profile, Ratio
 from slimvlm.serve.report.charts import Estimate, memory_bars, speedup_dots, time_dots
 from slimvlm.serve.report.document import Chart, Code, Finding, Said, change, share, shown
 from slimvlm.serve.report.files import RunFiles
-from slimvlm.serve.report.sections.running_tables import (
-    MIB,
-    PHASE_NAMES,
-    Numbered,
-    device_words,
-    interval,
-    number,
-    tables,
-)
+from slimvlm.serve.report.sections.running_tables import MIB, Numbered, device_words, interval, number, tables
 
 CHARTED = ("vision", "text", "ttft", "tpot", "end_to_end")  # phases of the speed-up charts; the tables have all
 NAMED = 3  # cells or phases that one finding names; the tables have all
@@ -88,7 +80,7 @@ def _slower(cells: Sequence[Numbered]) -> Iterator[Finding]:
     found = [(ratio, phase, one) for one, phase, ratio in _ratios(cells) if ratio.verdict == SLOWER]
     found.sort(key=lambda entry: entry[0].value)
     if found:
-        worst = [f"{PHASE_NAMES[phase]}, {_where(one.cell)}: {_times(ratio)}" for ratio, phase, one in found]
+        worst = [f"{PHASES[phase]}, {_where(one)}: {_times(ratio)}" for ratio, phase, one in found]
         text = f"{len(found)} of {len(list(_ratios(cells)))} measured phases got slower: {_some(worst)}."
         yield Finding(text, f"{PROFILE}: cells[].ratios", bad=True)
 
@@ -104,7 +96,7 @@ def _limits(profile: Profile) -> Iterator[Finding]:
 
 def _unmeasured(profile: Profile, cells: Sequence[Numbered]) -> Iterator[Finding]:
     for status, words in ((OUT_OF_MEMORY, "did not fit into memory"), (FAILED, "failed")):
-        found = [_where(one.cell) + _reason(one.cell.reason) for one in cells if one.cell.status == status]
+        found = [_where(one) + _reason(one.cell.reason) for one in cells if one.cell.status == status]
         found += [
             f"{shown(test.backend)}, {shown(test.name)}" + _reason(test.reason)
             for test in profile.decoder_tests
@@ -135,14 +127,12 @@ def _faster(profile: Profile, cells: Sequence[Numbered]) -> Iterator[Finding]:
     """The first workload of every backend speaks for it."""
     for one in _first_of_backends(cells):
         gains = [
-            f"{PHASE_NAMES[phase]} {_times(ratio)}"
+            f"{PHASES[phase]} {_times(ratio)}"
             for phase, ratio in one.cell.ratios.items()
             if phase in CHARTED and ratio.verdict == FASTER
         ]
         if gains:
-            text = (
-                f"{_where(one.cell)}, on {shown(profile.device.name)}: {', '.join(gains)} as fast as the dense model."
-            )
+            text = f"{_where(one)}, on {shown(profile.device.name)}: {', '.join(gains)} as fast as the dense model."
             yield Finding(text, f"{PROFILE}: cells[{one.number - 1}].ratios")
 
 
@@ -157,7 +147,7 @@ def _memory(cells: Sequence[Numbered]) -> Iterator[Finding]:
                 grew = slim > (1 + GROWN) * dense
                 text = (
                     f"{words} {'rose' if grew else 'went'} from {number(dense / MIB)} to {number(slim / MIB)} MiB "
-                    f"({change(dense, slim)}): {_where(one.cell)}."
+                    f"({change(dense, slim)}): {_where(one)}."
                 )
                 yield Finding(text, f"{PROFILE}: cells[{one.number - 1}].runs.*.memory.{field}", bad=grew)
 
@@ -173,12 +163,12 @@ def _first_of_backends(cells: Sequence[Numbered]) -> list[Numbered]:
     found: dict[str, Numbered] = {}
     for one in cells:
         if one.cell.status == MEASURED:
-            found.setdefault(_backend(one.cell), one)
+            found.setdefault(_backend(one), one)
     return list(found.values())
 
 
-def _where(cell: Cell) -> str:
-    return shown(f"{cell.backend} {cell.dtype}, {cell.workload}")
+def _where(one: Numbered) -> str:
+    return shown(f"{one.cell.backend} {one.cell.dtype}, {one.cell.workload}")
 
 
 def _some(found: Sequence[str]) -> str:
@@ -197,48 +187,49 @@ def _charts(cells: Sequence[Numbered], profile: Profile) -> Iterator[Chart]:
     device = shown(profile.device.name)
     firsts = _first_of_backends(cells)
     for place, one in enumerate(firsts):
-        backend, phases = _backend(one.cell), _shared_phases(one.cell)
+        backend, phases = _backend(one), _shared_phases(one)
         if phases:
-            models = one.cell.runs.items()
-            rows = {PHASE_NAMES[phase]: {name: _samples(run, phase) for name, run in models} for phase in phases}
+            rows = {PHASES[phase]: {name: _samples(one, name, phase) for name in one.cell.runs} for phase in phases}
             title = f"{backend}: median times with the range of the rounds, {one.cell.workload}, on {device}"
             yield time_dots(f"times{place}", title, rows)
-        alike = {str(other.number): _speedups(other.cell) for other in cells if _backend(other.cell) == backend}
+        alike = {str(other.number): _speedups(other) for other in cells if _backend(other) == backend}
         speedups = {name: found for name, found in alike.items() if found}
         if speedups:
             title = f"{backend}: speed-up of every workload (numbers of the table), with intervals, on {device}"
             yield speedup_dots(f"speedups{place}", title, speedups)
-    memory = {_backend(one.cell): peaks for one in firsts if (peaks := _peaks(one.cell))}
+    memory = {_backend(one): peaks for one in firsts if (peaks := _peaks(one))}
     if memory:
         yield memory_bars("memory", f"Memory of a process, first workload of every backend, on {device}", memory)
 
 
-def _backend(cell: Cell) -> str:
-    return shown(f"{cell.backend} {cell.dtype}")
+def _backend(one: Numbered) -> str:
+    return shown(f"{one.cell.backend} {one.cell.dtype}")
 
 
-def _shared_phases(cell: Cell) -> list[str]:
-    """Phases that every model of the cell has, in the order of PHASE_NAMES."""
-    return [phase for phase in PHASE_NAMES if cell.runs and all(run.seconds.get(phase) for run in cell.runs.values())]
+def _shared_phases(one: Numbered) -> list[str]:
+    """Phases that every model of the cell has, in the order of PHASES."""
+    return [
+        phase for phase in PHASES if one.cell.runs and all(run.seconds.get(phase) for run in one.cell.runs.values())
+    ]
 
 
-def _samples(run: Run, phase: str) -> Estimate:
-    seconds = [*chain.from_iterable(run.seconds[phase])]
-    return Estimate(run.medians[phase], min(seconds), max(seconds))
+def _samples(one: Numbered, model: str, phase: str) -> Estimate:
+    seconds = [*chain.from_iterable(one.cell.runs[model].seconds[phase])]
+    return Estimate(one.cell.runs[model].medians[phase], min(seconds), max(seconds))
 
 
-def _speedups(cell: Cell) -> dict[str, Estimate]:
+def _speedups(one: Numbered) -> dict[str, Estimate]:
     return {
-        PHASE_NAMES[phase]: Estimate(ratio.value, ratio.low, ratio.high)
+        PHASES[phase]: Estimate(ratio.value, ratio.low, ratio.high)
         for phase in CHARTED
-        if (ratio := cell.ratios.get(phase))
+        if (ratio := one.cell.ratios.get(phase))
     }
 
 
-def _peaks(cell: Cell) -> dict[str, tuple[float, float]]:
+def _peaks(one: Numbered) -> dict[str, tuple[float, float]]:
     """Model -> bytes after loading and at the peak, of the device if it has its own memory, else of the host."""
     found = {}
-    for model, run in cell.runs.items():
+    for model, run in one.cell.runs.items():
         memory = run.memory
         if memory.device_driver_bytes is not None:
             found[model] = (float(memory.device_driver_bytes), float(memory.device_driver_bytes))

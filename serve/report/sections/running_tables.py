@@ -8,18 +8,10 @@ from dataclasses import fields
 from typing import NamedTuple
 
 from slimvlm.compress.runs import PROFILE
-from slimvlm.serve.profile import Cell, DecoderTest, Device, Memory, Profile, Ratio, Run, Subject
+from slimvlm.serve.profile import PHASES, Cell, DecoderTest, Device, Memory, Profile, Ratio, Run, Subject
 from slimvlm.serve.report.document import Table, change, figure, percent, shown, whole
 
 MIB = 2**20
-PHASE_NAMES = {
-    "vision": "vision",
-    "text": "text",
-    "prefill": "prefill",
-    "ttft": "first token",
-    "tpot": "per token",
-    "end_to_end": "end to end",
-}
 MEMORY_NAMES = {
     "host_loaded_bytes": "host, loaded",
     "host_mapped_bytes": "host, mapped files",
@@ -127,11 +119,11 @@ def _latency(cells: Sequence[Numbered], device: str) -> Table:
     rows = []
     for place, cell in cells:
         runs = cell.runs
-        for phase in (name for name in PHASE_NAMES if any(name in run.medians for run in runs.values())):
+        for phase in (name for name in PHASES if any(name in run.medians for run in runs.values())):
             ratio = cell.ratios.get(phase)
             rows.append(
                 (
-                    *(str(place), shown(cell.backend), PHASE_NAMES[phase]),
+                    *(str(place), shown(cell.backend), PHASES[phase]),
                     *(number(_of(runs, model, "medians", phase), 1000) for model in ("dense", "slim")),
                     *(("", "", "") if ratio is None else (f"{ratio.value:.2f}", interval(ratio), ratio.verdict)),
                     *(number(_of(runs, model, "tokens_per_second", phase)) for model in ("dense", "slim")),
@@ -174,7 +166,7 @@ def _decoder_rows(test: DecoderTest, profile: Profile) -> Iterator[tuple[str, ..
 def _verdicts(profile: Profile, device: str) -> Table:
     rows = [
         (
-            *(shown(one.backend), PHASE_NAMES.get(one.phase, shown(one.phase)), shown(one.workload)),
+            *(shown(one.backend), PHASES.get(one.phase, shown(one.phase)), shown(one.workload)),
             *(f"{one.bound}-bound", " ".join(map(shown, one.because))),
             *(f"{one.ideal:.2f}", f"{one.measured:.2f}", "none" if one.reached is None else percent(one.reached)),
         )
@@ -187,13 +179,13 @@ def _verdicts(profile: Profile, device: str) -> Table:
 def _device_use(cells: Sequence[Numbered], device: str) -> Table:
     rows = [
         (
-            *(str(place), shown(cell.backend), PHASE_NAMES[phase], model),
+            *(str(place), shown(cell.backend), PHASES[phase], model),
             *(number(run.flops[phase] / 1e9), number(run.bytes.get(phase, 0.0) / MIB)),
             *(_share(run.mfu, phase), _share(run.mbu, phase)),
         )
         for place, cell in cells
         for model, run in cell.runs.items()
-        for phase in PHASE_NAMES
+        for phase in PHASES
         if phase in run.flops
     ]
     columns = ("workload", "backend", "phase", "model", "GFLOP", "MiB moved", "MFU", "MBU")
