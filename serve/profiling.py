@@ -49,6 +49,12 @@ class _Job:
     engines: Path
     tests: Mapping[str, tuple[Inputs, str, int]]
 
+    @property
+    def effort(self) -> Effort:
+        """Of every cell."""
+        asked = self.options
+        return Effort(asked.warmup, asked.starts, asked.rounds, asked.cell_seconds, asked.seed)
+
     def sources(self, backend: str) -> dict[str, Source]:
         """What the workers of a backend load."""
         name = split_backend(backend)[0]
@@ -91,6 +97,19 @@ def profile_models(options: ProfileOptions, progress: Progress = silent) -> Prof
         said = "; ".join(limit_words(limit) for limit in crossed)
         raise CheckFailedError(f"{said}; every figure is in {options.written}", profile)
     return profile
+
+
+def measure_first(options: ProfileOptions) -> Cell:
+    """The first cell that `profile_models` would measure, alone: unjudged, and written nowhere.
+
+    Raises:
+        SlimvlmError: refused, with the reason.
+    """
+    options = options.checked()
+    check_installed(options.backend)
+    with TemporaryDirectory(prefix="slimvlm-profile-") as scratch:
+        job = _prepare(options, pick_device(options.device), Path(scratch), silent)
+        return measure_cell(job.sources(job.backends[0]), job.inputs[0], job.effort)
 
 
 def refuse_unless_profile(path: Path) -> None:
@@ -158,8 +177,7 @@ def _measure(job: _Job, progress: Progress) -> Profile:
     dtypes = {"fp32", "bf16", SHORT.get(options.dtype, "fp32")} | ({"fp16"} if job.device.type == "cuda" else set())
     device = measure_device(job.device, job.threads, sorted(dtypes))
     profile = _kept(_started(job, device), options)
-    effort = Effort(options.warmup, options.starts, options.rounds, options.cell_seconds, options.seed)
-    done = 1
+    effort, done = job.effort, 1
     for backend in job.backends:
         sources = job.sources(backend)
         for inputs in job.inputs:

@@ -150,13 +150,16 @@ def with_graphs(target: Target, backends: Sequence[str], scratch: Path) -> Targe
             f"{target.given} has no {missing[0]} graphs; make them with slimvlm export, and give that folder or put it "
             "beside the checkpoint as `export`"
         )
-    formats, variants = zip(*map(split_backend, wanted), strict=True)
-    options = ExportOptions(  # held against torch on a few generated samples
+    # held against torch on a few generated samples
+    export_checkpoint(target.checkpoint, scratch, replace(graph_options(wanted), samples=4, max_new_tokens=8))
+    return replace(target, export=scratch)
+
+
+def graph_options(backends: Sequence[str]) -> ExportOptions:
+    """The export that gives what these backends, none of them torch, run."""
+    formats, variants = zip(*map(split_backend, backends), strict=True)
+    return ExportOptions(
         formats=tuple(dict.fromkeys(formats)),
         dtype=next((name for name in reversed(DTYPES) if name in variants), FULL),
         quantize=next((name for name in QUANTIZED if name in variants), None),
-        samples=4,
-        max_new_tokens=8,
     )
-    export_checkpoint(target.checkpoint, scratch, options)
-    return replace(target, export=scratch)

@@ -1,0 +1,164 @@
+"""The closed loop: the smallest cut, in the precision that needs the least of it, that meets every target of cost.
+
+What a cut costs is foretold (by a table of times, by its parameters, or by what was tried so far), then tried, and what
+was found corrects the next prophecy, until the tightest target is met and hardly anything less would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from slimvlm.compress.errors import InfeasibleBudgetError, UnsuitableOptionError
+from slimvlm.serve.fitting.goals import WITHIN, Goal
+from slimvlm.serve.fitting.trials import Figures, Trial
+
+MOST_TRIALS = 8  # of one precision
+FINEST = 0.004  # of all parameters: cuts that lie nearer than this are one
+AIM = 0.985  # of a target is asked of the next trial: in the middle of what is accepted
+
+Foretell = Callable[[float], Figures]  # ratio -> what its cut will cost, up to a factor per quantity
+Try = Callable[[float, str], Trial]  # ratio, backend
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What meets the targets, and all that was tried for it; `trial.ratio` 0: nothing needs to be cut."""
+
+    trial: Trial
+    trials: tuple[Trial, ...]
+
+
+def find_cut(
+    goals: Sequence[Goal], backends: Sequence[str], try_out: Try, foretell: Mapping[str, Foretell], most: float
+) -> Found:
+    """The candidate to deliver.
+
+    Rounding weights loses far less than cutting them away, so the backend that needs the smallest cut is taken, of
+    those that need none the first.
+
+    Args:
+        goals: of cost; each at most once.
+        backends: the precisions that may be delivered, the most exact one first.
+        foretell: by backend.
+        most: the largest ratio that may be cut.
+
+    Raises:
+        InfeasibleBudgetError: not even the largest cut meets them; the message says what it reaches.
+        UnsuitableOptionError: a target that this model or device has no figure for.
+    """
+    tried: list[Trial] = []
+    for backend in backends:
+        tried.append(try_out(0.0, backend))
+        _require_figures(goals, tried[-1])
+        if _meets(goals, tried[-1]):
+            return Found(tried[-1], tuple(tried))
+    dense = sorted(tried, key=lambda trial: worst(goals, trial.figures)[1])  # those nearest to the targets need least
+    best: Trial | None = None
+    for trial in dense:
+        # Of another precision it is only asked whether it needs less than the best one so far.
+        limit = most if best is None else best.ratio - FINEST
+        known = _search(goals, [trial], try_out, foretell[trial.backend], limit)
+        tried += known[1:]
+        best = min((one for one in (best, *known) if one and _meets(goals, one)), key=_cut, default=None)
+    if best is None:
+        raise InfeasibleBudgetError(_unreachable(goals, tried, most))
+    return Found(best, tuple(tried))
+
+
+def worst(goals: Sequence[Goal], figures: Figures) -> tuple[Goal, float]:
+    """The goal that is missed most, or met least, and the figure as a share of it, counted from what is accepted."""
+    return max(
+        ((goal, goal.excess(figures[goal.name]) / (1 + goal.quantity.slack)) for goal in goals), key=lambda one: one[1]
+    )
+
+
+def _search(goals: Sequence[Goal], known: list[Trial], try_out: Try, foretell: Foretell, most: float) -> list[Trial]:
+    """`known`, of one backend, and what was tried after it."""
+    backend = known[0].backend
+    while len(known) < MOST_TRIALS:
+        fails = max((trial.ratio for trial in known if not _meets(goals, trial)), default=0.0)
+        meets = min((trial.ratio for trial in known if _meets(goals, trial)), default=None)
+        if meets is not None and (meets - fails <= FINEST or _is_tight(goals, known, meets)):
+            break
+        if meets is None and fails >= most - FINEST:
+            break
+        ratio = _next(goals, known, foretell, (fails, most if meets is None else meets))
+        known = [*known, try_out(ratio, backend)]
+    return known
+
+
+def _next(goals: Sequence[Goal], known: Sequence[Trial], foretell: Foretell, between: tuple[float, float]) -> float:
+    """The smallest ratio that is foretold to meet the targets, well inside what is not known yet."""
+    low, high = between
+    trials = sorted(known, key=_cut)
+    ratios = [trial.ratio for trial in trials]
+    told = [foretell(ratio) for ratio in ratios]
+    factors = {
+        goal.name: [trial.figures[goal.name] / one[goal.name] for trial, one in zip(trials, told, strict=True)]
+        for goal in goals
+    }
+
+    def meets(ratio: float) -> bool:
+        figures = foretell(ratio)
+        return all(
+            figures[goal.name] * _between(ratio, ratios, factors[goal.name]) <= _aim(goal) * goal.amount
+            for goal in goals
+        )
+
+    if high not in ratios and not meets(high):
+        return high  # and if that fails nothing meets them
+    first, last = low, high
+    while last - first > FINEST / 4:
+        middle = (first + last) / 2
+        first, last = (first, middle) if meets(middle) else (middle, last)
+    inside = min(FINEST, (high - low) / 4)
+    return float(np.clip(last, low + inside, high if high not in ratios else high - inside))
+
+
+def _between(ratio: float, ratios: Sequence[float], factors: Sequence[float]) -> float:
+    """Of a prophecy at `ratio` by what it was off by at others: linear between them, and on beyond the last two."""
+    if len(ratios) > 1 and ratio > ratios[-1]:
+        slope = (factors[-1] - factors[-2]) / (ratios[-1] - ratios[-2])
+        return max(factors[-1] + slope * (ratio - ratios[-1]), 0.0)
+    return float(np.interp(ratio, ratios, factors))
+
+
+def _aim(goal: Goal) -> float:
+    """What is counted exactly is asked for exactly; where it is measured, its middle is aimed at."""
+    return AIM if goal.quantity.slack else 1 - WITHIN / 6
+
+
+def _is_tight(goals: Sequence[Goal], known: Sequence[Trial], ratio: float) -> bool:
+    """Whether a trial that meets the targets uses the tightest of them to all but 3 %."""
+    trial = next(trial for trial in known if trial.ratio == ratio)
+    return max(goal.excess(trial.figures[goal.name]) for goal in goals) >= 1 - WITHIN
+
+
+def _meets(goals: Sequence[Goal], trial: Trial) -> bool:
+    return all(goal.is_met(trial.figures[goal.name]) for goal in goals)
+
+
+def _cut(trial: Trial) -> float:
+    return trial.ratio
+
+
+def _require_figures(goals: Sequence[Goal], trial: Trial) -> None:
+    if missing := [goal for goal in goals if goal.name not in trial.figures]:
+        known = ", ".join(name for name in trial.figures)
+        raise UnsuitableOptionError(
+            f"--target {missing[0].name}: this model has no such figure on this device; it has {known}"
+        )
+
+
+def _unreachable(goals: Sequence[Goal], tried: Sequence[Trial], most: float) -> str:
+    nearest = min(tried, key=lambda trial: worst(goals, trial.figures)[1])
+    goal, _ = worst(goals, nearest.figures)
+    reached = goal.quantity.words(nearest.figures[goal.name])
+    return (
+        f"--target {goal} cannot be met: the best that was found is {reached}, with {nearest.ratio:.0%} of the "
+        f"parameters removed in {nearest.backend}; ask for that, raise --ratio ({most:g} is the most it may remove), "
+        "or add a precision to --variants"
+    )

@@ -1,0 +1,89 @@
+"""The closed loop on costs that are known: what it finds, what it says where nothing meets, and how much it tries."""
+
+import pytest
+
+from slimvlm.compress.errors import InfeasibleBudgetError, UnsuitableOptionError
+from slimvlm.serve.fitting.goals import read_goals
+from slimvlm.serve.fitting.search import FINEST, MOST_TRIALS, find_cut
+from slimvlm.serve.fitting.trials import Trial
+
+FP32, INT8, Q4 = BACKENDS = ("onnx:fp32", "onnx:int8", "onnx:q4")
+BYTES = {FP32: 4.0, INT8: 1.3, Q4: 0.9}
+SPEED = {FP32: 1.0, INT8: 0.5, Q4: 0.4}
+PARAMETERS = 2.5e6
+
+
+def device(ratio: float, backend: str) -> Trial:
+    """Bytes as parameters, times with a part that no cut takes away, and not linear in the parameters."""
+    left = PARAMETERS * (1 - ratio)
+    time = SPEED[backend] * (0.3 + 0.7 * (1 - ratio) ** 1.5)
+    figures = {"params": left, "size": BYTES[backend] * left + 1e5, "memory": 5e7 + 8 * left}
+    return Trial(ratio, backend, {**figures, "tpot": 10 * time, "ttft": 60 * time})
+
+
+def parameters_only(ratio):
+    """Foretells everything by the parameters."""
+    return dict.fromkeys(("params", "size", "memory", "tpot", "ttft", "vision"), 1 - ratio)
+
+
+def find(*targets, backends=BACKENDS, most=0.9, try_out=device):
+    return find_cut(read_goals(targets), backends, try_out, dict.fromkeys(backends, parameters_only), most)
+
+
+@pytest.mark.parametrize(
+    ("targets", "backend"), [(("size=11MB",), FP32), (("size=3.5MB", "tpot=9ms"), INT8), (("tpot=4.1ms",), Q4)]
+)
+def test_what_meets_the_targets_whole_is_not_cut_and_the_most_exact_precision_is_taken(targets, backend):
+    found = find(*targets)
+    assert (found.trial.ratio, found.trial.backend) == (0, backend)
+    assert len(found.trials) == 1 + BACKENDS.index(backend)
+
+
+@pytest.mark.parametrize(
+    ("targets", "backends"),
+    [
+        (("size=1MB",), BACKENDS),
+        (("tpot=2.5ms",), BACKENDS),
+        (("ttft=20ms", "size=2MB"), BACKENDS),
+        (("params=800k",), BACKENDS),
+        (("memory=60MB",), BACKENDS),
+        (("params=800k",), (FP32,)),
+        (("memory=60MB",), (FP32,)),
+        (("ttft=30ms", "size=9MB"), (FP32,)),
+    ],
+)
+def test_the_tightest_target_is_met_and_hardly_undercut(targets, backends):
+    goals = read_goals(targets)
+    found = find(*targets, backends=backends)
+    used = [goal.excess(found.trial.figures[goal.name]) for goal in goals]
+    assert all(goal.is_met(found.trial.figures[goal.name]) for goal in goals)
+    assert max(used) >= 0.97 or not all(
+        goal.is_met(device(found.trial.ratio - 2 * FINEST, found.trial.backend).figures[goal.name]) for goal in goals
+    )
+    assert all(sum(trial.backend == backend for trial in found.trials) <= MOST_TRIALS for backend in backends)
+
+
+def test_of_precisions_that_all_need_a_cut_the_one_that_needs_least_is_taken():
+    found = find("size=0.9MB")
+    assert found.trial.backend == Q4
+    assert min(trial.ratio for trial in found.trials if trial.backend == INT8 and trial.ratio) <= found.trial.ratio
+
+
+def test_steps_and_a_few_percent_of_noise_end_in_a_cut_that_was_measured_to_meet_the_target():
+    def rough(ratio, backend):
+        trial = device(ratio, backend)
+        step = 10 * round(trial.figures["tpot"] / 10, 2) * (1 + 0.02 * (-1) ** round(ratio * 1000))
+        return Trial(ratio, backend, {**trial.figures, "tpot": step})
+
+    found = find("tpot=5ms", backends=(FP32,), try_out=rough)
+    assert found.trial in found.trials and found.trial.figures["tpot"] <= 5 * 1.03 and len(found.trials) <= MOST_TRIALS
+
+
+def test_an_unreachable_target_is_refused_with_the_best_there_is():
+    with pytest.raises(InfeasibleBudgetError, match=r"tpot 1 ms .* best .* is 2\.\d+ ms, with 50%.* in onnx:q4"):
+        find("tpot=1ms", most=0.5)
+
+
+def test_a_figure_this_model_does_not_have_is_no_target():
+    with pytest.raises(UnsuitableOptionError, match="vision"):
+        find("vision=3ms")
