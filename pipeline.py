@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from slimvlm.compress import processes
 from slimvlm.compress.data.samples import Sample
-from slimvlm.compress.data.splits import Measured, Trained, read_evaluation, read_measured, read_trained
+from slimvlm.compress.data.splits import Measured, read_evaluation, read_measured, read_trained
 from slimvlm.compress.errors import CheckFailedError, CheckpointError, SampleError
 from slimvlm.compress.evaluation.evaluate import Comparison, Quality, compare
 from slimvlm.compress.files.decoding import read, shown
@@ -37,13 +37,7 @@ from slimvlm.export.stage import export_stage
 from slimvlm.serve.profile import Profile
 from slimvlm.serve.stage import profile_stage
 
-READ = (
-    "model",
-    "data",
-    "eval_data",
-    "recover_data",
-    "teacher",
-)  # options that name what a run reads, not in its folder
+READ = ("model", "data", "eval_data", "recover_data", "teacher")  # options that name what is not in the run folder
 
 
 @dataclass(frozen=True)
@@ -52,8 +46,6 @@ class Result:
 
     out: Path
     plan: Plan
-    comparison: Comparison | None
-    seconds: dict[str, float]
     bad_samples: int
     left_out_samples: int = 0  # of the calibration: --eval-data shows their images
     dense: Quality | None = None
@@ -63,6 +55,8 @@ class Result:
     recovery: dict[str, Any] | None = None  # what the recover stage recorded
     export: Mapping[str, Any] = field(default_factory=dict)  # what the export stage recorded
     profile: Profile | None = None
+    comparison: Comparison | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 def compress(options: CompressOptions, progress: Progress = silent) -> Result:
@@ -196,44 +190,26 @@ def _compress(options: CompressOptions, progress: Progress, plan_only: bool) -> 
         processes.wait_for_all()
         run = run or RunFolder(out, identity, resume=True, writer=False)
         plan = plan_stage(run, options, data, progress)
+        result = Result(out, plan, len(data.bad), data.left_out)
         if plan_only:
-            return Result(out, plan, None, {}, len(data.bad), data.left_out)
-        return _after_plan(run, options, plan, data, training, progress)
+            return result
+        if run.writer:
+            slice_stage(run, options, plan, data, progress)
+        processes.wait_for_all()
+        result = replace(result, recovery=recover_stage(run, options, plan, data, training, progress))
+        return _delivered(run, options, result, data, progress) if run.writer else result
 
 
-def _after_plan(
-    run: RunFolder,
-    options: CompressOptions,
-    plan: Plan,
-    data: Measured,
-    training: Callable[[], Trained],
-    progress: Progress,
-) -> Result:
-    if run.writer:
-        slice_stage(run, options, plan, data, progress)
-    processes.wait_for_all()
-    recovery = recover_stage(run, options, plan, data, training, progress)
-    if not run.writer:
-        return Result(options.out, plan, None, {}, len(data.bad), data.left_out)
-    dense, cut, slim, blind = evaluate_stage(run, options, data, progress)
-    exported = export_stage(run, options, options.eval_data or options.data, progress)
-    profile = profile_stage(run, options, progress)
-    comparison = compare(dense, slim, options.seed)
-    seconds = {name: stage["seconds"] for name, stage in run.record["stages"].items()}
-    result = Result(
-        out=options.out,
-        plan=plan,
-        comparison=comparison,
-        seconds=seconds,
-        bad_samples=len(data.bad),
-        left_out_samples=data.left_out,
-        dense=dense,
-        slim=slim,
-        cut=cut,
-        blind=blind,
-        recovery=recovery,
-        export=exported,
-        profile=profile,
+def _delivered(run: RunFolder, options: CompressOptions, result: Result, data: Measured, progress: Progress) -> Result:
+    """Evaluate, export, profile and report; by the first process."""
+    evaluated = evaluate_stage(run, options, data, progress)
+    result = replace(
+        result,
+        **evaluated._asdict(),
+        comparison=compare(evaluated.dense, evaluated.slim, options.seed),
+        export=export_stage(run, options, options.eval_data or options.data, progress),
+        profile=profile_stage(run, options, progress),
+        seconds={name: stage["seconds"] for name, stage in run.record["stages"].items()},
     )
     from slimvlm.serve.report import write_report  # matplotlib takes a second to import
 

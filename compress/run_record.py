@@ -58,23 +58,22 @@ class Training(TypedDict):
     last_loss: float | None
 
 
-class RecoverFacts(TypedDict, total=False):
-    """What a finished recovery has besides: how much merging and saving changed the outputs."""
+class RecoverOptioned(TypedDict):
+    """A recovery that was begun."""
+
+    options: dict[str, Any]
+
+
+class RecoverFacts(RecoverOptioned, total=False):
+    """And how much merging and saving changed the outputs."""
 
     merged_difference: float
     reload_difference: float
 
 
-class RecoverBegun(StageRecord):
-    """A recovery under way."""
-
-    options: dict[str, Any]
-
-
 class RecoverFinished(Finished):
-    """A recovery that is done: its options, and its history."""
+    """A recovery that is done: its history."""
 
-    options: dict[str, Any]
     steps: int
     tokens: int
     tokens_per_second: float
@@ -97,41 +96,40 @@ class EvaluateFacts(TypedDict, total=False):
     held_out: bool
 
 
-class ExportBegun(StageRecord):
-    """An export; `failed` or `refused` say why there is none to use."""
+class ExportBegun(TypedDict):
+    """An export."""
 
     formats: list[str]
 
 
-class ExportFacts(TypedDict, total=False):
-    """Of the export stage."""
+class ExportFacts(ExportBegun, total=False):
+    """Of the export stage; `failed` or `refused` say why there is none to use."""
 
     failed: str
     refused: str
     checks: list[Check]
 
 
-class ProfileBegun(StageRecord):
+class ProfileBegun(TypedDict):
     """A profile."""
 
     backends: list[str]
 
 
-class ProfileFacts(TypedDict, total=False):
+class ProfileFacts(ProfileBegun, total=False):
     """Of the profile stage."""
 
     refused: str
 
 
-BEGUN: Mapping[str, tuple[Any, ...]] = {  # stage -> the facts it has as soon as it was begun
-    "plan": (PlanFacts,),
-    "slice": (SliceFacts,),
-    "recover": (RecoverBegun, RecoverFacts),
-    "evaluate": (EvaluateFacts,),
-    "export": (ExportBegun, ExportFacts),
-    "profile": (ProfileBegun, ProfileFacts),
+FACTS: Mapping[str, type] = {  # of a stage, from its begin; a TypedDict each
+    "plan": PlanFacts,
+    "slice": SliceFacts,
+    "recover": RecoverFacts,
+    "evaluate": EvaluateFacts,
+    "export": ExportFacts,
+    "profile": ProfileFacts,
 }
-DONE: Mapping[str, tuple[Any, ...]] = {"recover": (RecoverFinished,)}  # and those it has besides, once finished
 
 
 class Record(TypedDict):
@@ -162,9 +160,9 @@ def read_record(path: Path) -> dict[str, Any]:
     with refused_as(path / RECORD, OutputError, ADVICE):
         record: dict[str, Any] = dict(decode(parse(content_of(path / RECORD)), Record))
         for name, stage in record["stages"].items():
-            is_done = stage["status"] == "finished"
-            for facts in (*BEGUN.get(name, ()), *((Finished, *DONE.get(name, ())) if is_done else ())):
-                decode(stage, facts, f"stages.{name}")
+            decode(stage, FACTS.get(name, StageRecord), f"stages.{name}")
+            if stage["status"] == "finished":
+                decode(stage, RecoverFinished if name == "recover" else Finished, f"stages.{name}")
         if record.pop("digest") != _digest(record):
             raise MisfitError("it was changed since it was written (its digest differs)")
     if "refit" in record["options"]:  # its name when there was one compensation

@@ -17,7 +17,7 @@ from slimvlm.compress.files.writing import write_text
 from slimvlm.compress.models.computing import frees_memory, load_to_compute
 from slimvlm.compress.options import EvaluateOptions
 from slimvlm.compress.progress import Progress
-from slimvlm.compress.runs import AGAIN, CUT, RunFolder
+from slimvlm.compress.runs import AGAIN, CUT, MODEL, QUALITY, RunFolder
 
 
 class Evaluated(NamedTuple):
@@ -32,14 +32,14 @@ class Evaluated(NamedTuple):
 @frees_memory
 def evaluate_stage(run: RunFolder, options: EvaluateOptions, data: Measured, progress: Progress) -> Evaluated:
     """Quality of the dense, the cut (where a recovery followed) and the slim model, and of the dense one blind."""
-    path = run.path / "quality.json"
+    path = run.path / QUALITY
     if run.finished("evaluate"):
         with refused_as(path, OutputError, AGAIN):
             kept = qualities_of(parse(content_of(path)))
         return Evaluated(kept["dense"], kept.get("cut"), kept["slim"], kept.get("blind"))
     with run.stage("evaluate") as facts:
         facts.update(samples=len(data.evaluation), held_out=data.held_out)
-        cut, slim = (str(run.path / name) for name in (CUT, "model"))
+        cut, slim = (str(run.path / name) for name in (CUT, MODEL))
         dense, blind = evaluate_seeing_and_blind(options, options.model, data.evaluation, progress)
         found = Evaluated(
             dense,

@@ -21,7 +21,7 @@ from slimvlm.compress.plan import Compensating, Plan
 from slimvlm.compress.processes import pick_device
 from slimvlm.compress.progress import Progress
 from slimvlm.compress.rounds import Planned, Planning, check_budget, plan_in_rounds
-from slimvlm.compress.runs import AGAIN, ROUNDS, RunFolder
+from slimvlm.compress.runs import AGAIN, PLAN, ROUNDS, SCORES, RunFolder
 from slimvlm.compress.slicing.compensation import COMPENSATIONS
 from slimvlm.compress.statistics.collect import calibration_batch
 from slimvlm.compress.statistics.rows import ALL, POORLY_FITTED, STATISTICS
@@ -101,7 +101,7 @@ def check_plan(options: PlanOptions) -> None:
 @frees_memory
 def plan_stage(run: RunFolder, options: PlanOptions, data: Measured, progress: Progress) -> Plan:
     """The plan of this or an earlier process. Every process of the run calls it."""
-    path = run.path / "plan.json"
+    path = run.path / PLAN
     if run.finished("plan"):
         return read(path, Plan, OutputError, AGAIN)
     partial = run.path / ROUNDS
@@ -138,7 +138,7 @@ def plan_stage(run: RunFolder, options: PlanOptions, data: Measured, progress: P
         facts.update(left_out_samples=data.left_out, batch_size=size)
         facts["bad_samples"] = [f"{bad.name}: {bad.reason}" for bad in data.bad]
         if run.writer:
-            planned.scores.save(run.path / "scores.safetensors")
+            planned.scores.save(run.path / SCORES)
             write_text(path, plan.to_json())
             partial.unlink(missing_ok=True)
     processes.wait_for_all()

@@ -52,7 +52,7 @@ def recover_stage(
     from slimvlm.compress.recovery.recover import recover  # peft and accelerate take seconds to import
 
     trained = training()
-    start = run.path / (CUT if (run.path / CUT).is_dir() else "model")
+    start = run.path / (CUT if (run.path / CUT).is_dir() else MODEL)
     with _kept_if_refused(run, earlier, asked), run.stage("recover", options=asked) as facts:
         recovered = recover(options, plan, start, trained, folder, progress)
         facts.update(recovered.history.to_dict(), merged_difference=recovered.merged_difference)

@@ -80,7 +80,11 @@ def save_cut(
         fitted.put_into(model, lambda path: place(path, loaded.family, plan))
         del fitted  # as large as what it replaced
     save_checkpoint(out, as_stored(model), loaded.processor, plan, plan.layout)
-    _require_equal(facts, out)
+    if not facts["masked_difference"] <= TOLERANCE[torch.float32]:
+        raise CheckFailedError(
+            f"{out}: the cut model differs from the masked dense model by {facts['masked_difference']:.2e} "
+            f"(relative, in fp32; accepted {TOLERANCE[torch.float32]:.0e}); please report this model"
+        )
     reloaded = load_to_compute(options, str(out)).model
     facts["reload_difference"] = reload_difference(cast(model, computed), reloaded, batch, out)
     return facts
@@ -101,11 +105,3 @@ def masked_difference(model: PreTrainedModel, plan: Plan, batch: Batch) -> float
             found.append(outputs(model, batch))
     cast(model, computed)
     return relative_difference(*found)
-
-
-def _require_equal(facts: dict[str, float], out: Path) -> None:
-    if not facts["masked_difference"] <= TOLERANCE[torch.float32]:
-        raise CheckFailedError(
-            f"{out}: the cut model differs from the masked dense model by {facts['masked_difference']:.2e} "
-            f"(relative, in fp32; accepted {TOLERANCE[torch.float32]:.0e}); please report this model"
-        )
