@@ -6,7 +6,8 @@ behind the last wanted output matters, the forward of student and teacher ends t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -123,9 +124,8 @@ class Distiller(nn.Module):
         seen = self._observe(self.student, question, stage, teacher=False)
         parts: dict[str, Tensor] = {}
         for block in stage.blocks:
-            value = block.weight * self._feature(
-                seen[block.key], truth[block.key], question.masks[self.streams[block.tower]]
-            )
+            mask = question.masks[self.streams[block.tower]]
+            value = block.weight * self._feature(seen[block.key], truth[block.key], mask)
             parts[block.tower] = parts[block.tower] + value if block.tower in parts else value
         total = sum(parts.values(), start=torch.zeros((), device=device))
         for name, weight in stage.losses.items():
@@ -147,8 +147,6 @@ class Distiller(nn.Module):
             names += EMBEDDINGS if self.family.contrastive else states
         return tuple(names)
 
-    # ---------------------------------------------------------------- losses
-
     def _feature(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
         if self.recipe.literal:
             return losses.normalised_error(student, teacher)
@@ -164,8 +162,6 @@ class Distiller(nn.Module):
         compare = losses.divergence if question.rows is not None else losses.contrast_divergence
         return compare(seen[LOGITS], truth[LOGITS], self.recipe.temperature, reverse=name == "rkl")
 
-    # ---------------------------------------------------------------- forward
-
     @torch.no_grad()
     def _taught(self, question: _Question, stage: Stage) -> Targets:
         if not self.target_names(stage):
@@ -177,33 +173,26 @@ class Distiller(nn.Module):
 
     def _observe(self, model: PreTrainedModel, question: _Question, stage: Stage, *, teacher: bool) -> Targets:
         """The outputs that the stage asks for, by name; the forward ends once they are complete."""
-        wanted: list[tuple[str, str]] = []
+        wanted: dict[str, str] = {}
         for block in stage.blocks:
             layers = self.block_map.get(block.tower) if teacher else None
             layer = layers[block.layer] if layers else block.layer
             tower = next(tower for tower in self.family.towers if tower.name == block.tower)
-            wanted.append((block.key, f"{tower.blocks}.{layer}"))
+            wanted[block.key] = f"{tower.blocks}.{layer}"
         dual = self.family.contrastive
         if "hidden" in stage.losses and not dual:
             depth = depths_of(model, self.family)[self.family.towers[-1].name]
-            wanted += [
-                (f"hidden.{index}", _state(self.family.towers[-1], depth, index)) for index in self.recipe.hidden_states
-            ]
+            for index in self.recipe.hidden_states:
+                wanted[f"hidden.{index}"] = _state(self.family.towers[-1], depth, index)
         asked = set(stage.losses) if not teacher else set(stage.losses) & set(TAUGHT)
         to_the_end = bool(asked if dual else asked - {"hidden"})  # somebody wants logits
-        with _Watch(model, wanted, to_the_end) as watch:
-            if to_the_end and question.rows is not None:
-                watch.select(model.get_output_embeddings(), question.rows)
-            output = watch.run(question.inputs)
-        seen = watch.seen
+        output, seen = _watched(model, question.inputs, wanted, question.rows, to_the_end)
         if to_the_end and dual:
             seen |= {name: output[name] for name in EMBEDDINGS} | {"loss": output.loss}
             seen[LOGITS] = output.logits_per_image
         elif to_the_end:
             seen[LOGITS] = output.logits.flatten(0, -2)
         return seen
-
-    # ---------------------------------------------------------------- batches
 
     def located(self, batch: Batch) -> dict[str, Any]:
         """The batch and what is where in it: the positions whose logits count, the patches that hold a pixel.
@@ -233,54 +222,44 @@ class Distiller(nn.Module):
         return _Question(posed.inputs, rows, labels, {**posed.masks, PATCHES: patches})
 
 
-class _Watch:
-    """Forward hooks that keep what modules put out, and end the forward when the last of them has been seen."""
+def _watched(
+    model: PreTrainedModel, inputs: Mapping[str, Any], wanted: Mapping[str, str], rows: Tensor | None, last: bool
+) -> tuple[Any, Targets]:
+    """What the model puts out, and what its modules do, as `wanted`: name -> path.
 
-    def __init__(self, model: nn.Module, wanted: Iterable[tuple[str, str]], to_the_end: bool) -> None:
-        self.model, self.wanted, self.to_the_end = model, list(wanted), to_the_end
-        self.seen: Targets = {}
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+    Args:
+        rows: flattened (batch, token) positions that the output head is to see: no other logits are ever formed.
+        last: whether the model's own output is wanted; otherwise the forward ends once all modules have been seen.
+    """
+    seen: Targets = {}
 
-    def __enter__(self) -> _Watch:
-        for name, path in self.wanted:
-            before, _, path = path.rpartition(":")
-            module = self.model.get_submodule(path)
-            if before:
-                hook: Callable[..., None] = partial(self._read, name)
-                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            else:
-                self._handles.append(module.register_forward_hook(partial(self._wrote, name)))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def select(self, head: nn.Module, rows: Tensor) -> None:
-        """Let the output head see these flattened (batch, token) positions only: no other logits are ever formed."""
-
-        def chosen(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-            return (inputs[0].flatten(0, -2).index_select(0, rows)[None],)
-
-        self._handles.append(head.register_forward_pre_hook(chosen))
-
-    def run(self, inputs: Mapping[str, Any]) -> Any:
-        """The model's output, or None where the forward ended before."""
-        try:
-            return self.model(**inputs)
-        except _SeenAllError:
-            return None
-
-    def _wrote(self, name: str, _: nn.Module, inputs: object, output: Any) -> None:
-        self._keep(name, output if isinstance(output, Tensor) else output[0])
-
-    def _read(self, name: str, _: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, Any]) -> None:
-        self._keep(name, inputs[0] if inputs else named["hidden_states"])
-
-    def _keep(self, name: str, value: Tensor) -> None:
-        self.seen[name] = value
-        if not self.to_the_end and len(self.seen) == len(self.wanted):
+    def keep(name: str, value: Tensor) -> None:
+        seen[name] = value
+        if not last and len(seen) == len(wanted):
             raise _SeenAllError
+
+    def wrote(name: str, _: nn.Module, inputs: object, output: Any) -> None:
+        keep(name, output if isinstance(output, Tensor) else output[0])
+
+    def read(name: str, _: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, Any]) -> None:
+        keep(name, inputs[0] if inputs else named["hidden_states"])
+
+    def chosen(rows: Tensor, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return (inputs[0].flatten(0, -2).index_select(0, rows)[None],)
+
+    with ExitStack() as hooks:
+        for name, path in wanted.items():
+            before, _, path = path.rpartition(":")
+            module = model.get_submodule(path)
+            if before:
+                hooks.enter_context(module.register_forward_pre_hook(partial(read, name), with_kwargs=True))
+            else:
+                hooks.enter_context(module.register_forward_hook(partial(wrote, name)))
+        if last and rows is not None:
+            hooks.enter_context(model.get_output_embeddings().register_forward_pre_hook(partial(chosen, rows)))
+        with suppress(_SeenAllError):
+            return model(**inputs), seen
+    return None, seen
 
 
 def _state(tower: Tower, depth: int, index: int) -> str:

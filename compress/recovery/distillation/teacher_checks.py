@@ -40,18 +40,15 @@ def check_teacher(
     """
     check_family(teacher, family)
     own, given = depths_of(student, family), depths_of(teacher, family)
-    facts: dict[str, tuple[Any, Any]] = {
-        "vocabulary": (_vocabulary(student), _vocabulary(teacher)),
-        "residual widths": (_widths(student, family), _widths(teacher, family)),
-        "images": (_images(student), _images(teacher)),
-    }
+    here, there = _outline(student, family), _outline(teacher, family)
     unlike = [name for name, depth in given.items() if own[name] != depth]
     if not all(_mapped(block_map.get(name, ()), own[name], given[name]) for name in unlike):
-        facts["depths"] = (own, given)
-    for what, (here, there) in facts.items():
-        if here != there:
+        here["depths"], there["depths"] = own, given
+    for what in here:
+        if here[what] != there[what]:
             raise UnsuitableOptionError(
-                f"the teacher has {what} {there}, the student {here}; use the dense model the student was cut from"
+                f"the teacher has {what} {there[what]}, the student {here[what]}; "
+                "use the dense model the student was cut from"
             )
 
 
@@ -71,25 +68,16 @@ def check_states(recipe: Recipe, model: nn.Module, family: Family) -> None:
             )
 
 
-def _vocabulary(model: nn.Module) -> int:
-    config: Any = model.config
-    return int(config.text_config.vocab_size)
-
-
-def _images(model: nn.Module) -> dict[str, Any]:
-    """What the vision tower expects; None where it takes any."""
-    config: Any = model.config
-    return {name: getattr(config.vision_config, name, None) for name in ("image_size", "patch_size")}
-
-
-def _widths(model: nn.Module, family: Family) -> dict[str, int]:
-    """Tower name -> residual width C, which no cut changes."""
+def _outline(model: nn.Module, family: Family) -> dict[str, object]:
+    """What no cut changes; what the vision tower expects of images is None where it takes any."""
+    config: Any = model.config  # transformers' own, one class per family
     widths = {}
     for tower in family.towers:
         part = next(part for part in tower.parts if isinstance(part, Attention))
         output: Any = resolve(model, f"{tower.blocks}.0.{part.module}.{part.output}", family)
         widths[tower.name] = output.weight.shape[0]
-    return widths
+    images = {name: getattr(config.vision_config, name, None) for name in ("image_size", "patch_size")}
+    return {"vocabulary": config.text_config.vocab_size, "residual widths": widths, "images": images}
 
 
 def _mapped(layers: tuple[int, ...], depth: int, teachers: int) -> bool:
