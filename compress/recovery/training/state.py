@@ -22,6 +22,7 @@ from slimvlm.compress.files.writing import PARTIAL, load_tensors, save_tensors
 from slimvlm.compress.recovery.training.history import History
 
 STATE = "state.safetensors"
+WEIGHT = "weight/"  # before the names of weights in a checkpoint
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW, per parameter
 
 
@@ -67,7 +68,7 @@ class StateFolder:
         Raises:
             OutputError: it cannot be written, or the disk is full; the earlier checkpoint is still there.
         """
-        self._write(self.path / STATE, tensors, {**facts, "best_file": best})
+        self._write(STATE, tensors, {**facts, "best_file": best})
         self._named_best = best
         self._keep_best(best)
 
@@ -78,7 +79,7 @@ class StateFolder:
             OutputError: they cannot be written, or the disk is full; those before are still there.
         """
         name = f"best-{step:08d}.safetensors"
-        self._write(self.path / name, tensors, {"step": step})
+        self._write(name, tensors, {"step": step})
         self._keep_best(name)
         return name
 
@@ -120,9 +121,9 @@ class StateFolder:
             for path in (self.path / STATE, *self.path.glob("best-*.safetensors"), *self.path.glob(f".*{PARTIAL}")):
                 path.unlink(missing_ok=True)
 
-    def _write(self, path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    def _write(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         if self.writer:
-            save_tensors(path, tensors, {"facts": facts})
+            save_tensors(self.path / name, tensors, {"facts": facts})
 
     def _keep_best(self, name: str) -> None:
         if self.writer:
@@ -137,10 +138,21 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().contiguous()
 
 
-def fill(target: Tensor, value: Tensor) -> None:
-    """Copy `value` into `target`, which may be sharded; every process gives the whole value."""
+def restore(
+    parameters: Mapping[str, nn.Parameter], saved: Mapping[str, Tensor], folder: Path, prefix: str = ""
+) -> None:
+    """Fill parameters, which may be sharded, with the saved tensors of their names after `prefix`; every process gives
+    the whole ones.
+
+    Raises:
+        RecoveryError: one is missing, or of another shape; nothing was changed.
+    """
+    for name, parameter in parameters.items():
+        if prefix + name not in saved or saved[prefix + name].shape != parameter.shape:
+            raise RecoveryError(f"{folder} holds no weight {name} of this shape; it is of another model, or damaged")
     with torch.no_grad():
-        target.copy_(_like(target, value))
+        for name, parameter in parameters.items():
+            parameter.copy_(_like(parameter, saved[prefix + name]))
 
 
 def moments(optimizer: torch.optim.Optimizer, trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -177,11 +189,10 @@ def load_best(student: nn.Module, folder: Path) -> None:
     saved = files.load()
     if saved is None:
         raise RecoveryError(f"{folder} holds no training; give the folder `train` was given")
-    parameters = dict(student.named_parameters())
-    for name, value in files.read(saved.facts["best_file"]).tensors.items():
-        if name not in parameters or parameters[name].shape != value.shape:
-            raise RecoveryError(f"{folder} holds the training of another model: {name} does not fit this one")
-        fill(parameters[name], value)
+    best, parameters = files.read(saved.facts["best_file"]).tensors, dict(student.named_parameters())
+    if foreign := sorted(best.keys() - parameters.keys()):
+        raise RecoveryError(f"{folder} holds the training of another model, which has {foreign[0]}")
+    restore({name: parameters[name] for name in best}, best, folder)
 
 
 def _like(target: Tensor, value: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.recovery.distillation.distiller import Distiller
 from slimvlm.compress.recovery.training.history import History, Journal, Score, peak_memory
 from slimvlm.compress.recovery.training.schedule import Schedule, check_training
-from slimvlm.compress.recovery.training.state import StateFolder, fill, moments, set_moments, whole
+from slimvlm.compress.recovery.training.state import WEIGHT, StateFolder, moments, restore, set_moments, whole
 from slimvlm.compress.recovery.training.stepping import Stepper, Task
 from slimvlm.compress.recovery.training.workers import Workers, own_accelerate
 
@@ -65,7 +64,7 @@ def train(
         workers = Workers(distiller, options.precision, options.weight_decay)
         try:
             files = StateFolder(folder, writer=workers.rank == 0)
-            with _Signals() as signals:
+            with _sigterms() as signals:
                 return _Training(task, options, workers, files, progress).go(signals)
         finally:
             workers.close()
@@ -83,7 +82,7 @@ class _Training:
         self.facts = History()
         self.journal: Journal
 
-    def go(self, signals: _Signals) -> History:
+    def go(self, signals: list[int]) -> History:
         """Train from the start or the checkpoint to the end."""
         self._start()
         self.began = time.perf_counter() - self.facts.seconds
@@ -98,22 +97,23 @@ class _Training:
                 with self._together():
                     self.facts.best_file = self.files.save_best(self._weights(), self.facts.steps)
             self._checkpoint()
-            if self.workers.sum(torch.tensor(float(signals.received), device=self.workers.device)) > 0:
+            if self.workers.sum(torch.tensor(float(len(signals)), device=self.workers.device)) > 0:
                 raise SystemExit(TERMINATED)
-            self._take_best()
+            if self.facts.best_step != self.facts.steps:
+                restore(self.workers.trained, self.files.read(self.facts.best_file).tensors, self.files.path)
         finally:
             self.journal.close()
         self.facts.seconds = time.perf_counter() - self.began
         self.facts.peak_memory_bytes = peak_memory(self.workers.device)
         return self.facts
 
-    def _steps(self, signals: _Signals) -> bool:
+    def _steps(self, signals: list[int]) -> bool:
         """All steps that are left; whether they ended early."""
         options, facts = self.options, self.facts
         while facts.steps < options.steps:
             if options.patience is not None and facts.stale >= options.patience:
                 return True
-            if self._step(signals.received):
+            if self._step(bool(signals)):
                 self._checkpoint()  # at once: who terminates kills soon; the validation is made up for
                 raise SystemExit(TERMINATED)
             self._validate_if_due()
@@ -148,8 +148,6 @@ class _Training:
                 "rate, a longer warm-up, or without mixed precision"
             )
         return outcome.told_to_stop
-
-    # ---------------------------------------------------------------- validation and checkpoints
 
     def _validate_if_due(self) -> None:
         """Unless it was done before an interruption."""
@@ -193,7 +191,7 @@ class _Training:
             "training": self._fingerprint(),
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
-        tensors = {f"weight/{name}": value for name, value in self._weights().items()}
+        tensors = {WEIGHT + name: value for name, value in self._weights().items()}
         if tensors:
             tensors |= moments(self.workers.optimizer, self.workers.trained)
         with self._together():
@@ -206,7 +204,7 @@ class _Training:
             self.files.clear()
         else:
             self._require_same_training(saved.facts["training"])
-            self._put(self._saved_weights(saved.tensors))
+            restore(self.workers.trained, saved.tensors, self.files.path, WEIGHT)
             set_moments(self.workers.optimizer, self.workers.trained, saved.tensors)
             if saved.facts["scaler"] is not None and self.workers.accelerator.scaler is not None:
                 self.workers.accelerator.scaler.load_state_dict(saved.facts["scaler"])
@@ -218,28 +216,11 @@ class _Training:
             )
         self.journal = Journal(self.files.path, self.facts.journal_bytes, self.files.writer)
 
-    def _saved_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        found = {name: tensors.get(f"weight/{name}") for name in self.workers.trained}
-        for name, parameter in self.workers.trained.items():
-            if (value := found[name]) is None or value.shape != parameter.shape:
-                raise RecoveryError(
-                    f"{self.files.path} holds no weight {name} of this shape; delete the folder to train from the start"
-                )
-        return {name: value for name, value in found.items() if value is not None}
-
-    def _take_best(self) -> None:
-        if self.facts.best_step != self.facts.steps:
-            self._put(self.files.read(self.facts.best_file).tensors)
-
     def _weights(self) -> dict[str, Tensor]:
         """Nothing in a process that neither writes nor has a share of them."""
         if not (self.files.writer or self.workers.sharded):
             return {}
         return {name: whole(value) for name, value in self.workers.trained.items()}
-
-    def _put(self, weights: Mapping[str, Tensor]) -> None:
-        for name, parameter in self.workers.trained.items():
-            fill(parameter, weights[name])
 
     def _fingerprint(self) -> dict[str, Any]:
         """What must be the same for a training to go on; how often it is saved may change."""
@@ -279,8 +260,6 @@ class _Training:
         if self.workers.first_says([failed is not None]) == (1.0,):
             raise failed or OutputError(f"the first process cannot write {self.files.path}; see its message")
 
-    # ---------------------------------------------------------------- what is told
-
     def _report(self) -> None:
         if self.workers.rank != 0:
             return
@@ -291,24 +270,18 @@ class _Training:
         self.progress("recover", self.facts.steps, self.options.steps, note)
 
 
-class _Signals:
-    """Notes SIGTERM instead of dying of it, while inside; in a thread that is not the main one it cannot."""
-
-    def __init__(self) -> None:
-        self.received = False
-
-    def __enter__(self) -> _Signals:
-        self._main = threading.current_thread() is threading.main_thread()
-        if self._main:
-            self._before = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._main:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL if self._before is None else self._before)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
+@contextmanager
+def _sigterms() -> Iterator[list[int]]:
+    """Those received inside, instead of dying of one; in a thread that is not the main one it cannot."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 @contextmanager
