@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from slimvlm.compress.errors import UnsuitableOptionError
@@ -17,37 +17,6 @@ from slimvlm.compress.models.families import Family, Tower
 LOSSES = ("sft", "kl", "rkl", "hidden")
 TAUGHT = ("kl", "rkl", "hidden")  # the losses that need the teacher
 TASK_SAMPLES = 275  # thousands, as all sample counts of the paper's schedule
-
-
-@dataclass(frozen=True, slots=True)
-class Progression:
-    """A row: a recipe whose supervised blocks grow.
-
-    Attributes:
-        name: its term in a recipe.
-        losses: of its last stage.
-        feature_share: of the samples, for the stages before; None: what the paper's schedule gives them.
-        literal: see `Recipe`.
-    """
-
-    name: str
-    losses: tuple[str, ...]
-    feature_share: float | None
-    literal: bool = False
-
-
-PROGRESSIONS: Mapping[str, Progression] = {
-    row.name: row
-    for row in (
-        # The paper gives features 37 to 54 % of the samples, which on few steps is missing at the end.
-        Progression("lpd", ("sft", "kl", "hidden"), feature_share=0.2),
-        Progression("lpd-paper", ("sft", "kl"), feature_share=None, literal=True),
-    )
-}
-ACCEPTED = (
-    f"accepted are {', '.join(PROGRESSIONS)} and sums of {', '.join(LOSSES)}, with weights if wanted, such as "
-    "'sft+0.5*kl'"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +63,17 @@ class Recipe:
     def needs_teacher(self) -> bool:
         """Whether anything is learnt from the dense model."""
         return self.features or any(name in TAUGHT for name in self.losses)
+
+
+PROGRESSIONS: Mapping[str, Recipe] = {  # a row: a recipe whose supervised blocks grow, by its term
+    # The paper gives features 37 to 54 % of the samples, which on few steps is missing at the end.
+    "lpd": Recipe({"sft": 1.0, "kl": 1.0, "hidden": 1.0}, features=True, staged=True, feature_share=0.2),
+    "lpd-paper": Recipe({"sft": 1.0, "kl": 1.0}, features=True, staged=True, literal=True),
+}
+ACCEPTED = (
+    f"accepted are {', '.join(PROGRESSIONS)} and sums of {', '.join(LOSSES)}, with weights if wanted, such as "
+    "'sft+0.5*kl'"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +145,7 @@ def parse_recipe(
         raise UnsuitableOptionError(
             f"recipe {text!r}: one of {', '.join(PROGRESSIONS)} excludes the others; {ACCEPTED}"
         )
-    losses = dict.fromkeys(row.losses, 1.0) if row else {}
+    losses = dict(row.losses) if row else {}
     given: set[str] = set()
     for term in terms:
         factor, star, name = (part.strip() for part in term.rpartition("*"))
@@ -181,7 +161,9 @@ def parse_recipe(
         return Recipe(losses, temperature=temperature, hidden_states=states)
     losses = {name: weight for name, weight in losses.items() if weight != 0}
     share = row.feature_share if feature_share is None else feature_share
-    return Recipe(losses, True, stages, share, row.literal, temperature, states)
+    return replace(
+        row, losses=losses, staged=stages, feature_share=share, temperature=temperature, hidden_states=states
+    )
 
 
 def _weight(text: str, factor: str) -> float:
@@ -213,7 +195,7 @@ def make_stages(family: Family, depths: Mapping[str, int], recipe: Recipe) -> tu
     full = {tower.name: supervised_layers(depths[tower.name]) for tower in family.towers}
     if not recipe.staged:
         return (Stage("all", _targets(family, full, recipe), dict(recipe.losses), 1.0),)
-    plan: list[tuple[str, tuple[BlockTarget, ...], Mapping[str, float], float]] = []
+    stages: list[Stage] = []
     reached: dict[str, tuple[int, ...]] = {}
     for tower in family.towers:
         pace = PACES[_kind(family, tower)]
@@ -222,13 +204,13 @@ def make_stages(family: Family, depths: Mapping[str, int], recipe: Recipe) -> tu
         shallow = layers[: max(1, len(layers) * part // of)]
         for suffix, chosen, samples in zip((" shallow", ""), (shallow, layers), pace.samples, strict=True):
             reached[tower.name] = chosen
-            plan.append((tower.name + suffix, _targets(family, reached, recipe), {}, samples))
+            stages.append(Stage(tower.name + suffix, _targets(family, reached, recipe), {}, samples))
     if recipe.losses:
-        features = sum(samples for *_, samples in plan)
+        features = sum(stage.share for stage in stages)
         task = TASK_SAMPLES if recipe.feature_share is None else features * (1 / recipe.feature_share - 1)
-        plan.append(("task", (), dict(recipe.losses), task))
-    total = sum(samples for *_, samples in plan)
-    return tuple(Stage(name, blocks, losses, samples / total) for name, blocks, losses, samples in plan)
+        stages.append(Stage("task", (), dict(recipe.losses), task))
+    total = sum(stage.share for stage in stages)
+    return tuple(replace(stage, share=stage.share / total) for stage in stages)
 
 
 def stage_bounds(stages: tuple[Stage, ...], total_steps: int) -> tuple[int, ...]:

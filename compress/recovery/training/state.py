@@ -149,7 +149,7 @@ def restore(
     """
     for name, parameter in parameters.items():
         if prefix + name not in saved or saved[prefix + name].shape != parameter.shape:
-            raise RecoveryError(f"{folder} holds no weight {name} of this shape; it is of another model, or damaged")
+            raise RecoveryError(f"{folder} holds no {name} of this shape; delete the folder to train from the start")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(_like(parameter, saved[prefix + name]))
