@@ -11,7 +11,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
 
 import torch
@@ -38,7 +38,6 @@ class TeacherCache:
 
     def __init__(self, folder: Path, budget_bytes: int) -> None:
         self.folder, self.budget_bytes = folder, budget_bytes
-        self.hits = self.misses = 0
         self._writes = True
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -63,12 +62,9 @@ class TeacherCache:
         """
         found: dict[str, Tensor] = {}
         for path in self._files(key):
-            wanted = [name for name in names if name not in found]
-            if wanted:
+            if wanted := [name for name in names if name not in found]:
                 found |= self._read(path, wanted)
-        complete = all(name in found for name in names)
-        self.hits, self.misses = self.hits + complete, self.misses + (not complete)
-        return found if complete else None
+        return found if all(name in found for name in names) else None
 
     def put(self, key: str, outputs: Mapping[str, Tensor]) -> bool:
         """Keep outputs for the batch `key`, those that are not there yet; whether they are there now.
@@ -85,7 +81,7 @@ class TeacherCache:
         if self.size_bytes + size > self.budget_bytes:
             self._stop(f"its budget of {self.budget_bytes} bytes is spent")
             return False
-        path = next(path for number in count() if not (path := self._path(key, number)).exists())
+        path = self._path(key, len(list(self._files(key))))
         try:
             save_tensors(path, new, {SUMS: {name: _sum(value) for name, value in new.items()}})
             self.size_bytes += path.stat().st_size
@@ -98,11 +94,7 @@ class TeacherCache:
         return self.folder / f"{key}.{number}{SUFFIX}"
 
     def _files(self, key: str) -> Iterator[Path]:
-        for number in count():
-            path = self._path(key, number)
-            if not path.exists():
-                return
-            yield path
+        return takewhile(Path.exists, (self._path(key, number) for number in count()))
 
     def _names(self, path: Path) -> list[str]:
         with suppress(KeyError, ValueError):

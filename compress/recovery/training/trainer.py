@@ -13,7 +13,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -26,7 +26,7 @@ from slimvlm.compress.errors import OutputError, RecoveryError, UnsuitableOption
 from slimvlm.compress.options import TrainOptions
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.recovery.distillation.distiller import Distiller
-from slimvlm.compress.recovery.training.history import History, Journal, Score, peak_memory
+from slimvlm.compress.recovery.training.history import History, Journal, peak_memory
 from slimvlm.compress.recovery.training.schedule import Schedule, check_training
 from slimvlm.compress.recovery.training.state import WEIGHT, StateFolder, moments, restore, set_moments, whole
 from slimvlm.compress.recovery.training.stepping import Stepper, Task
@@ -150,15 +150,11 @@ class _Training:
         return outcome.told_to_stop
 
     def _validate_if_due(self) -> None:
-        """Unless it was done before an interruption."""
-        step, every = self.facts.steps, self.options.validate_every
-        due = step % every == 0 or step == self.options.steps
-        if due and self.facts.validated < step and self.task.validate is not None:
-            self._validate(self.task.validate)
-
-    def _validate(self, validate: Callable[[], Score]) -> None:
-        """Score the student; keep its weights if it was never better."""
-        facts = self.facts
+        """Score the student, unless it was done before an interruption; keep its weights if it was never better."""
+        facts, validate = self.facts, self.task.validate
+        due = facts.steps % self.options.validate_every == 0 or facts.steps == self.options.steps
+        if validate is None or not due or facts.validated >= facts.steps:
+            return
         began = time.perf_counter()
         with self.workers.usable_student():
             told = self.workers.first_says(validate())

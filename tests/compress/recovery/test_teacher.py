@@ -47,16 +47,17 @@ def test_cached_outputs_give_the_loss_of_the_teacher_in_every_stage(tmp_path):
         for stage in make_stages(family, distiller.depths, recipe):
             cache = TeacherCache(tmp_path, PLENTY)
             names = distiller.target_names(stage)
-            losses = []
+            losses, missed = [], 0
             for _ in range(3):
                 for size in (2, 3):
                     batch = tiny.inputs(size)
                     ask = partial(distiller.targets, batch, stage)
+                    missed += cache.get(batch_key("teacher", str(size)), names) is None
                     targets = cache.outputs(batch_key("teacher", str(size)), names, ask)
                     assert set(targets) >= set(names)
                     losses.append(distiller(batch, stage, targets)[0].item())
+            assert missed <= 2
             assert losses[:2] == losses[2:4] == losses[4:]
-            assert cache.hits >= 4
             assert losses[0] == distiller(tiny.inputs(2), stage)[0].item()
 
 
@@ -88,7 +89,6 @@ def test_a_stage_that_needs_less_reads_its_part_and_one_that_needs_more_adds_wha
     assert cache.put("a", full)
     assert len(files(tmp_path)) == 2
     assert cache.get("b", full) is None
-    assert (cache.hits, cache.misses) == (2, 2)
 
 
 @pytest.mark.parametrize("damage", ["cut", "bytes", "empty", "header"])
