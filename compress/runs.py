@@ -117,24 +117,25 @@ class RunFolder:
         with reported_as_output_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             aside = put_aside(self.path, self._replaced)
+        made = False
         try:
             self.save()
             yield
-        except BaseException as error:
-            if isinstance(error, CheckFailedError) and error.result is not None:  # all was made
-                self._forget_earlier()
-            elif self._replaced and not self._has_begun():
+            made = True
+        except CheckFailedError as error:
+            made = error.result is not None
+            raise
+        finally:
+            if made:
+                for earlier in self.path.glob(f"{EARLIER}*"):
+                    shutil.rmtree(earlier, ignore_errors=True)
+            elif (
+                self._replaced
+                and not (self.path / ROUNDS).exists()
+                and not any(map(self.finished, self.record["stages"]))
+            ):
                 remove_files(run_files(self.path), self.path)
                 put_back(self.path, self._replaced, aside)
-            raise
-        self._forget_earlier()
-
-    def _has_begun(self) -> bool:
-        return (self.path / ROUNDS).exists() or any(self.finished(name) for name in self.record["stages"])
-
-    def _forget_earlier(self) -> None:
-        for aside in self.path.glob(f"{EARLIER}*"):
-            shutil.rmtree(aside, ignore_errors=True)
 
     def save(self) -> None:
         """Write the record, if this process is the one that writes."""
