@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.models.checkpoint import build_meta
@@ -22,13 +22,11 @@ def recipe_of(options: RecoverOptions) -> Recipe:
     Raises:
         UnsuitableOptionError: a recipe that is none, or an option that would change nothing.
     """
-    recipe = parse_recipe(
-        options.recover,
-        stages=options.staged,
-        feature_share=options.feature_share,
-        temperature=options.temperature,
-        hidden_states=options.hidden_states,
-    )
+    states = tuple(dict.fromkeys(options.hidden_states))
+    recipe = replace(parse_recipe(options.recover), temperature=options.temperature, hidden_states=states)
+    if recipe.features:
+        share = recipe.feature_share if options.feature_share is None else options.feature_share
+        recipe = replace(recipe, staged=options.staged, feature_share=share)
     if options.train not in TRAINED:
         raise UnsuitableOptionError(f"--train {options.train} is unknown; choose one of {', '.join(TRAINED)}")
     for name, purpose in _idle(options, recipe):

@@ -118,25 +118,14 @@ PACES: Mapping[str, _Pace] = {
 }
 
 
-def parse_recipe(
-    text: str,
-    *,
-    stages: bool = True,
-    feature_share: float | None = None,
-    temperature: float = 1.0,
-    hidden_states: tuple[int, ...] = (-1,),
-) -> Recipe:
+def parse_recipe(text: str) -> Recipe:
     """A recipe of PROGRESSIONS, or a sum of losses such as `sft`, `kl+hidden`, `sft+0.5*kl`.
 
     To the losses of a progression's last stage others join, or weigh anew: `lpd+rkl`, `lpd+0.5*kl`, `lpd+0*hidden` for
     none.
 
-    Args:
-        stages: whether a progression proceeds in stages.
-        feature_share: of its stages before the last; None: its own.
-
     Raises:
-        UnsuitableOptionError: an unknown or repeated loss, a weight or temperature that is not positive.
+        UnsuitableOptionError: an unknown or repeated loss, or a weight that is not positive.
     """
     terms = [term.strip() for term in text.split("+")]
     rows = {term: PROGRESSIONS[term] for term in terms if term in PROGRESSIONS}
@@ -156,14 +145,9 @@ def parse_recipe(
         given.add(name)
         if term not in PROGRESSIONS:
             losses[name] = _weight(text, factor) if star else 1.0
-    states = tuple(dict.fromkeys(hidden_states))
     if row is None:
-        return Recipe(losses, temperature=temperature, hidden_states=states)
-    losses = {name: weight for name, weight in losses.items() if weight != 0}
-    share = row.feature_share if feature_share is None else feature_share
-    return replace(
-        row, losses=losses, staged=stages, feature_share=share, temperature=temperature, hidden_states=states
-    )
+        return Recipe(losses)
+    return replace(row, losses={name: weight for name, weight in losses.items() if weight != 0})
 
 
 def _weight(text: str, factor: str) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
@@ -49,7 +50,7 @@ def family_of(name: str) -> Family:
 
 def distiller_of(name: str, recipe: str = "lpd", student: nn.Module | None = None, **options) -> Distiller:
     student = student or copy.deepcopy(cut(name))
-    return Distiller(student, dense(name).model, family_of(name), parse_recipe(recipe, **options)).train()
+    return Distiller(student, dense(name).model, family_of(name), replace(parse_recipe(recipe), **options)).train()
 
 
 def stages_of(distiller: Distiller) -> tuple[Stage, ...]:
@@ -62,7 +63,7 @@ def only_stage(distiller: Distiller) -> Stage:
 
 
 def loss_of(name: str, recipe: str, batch: dict[str, Tensor], **options) -> Tensor:
-    distiller = distiller_of(name, recipe, stages=False, **options)
+    distiller = distiller_of(name, recipe, staged=False, **options)
     return distiller(batch, only_stage(distiller))[0].detach()
 
 
@@ -147,7 +148,7 @@ def test_the_teacher_stays_in_evaluation_mode_and_asks_for_no_gradient(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn_from_it(name):
-    distiller = distiller_of(name, student=copy.deepcopy(dense(name).model), stages=False)
+    distiller = distiller_of(name, student=copy.deepcopy(dense(name).model), staged=False)
     _, parts = distiller(dense(name).inputs(3), only_stage(distiller))
     assert {part for part, value in parts.items() if abs(value) > ROUNDING} == {"sft"}, parts
     hidden = distiller_of(name, "kl+rkl+hidden", student=copy.deepcopy(dense(name).model))
@@ -223,7 +224,7 @@ def test_a_student_that_is_taught_from_disk_needs_no_teacher_in_that_stage():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_hooks_are_gone_after_an_error_and_the_next_batch_runs(name):
-    distiller = distiller_of(name, stages=False)
+    distiller = distiller_of(name, staged=False)
     stage, before = only_stage(distiller), hooks(distiller)
     expected = distiller(dense(name).inputs(2), stage)[0].item()
     broken = dense(name).inputs(2)
@@ -257,13 +258,13 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradients(name):
 @pytest.mark.parametrize("name", ["blip2_opt", "blip2_t5", "llava"])  # the first two have dropout in their configs
 def test_dropout_of_the_backbone_is_off_and_that_of_adapters_on(name):
     batch = dense(name).inputs(2)
-    bare = distiller_of(name, stages=False)
+    bare = distiller_of(name, staged=False)
     assert len({bare(batch, only_stage(bare))[0].item() for _ in range(4)}) == 1
     adapted = get_peft_model(copy.deepcopy(cut(name)), LoraConfig(r=2, target_modules=".*fc1", lora_dropout=0.5))
     for module_name, parameter in adapted.named_parameters():
         if "lora_B" in module_name:
             nn.init.normal_(parameter)
-    distiller = distiller_of(name, student=adapted.get_base_model(), stages=False)
+    distiller = distiller_of(name, student=adapted.get_base_model(), staged=False)
     values = {distiller(batch, only_stage(distiller))[0].item() for _ in range(4)}
     assert len(values) == 4
     distiller.eval()
@@ -359,7 +360,7 @@ def test_layers_of_a_tower_that_lost_whole_layers_follow_the_output_the_next_one
     student.config.vision_config.num_hidden_layers = 2
     family = family_of("llava")
     blocks = {"vision": match_blocks((0, 2), 3)}
-    distiller = Distiller(student, teacher, family, parse_recipe("lpd", stages=False), blocks)
+    distiller = Distiller(student, teacher, family, replace(parse_recipe("lpd"), staged=False), blocks)
     stage = make_stages(family, depths_of(student, family), distiller.recipe)[0]
     seen = {}
     for layer, block in enumerate(teacher.model.vision_tower.encoder.layers):

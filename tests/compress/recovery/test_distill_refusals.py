@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import transformers
 from tiny_models import tiny_model
@@ -27,7 +29,7 @@ def another_llava(image_size: int | None = None, **text: int) -> nn.Module:
 
 
 def distiller_of(student: nn.Module, teacher: nn.Module | None, recipe: str, **options) -> Distiller:
-    return Distiller(student, teacher, find_family(student.config), parse_recipe(recipe, **options))
+    return Distiller(student, teacher, find_family(student.config), replace(parse_recipe(recipe), **options))
 
 
 @pytest.mark.parametrize(

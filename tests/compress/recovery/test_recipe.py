@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.models.families import FAMILIES
+from slimvlm.compress.options import RecoverOptions
+from slimvlm.compress.recovery.checks import recipe_of
 from slimvlm.compress.recovery.distillation.recipe import (
     LOSSES,
     PROGRESSIONS,
@@ -30,7 +32,7 @@ FLAN_T5_XL = {"vision": 39, "encoder": 24, "decoder": 24}
 VE, VE_SHALLOW = list(range(0, 39, 2)), list(range(0, 23, 2))
 T5, T5_SHALLOW = list(range(1, 24, 2)), list(range(1, 12, 2))
 families = st.sampled_from(FAMILIES)
-recipes = st.builds(parse_recipe, st.sampled_from(list(PROGRESSIONS)), stages=st.booleans())
+recipes = st.builds(replace, st.sampled_from(list(PROGRESSIONS.values())), staged=st.booleans())
 PAPERS_SHARES = replace(parse_recipe("lpd"), feature_share=None)
 
 
@@ -79,7 +81,7 @@ def test_a_decoder_only_model_has_the_decoder_s_samples_and_a_dual_encoder_the_e
 @given(st.data(), families, st.floats(0.01, 0.99))
 def test_the_feature_stages_get_the_asked_share_in_the_paper_s_proportions(data, family, share):
     depth = data.draw(depths(family))
-    *asked, task = make_stages(family, depth, parse_recipe("lpd", feature_share=share))
+    *asked, task = make_stages(family, depth, replace(parse_recipe("lpd"), feature_share=share))
     *paper, _ = make_stages(family, depth, PAPERS_SHARES)
     assert 1 - task.share == pytest.approx(share)
     ratios = [one.share / other.share for one, other in zip(asked, paper, strict=True)]
@@ -89,17 +91,17 @@ def test_the_feature_stages_get_the_asked_share_in_the_paper_s_proportions(data,
 def test_the_share_is_a_fifth_unless_asked_or_the_paper_s():
     assert parse_recipe("lpd").feature_share == 0.2
     assert parse_recipe("lpd-paper").feature_share is None
-    assert parse_recipe("lpd-paper", feature_share=0.3).feature_share == 0.3
+    assert recipe_of(RecoverOptions(recover="lpd-paper", feature_share=0.3)).feature_share == 0.3
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.5, math.nan])
 def test_a_share_that_leaves_no_step_to_one_of_both_is_refused(share):
     with pytest.raises(UnsuitableOptionError, match="between 0 and 1"):
-        parse_recipe("lpd", feature_share=share)
+        replace(parse_recipe("lpd"), feature_share=share)
 
 
 def test_without_stages_everything_is_supervised_all_the_time():
-    (stage,) = make_stages(ROWS["llava"], {"vision": 4, "language": 3}, parse_recipe("lpd", stages=False))
+    (stage,) = make_stages(ROWS["llava"], {"vision": 4, "language": 3}, replace(parse_recipe("lpd"), staged=False))
     assert (stage.share, stage.losses) == (1.0, {"sft": 1.0, "kl": 1.0, "hidden": 1.0})
     blocks = (("vision", 1), ("vision", 3), ("language", 0), ("language", 2))
     assert stage.blocks == tuple(BlockTarget(tower, layer, 0.5) for tower, layer in blocks)
@@ -212,7 +214,7 @@ def test_a_recipe_that_cannot_be_meant_is_refused_with_what_is_accepted(text, me
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_temperature_that_is_not_positive_is_refused(temperature):
     with pytest.raises(UnsuitableOptionError, match="is not positive"):
-        parse_recipe("kl", temperature=temperature)
+        replace(parse_recipe("kl"), temperature=temperature)
 
 
 def test_a_recipe_with_an_unknown_loss_or_without_hidden_state_is_refused():
