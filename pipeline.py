@@ -52,8 +52,8 @@ class Result:
     slim: Quality | None = None
     cut: Quality | None = None  # before the recovery, where there was one
     blind: Quality | None = None  # dense, with images shuffled
-    recovery: dict[str, Any] | None = None  # what the recover stage recorded
-    export: Mapping[str, Any] = field(default_factory=dict)  # what the export stage recorded
+    recovery: dict[str, Any] | None = None  # what the recover stage recorded: JSON
+    export: Mapping[str, Any] = field(default_factory=dict)  # what the export stage recorded: JSON
     profile: Profile | None = None
     comparison: Comparison | None = None
     seconds: dict[str, float] = field(default_factory=dict)

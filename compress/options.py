@@ -23,6 +23,7 @@ PRECISIONS = ("no", "bf16", "fp16")  # or auto
 NOT_IDENTITY = (  # not what the model is made of
     "out", "device", "resume", "overwrite", "max_quality_drop", "export", "profile", "trust_remote_code"
 )  # fmt: skip
+# Any in this file: values of options of all types, as JSON has them.
 NOT_GIVEN: Any = None  # an option that was not given has the value of one of these, by `faithful`
 OURS: Mapping[str, Any] = {
     "samples": 512, "schedule": "cosine", "warmup": 10, "train_batch_size": 16, "clip": 1.0

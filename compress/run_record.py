@@ -13,6 +13,7 @@ from slimvlm.compress.options import CompressOptions
 
 RECORD = "run.json"
 SCHEMA = 1
+# Any in this file: the values of JSON, until `decode` has seen them.
 ADVICE = "give the folder of a run of this version, or start again in another folder"
 
 

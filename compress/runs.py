@@ -33,6 +33,7 @@ MODEL, CUT, RECOVERED, EXPORT = "model", "cut", ".recovered", "export"  # each h
 FILES = (RECORD, PLAN, ROUNDS, SCORES, JOURNAL, QUALITY, PROFILE, "report.html", "report.md")
 TRAINING, TEACHER = "recovery", "teacher"  # a training that is not finished; the teacher's outputs
 AGAIN = "run the command that wrote it again"  # after a file of a run that cannot be read
+# Any below: the values of JSON, which `read_record` has checked.
 TRAINED = ("state.safetensors", "best-*.safetensors", JOURNAL)
 
 

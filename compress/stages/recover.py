@@ -34,7 +34,7 @@ def recover_stage(
     """Train the cut model and put it in the place of `model/`; what it was trained from is kept as `cut/`.
 
     Does nothing where the same recovery is finished; goes on where it was interrupted; begins again from `cut/` where
-    the options differ. Returns what was recorded, None without a recovery. Every process of the run calls it.
+    the options differ. Returns what was recorded (JSON), None without a recovery. Every process of the run calls it.
 
     Raises:
         SlimvlmError: refused; the model and the record of an earlier recovery stay.

@@ -35,6 +35,7 @@ from slimvlm.compress.recovery.adapters.targets import check_ranks, find_targets
 
 FACTORS = ("lora_rows_A", "lora_rows_B", "lora_columns_A", "lora_columns_B")
 SLICES = ("recalled_rows", "recalled_columns")
+# Any below: peft's own signatures, whose layers have their attributes at run time only, and contexts of torch.
 
 
 def attach(model: nn.Module, plan: Plan, slices: Slices | None, options: LowRank) -> peft.PeftModel:

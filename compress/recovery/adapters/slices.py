@@ -122,7 +122,7 @@ def find_tensors(folder: Path, model: PreTrainedModel) -> dict[str, tuple[Path, 
     return found
 
 
-def _read(view: Any, cut: Cut) -> Recalled:
+def _read(view: Any, cut: Cut) -> Recalled:  # of safetensors, which gives it no type
     """Of a one-sided cut only what was pruned is read; cut on both, the matrix is read once and taken apart at once."""
     height, width = view.get_shape()
     if cut.rows is not None and cut.columns is not None:

@@ -27,7 +27,7 @@ from slimvlm.compress.recovery.distillation import losses
 from slimvlm.compress.recovery.distillation.recipe import TAUGHT, Recipe, Stage
 from slimvlm.compress.recovery.distillation.teacher_checks import check_states, check_teacher
 
-Batch = Mapping[str, Any]
+Batch = Mapping[str, Any]  # Any here: what transformers' models take and put out, and None for a mask of everything
 Targets = dict[str, Tensor]
 LOGITS = "logits"
 ROWS, PATCH_MASK = "answer_rows", "patch_mask"  # of a located batch

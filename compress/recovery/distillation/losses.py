@@ -14,6 +14,7 @@ from torch import Tensor
 from slimvlm.compress.data.collate import IGNORED
 
 FLOOR = 1e-8  # of a norm that divides
+# `ctx: Any` below: torch gives the contexts of its functions no type.
 
 
 def feature_distance(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -27,7 +27,7 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW, per parameter
 
 
 class Saved(NamedTuple):
-    """Tensors by name, and the facts that were saved with them."""
+    """Tensors by name, and the facts that were saved with them (Any: the values of JSON)."""
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any]

@@ -219,7 +219,7 @@ class _Training:
         return {name: whole(value) for name, value in self.workers.trained.items()}
 
     def _fingerprint(self) -> dict[str, Any]:
-        """What must be the same for a training to go on; how often it is saved may change."""
+        """What must be the same for a training to go on, as JSON (Any); how often it is saved may change."""
         names = {one.name for one in fields(TrainOptions)} - {"checkpoint_every"}
         facts = {
             "options": {name: getattr(self.options, name) for name in sorted(names)},

@@ -73,7 +73,7 @@ class Workers:
         self.dtype = next((p.dtype for p in distiller.student.parameters() if p.is_floating_point()), torch.float32)
 
     def place(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The batch on the device, floating point in the dtype of the student's first weights."""
+        """The batch (Any: as models take it) on the device, floats in the dtype of the student's first weight."""
         return placed(batch, self.device, self.dtype)
 
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
