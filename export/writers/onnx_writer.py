@@ -65,8 +65,13 @@ def save_onnx(model: onnx_ir.Model, path: Path, external_bytes: int) -> None:
     """Saves a model, with its weights in `<name>.onnx_data` beside it (the name transformers.js expects) if large.
 
     Of a weight only the tensor is written, not its shape a second time: int8 transposes weights and then finds the
-    second one wrong. Weights that are in another file already stay there.
+    second one wrong. Weights that are in another file already stay there. What the exporter notes of every operator
+    (lines of code, paths of this machine) is left out: in a small model it is as large as the int8 weights of a layer.
     """
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
     for value in model.graph.initializers.values():
         value.shape = value.type = None
         value.metadata_props.clear()
