@@ -40,6 +40,7 @@ from slimvlm.export.options import EXTERNAL_BYTES, ExportOptions
 from slimvlm.export.running.generation import empty_cache
 from slimvlm.export.running.manifest import VERSIONED
 from slimvlm.export.running.runners import SessionRunner
+from slimvlm.export.variants import VARIANTS
 from slimvlm.export.writers.onnx_rewriting import fuse, quantize_int8
 from slimvlm.export.writers.onnx_writer import write_onnx
 
@@ -87,8 +88,8 @@ def speed(repeats: int, exporter: str) -> dict[str, object]:
             fuse(fused, "cpu", EXTERNAL_BYTES)
             files |= {f"{name} fp32": full, f"{name} int8": Path(scratch) / f"{name}_int8.onnx"}
             files |= {f"{name} fp32 fused": fused, f"{name} int8 fused": Path(scratch) / f"{name}_fused_int8.onnx"}
-            quantize_int8(full, files[f"{name} int8"], EXTERNAL_BYTES)
-            quantize_int8(fused, files[f"{name} int8 fused"], EXTERNAL_BYTES)
+            quantize_int8(full, files[f"{name} int8"], VARIANTS["int8"], EXTERNAL_BYTES)
+            quantize_int8(fused, files[f"{name} int8 fused"], VARIANTS["int8"], EXTERNAL_BYTES)
         runs = {name: _runs(path) for name, path in files.items()}
         least = {name: [float("inf")] * 2 for name in runs}
         for _ in range(repeats):

@@ -188,7 +188,8 @@ folder_options = together(
 export_options = together(
     click.option("--format", "formats", type=Names(), metavar="NAMES", default="onnx", help="onnx, torchscript, pt2."),
     click.option("--dtype", type=click.Choice(EXPORTED_DTYPES), default=FULL, help="Of weights and cache."),
-    click.option("--quantize", type=click.Choice(QUANTIZED), help="A second set of ONNX graphs with int8 weights."),
+    click.option("--quantize", type=click.Choice(QUANTIZED), help="A second set of ONNX graphs, with such weights."),
+    click.option("--variants", type=Names(), metavar="NAMES", default=(), help="All to write, as fp32,int8,q4."),
     click.option("--opset", type=Count(), default=20, help="Of the ONNX graphs."),
     click.option("--exporter", type=click.Choice(EXPORTERS), default="auto", help="auto falls back to torchscript."),
     click.option("--fuse", type=click.Choice(FUSIONS), help="ONNX Runtime's fused operators for this device."),

@@ -32,7 +32,7 @@ from slimvlm.export.graphs.windows import refuse_windows
 from slimvlm.export.options import ExportOptions
 from slimvlm.export.packages import require_packages
 from slimvlm.export.running.manifest import Document, Manifest
-from slimvlm.export.variants import VARIANTS
+from slimvlm.export.variants import VARIANTS, Variant
 from slimvlm.export.writers.formats import write_graphs
 
 
@@ -78,7 +78,7 @@ def export_model(
     progress: Progress,
     origin: Document,
 ) -> ExportResult:
-    """As `export_checkpoint`, of a model in memory (fp32, in eval mode; `options.dtype` fp16 casts its weights)."""
+    """As `export_checkpoint`, of a model in memory (fp32, in eval mode; fp16 variants cast its weights)."""
     started = time.perf_counter()
     samples = export_samples(collator, model, options)
     check_computes(model, collator, samples[0], origin.get("source", "the model"))
@@ -86,12 +86,14 @@ def export_model(
     progress("reference", 0, 1)
     reference = make_reference(model, collator, graphs, samples, options.max_new_tokens)
     progress("reference", 1, 1)
-    if (dtype := getattr(torch, VARIANTS[options.dtype].dtype)) != model.dtype:
-        graphs = _graphs(cast(model, dtype), collator, samples)
     manifest = Manifest(model={**origin, "type": model.config.model_type}, options=_stated(options))
     with written_folder(out, earlier_export(out)) as partial:
-        manifest.artifacts = write_graphs(partial, graphs, options, progress)
-        check_graphs(partial, graphs, reference, manifest, progress)
+        for dtype, variants in _by_dtype(options.written).items():
+            if (kind := getattr(torch, dtype)) != model.dtype:
+                graphs = _graphs(cast(model, kind), collator, samples)
+            artifacts = write_graphs(partial, graphs, variants, options, progress)
+            manifest.artifacts += artifacts
+            check_graphs(partial, artifacts, graphs, reference, manifest, progress)
         _write_client(partial, model, reference, options, manifest)
         if options.bundle:
             write_readme(partial, manifest)
@@ -111,6 +113,14 @@ def export_model(
 def _graphs(model: Model, collator: Collator, samples: Sequence[Sample]) -> tuple[Graph, ...]:
     batch = first_batch(collator, samples)
     return build_graphs(model, collator.family, batch) + genai_graphs(model, collator.family)
+
+
+def _by_dtype(names: Sequence[str]) -> dict[str, list[Variant]]:
+    """Variants that are written from the same traced graphs, fp32 first."""
+    found: dict[str, list[Variant]] = {}
+    for variant in sorted((VARIANTS[name] for name in names), key=lambda row: row.value_bytes, reverse=True):
+        found.setdefault(variant.dtype, []).append(variant)
+    return found
 
 
 def refuse_occupied(out: Path, overwrite: bool) -> None:
@@ -150,5 +160,7 @@ def _write_client(folder: Path, model: Model, reference: Reference, options: Exp
     if prompting is None or "onnx" not in options.formats:
         return
     manifest.run |= write_example(folder, collator, list(reference.samples), size)
-    if (known_as := collator.family.export.genai) is not None:
-        write_genai(folder, known_as, model, collator.processor, prompting)
+    if collator.family.export.genai is not None:
+        onnx = [artifact for artifact in manifest.artifacts if artifact.format == "onnx"]
+        files = {artifact.graph: artifact.file for artifact in onnx if artifact.variant == onnx[0].variant}
+        write_genai(folder, model, collator, prompting, files)

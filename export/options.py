@@ -24,7 +24,8 @@ class ExportOptions:
     Attributes:
         formats: what to write, of FORMATS.
         dtype: of the weights and the cache of every graph; pixels, embeddings and logits stay fp32.
-        quantize: `int8` adds a variant of every ONNX graph with int8 weights (fp32 activations, quantized on the fly).
+        quantize: a second variant, of every ONNX graph.
+        variants: all variants to write, in the place of `dtype` and `quantize`; graphs are traced once per dtype.
         opset: of the ONNX graphs.
         exporter: `auto` takes the dynamo exporter and, where that fails, the TorchScript-based one.
         fuse: rewrite the ONNX graphs with ONNX Runtime's fused operators for this execution provider.
@@ -40,6 +41,7 @@ class ExportOptions:
     formats: tuple[str, ...] = ("onnx",)
     dtype: str = FULL
     quantize: str | None = None
+    variants: tuple[str, ...] = ()
     opset: int = 20
     exporter: str = "auto"
     fuse: str | None = None
@@ -53,6 +55,12 @@ class ExportOptions:
     overwrite: bool = False
     trust_remote_code: bool = False
     external_bytes: int = EXTERNAL_BYTES
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """The variants to write, the fullest first."""
+        asked = self.variants or (self.dtype, self.quantize)
+        return tuple(name for name in VARIANTS if name in asked)
 
     def checked(self) -> ExportOptions:
         """Itself.
@@ -70,12 +78,14 @@ class ExportOptions:
             raise UnsuitableOptionError(f"the format {unknown} is unknown; choose from {', '.join(FORMATS)}")
         if self.opset not in OPSETS:
             raise UnsuitableOptionError(f"--opset {self.opset} is not supported; choose {OPSETS[0]} to {OPSETS[-1]}")
-        if "onnx" not in self.formats and (self.quantize or self.fuse):
-            raise UnsuitableOptionError("--quantize and --fuse are for ONNX graphs; add onnx to --format")
-        if self.quantize and self.dtype != (base := TRACED[VARIANTS[self.quantize].dtype]):
-            raise UnsuitableOptionError(
-                f"--quantize {self.quantize} starts from {base} graphs; leave --dtype at {base}"
-            )
+        if strange := [name for name in self.variants if name not in VARIANTS]:
+            raise UnsuitableOptionError(f"--variants {strange[0]} is unknown; choose from {', '.join(VARIANTS)}")
+        if self.variants and (self.quantize or self.dtype != FULL):
+            raise UnsuitableOptionError("--variants names all that is written; leave --dtype and --quantize out")
+        if "onnx" not in self.formats and (set(self.written) & set(QUANTIZED) or self.fuse):
+            raise UnsuitableOptionError(f"{', '.join(QUANTIZED)} and --fuse are for ONNX graphs; add onnx to --format")
+        if self.formats != ("onnx",) and not set(self.written) & set(DTYPES):
+            raise UnsuitableOptionError(f"graphs of torch are {' or '.join(DTYPES)}; add one of them to --variants")
         if self.aoti and "pt2" not in self.formats:
             raise UnsuitableOptionError("--aoti compiles torch.export programs; add pt2 to --format")
         if self.seed < 0 or (self.image_size is not None and min(self.image_size) < 1):

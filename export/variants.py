@@ -27,9 +27,10 @@ class Variant:
     Attributes:
         suffix: of file names, as transformers.js asks for them.
         dtype: torch's name of what the graph is traced in, which its activations and its cache keep.
-        weight_bytes: of one weight of a matrix.
-        writer: of ONNX graphs alone, `module:function`: (traced graph's file, file to be, bytes from which weights
-            stand apart); none where the graph is written as it was traced.
+        weight_bytes: of one weight of a matrix, its part of a scale included.
+        writer: of ONNX graphs alone, `module:function`: (traced graph's file, file to be, the variant, bytes from
+            which weights stand apart); none where the graph is written as it was traced.
+        bits: of a weight, for writers that can be told.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Variant:
     weight_bytes: float
     tolerance: Tolerance
     writer: str | None = None
+    bits: int = 8
 
     @property
     def value_bytes(self) -> int:
@@ -45,8 +47,10 @@ class Variant:
         return {"float32": 4, "float16": 2}[self.dtype]
 
 
-# fp32: what reordered sums give. fp16 and int8 are other numbers: close in direction, and measured by what they cost.
-# The demo model in int8 loses 0.0005 nats a token on 400 samples, and no right answer (docs/export.md).
+WEIGHT_ONLY = "slimvlm.export.writers.weight_only:quantize_weights"
+
+# fp32: what reordered sums give. The others are other numbers: close in direction, and measured by what they cost;
+# what that is on the demo model, `python benchmarks/variants.py` says (docs/export.md).
 _ROWS = (
     Variant("fp32", "", "float32", 4, Tolerance(1e-4, 0.99999, 1e-3)),
     Variant("fp16", "_fp16", "float16", 2, Tolerance(5e-2, 0.999, 0.01)),
@@ -54,6 +58,10 @@ _ROWS = (
         *("int8", "_int8", "float32", 1, Tolerance(0.5, 0.98, 0.02)),
         writer="slimvlm.export.writers.onnx_rewriting:quantize_int8",
     ),
+    Variant("q8", "_quantized", "float32", 1.125, Tolerance(0.1, 0.999, 0.01), WEIGHT_ONLY, bits=8),
+    Variant("q4", "_q4", "float32", 0.625, Tolerance(0.6, 0.95, 0.15), WEIGHT_ONLY, bits=4),
+    Variant("q4f16", "_q4f16", "float16", 0.5625, Tolerance(0.6, 0.95, 0.15), WEIGHT_ONLY, bits=4),
+    Variant("q2", "_q2", "float32", 0.375, Tolerance(3.0, 0.1, 2.0, right=0.2), WEIGHT_ONLY, bits=2),
 )
 VARIANTS = {row.name: row for row in _ROWS}
 FULL = "fp32"  # the variant that needs no name

@@ -18,16 +18,22 @@ from slimvlm.export.writers.tracing import first_line
 
 
 def check_graphs(
-    folder: Path, graphs: Sequence[Graph], reference: Reference, manifest: Manifest, progress: Progress
+    folder: Path,
+    artifacts: Sequence[Artifact],
+    graphs: Sequence[Graph],
+    reference: Reference,
+    manifest: Manifest,
+    progress: Progress,
 ) -> None:
-    """Checks every format and variant in `manifest` and notes there what was found."""
+    """Checks the files of these graphs, each format and variant, and notes in `manifest` what was found."""
     manifest.generation = reference.prompting
-    for artifact in manifest.artifacts:
+    sets: dict[str, list[Artifact]] = {}
+    for artifact in artifacts:
         _note_ports(artifact, next(graph for graph in graphs if graph.name == artifact.graph), reference)
-    sets = manifest.graphs
-    for done, artifacts in enumerate(sets.values()):
+        sets.setdefault(artifact.backend, []).append(artifact)
+    for done, together in enumerate(sets.values()):
         progress("check", done, len(sets))
-        _check_set(folder, artifacts, reference, manifest)
+        _check_set(folder, together, reference, manifest)
     progress("check", len(sets), len(sets))
 
 

@@ -5,11 +5,13 @@ It puts image features into the prompt inside a graph of its own, `embedding`; t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from slimvlm.compress.data.collate import Collator
 from slimvlm.compress.models.families import Family
 from slimvlm.export.client.client_files import write_document
 from slimvlm.export.graphs.decoder import Embed, embedding_width
@@ -52,19 +54,19 @@ def genai_graphs(model: Model, family: Family) -> tuple[Graph, ...]:
     return (Graph("embedding", Merge(embedding, width, image_token).eval(), ports, {"inputs_embeds": ROWS}),)
 
 
-def write_genai(folder: Path, model_type: str, model: Model, processor: Model, prompting: Prompting) -> None:
+def write_genai(folder: Path, model: Model, collator: Collator, prompting: Prompting, files: Mapping[str, str]) -> None:
     """Writes `genai_config.json` and `genai_processor.json`.
 
     Args:
-        model_type: as onnxruntime-genai calls it.
+        files: per graph the one to run.
     """
-    config = {"model": _model(model_type, model, prompting), "search": _search(model)}
+    config = {"model": _model(model, collator.family, prompting, files), "search": _search(model)}
     write_document(folder / CONFIG, config, sort_keys=False)
-    images = {"processor": {"name": "image", "transforms": _transforms(processor.image_processor)}}
+    images = {"processor": {"name": "image", "transforms": _transforms(collator.processor.image_processor)}}
     write_document(folder / IMAGES, images, sort_keys=False)
 
 
-def _model(model_type: str, model: Model, prompting: Prompting) -> Document:
+def _model(model: Model, family: Family, prompting: Prompting, files: Mapping[str, str]) -> Document:
     config, text = model.config, model.config.text_config
     heads = text.num_attention_heads
     options = {"log_id": "onnxruntime-genai", "provider_options": []}
@@ -72,7 +74,7 @@ def _model(model_type: str, model: Model, prompting: Prompting) -> Document:
     present = {name: f"present.%d.{name.split('_')[1]}" for name in ("present_key_names", "present_value_names")}
     features = {"image_features": "image_features"}
     return {
-        "type": model_type,
+        "type": family.export.genai,
         "bos_token_id": text.bos_token_id if text.bos_token_id is not None else prompting.end[0],
         "eos_token_id": list(prompting.end),
         "pad_token_id": prompting.pad,
@@ -83,7 +85,7 @@ def _model(model_type: str, model: Model, prompting: Prompting) -> Document:
         "vocab_size": text.vocab_size,
         "decoder": {
             "session_options": options,
-            "filename": "onnx/decoder_model_merged.onnx",
+            "filename": files["decoder_model_merged"],
             "head_size": getattr(text, "head_dim", None) or text.hidden_size // heads,
             "hidden_size": embedding_width(model),
             "num_attention_heads": heads,
@@ -97,13 +99,13 @@ def _model(model_type: str, model: Model, prompting: Prompting) -> Document:
         },
         "embedding": {
             "session_options": options,
-            "filename": "onnx/embedding.onnx",
+            "filename": files["embedding"],
             "inputs": {"input_ids": "input_ids", **features},
             "outputs": {"inputs_embeds": "inputs_embeds"},
         },
         "vision": {
             "session_options": options,
-            "filename": "onnx/vision_encoder.onnx",
+            "filename": files["vision_encoder"],
             "config_filename": IMAGES,
             "spatial_merge_size": config.vision_config.spatial_merge_size,
             "patch_size": config.vision_config.patch_size,

@@ -1,4 +1,4 @@
-"""Ask the model in this folder about an image: python run_onnx.py IMAGE QUESTION [--variant int8]."""
+"""Ask the model in this folder about an image: python run_onnx.py IMAGE QUESTION [--variant q4]."""
 
 import argparse
 import json
@@ -66,18 +66,20 @@ def positions(ids, generation, grid):
 
 
 class Model:
-    """The graphs of one folder in one variant."""
+    """The graphs of one folder in one variant, by default the first."""
 
-    def __init__(self, folder, variant="fp32"):
-        self.folder, self.sessions, self.suffix = Path(folder), {}, "" if variant == "fp32" else f"_{variant}"
+    def __init__(self, folder, variant=None):
+        self.folder, self.sessions = Path(folder), {}
         self.manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
+        files = [(graph["variant"], graph) for graph in self.manifest["artifacts"] if graph["format"] == "onnx"]
+        self.files = {graph["graph"]: graph["file"] for name, graph in files if name == (variant or files[0][0])}
         self.tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
         self.tokenizer.no_padding()
 
     def run(self, name, feeds):
         """Outputs by name; an input nobody gave is an empty cache, or a mask of ones."""
         if name not in self.sessions:
-            path = self.folder / "onnx" / f"{name}{self.suffix}.onnx"
+            path = self.folder / self.files[name]
             self.sessions[name] = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         session, given = self.sessions[name], {}
         for port in session.get_inputs():
@@ -116,7 +118,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("image")
     parser.add_argument("question")
-    parser.add_argument("--variant", choices=("fp32", "fp16", "int8"), default="fp32")
+    parser.add_argument("--variant", help="of those in manifest.json")
     parser.add_argument("--max-new-tokens", type=int, default=32)
     given = parser.parse_args()
     model = Model(Path(__file__).parent, given.variant)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -13,12 +14,14 @@ from slimvlm.export.graphs.decoder import EMBEDDING
 from slimvlm.export.graphs.graph import Graph
 from slimvlm.export.options import ExportOptions
 from slimvlm.export.running.manifest import Artifact
-from slimvlm.export.variants import VARIANTS
+from slimvlm.export.variants import TRACED, VARIANTS, Variant
 from slimvlm.export.writers.torch_writer import compiled_name, write_pt2, write_torchscript
 
 
-def write_graphs(folder: Path, graphs: Sequence[Graph], options: ExportOptions, progress: Progress) -> list[Artifact]:
-    """Every graph in every format and variant.
+def write_graphs(
+    folder: Path, graphs: Sequence[Graph], variants: Sequence[Variant], options: ExportOptions, progress: Progress
+) -> list[Artifact]:
+    """Every graph in every format, in those of the variants that the format has; all are of the dtype of the graphs.
 
     Raises:
         UnsupportedModelError: no exporter can write one of them.
@@ -28,74 +31,76 @@ def write_graphs(folder: Path, graphs: Sequence[Graph], options: ExportOptions, 
     for done, (form, graph) in enumerate(todo):
         progress("export", done, len(todo))
         (folder / form).mkdir(exist_ok=True)
-        artifacts += FORMATS[form](folder, graph, options)
+        artifacts += FORMATS[form](folder, graph, variants, options)
     progress("export", len(todo), len(todo))
-    if "onnx" in options.formats:
-        _share_embeddings(folder, artifacts, options)
+    _share_embeddings(folder, artifacts, options)
     return artifacts
 
 
-def _onnx(folder: Path, graph: Graph, options: ExportOptions) -> Iterator[Artifact]:
+def _onnx(folder: Path, graph: Graph, variants: Sequence[Variant], options: ExportOptions) -> Iterator[Artifact]:
+    """The graph is written once; the quantized variants are made of that file, which is kept where it is asked for."""
     from slimvlm.export.writers.onnx_rewriting import fuse
     from slimvlm.export.writers.onnx_writer import write_onnx
 
-    started, file = time.perf_counter(), _file("onnx", graph, options.dtype, ".onnx")
-    written = write_onnx(graph, folder / file, options)
-    if options.fuse is not None:
-        fuse(folder / file, options.fuse, options.external_bytes)
-    traced = Artifact(
-        graph=graph.name,
-        format="onnx",
-        variant=options.dtype,
-        file=file,
-        exporter=written.exporter,
-        seconds=time.perf_counter() - started,
-        opset=written.opset,
-        fallback_reason=written.fallback_reason,
-        fused_for=options.fuse,
-    )
-    yield traced
-    if options.quantize is not None:
-        started, target = time.perf_counter(), _file("onnx", graph, options.quantize, ".onnx")
-        quantize = resolve_name(str(VARIANTS[options.quantize].writer))
-        quantize(folder / file, folder / target, options.external_bytes)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        for variant in (VARIANTS[TRACED[variants[0].dtype]], *(row for row in variants if row.writer)):
+            started, file = time.perf_counter(), _file("onnx", graph, variant, ".onnx")
+            target = folder / file if variant in variants else Path(scratch) / Path(file).name
+            if variant.writer is None:
+                written, source = write_onnx(graph, target, options), target
+                if options.fuse is not None:
+                    fuse(target, options.fuse, options.external_bytes)
+            else:
+                resolve_name(variant.writer)(source, target, variant, options.external_bytes)
+            if variant in variants:
+                yield Artifact(
+                    graph=graph.name,
+                    format="onnx",
+                    variant=variant.name,
+                    file=file,
+                    exporter=written.exporter,
+                    seconds=time.perf_counter() - started,
+                    opset=written.opset,
+                    fallback_reason=written.fallback_reason,
+                    fused_for=options.fuse,
+                )
+
+
+def _torchscript(folder: Path, graph: Graph, variants: Sequence[Variant], _: ExportOptions) -> Iterator[Artifact]:
+    for variant in (row for row in variants if row.writer is None):
+        started, file = time.perf_counter(), _file("torchscript", graph, variant, ".pt")
+        write_torchscript(graph, folder / file)
         seconds = time.perf_counter() - started
-        yield replace(traced, variant=options.quantize, file=target, seconds=seconds, parity=[])
+        yield Artifact(graph.name, "torchscript", variant.name, file, "torch.jit.trace", seconds)
 
 
-def _torchscript(folder: Path, graph: Graph, options: ExportOptions) -> Iterator[Artifact]:
-    started, file = time.perf_counter(), _file("torchscript", graph, options.dtype, ".pt")
-    write_torchscript(graph, folder / file)
-    seconds = time.perf_counter() - started
-    yield Artifact(graph.name, "torchscript", options.dtype, file, "torch.jit.trace", seconds)
-
-
-def _pt2(folder: Path, graph: Graph, options: ExportOptions) -> Iterator[Artifact]:
-    started, file = time.perf_counter(), _file("pt2", graph, options.dtype, ".pt2")
-    write_pt2(graph, folder / file, options.aoti)
-    seconds = time.perf_counter() - started
-    program = Artifact(graph.name, "pt2", options.dtype, file, "torch.export", seconds)
-    yield program
-    if options.aoti:
-        compiled = compiled_name(Path(file)).as_posix()
-        yield replace(program, format="aoti", file=compiled, exporter="torch._inductor", parity=[])
+def _pt2(folder: Path, graph: Graph, variants: Sequence[Variant], options: ExportOptions) -> Iterator[Artifact]:
+    for variant in (row for row in variants if row.writer is None):
+        started, file = time.perf_counter(), _file("pt2", graph, variant, ".pt2")
+        write_pt2(graph, folder / file, options.aoti)
+        seconds = time.perf_counter() - started
+        program = Artifact(graph.name, "pt2", variant.name, file, "torch.export", seconds)
+        yield program
+        if options.aoti:
+            compiled = compiled_name(Path(file)).as_posix()
+            yield replace(program, format="aoti", file=compiled, exporter="torch._inductor", parity=[])
 
 
 FORMATS = {"onnx": _onnx, "torchscript": _torchscript, "pt2": _pt2}
 
 
-def _file(form: str, graph: Graph, variant: str, extension: str) -> str:
-    return f"{form}/{graph.name}{VARIANTS[variant].suffix}{extension}"
+def _file(form: str, graph: Graph, variant: Variant, extension: str) -> str:
+    return f"{form}/{graph.name}{variant.suffix}{extension}"
 
 
 def _share_embeddings(folder: Path, artifacts: Sequence[Artifact], options: ExportOptions) -> None:
     """Quantized graphs have no part in it: table and head are quantized along other axes."""
-    from slimvlm.export.writers.sharing import share_table
-
     files = {
         artifact.graph: folder / artifact.file
         for artifact in artifacts
-        if artifact.format == "onnx" and artifact.variant == options.dtype
+        if artifact.format == "onnx" and artifact.variant in TRACED.values()
     }
     if (owner := files.pop(EMBEDDING, None)) is not None:
+        from slimvlm.export.writers.sharing import share_table
+
         share_table(owner, list(files.values()), options.external_bytes)

@@ -9,14 +9,16 @@ import onnx
 import onnx_ir
 
 from slimvlm.export.running.quiet import quiet
+from slimvlm.export.variants import Variant
 from slimvlm.export.writers.onnx_writer import save_onnx
 
 QUANTIZED_OPERATORS = ["MatMul", "Gemm", "Gather"]  # no convolutions: one per image, and slow in int8 on a CPU
 
 
-def quantize_int8(source: Path, target: Path, external_bytes: int) -> None:
+def quantize_int8(source: Path, target: Path, _: Variant, external_bytes: int) -> None:
     """Writes `source` with int8 weights, one scale per output channel; activations are quantized as they come."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+    with quiet():
+        from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with quiet(), tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         draft = Path(scratch) / target.name

@@ -21,6 +21,7 @@ from slimvlm.export.graphs.build import build_graphs
 from slimvlm.export.graphs.graph import BATCH, Graph, Port
 from slimvlm.export.options import EXTERNAL_BYTES, ExportOptions
 from slimvlm.export.running.runners import SessionRunner, TorchRunner, load_module
+from slimvlm.export.variants import VARIANTS
 from slimvlm.export.writers.onnx_rewriting import fuse, quantize_int8
 from slimvlm.export.writers.onnx_writer import write_onnx
 from slimvlm.export.writers.torch_writer import write_pt2
@@ -120,6 +121,11 @@ def test_the_dynamo_graph_equals_torch_at_other_sizes(decoder):
     assert difference_at_other_sizes(graph, SessionRunner({graph.name: path}))[0] < 1e-5
 
 
+def test_a_graph_names_no_line_of_code_and_no_path_of_the_machine_it_was_written_on(decoder):
+    _, path = decoder
+    assert not [said for said in (b"site-packages", b"stack_trace", b".py") if said in path.read_bytes()]
+
+
 def test_the_runtime_fuses_the_norms_of_a_dynamo_graph(decoder, tmp_path):
     _, path = decoder
     options = onnxruntime.SessionOptions()
@@ -137,13 +143,13 @@ def test_fused_operators_give_the_same_numbers_and_can_be_quantized(decoder, tmp
     fuse(fused, "cpu", EXTERNAL_BYTES)
     assert any(node.domain == "com.microsoft" for node in onnx.load(fused).graph.node)
     assert difference_at_other_sizes(graph, SessionRunner({graph.name: fused}))[0] < 1e-5
-    quantize_int8(fused, tmp_path / "int8.onnx", EXTERNAL_BYTES)
+    quantize_int8(fused, tmp_path / "int8.onnx", VARIANTS["int8"], EXTERNAL_BYTES)
     assert difference_at_other_sizes(graph, SessionRunner({graph.name: tmp_path / "int8.onnx"}))[1] > 0.98
 
 
 def test_int8_finds_the_matrices_of_a_dynamo_graph(decoder, tmp_path):
     graph, path = decoder
-    quantize_int8(path, tmp_path / "int8.onnx", EXTERNAL_BYTES)
+    quantize_int8(path, tmp_path / "int8.onnx", VARIANTS["int8"], EXTERNAL_BYTES)
     weights = onnx.load(tmp_path / "int8.onnx").graph.initializer
     floats = [weight.name for weight in weights if weight.data_type == onnx.TensorProto.FLOAT and len(weight.dims) == 2]
     assert [name for name in floats if "proj" in name or "lm_head" in name] == []

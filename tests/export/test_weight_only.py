@@ -1,0 +1,79 @@
+"""Weights in few bits: every weight is what it was, to a step of its block, whatever its matrix's width."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from slimvlm.export.graphs.graph import Graph, Port
+from slimvlm.export.options import EXTERNAL_BYTES, ExportOptions
+from slimvlm.export.running.runners import SessionRunner
+from slimvlm.export.variants import VARIANTS
+from slimvlm.export.writers.onnx_writer import write_onnx
+from slimvlm.export.writers.weight_only import BLOCK, quantize_weights
+
+WIDTHS = ((64, 48), (37, 5), (101, 33))  # what a cut leaves is no multiple of a block
+
+
+class Weights(nn.Module):
+    """Each kind of weight, asked for itself: `width` numbers in, `count` rows."""
+
+    def __init__(self, width: int, count: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.flat, self.deep = nn.Linear(width, count), nn.Linear(width, count, bias=False)
+        self.table, self.patches = nn.Embedding(count, width), nn.Conv2d(3, count, 2, stride=2)
+
+    def forward(self, unit, places, pixels):
+        deep = self.deep(unit[None]).squeeze(0).T
+        return (self.flat(unit) - self.flat.bias).T, deep, self.table(places), self.patches(pixels).flatten(1).T
+
+    def graph(self, dtype: torch.dtype) -> Graph:
+        """Traced with the unit vectors, so that it gives the weights back."""
+        self.to(dtype)
+        unit, pixels = torch.eye(self.flat.in_features, dtype=dtype), torch.eye(12, dtype=dtype).view(12, 3, 2, 2)
+        given = {"unit": unit, "places": torch.arange(self.flat.out_features), "pixels": pixels}
+        ports = tuple(Port(name, sample, {0: name}) for name, sample in given.items())
+        return Graph("weights", self.eval(), ports, {name: {} for name in ("flat", "deep", "table", "patches")})
+
+
+@pytest.mark.parametrize("width, count", WIDTHS)
+@pytest.mark.parametrize(
+    "variant", [row for row in VARIANTS.values() if "weight_only" in str(row.writer)], ids=lambda given: given.name
+)
+def test_every_weight_stays_within_a_step_of_its_block(tmp_path, variant, width, count):
+    module, source, target = Weights(width, count), tmp_path / "full.onnx", tmp_path / "few.onnx"
+    graph = module.graph(getattr(torch, variant.dtype))
+    write_onnx(graph, source, ExportOptions(exporter="torchscript"))
+    quantize_weights(source, target, variant, EXTERNAL_BYTES)
+    found = SessionRunner({"weights": target}).run("weights", {port.name: port.sample.numpy() for port in graph.inputs})
+    wanted = {"flat": module.flat.weight, "deep": module.deep.weight, "table": module.table.weight}
+    for name, weight in wanted.items():
+        rows = weight.detach().float().numpy()
+        assert (np.abs(found[name] - rows) <= steps(rows, variant.bits) + 1e-3).all(), name
+    kernel = module.patches.weight.detach().float().numpy().reshape(count, -1)
+    bias = module.patches.bias.detach().float().numpy()[:, None]
+    assert np.abs(found["patches"] - bias - kernel).max() <= np.abs(kernel).max() / 127 + 1e-3
+    kinds = {node.op_type for node in onnx.load(target).graph.node}
+    assert kinds >= {"MatMulNBits", "GatherBlockQuantized", "DequantizeLinear"}
+    assert not kinds & {"MatMul", "Gemm", "Gather"}
+
+
+def steps(rows: np.ndarray, bits: int) -> np.ndarray:
+    """For every weight the step of its block: the largest weight is the last code of its side."""
+    sizes = [np.abs(rows[:, at : at + BLOCK]) for at in range(0, rows.shape[1], BLOCK)]
+    return np.concatenate([np.broadcast_to(part.max(1, keepdims=True), part.shape) for part in sizes], 1) / 2 ** (
+        bits - 1
+    )
+
+
+def test_what_would_not_get_smaller_stays_as_it_is(tmp_path):
+    """A row of one number: its scale alone is as large."""
+    graph = Weights(1, 7).graph(torch.float32)
+    write_onnx(graph, tmp_path / "full.onnx", ExportOptions(exporter="torchscript"))
+    quantize_weights(tmp_path / "full.onnx", tmp_path / "few.onnx", VARIANTS["q4"], EXTERNAL_BYTES)
+    kinds = {node.op_type for node in onnx.load(tmp_path / "few.onnx").graph.node}
+    assert not kinds & {"MatMulNBits", "GatherBlockQuantized"}
