@@ -8,6 +8,7 @@ something that has `argmax`, out of [B, S, V]. ONNX Runtime and torch are import
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,20 +110,20 @@ class BoundRunner(SessionRunner):
     on the device and what sessions gave; a graph has one binding, in which every call replaces what changed.
     """
 
-    def __init__(
-        self,
-        files: Mapping[str, Path],
-        device: str = "cpu",
-        threads: int = 0,
-        half: bool = False,
-        engines: str | None = None,
-    ) -> None:
+    @cached_property
+    def _nowhere(self) -> Tensor:
+        """One element on the device."""
         import torch
 
-        super().__init__(files, device, threads, half, engines)
-        self._nowhere = torch.zeros(1, device=device.replace("tensorrt", "cuda"))
-        self._where = self._nowhere.device.type, self._nowhere.device.index or 0
-        self._bindings: dict[str, tuple[Binding, dict[str, Value]]] = {}
+        return torch.zeros(1, device=self._place[0].replace("tensorrt", "cuda"))
+
+    @cached_property
+    def _bindings(self) -> dict[str, tuple[Binding, dict[str, Value]]]:
+        return {}
+
+    @property
+    def _where(self) -> tuple[str, int]:
+        return self._nowhere.device.type, self._nowhere.device.index or 0
 
     def value(self, tensor: Tensor) -> Value:
         """Itself."""
