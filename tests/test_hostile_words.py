@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner, Result
+from forked import Forked
 from fuzz_values import PATHS, WORDS
 
 from slimvlm.cli import main
@@ -145,15 +144,16 @@ def test_several_processes_that_nobody_started_are_refused(monkeypatch: pytest.M
 def test_too_little_memory_is_one_sentence(tmp_path: Path) -> None:
     """The address space ends while the model is loaded."""
     program = (
-        "import resource, sys; import slimvlm.pipeline; from slimvlm.cli import main; from PIL import Image\n"
+        "import resource; from slimvlm.cli import main; from PIL import Image\n"
         "Image.init()\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 2**23, used + 2**23))\n"
-        "main.main(sys.argv[1:])"
+        "main()"
     )
-    words = ["evaluate", str(MODEL), "--data", str(SAMPLES / "val.jsonl"), "--eval-samples", "64", "--quiet"]
-    command = [sys.executable, "-P", "-c", program, *words]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 3, done.stderr
-    assert "memory ended" in done.stderr
-    assert "Traceback" not in done.stderr
+    (tmp_path / "program.py").write_text(program)
+    words = ("evaluate", MODEL, "--data", SAMPLES / "val.jsonl", "--eval-samples", 64, "--quiet")
+    with Forked(tmp_path, tmp_path / "program.py", *words) as process:
+        code, said = process.wait(), process.stderr.read_text()
+    assert code == 3, said
+    assert "memory ended" in said
+    assert "Traceback" not in said
