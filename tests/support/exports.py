@@ -30,7 +30,8 @@ SIZES = {
 
 def cut_model(name, seed=1):
     """A tiny model in which every layer lost another number of heads and channels, and its collator."""
-    model = apply_plan(tiny_model(name, "sdpa").model, random_plan(tiny_model(name).model, seed))
+    model = tiny_model(name, "sdpa").model
+    apply_plan(model, random_plan(model, seed))
     family = find_family(model.config)
     return model, Collator(tiny_processor(name), family, model.config)
 
