@@ -172,6 +172,8 @@ def apply(model: str, plan_file: Path, out: Path, as_json: bool, quiet: bool, **
     Without the samples of `slimvlm plan` nothing is refitted; with them OUT is what `compress --recover none` gives:
 
         slimvlm apply ./my-vlm out/plan.json smaller --data samples.jsonl
+
+    With --ratio only what the plan took first goes, by `order.safetensors` beside it: one plan for all smaller ratios.
     """
     from slimvlm import pipeline
 

@@ -14,7 +14,7 @@ from slimvlm.compress.data.samples import Sample
 from slimvlm.compress.data.splits import Measured, read_evaluation, read_measured, read_trained
 from slimvlm.compress.errors import CheckFailedError, CheckpointError, SampleError
 from slimvlm.compress.evaluation.evaluate import Comparison, Quality, compare
-from slimvlm.compress.files.decoding import read, shown
+from slimvlm.compress.files.decoding import shown
 from slimvlm.compress.files.folders import refuse_inside, require_free, reserved
 from slimvlm.compress.files.locks import locked_folder
 from slimvlm.compress.models.computing import cast, load_to_compute
@@ -28,7 +28,7 @@ from slimvlm.compress.runs import RunFolder
 from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.compress.slicing.compensation import COMPENSATIONS
 from slimvlm.compress.stages.evaluate import evaluate_model, evaluate_seeing_and_blind, evaluate_stage
-from slimvlm.compress.stages.plan import check_plan, chosen_criterion, plan_stage
+from slimvlm.compress.stages.plan import check_plan, chosen_criterion, plan_stage, read_plan
 from slimvlm.compress.stages.recover import recover_stage
 from slimvlm.compress.stages.slice import save_cut, slice_stage
 from slimvlm.export import ExportOptions
@@ -88,20 +88,26 @@ def _joined(options: CompressOptions, progress: Progress, plan_only: bool) -> Re
 
 
 def apply_saved_plan(
-    model: str, plan_file: Path, out: Path, data: Path | None = None, progress: Progress = silent, **changes: Any
+    model: str, plan_file: Path, out: Path, ratio: float | None = None, progress: Progress = silent, **changes: Any
 ) -> Plan:
     """Cut `model` by the plan in `plan_file` and save the checkpoint in `out`: with the `data` of the plan what
     `compress --recover none` gives; without, the units are cut and nothing is refitted.
 
     Args:
-        changes: further options: eval_data, device, dtype, max_bad_samples, trust_remote_code.
+        ratio: remove only so much, what the plan took first.
+        changes: further options: data, eval_data, device, dtype, max_bad_samples, trust_remote_code.
+
+    Returns:
+        The plan that was carried out.
 
     Raises:
-        CheckpointError: the plan is unreadable, or was made for other weights.
+        CheckpointError: the plan is unreadable, was made for other weights, or its order is not beside it.
+        UnsuitableOptionError: `ratio` is more than the plan's.
         SampleError: `data` is not what the plan was calibrated on.
     """
     require_free(out)
-    plan = read(plan_file, Plan, advice="make the plan again")
+    plan = read_plan(plan_file, ratio)
+    data = changes.pop("data", None)
     options = PlanOptions(model=model, data=data or out, seed=plan.seed, compensation="none", **changes)
     samples: Sequence[Sample] = ()
     if data is not None and plan.compensation is not None:

@@ -53,6 +53,12 @@ METHODS: dict[str, tuple[str, CompressOptions]] = {
     "magnitude-refit": ("Magnitude, per layer, refitted", replace(LOCAL, criterion="magnitude", compensation="refit")),
     "random-refit": ("Random, refitted", replace(ONE_SHOT, criterion="random", compensation="refit")),
     "no-refit": ("slimvlm default, without the refit", replace(DEFAULT, compensation="none")),
+    "prefix": ("The beginning of a default plan for 60 %", DEFAULT),
+    "prefix-70": ("The beginning of a default plan for 70 %", DEFAULT),
+    "prefix-no-refit": (
+        "The beginning of a default plan for 60 %, without the refit",
+        replace(DEFAULT, compensation="none"),
+    ),
     "ukmi-steps": ("UKMI, faithful, steps in proportion", FAITHFUL),
     "ukmi": ("UKMI, faithful to the letter", FAITHFUL),
     "fisher": ("Fisher, global, one shot", replace(ONE_SHOT, criterion="fisher")),
@@ -68,6 +74,7 @@ README = (
     "random",
 )  # fmt: skip
 PROPORTIONAL = ("ukmi-steps", "ukmi-refit")  # the paper's steps are made for 233 times as many units
+PREFIXES = {"prefix": 0.6, "prefix-70": 0.7, "prefix-no-refit": 0.6}  # of a plan for so much
 COMPARABLE = 0.01  # of all parameters: a model that lost more or less than its column says is not compared
 RATIOS = (0.2, 0.35, 0.5, 0.6)
 
@@ -125,12 +132,21 @@ def one_shot_plans(
     return plans
 
 
-def plan_of_rounds(options: CompressOptions, samples: Sequence[Sample]) -> tuple[Plan, float]:
-    loaded = dense()
-    started = time.perf_counter()
-    work = collated(loaded, samples, options.batch_size)
-    planned = plan_in_rounds(loaded.model, lambda _: work, planning_of(options))
-    return planned.plan, time.perf_counter() - started
+def plans_of_rounds(
+    options: CompressOptions, ratios: Sequence[float], samples: Sequence[Sample], largest: float | None = None
+) -> dict[float, tuple[Plan | None, float]]:
+    """A plan for each ratio; with `largest` one plan for that, and its beginnings."""
+    found: dict[float, tuple[Plan | None, float]] = {}
+    for asked in ratios if largest is None else [largest]:
+        loaded = dense()
+        started = time.perf_counter()
+        work = collated(loaded, samples, options.batch_size)
+        order = plan_in_rounds(
+            loaded.model, lambda _, work=work: work, planning_of(replace(options, ratio=asked))
+        ).order
+        seconds = time.perf_counter() - started
+        found |= {ratio: (order.plan_at(ratio), seconds) for ratio in (ratios if largest else [asked])}
+    return found
 
 
 def score(loaded: Loaded, study: Study, blind_seed: int | None = None) -> dict:
@@ -176,17 +192,15 @@ def measure(arguments: argparse.Namespace) -> None:
         options = replace(METHODS[method][1], batch_size=arguments.batch_size)
         for index, samples in enumerate(study.sets):
             missing = [ratio for ratio in arguments.ratios if (method, ratio, index) not in done]
-            same = (
-                repr(replace(options, compensation="none")),
-                method in PROPORTIONAL,
-                index,
-            )  # it changes no plan
+            made = method in PROPORTIONAL, PREFIXES.get(method)
+            same = repr(replace(options, compensation="none")), made, index  # the refit changes no plan
+            if unplanned := [ratio for ratio in missing if (*same, ratio) not in plans]:
+                if options.rounds > 1:
+                    found = plans_of_rounds(options, unplanned, samples, PREFIXES.get(method))
+                else:
+                    found = one_shot_plans(options, unplanned, samples, index, method in PROPORTIONAL)
+                plans |= {(*same, ratio): value for ratio, value in found.items()}
             for ratio in missing:
-                if (*same, ratio) not in plans and options.rounds > 1:
-                    plans[*same, ratio] = plan_of_rounds(replace(options, ratio=ratio), samples)
-                elif (*same, ratio) not in plans:
-                    found = one_shot_plans(options, missing, samples, index, method in PROPORTIONAL)
-                    plans |= {(*same, other): value for other, value in found.items()}
                 plan, seconds = plans[*same, ratio]
                 facts = {"plan_seconds": round(seconds, 1), "score": None}
                 if plan is not None:

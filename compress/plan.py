@@ -50,6 +50,7 @@ class Plan:
         model_digest: identity of the dense weights the indices refer to.
         criterion, allocator, layout, attention_unit, rounds, seed, options: how the decision was made.
         ratio: asked fraction of ALL parameters to remove.
+        prefix_of: the ratio that the decision was made for, where this plan is only its beginning (see `Order`).
         calibration_digest: identity of the samples seen (empty for data-free criteria).
         parameters_before, parameters_after: of the whole model, tied weights counted once.
         towers: the same per tower, with MACs.
@@ -82,6 +83,7 @@ class Plan:
     dropped_parameters: int = 0
     rescued: tuple[str, ...] = ()
     compensation: Compensating | None = None
+    prefix_of: float | None = None
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
@@ -136,13 +138,13 @@ class Plan:
 
     @staticmethod
     def upgraded(document: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A document of schema 1, which knew one compensation, as this schema has it; others as they are."""
+        """A document of schema 1, which knew one compensation and no prefixes, as this schema has it; others as is."""
         if document.get("schema") != 1 or "refit" not in document:
             return document
         rest = {name: value for name, value in document.items() if name != "refit"}
         refit = document["refit"]
         compensation = {"name": "refit", **refit} if isinstance(refit, dict) else refit
-        return {**rest, "schema": SCHEMA, "compensation": compensation}
+        return {**rest, "schema": SCHEMA, "compensation": compensation, "prefix_of": None}
 
     @classmethod
     def from_json(cls, text: str) -> Plan:

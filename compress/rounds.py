@@ -13,8 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from slimvlm.compress.allocate.allocators import ALLOCATORS
-from slimvlm.compress.allocate.budget import Budget, plan_units
+from slimvlm.compress.allocate.budget import Budget, order_units, plan_units
 from slimvlm.compress.allocate.facts import Facts, facts_of
+from slimvlm.compress.allocate.order import Order
 from slimvlm.compress.criteria.criterion import CRITERIA, Criterion
 from slimvlm.compress.criteria.scoring import Scores, score_groups
 from slimvlm.compress.errors import UnsuitableOptionError
@@ -74,11 +75,14 @@ class Planning:
 
 @dataclass(frozen=True)
 class Planned:
-    """The composed plan after `round` rounds, with the scores of the last of them."""
+    """The order of all rounds so far, with the scores of the last of them."""
 
-    round: int
-    plan: Plan
+    order: Order
     scores: Scores
+
+    @property
+    def plan(self) -> Plan:
+        return self.order.plan
 
 
 def round_share(index: int, rounds: int) -> float:
@@ -103,7 +107,7 @@ def plan_in_rounds(
     batches: Callable[[int], Batches],
     planning: Planning,
     *,
-    done: tuple[int, Plan] | None = None,
+    done: Order | None = None,
     on_round: Callable[[Planned], None] | None = None,
     progress: Progress = silent,
 ) -> Planned:
@@ -111,7 +115,7 @@ def plan_in_rounds(
 
     Args:
         batches: calibration batches of a round (0-based), with labels.
-        done: (round, composed plan) of an interrupted run; the model must be dense all the same.
+        done: the rounds of an interrupted run; the model must be dense all the same.
         on_round: called after every round.
         progress: called after every batch, with the batches done and to do in all rounds.
 
@@ -121,9 +125,9 @@ def plan_in_rounds(
     family = find_family(model.config)
     groups = planning.groups(model)
     dense = check_budget(model, groups, planning.budget)
-    first, composed = done or (0, None)
-    if composed is not None:
-        apply_plan(model, composed)
+    order, first = done, len(done.rounds) if done else 0
+    if order is not None:
+        apply_plan(model, order.plan)
     for number in range(first + 1, planning.rounds + 1):
         groups = planning.groups(model)
         calibration = None
@@ -131,16 +135,17 @@ def plan_in_rounds(
             told = _over_rounds(progress, number, first, planning.rounds)
             calibration = collect(model, family, groups, batches(number - 1), planning.calibration, told)
         scores = score_groups(groups, planning.criterion, calibration, model, planning.seed)
-        facts = facts_of(model, groups, dense=dense if composed is not None else None)
-        later = plan_units(groups, scores, planning.budget.scaled(round_share(number, planning.rounds)), facts)
-        later = replace(later, attention_unit=planning.attention_unit, seed=planning.seed, rounds=planning.rounds)
-        composed = later if composed is None else composed.compose(later)
-        planned = Planned(number, composed, scores)
+        facts = facts_of(model, groups, dense=dense if order is not None else None)
+        later = order_units(groups, scores, planning.budget.scaled(round_share(number, planning.rounds)), facts)
+        made = {"attention_unit": planning.attention_unit, "seed": planning.seed, "rounds": planning.rounds}
+        later = replace(later, plan=replace(later.plan, **made))
+        order = later if order is None else order.compose(later)
+        planned = Planned(order, scores)
         if on_round is not None:
             on_round(planned)
         if number < planning.rounds:
             give_back_memory()  # while it is cut a model is there twice
-            apply_plan(model, later)
+            apply_plan(model, later.plan)
     return planned
 
 

@@ -27,10 +27,11 @@ from slimvlm.compress.files.folders import (
 from slimvlm.compress.files.writing import PARTIAL, installed_versions, reported_as_output_errors, write_text
 from slimvlm.compress.run_record import RECORD, SCHEMA, read_record, record_text
 
-PLAN, ROUNDS, SCORES = "plan.json", "plan.partial.json", "scores.safetensors"
+PLAN, SCORES = "plan.json", "scores.safetensors"
+ORDER, ROUNDS = "order.safetensors", "order.partial.safetensors"  # of all rounds, of those that are done
 JOURNAL, QUALITY, PROFILE = "recovery.jsonl", "quality.json", "profile.json"
 MODEL, CUT, RECOVERED, EXPORT = "model", "cut", ".recovered", "export"  # each has a manifest
-FILES = (RECORD, PLAN, ROUNDS, SCORES, JOURNAL, QUALITY, PROFILE, "report.html", "report.md")
+FILES = (RECORD, PLAN, ORDER, ROUNDS, SCORES, JOURNAL, QUALITY, PROFILE, "report.html", "report.md")
 TRAINING, TEACHER = "recovery", "teacher"  # a training that is not finished; the teacher's outputs
 AGAIN = "run the command that wrote it again"  # after a file of a run that cannot be read
 # Any below: the values of JSON, which `read_record` has checked.

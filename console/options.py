@@ -238,6 +238,7 @@ apply_options = together(
     click.argument("model", type=NAME),
     click.argument("plan_file", metavar="PLAN", type=FILE),
     click.argument("out", type=PATH),
+    click.option("--ratio", type=RATIO, help="Remove only so much of ALL parameters; else what the plan does."),
     click.option("--data", type=FILE_OR_FOLDER, help="The samples the plan was made with, to refit what is left."),
     click.option("--eval-data", type=FILE_OR_FOLDER, help="As given to plan: its images are left out."),
     model_options,

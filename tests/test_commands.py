@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner, Result
 from tiny_models import tiny_model
 
+import slimvlm
 from slimvlm.cli import main
 from slimvlm.compress.allocate.budget import Budget, plan_units
 from slimvlm.compress.allocate.facts import facts_of
@@ -98,12 +99,46 @@ def test_apply_with_the_samples_of_the_plan_gives_what_compress_gives(tmp_path: 
     assert weights[0].read_bytes() == weights[1].read_bytes()
     unfitted = run("apply", MODEL, out / "plan.json", tmp_path / "unfitted")
     assert "Warning: the plan wants a refit, and nothing was: give the samples of `slimvlm plan`" in unfitted.stderr
+    begun = run(
+        "apply",
+        MODEL,
+        out / "plan.json",
+        tmp_path / "less",
+        "--ratio",
+        0.2,
+        "--data",
+        SAMPLES / "train.jsonl",
+        "--json",
+    )
+    assert begun.exit_code == 0, begun.stderr
+    assert json.loads(begun.stdout)["removed_of_all"] == pytest.approx(0.2, abs=0.005)
+    less = Plan.from_json((tmp_path / "less" / "plan.json").read_text(encoding="utf-8"))
+    assert (less.ratio, less.prefix_of, less.compensation) == (0.2, 0.4, plan.compensation)
+    assert all(set(plan.keep[key]) <= set(kept) for key, kept in less.keep.items())
+    assert less.parameters_after == sum(weight.numel() for weight in slimvlm.load(tmp_path / "less")[0].parameters())
     other = run("apply", MODEL, out / "plan.json", tmp_path / "never", "--data", SAMPLES / "val.jsonl")
     assert other.exit_code == 3 and "calibrated on other samples than" in other.stderr
     unknown = tmp_path / "unknown.json"
     unknown.write_text((out / "plan.json").read_text().replace('"name": "refit"', '"name": "bias"'))
     refused = run("apply", MODEL, unknown, tmp_path / "never", "--data", SAMPLES / "train.jsonl")
     assert refused.exit_code == 3 and "compensation 'bias', and this version knows only none" in refused.stderr
+    assert not (tmp_path / "never").exists()
+
+
+def test_apply_refuses_a_ratio_that_the_plan_has_no_order_for(finished: tuple[Path, Result], tmp_path: Path) -> None:
+    for file in ("plan.json", "order.safetensors"):
+        shutil.copy(finished[0] / file, tmp_path / file)
+    asked = ("apply", MODEL, tmp_path / "plan.json", tmp_path / "never", "--ratio")
+    more = run(*asked, 0.7)
+    assert more.exit_code == 3 and "not within the 0.6 this plan was made for; ask for at most that, or" in more.stderr
+    edited = (tmp_path / "plan.json").read_text(encoding="utf-8").replace('"seed": 0', '"seed": 1')
+    (tmp_path / "plan.json").write_text(edited, encoding="utf-8")
+    foreign = run(*asked, 0.3)
+    assert foreign.exit_code == 3 and "is of another plan than" in foreign.stderr
+    (tmp_path / "order.safetensors").unlink()
+    alone = run(*asked, 0.3)
+    assert alone.exit_code == 3 and "order.safetensors cannot be read (No such file" in alone.stderr
+    assert "leave --ratio out, or put the order.safetensors of the plan beside it" in alone.stderr
     assert not (tmp_path / "never").exists()
 
 

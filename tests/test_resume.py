@@ -39,7 +39,7 @@ def kill_when_it_says(out: Path, stage: str, times: int) -> None:
 def kill_when_written(out: Path, file: str, words: str, times: int) -> None:
     """Start the command and send SIGKILL once `file` holds `words` so many times."""
     with command(out) as process:
-        while not ((out / file).exists() and (out / file).read_text().count(words) >= times):
+        while not ((out / file).exists() and (out / file).read_bytes().count(words.encode()) >= times):
             assert process.runs(), f"the command ended before {file} held {words}"
         assert process.kill() == -signal.SIGKILL
 
@@ -48,7 +48,7 @@ def kill_when_written(out: Path, file: str, words: str, times: int) -> None:
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, uninterrupted, stage, times):
     out = tmp_path / "out"
     if stage == "round":  # the first of three
-        kill_when_written(out, "plan.partial.json", '"round"', times)
+        kill_when_written(out, "order.partial.safetensors", "rounds", times)
         assert not (out / "plan.json").exists()
     elif stage == "training":
         kill_when_written(out, "recovery/recovery.jsonl", '"loss"', times)
@@ -57,7 +57,9 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, uninterrupted, stage, 
         kill_when_it_says(out, stage, times)
     with command(out, "--resume") as process:
         assert process.wait() == 0, process.stderr.read_text()
-    assert (out / "plan.json").read_bytes() == (uninterrupted / "plan.json").read_bytes()
+    for file in ("plan.json", "order.safetensors"):
+        assert (out / file).read_bytes() == (uninterrupted / file).read_bytes()
+    assert not (out / "order.partial.safetensors").exists()
     resumed, whole = (load_file(folder / "model" / "model.safetensors") for folder in (out, uninterrupted))
     assert resumed.keys() == whole.keys()
     assert all(resumed[name].equal(whole[name]) for name in whole)

@@ -8,12 +8,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from slimvlm.compress.allocate.pool import Flags, Pool
+    from slimvlm.compress.allocate.pool import Flags, Integers, Pool
 
 
 @dataclass(frozen=True)
 class Allocator:
-    """A row: `(pool, target) -> flags`, True for the units that go.
+    """A row: `(pool, target) -> units`, the numbers of those that go, in the order in which they go.
 
     Attributes:
         name: how it is called.
@@ -28,9 +28,16 @@ class Allocator:
     place: tuple[str, str]
     floors: bool = True
 
-    def __call__(self, pool: Pool, target: float) -> Flags:
+    def __call__(self, pool: Pool, target: float) -> Integers:
         file, function = self.place
-        flags: Flags = getattr(import_module(f"slimvlm.compress.allocate.{file}"), function)(pool, target)
+        units: Integers = getattr(import_module(f"slimvlm.compress.allocate.{file}"), function)(pool, target)
+        return units
+
+    def flags(self, pool: Pool, target: float) -> Flags:
+        """True for the units that go."""
+        import numpy as np
+
+        flags: Flags = np.isin(np.arange(len(pool.scores)), self(pool, target))
         return flags
 
 
@@ -38,12 +45,12 @@ ALLOCATORS: Mapping[str, Allocator] = {
     row.name: row
     for row in (
         Allocator(
-            "balanced", "One ranking; scores count by the mean of their modality.", ("balanced", "allocate_balanced")
+            "balanced", "One ranking; scores count by the mean of their modality.", ("balanced", "order_balanced")
         ),
-        Allocator("global", "One ranking of all scores as they are.", ("balanced", "allocate_global")),
-        Allocator("local", "The same share of every group.", ("local", "allocate_local")),
+        Allocator("global", "One ranking of all scores as they are.", ("balanced", "order_global")),
+        Allocator("local", "The same share of every group.", ("local", "order_local")),
         Allocator(
-            "paper", "UKMP's loop to the letter: balanced, in whole steps.", ("paper", "allocate_paper"), floors=False
+            "paper", "UKMP's loop to the letter: balanced, in whole steps.", ("paper", "order_paper"), floors=False
         ),
     )
 }

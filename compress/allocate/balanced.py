@@ -1,4 +1,4 @@
-"""Which units go: a target number of parameters and constant scores in, one flag per unit out.
+"""Which units go: a target number of parameters and constant scores in, the units that go out.
 
 UKMP balances the modalities: scores are divided by the mean of their modality's survivors, the lowest units of all go,
 the means are taken again, until the target is met. Inside a modality the division changes no order, so one sorted list
@@ -11,28 +11,19 @@ from dataclasses import replace
 
 import numpy as np
 
-from slimvlm.compress.allocate.pool import (
-    FINE_FROM,
-    Flags,
-    Integers,
-    Pool,
-    Queue,
-    proportional_steps,
-    queues_of,
-    require,
-)
+from slimvlm.compress.allocate.pool import FINE_FROM, Integers, Pool, Queue, proportional_steps, queues_of, require
 
 
-def allocate_global(pool: Pool, target: float) -> Flags:
-    """One ranking over all groups, without the modality means; otherwise as `allocate_balanced`."""
-    return allocate_balanced(replace(pool, modality=np.zeros_like(pool.modality)), target)
+def order_global(pool: Pool, target: float) -> Integers:
+    """One ranking over all groups, without the modality means; otherwise as `order_balanced`."""
+    return order_balanced(replace(pool, modality=np.zeros_like(pool.modality)), target)
 
 
-def allocate_balanced(pool: Pool, target: float) -> Flags:
-    """UKMP's modality-balanced selection; True for the units that go.
+def order_balanced(pool: Pool, target: float) -> Integers:
+    """UKMP's modality-balanced selection: the units that go, in the order they do.
 
     Takes units in the order (normalised score, group, position) and never breaks a floor; from the first unit that
-    would overshoot on, smaller ones fill what is left (see `_landed`). `allocate_paper` is the paper's own loop.
+    would overshoot on, smaller ones fill what is left (see `_landed`). `order_paper` is the paper's own loop.
 
     Args:
         pool: the units.
@@ -80,28 +71,25 @@ def _ranked(queues: list[Queue], means: list[float], count: int) -> Integers:
     return units[np.lexsort((units, scores))]
 
 
-def _landed(pool: Pool, going: Integers, order: Integers, target: float) -> Flags:
+def _landed(pool: Pool, going: Integers, order: Integers, target: float) -> Integers:
     """What goes once the next unit of `order` would overshoot: as near to the target as the units allow.
 
     Units that still fit go in their turn. Where what is then missing is more than what the smallest unit left would
     overshoot by, it goes as well, and the last units that fit in the overshoot stay for it.
     """
-    removed = np.zeros(len(pool.scores), dtype=bool)
     room = target - pool.cost[going].sum()
     filled = _fitting(pool, order, room)
     room -= pool.cost[filled].sum()
     going = np.concatenate([going, filled])
-    removed[going] = True
-    rest = order[~removed[order]]
+    rest = order[~np.isin(order, filled)]
     if len(rest):
         first = rest[np.sort(np.unique(pool.group[rest], return_index=True)[1])]  # of every group, in order
         unit = first[np.argmin(pool.cost[first])]
         over = pool.cost[unit] - room
         back = _fitting(pool, going[pool.group[going] != pool.group[unit]][::-1], over)
         if over - pool.cost[back].sum() < room:
-            removed[unit] = True
-            removed[back] = False
-    return removed
+            return np.append(going[~np.isin(going, back)], unit)
+    return going
 
 
 def _fitting(pool: Pool, order: Integers, room: float) -> Integers:

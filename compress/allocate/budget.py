@@ -17,7 +17,8 @@ from slimvlm.compress.allocate.allocators import ALLOCATORS
 from slimvlm.compress.allocate.bundles import Line, lines_of, pool_of, stock_lines_of
 from slimvlm.compress.allocate.costs import COSTS, Total
 from slimvlm.compress.allocate.facts import Facts
-from slimvlm.compress.allocate.pool import Flags, Integers
+from slimvlm.compress.allocate.order import Order
+from slimvlm.compress.allocate.pool import Floats, Integers
 from slimvlm.compress.criteria.scoring import Scores
 from slimvlm.compress.errors import InfeasibleBudgetError
 from slimvlm.compress.models.groups import Dead, Group
@@ -82,8 +83,14 @@ class Budget:
 
 
 def plan_units(groups: Sequence[Group], scores: Scores, budget: Budget, facts: Facts) -> Plan:
-    """The plan that meets every ratio of `budget` to about half of its finest unit, always with the same bytes. What
-    it cannot know of its making (digests, attention unit, rounds, seed) is for the caller to replace.
+    """The plan of `order_units`."""
+    return order_units(groups, scores, budget, facts).plan
+
+
+def order_units(groups: Sequence[Group], scores: Scores, budget: Budget, facts: Facts) -> Order:
+    """What goes, in which order, so that every ratio of `budget` is met to about half of its finest unit; always with
+    the same bytes. What its plan cannot know of its making (digests, attention unit, rounds, seed) is for the caller
+    to replace.
 
     Raises:
         InfeasibleBudgetError: no plan can; the message says what the largest possible ratio is.
@@ -94,18 +101,14 @@ def plan_units(groups: Sequence[Group], scores: Scores, budget: Budget, facts: F
         lines = stock_lines_of(groups, scores, budget.round_channels, facts.family)
     else:
         lines = lines_of(groups, scores, budget.round_channels)
-    removed = {group.key: np.zeros(0, dtype=np.int64) for group in groups}
-    rescued = []
-    for line, bundles in zip(lines, _allocate(lines, budget, facts), strict=True):
-        goes = np.repeat(bundles, line.widths)
-        if goes.all():  # an allocator without floors may empty a group; a layer needs one unit
-            goes[-1] = False
+    whens, rescued = _allocate(lines, budget, facts), []
+    for line, when in zip(lines, whens, strict=True):
+        if np.isfinite(when).all():  # an allocator without floors may empty a group; a layer needs one unit
+            when[-1] = np.inf
             rescued += [group.key for group in line.groups]
-        for group, order in zip(line.groups, line.ranks, strict=True):
-            removed[group.key] = order[goes]
-    lost = {group.key: int(group.parameters[removed[group.key]].sum()) for group in groups}
+    left, parameters, macs = _steps(groups, scores, list(zip(lines, whens, strict=True)), sorted(facts.towers))
     free = sum(one.parameters for one in facts.dead.values())
-    return Plan(
+    plan = Plan(
         family=facts.family.name,
         model_digest="",
         calibration_digest="",
@@ -117,21 +120,45 @@ def plan_units(groups: Sequence[Group], scores: Scores, budget: Budget, facts: F
         layout=budget.layout,
         ratio=budget.ratio,
         parameters_before=facts.parameters,
-        parameters_after=facts.parameters - free - sum(lost.values()),
-        towers=_tower_counts(groups, removed, lost, facts),
+        parameters_after=facts.parameters - free - int(parameters.sum()),
+        towers=_tower_counts(facts, parameters.sum(0).tolist(), macs.sum(0).tolist()),
         sizes={group.key: group.size for group in groups},
-        keep={group.key: _kept(group, scores, removed[group.key]) for group in groups},
+        keep={key: tuple(np.flatnonzero(steps < 0).tolist()) for key, steps in left.items()},
         options=_options(scores, budget),
         dropped={tower: one.blocks for tower, one in facts.dead.items()},
         dropped_parameters=free,
         rescued=tuple(rescued),
     )
+    return Order(plan, left, parameters, macs, (len(parameters),))
 
 
-def _kept(group: Group, scores: Scores, removed: Integers) -> tuple[int, ...]:
-    stays = np.ones(group.size, dtype=bool)
-    stays[scores.members[group.key].numpy()[removed].ravel()] = False
-    return tuple(np.flatnonzero(stays).tolist())
+def _steps(
+    groups: Sequence[Group], scores: Scores, leaving: Sequence[tuple[Line, Floats]], towers: Sequence[str]
+) -> tuple[dict[str, Integers], Integers, Integers]:
+    """`left`, `parameters` and `macs` of an Order: a step takes one bundle, those that go first first."""
+    whens = np.concatenate([when for _, when in leaving])
+    going = np.argsort(whens, kind="stable")[: np.isfinite(whens).sum()]
+    numbers = np.full(len(whens), -1)
+    numbers[going] = np.arange(len(going))
+    left = {group.key: np.full(group.size, -1) for group in groups}
+    parameters, macs = np.zeros((2, len(going), len(towers)), dtype=np.int64)
+    for line, when in leaving:
+        steps, numbers = np.split(numbers, [len(when)])
+        goes = steps >= 0
+        for group, order in zip(line.groups, line.ranks, strict=True):
+            left[group.key][scores.members[group.key].numpy()[order]] = np.repeat(steps, line.widths)[:, None]
+            for table, each in ((parameters, group.parameters), (macs, group.macs)):
+                table[steps[goes], towers.index(group.tower)] += np.add.reduceat(each[order], line.bounds[:-1])[goes]
+    return left, parameters, macs
+
+
+def _tower_counts(facts: Facts, parameters: Sequence[int], macs: Sequence[int]) -> dict[str, TowerCount]:
+    counts = {}
+    for column, tower in enumerate(sorted(facts.towers)):
+        before, dead = (facts.towers[tower], facts.macs[tower]), facts.dead.get(tower, Dead(0, 0, 0))
+        after = before[0] - dead.parameters - parameters[column], before[1] - dead.macs - macs[column]
+        counts[tower] = TowerCount(before[0], after[0], before[1], after[1])
+    return counts
 
 
 def _options(scores: Scores, budget: Budget) -> dict[str, Any]:
@@ -142,19 +169,6 @@ def _options(scores: Scores, budget: Budget) -> dict[str, Any]:
         "round_channels": budget.round_channels,
         "floor": budget.floor,
     }
-
-
-def _tower_counts(
-    groups: Sequence[Group], removed: Mapping[str, Integers], lost: Mapping[str, int], facts: Facts
-) -> dict[str, TowerCount]:
-    counts = {}
-    for tower, before in facts.towers.items():
-        members = [group for group in groups if group.tower == tower]
-        dead = facts.dead.get(tower, Dead(0, 0, 0))
-        after = before - dead.parameters - sum(lost[group.key] for group in members)
-        macs = facts.macs[tower] - dead.macs - sum(int(group.macs[removed[group.key]].sum()) for group in members)
-        counts[tower] = TowerCount(before, after, facts.macs[tower], macs)
-    return counts
 
 
 # ------------------------------------------------------------------ ratios
@@ -174,9 +188,12 @@ class _Share:
         return f"{self.name} {self.ratio:g}"
 
 
-def _allocate(lines: Sequence[Line], budget: Budget, facts: Facts) -> list[Flags]:
-    """Per line the bundles that go: for the kinds, then the towers with a ratio of their own, then for the whole."""
-    done: dict[int, Flags] = {}
+def _allocate(lines: Sequence[Line], budget: Budget, facts: Facts) -> list[Floats]:
+    """Per line when its bundles go (inf: they stay), for the kinds, then the towers with a ratio of their own, then the
+    whole: the share of all that goes for the same ratio which is gone then, so that at any time each ratio is met in
+    proportion.
+    """
+    done: dict[int, Floats] = {}
     cost = COSTS[budget.cost]
     costs, dense = [cost.of(line) for line in lines], cost.total(facts.dense or facts)
     slack = 0.0  # a ratio is met within one bundle, so the ones after it may be missed by as much
@@ -184,7 +201,7 @@ def _allocate(lines: Sequence[Line], budget: Budget, facts: Facts) -> list[Flags
     for share in _shares(lines, budget, dense, cost.total(facts)):
         covered = [index for index, line in enumerate(lines) if share.covers(line)]
         free = [index for index in covered if index not in done]
-        lost = sum(costs[index][done[index]].sum() for index in covered if index in done)
+        lost = sum(costs[index][np.isfinite(done[index])].sum() for index in covered if index in done)
         target = share.ratio * share.base - (share.base - share.present) - lost
         slack += max((costs[index].max() for index in covered), default=0)
         if target < -slack - gone:
@@ -193,15 +210,15 @@ def _allocate(lines: Sequence[Line], budget: Budget, facts: Facts) -> list[Flags
                 f"{share} is less than the other ratios remove already; raise it to {least:.4f} or lower those"
             )
         if target > 0 and free:
-            flags = _take([lines[index] for index in free], share, target, (budget, facts))
+            whens = _take([lines[index] for index in free], share, target, (budget, facts))
         elif target > slack:
             raise InfeasibleBudgetError(
                 f"{share} cannot be reached: nothing is left to remove besides parts that have a ratio of their own, "
                 f"and they leave {int(target):,} parameters too many; raise those or free one part"
             )
         else:
-            flags = [np.zeros(len(lines[index].scores), dtype=bool) for index in free]
-        done.update(zip(free, flags, strict=True))
+            whens = [np.full(len(lines[index].scores), np.inf) for index in free]
+        done.update(zip(free, whens, strict=True))
     return [done[index] for index in range(len(lines))]
 
 
@@ -235,8 +252,8 @@ def _shares(lines: Sequence[Line], budget: Budget, dense: Total, total: Total) -
     return [*shares, _Share("ratio", budget.ratio, dense.whole, present, lambda line: True)]
 
 
-def _take(lines: list[Line], share: _Share, target: float, context: tuple[Budget, Facts]) -> list[Flags]:
-    """Which bundles of each line go so that `target` parameters do."""
+def _take(lines: list[Line], share: _Share, target: float, context: tuple[Budget, Facts]) -> list[Floats]:
+    """When the bundles of each line go, so that `target` parameters do: see `_allocate`."""
     budget, facts = context
     allocator = ALLOCATORS[budget.allocator]
     asked = {"floor": budget.floor, "steps": budget.steps, "ratio": share.ratio}
@@ -251,7 +268,9 @@ def _take(lines: list[Line], share: _Share, target: float, context: tuple[Budget
             f"largest possible here is {largest:.4f}; ask for that or less{others}"
         )
     try:
-        flags = allocator(pool, target)
+        order = allocator(pool, target)
     except InfeasibleBudgetError as error:
         raise InfeasibleBudgetError(f"{share} cannot be reached: {error}") from None
-    return np.split(flags, np.cumsum([len(line.scores) for line in lines])[:-1])
+    when = np.full(len(pool.scores), np.inf)
+    when[order] = pool.cost[order].cumsum() / pool.cost[order].sum()
+    return np.split(when, np.cumsum([len(line.scores) for line in lines])[:-1])

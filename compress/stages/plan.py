@@ -1,18 +1,21 @@
-"""The plan stage of a run: `plan.json` and `scores.safetensors`; a killed one continues after its last round."""
+"""The plan stage of a run: `plan.json`, `order.safetensors` and `scores.safetensors`; a killed one continues after its
+last round.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from slimvlm.compress import processes
 from slimvlm.compress.allocate.budget import Budget
+from slimvlm.compress.allocate.order import Order
 from slimvlm.compress.criteria.criterion import CRITERIA, Criterion
 from slimvlm.compress.data.collate import collated, collator_of
 from slimvlm.compress.data.splits import Measured
-from slimvlm.compress.errors import OutputError, UnsuitableOptionError
+from slimvlm.compress.errors import CheckpointError, OutputError, UnsuitableOptionError
 from slimvlm.compress.evaluation.soundness import check_computes
-from slimvlm.compress.files.decoding import dump, read
+from slimvlm.compress.files.decoding import read
 from slimvlm.compress.files.writing import write_text
 from slimvlm.compress.models.checkpoint import build_meta
 from slimvlm.compress.models.computing import frees_memory, load_to_compute
@@ -21,18 +24,10 @@ from slimvlm.compress.plan import Compensating, Plan
 from slimvlm.compress.processes import pick_device
 from slimvlm.compress.progress import Progress
 from slimvlm.compress.rounds import Planned, Planning, check_budget, plan_in_rounds
-from slimvlm.compress.runs import AGAIN, PLAN, ROUNDS, SCORES, RunFolder
+from slimvlm.compress.runs import AGAIN, ORDER, PLAN, ROUNDS, SCORES, RunFolder
 from slimvlm.compress.slicing.compensation import COMPENSATIONS
 from slimvlm.compress.statistics.collect import calibration_batch
 from slimvlm.compress.statistics.rows import ALL, POORLY_FITTED, STATISTICS
-
-
-@dataclass(frozen=True)
-class FinishedRounds:
-    """`plan.partial.json`: how many rounds were done, and their plan."""
-
-    round: int
-    plan: Plan
 
 
 def chosen_criterion(options: PlanOptions) -> Criterion:
@@ -109,13 +104,15 @@ def plan_stage(run: RunFolder, options: PlanOptions, data: Measured, progress: P
         loaded = load_to_compute(options, options.model)
         collator = collator_of(loaded)
         check_computes(loaded.model, collator, data.calibration[0], options.model)
-        done = finished_rounds(partial)
+        done = (
+            Order.read(partial, OutputError, f"remove {partial} to plan from the start") if partial.is_file() else None
+        )
         planning = planning_of(options)
         size = calibration_batch(loaded, collator, data.calibration, planning.calibration, options.batch_size)
 
         def keep(planned: Planned) -> None:
-            if planned.round < options.rounds and run.writer:
-                write_text(partial, dump(asdict(FinishedRounds(planned.round, planned.plan))))
+            if len(planned.order.rounds) < options.rounds and run.writer:
+                planned.order.save(partial)
 
         planned = plan_in_rounds(
             loaded.model,
@@ -139,19 +136,25 @@ def plan_stage(run: RunFolder, options: PlanOptions, data: Measured, progress: P
         facts["bad_samples"] = [f"{bad.name}: {bad.reason}" for bad in data.bad]
         if run.writer:
             planned.scores.save(run.path / SCORES)
+            replace(planned.order, plan=plan).save(run.path / ORDER)
             write_text(path, plan.to_json())
             partial.unlink(missing_ok=True)
     processes.wait_for_all()
     return plan
 
 
-def finished_rounds(partial: Path) -> tuple[int, Plan] | None:
-    """What `plan.partial.json` holds, if it is there.
+def read_plan(path: Path, ratio: float | None = None) -> Plan:
+    """The plan in the file `path`; for a smaller `ratio` its beginning, by the order that lies beside it.
 
     Raises:
-        OutputError: it cannot be read.
+        CheckpointError: a file is missing or damaged, or the order is another plan's.
+        UnsuitableOptionError: `ratio` is more than the plan's.
     """
-    if not partial.is_file():
-        return None
-    found = read(partial, FinishedRounds, OutputError, f"remove {partial} to plan from the start")
-    return found.round, found.plan
+    plan = read(path, Plan, advice="make the plan again")
+    if ratio is None:
+        return plan
+    advice = f"leave --ratio out, or put the {ORDER} of the plan beside it"
+    order = Order.read(path.with_name(ORDER), advice=advice)
+    if order.plan != plan:
+        raise CheckpointError(f"{path.with_name(ORDER)} is of another plan than {path}; {advice}")
+    return order.plan_at(ratio)

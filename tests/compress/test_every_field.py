@@ -25,8 +25,7 @@ from slimvlm.compress.plan import Plan
 from slimvlm.compress.recovery.training.history import History
 from slimvlm.compress.recovery.training.state import STATE, StateFolder, load_best
 from slimvlm.compress.run_record import options_of, read_record, record_text
-from slimvlm.compress.runs import ROUNDS, RunFolder
-from slimvlm.compress.stages.plan import finished_rounds
+from slimvlm.compress.runs import RunFolder
 from slimvlm.export.running.exported import Exported
 from slimvlm.export.running.manifest import Manifest
 from slimvlm.pipeline import recover_run
@@ -42,8 +41,6 @@ REPORTS = 1  # of those that are read, so many are reported
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with every file there is, made by the library's own writers."""
     out = write_run(tmp_path_factory.mktemp("run"), Story(profile=example_profile()))
-    plan = asdict(Plan.from_json((out / "plan.json").read_text()))
-    (out / ROUNDS).write_text(json.dumps({"round": 1, "plan": plan}))
     _write_export(out / "export")
     _write_checkpoint(out / "checkpoint")
     files = StateFolder(out / "training")
@@ -124,7 +121,6 @@ def _resume(run: Path) -> None:
 READERS: dict[str, Callable[[Path], object]] = {
     "run.json": _resume,
     "plan.json": lambda run: read(run / "plan.json", Plan),
-    ROUNDS: lambda run: finished_rounds(run / ROUNDS),
     "quality.json": read_run,
     "profile.json": lambda run: refuse_unless_profile(run / "profile.json"),
     "recovery.jsonl": read_run,

@@ -9,20 +9,22 @@ from functools import cache
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_models import Tiny, tiny_model
 
 from slimvlm.compress.allocate.allocators import ALLOCATORS, Allocator
-from slimvlm.compress.allocate.budget import Budget, plan_units
+from slimvlm.compress.allocate.budget import Budget, order_units
 from slimvlm.compress.allocate.bundles import lines_of
 from slimvlm.compress.allocate.costs import COSTS
 from slimvlm.compress.allocate.facts import facts_of
-from slimvlm.compress.allocate.local import allocate_local
-from slimvlm.compress.allocate.pool import Flags, Pool
+from slimvlm.compress.allocate.local import order_local
+from slimvlm.compress.allocate.order import Order
+from slimvlm.compress.allocate.pool import Integers, Pool
 from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.criteria.scoring import Scores, score_groups
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import Group, find_units
-from slimvlm.compress.plan import Plan
 from slimvlm.compress.statistics.collect import collect
 from slimvlm.compress.statistics.rows import STATISTICS
 
@@ -55,9 +57,9 @@ def scored(name: str, criterion: str, order: str = "together") -> Scores:
 once = cache(scored)
 
 
-def planned(name: str, allocator: str, scores: Scores) -> Plan:
+def ordered(name: str, allocator: str, scores: Scores) -> Order:
     tiny, groups = tiny_groups(name, scores.criterion.name)
-    return plan_units(groups, scores, Budget(0.3, allocator=allocator), facts_of(tiny.model, groups))
+    return order_units(groups, scores, Budget(0.3, allocator=allocator), facts_of(tiny.model, groups))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -89,14 +91,35 @@ def test_scores_do_not_depend_on_batch_size_or_order(criterion: str, name: str) 
 def test_a_plan_meets_its_budget_within_a_unit_keeps_the_floors_and_has_the_same_bytes_again(
     criterion: str, allocator: str, name: str
 ) -> None:
-    plan = planned(name, allocator, once(name, criterion))
+    plan = ordered(name, allocator, once(name, criterion)).plan
     groups = tiny_groups(name, criterion)[1]
     if ALLOCATORS[allocator].floors:
         unit = max(group.parameters.max() for group in groups)
         assert abs(plan.parameters_before - plan.parameters_after - 0.3 * plan.parameters_before) <= unit
         assert all(len(plan.keep[group.key]) >= 0.1 * group.size for group in groups)
     assert all(plan.keep[group.key] for group in groups)
-    assert planned(name, allocator, once(name, criterion)).to_json() == plan.to_json()
+    assert ordered(name, allocator, once(name, criterion)).plan.to_json() == plan.to_json()
+
+
+@given(st.data(), st.floats(0, 0.3), st.floats(0, 0.3), st.integers(0, 2**16))
+@settings(max_examples=40)
+def test_beginnings_of_an_order_are_within_a_step_of_their_ratio_and_inside_each_other(
+    data: st.DataObject, smaller: float, larger: float, seed: int
+) -> None:
+    criterion, allocator, name = (data.draw(st.sampled_from(sorted(rows))) for rows in (CRITERIA, ALLOCATORS, NAMES))
+    scores, generator = once(name, criterion), torch.Generator().manual_seed(seed)
+    noise = {key: value + torch.rand(value.shape, generator=generator) for key, value in scores.values.items()}
+    order = ordered(name, allocator, replace(scores, values=noise))
+    assert order.plan_at(0.3) is order.plan
+    ratios = sorted((smaller, larger))
+    first, second = (order.plan_at(ratio) for ratio in ratios)
+    for key, kept in first.keep.items():
+        assert set(order.plan.keep[key]) <= set(second.keep[key]) <= set(kept)
+    step, whole = order.parameters.sum(1).max(initial=0), order.plan.parameters_before
+    for plan, ratio in zip((first, second), ratios, strict=True):
+        gone = sum(count.parameters_before - count.parameters_after for count in plan.towers.values())
+        assert gone == whole - plan.parameters_after
+        assert abs(gone - max(ratio * whole, plan.dropped_parameters)) <= step
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -119,15 +142,15 @@ def test_a_row_may_name_the_statistic_that_says_how_much_of_each_group_is_to_go(
 ) -> None:
     pools: list[Pool] = []
 
-    def heeding(pool: Pool, target: float) -> Flags:
+    def heeding(pool: Pool, target: float) -> Integers:
         pools.append(pool)
-        return allocate_local(pool, target)
+        return order_local(pool, target)
 
     monkeypatch.setitem(CRITERIA, "shared", replace(CRITERIA["magnitude"], name="shared", shares="input-norms"))
     monkeypatch.setattr("slimvlm.compress.allocate.local.heeding", heeding, raising=False)
     monkeypatch.setitem(ALLOCATORS, "heeding", Allocator("heeding", "By shares.", ("local", "heeding")))
     scores = scored(name, "shared")
-    planned(name, "heeding", scores)
+    ordered(name, "heeding", scores)
     shares = [scores.shares[group.key] for group in tiny_groups(name, "shared")[1]]
     assert pools[0].share.tolist() == pytest.approx(shares) and min(shares) > 0 and len(set(shares)) > 1
 

@@ -27,7 +27,7 @@ def told(**begun) -> list[tuple]:
 def test_progress_counts_the_batches_of_all_rounds_that_are_left():
     seen, planned = told()
     assert seen == [("calibrate", number, 4, f"round {1 + number // 3} of 2") for number in (1, 2, 3, 4)]
-    seen, _ = told(done=(1, planned[0].plan))
+    seen, _ = told(done=planned[0].order)
     assert seen == [("calibrate", 1, 2, "round 2 of 2"), ("calibrate", 2, 2, "round 2 of 2")]
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slimvlm.compress.allocate import allocate_balanced, allocate_global, allocate_local, allocate_paper
+from slimvlm.compress.allocate import ALLOCATORS, allocate_balanced, allocate_global, allocate_local, allocate_paper
 from slimvlm.compress.allocate.pool import Pool
 from slimvlm.compress.errors import InfeasibleBudgetError
 
@@ -277,3 +277,16 @@ def test_all_scores_zero_is_no_division_by_zero():
     pool = pool_of((0, [0, 0, 0], 1, 1), (1, [0, 0], 1, 1))
     assert allocate_balanced(pool, 3).sum() == 3
     assert allocate_paper(replace(pool, steps=(1, 1)), 3).sum() == 5
+
+
+@given(pools(), st.floats(0, 1), st.sampled_from(list(ALLOCATORS)))
+def test_units_are_named_once_in_the_order_they_go_which_in_a_group_is_that_of_their_scores(pool, share, name):
+    try:
+        order = ALLOCATORS[name](pool, share * pool.cost.sum()).tolist()
+    except InfeasibleBudgetError:
+        return
+    assert len(set(order)) == len(order)
+    for group in range(pool.groups):
+        gone = [(pool.scores[unit], unit) for unit in order if pool.group[unit] == group]
+        stays = [(pool.scores[unit], unit) for unit in np.flatnonzero(pool.group == group) if unit not in order]
+        assert gone == sorted(gone) and max(gone, default=(-1, 0)) < min(stays, default=(math.inf, 0))

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from tiny_models import tiny_model
 
 from slimvlm.compress.allocate.budget import Budget
+from slimvlm.compress.allocate.order import Order
 from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import find_units
-from slimvlm.compress.plan import Plan
 from slimvlm.compress.rounds import Planning, plan_in_rounds
 from slimvlm.compress.statistics.collect import collect
 from slimvlm.compress.statistics.rows import STATISTICS, CalibrationOptions
@@ -47,7 +47,7 @@ for name in STATISTICS:
     save_file(dict(found.seen[name]), folder / f"{{name}}.{{rank}}", {{c: str(getattr(found, c)) for c in {COUNTS}}})
 for name, criterion in CRITERIA.items():
     planned = plan_in_rounds(tiny_model("llava").model, lambda _: batches, Planning(Budget(0.3), criterion))
-    (folder / f"{{name}}.{{rank}}.json").write_text(planned.plan.to_json())
+    planned.order.save(folder / f"{{name}}.{{rank}}.order")
 batches[1]["pixel_values"][:] = float("inf")  # only the second process reads it; both must stop
 try:
     collect(tiny.model, family, find_units(tiny.model, family, "width"), batches, CalibrationOptions(("first",)))
@@ -86,14 +86,14 @@ def test_two_processes_give_the_statistics_of_one(name: str, folder: Path) -> No
 
 
 @pytest.mark.parametrize("name", CRITERIA)
-def test_two_processes_give_the_plan_of_one(name: str, folder: Path) -> None:
+def test_two_processes_give_one_order_with_the_plan_of_one(name: str, folder: Path) -> None:
     batches = [tiny_model("llava").inputs(count) for count in (1, 3, 2)]
     planning = Planning(Budget(0.3), CRITERIA[name])
     alone = plan_in_rounds(tiny_model("llava").model, lambda _: batches, planning).plan
-    first, second = ((folder / f"{name}.{rank}.json").read_text() for rank in (0, 1))
-    assert first == second
+    first, second = (Order.read(folder / f"{name}.{rank}.order") for rank in (0, 1))
+    assert first.digest == second.digest
     # Sums are added in another order: of the units at the threshold another one may go, no others.
-    pair = Plan.from_json(first)
+    pair = first.plan
     other = sum(len(set(alone.keep[key]) ^ set(kept)) for key, kept in pair.keep.items())
     assert other <= 0.01 * sum(pair.sizes.values()) and pair.sizes == alone.sizes
 
