@@ -23,6 +23,7 @@ import torch
 
 from slimvlm.compress.allocate.budget import plan_units
 from slimvlm.compress.allocate.facts import facts_of
+from slimvlm.compress.allocate.order import Order
 from slimvlm.compress.allocate.pool import proportional_steps
 from slimvlm.compress.criteria.scoring import score_groups
 from slimvlm.compress.data.collate import collator_of
@@ -132,19 +133,21 @@ def one_shot_plans(
     return plans
 
 
+def order_of_rounds(options: CompressOptions, samples: Sequence[Sample]) -> tuple[Order, float]:
+    loaded = dense()
+    started = time.perf_counter()
+    work = collated(loaded, samples, options.batch_size)
+    planned = plan_in_rounds(loaded.model, lambda _: work, planning_of(options))
+    return planned.order, time.perf_counter() - started
+
+
 def plans_of_rounds(
     options: CompressOptions, ratios: Sequence[float], samples: Sequence[Sample], largest: float | None = None
 ) -> dict[float, tuple[Plan | None, float]]:
     """A plan for each ratio; with `largest` one plan for that, and its beginnings."""
     found: dict[float, tuple[Plan | None, float]] = {}
     for asked in ratios if largest is None else [largest]:
-        loaded = dense()
-        started = time.perf_counter()
-        work = collated(loaded, samples, options.batch_size)
-        order = plan_in_rounds(
-            loaded.model, lambda _, work=work: work, planning_of(replace(options, ratio=asked))
-        ).order
-        seconds = time.perf_counter() - started
+        order, seconds = order_of_rounds(replace(options, ratio=asked), samples)
         found |= {ratio: (order.plan_at(ratio), seconds) for ratio in (ratios if largest else [asked])}
     return found
 

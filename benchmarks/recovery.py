@@ -31,7 +31,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from quality import METHODS, calibration_sets, cut, one_shot_plans, plan_of_rounds
+from quality import METHODS, calibration_sets, cut, one_shot_plans, plans_of_rounds
 
 from slimvlm.compress.data.collate import collator_of
 from slimvlm.compress.data.records import Turn
@@ -131,7 +131,7 @@ def plan(arguments: argparse.Namespace) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         options = replace(METHODS[cell.cut][1], ratio=cell.ratio)
         if options.rounds > 1:
-            found, seconds = plan_of_rounds(options, sets[cell.seed])
+            found, seconds = plans_of_rounds(options, [cell.ratio], sets[cell.seed])[cell.ratio]
         else:
             found, seconds = one_shot_plans(options, [cell.ratio], sets[cell.seed], cell.seed)[cell.ratio]
         if found is None:

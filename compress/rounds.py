@@ -137,15 +137,15 @@ def plan_in_rounds(
         scores = score_groups(groups, planning.criterion, calibration, model, planning.seed)
         facts = facts_of(model, groups, dense=dense if order is not None else None)
         later = order_units(groups, scores, planning.budget.scaled(round_share(number, planning.rounds)), facts)
-        made = {"attention_unit": planning.attention_unit, "seed": planning.seed, "rounds": planning.rounds}
-        later = replace(later, plan=replace(later.plan, **made))
+        plan = replace(later.plan, attention_unit=planning.attention_unit, seed=planning.seed, rounds=planning.rounds)
+        later = replace(later, plan=plan)
         order = later if order is None else order.compose(later)
         planned = Planned(order, scores)
         if on_round is not None:
             on_round(planned)
         if number < planning.rounds:
             give_back_memory()  # while it is cut a model is there twice
-            apply_plan(model, later.plan)
+            apply_plan(model, plan)
     return planned
 
 
