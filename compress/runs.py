@@ -30,8 +30,9 @@ from slimvlm.compress.run_record import RECORD, SCHEMA, read_record, record_text
 PLAN, SCORES = "plan.json", "scores.safetensors"
 ORDER, ROUNDS = "order.safetensors", "order.partial.safetensors"  # of all rounds, of those that are done
 JOURNAL, QUALITY, PROFILE = "recovery.jsonl", "quality.json", "profile.json"
+FRONTIER, CUTS = "frontier.json", "cuts"  # of many cuts, each a run in a folder of its own
 MODEL, CUT, RECOVERED, EXPORT = "model", "cut", ".recovered", "export"  # each has a manifest
-FILES = (RECORD, PLAN, ORDER, ROUNDS, SCORES, JOURNAL, QUALITY, PROFILE, "report.html", "report.md")
+FILES = (RECORD, PLAN, ORDER, ROUNDS, SCORES, JOURNAL, QUALITY, PROFILE, FRONTIER, "report.html", "report.md")
 TRAINING, TEACHER = "recovery", "teacher"  # a training that is not finished; the teacher's outputs
 AGAIN = "run the command that wrote it again"  # after a file of a run that cannot be read
 # Any below: the values of JSON, which `read_record` has checked.
@@ -50,6 +51,8 @@ def run_files(folder: Path) -> list[str]:
         found += [path for path in place.glob(f".*{PARTIAL}") if path.is_file()]
     for place in folder.glob(f".*{PARTIAL}"):  # of a checkpoint or an export that was not finished
         found += [path for path in place.rglob("*") if path.is_file()]
+    for cut in (folder / CUTS).glob("*"):
+        found += [*(cut / name for name in run_files(cut)), *cut.glob("quality-*.json")]
     return [path.relative_to(folder).as_posix() for path in found if path.is_file() and not path.is_symlink()]
 
 

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from slimvlm.compress.errors import OutputError
+from slimvlm.compress.files.decoding import read
 from slimvlm.compress.files.locks import locked_file
 from slimvlm.compress.files.writing import write_text
+from slimvlm.compress.runs import AGAIN, FRONTIER
+from slimvlm.serve.frontier.frontier import Frontier
 from slimvlm.serve.report.document import Report, Section
 from slimvlm.serve.report.files import read_run
 from slimvlm.serve.report.markdown import markdown
 from slimvlm.serve.report.page import page
 from slimvlm.serve.report.sections.answers import answers_section
 from slimvlm.serve.report.sections.checks import parity_section, repeat_section
+from slimvlm.serve.report.sections.frontier import frontier_said, frontier_section
 from slimvlm.serve.report.sections.quality import quality_section
 from slimvlm.serve.report.sections.removed import removed_section, scores_section
 from slimvlm.serve.report.sections.running import running_section
 from slimvlm.serve.report.sections.training import recovery_section
 
 SECTIONS = (  # key, title, what says it
+    ("frontier", "Prune or quantise", frontier_section),
     ("quality", "Quality", quality_section),
     ("answers", "Answers side by side", answers_section),
     ("removed", "What was removed", removed_section),
@@ -40,8 +46,24 @@ def write_report(run: Path) -> Path:
     """
     with locked_file(run / PAGE):
         files = read_run(run)
-        sections = tuple(Section.of(key, title, said(files)) for key, title, said in SECTIONS)
-        report = Report(f"Compression of {files.record['options']['model']}", sections)
-        write_text(run / TEXT, markdown(report))
-        write_text(run / PAGE, page(report))
-        return run / PAGE
+        sections = (Section.of(key, title, said(files)) for key, title, said in SECTIONS)
+        report = Report(f"Compression of {files.record['options']['model']}", tuple(filter(None, sections)))
+        return _write(run, report)
+
+
+def write_frontier_report(folder: Path) -> Path:
+    """The same of a frontier without a run: both files beside `frontier.json`.
+
+    Raises:
+        OutputError: it is not there or damaged, or the folder cannot be written.
+    """
+    with locked_file(folder / PAGE):
+        frontier = read(folder / FRONTIER, Frontier, OutputError, AGAIN)
+        section = Section.of("frontier", "Prune or quantise", frontier_said(frontier))
+        return _write(folder, Report(f"What {frontier.source} can do, over what it costs", (section,)))
+
+
+def _write(folder: Path, report: Report) -> Path:
+    write_text(folder / TEXT, markdown(report))
+    write_text(folder / PAGE, page(report))
+    return folder / PAGE

@@ -91,6 +91,17 @@ class Curve:
     best_step: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """An artefact in a chart of quality (0 to 1, with its interval) over cost; `is_best`: no other one beats it."""
+
+    kind: str
+    label: str
+    cost: float
+    quality: Estimate
+    is_best: bool
+
+
 def kept_bars(name: str, title: str, layers: Sequence[int], kept: Sequence[int], sizes: Sequence[int]) -> Chart:
     """A bar per layer: what it keeps, before what it had."""
     with _drawn(name, title, 1.9) as (figure, charts):
@@ -224,6 +235,33 @@ def speedup_dots(name: str, title: str, workloads: Mapping[str, Mapping[str, Est
         if max(ends) > WIDE_RATIOS * min(ends):
             axes.set_xscale("log")
             _plain_logarithms(axes)
+    return charts[0]
+
+
+def trade_dots(name: str, title: str, marks: Sequence[Mark], axis: str, bounds: Sequence[float] = ()) -> Chart:
+    """Quality over cost (logarithmic), a mark per artefact and a line through the best; bounds of the cost as lines."""
+    with _drawn(name, title, 2.6) as (figure, charts):
+        axes = figure.subplots()
+        axes.set_xscale("log")
+        best = sorted((mark.cost, 100 * mark.quality.value) for mark in marks if mark.is_best)
+        axes.plot([cost for cost, _ in best], [value for _, value in best], color=QUIET, linewidth=0.8, label="best")
+        for kind in dict.fromkeys(mark.kind for mark in marks):
+            chosen = [mark for mark in marks if mark.kind == kind]
+            values = np.array([[one.quality.value, one.quality.low, one.quality.high] for one in chosen]).T * 100
+            arms = np.array([values[0] - values[1], values[2] - values[0]]).clip(0)
+            costs, marker, colour = [one.cost for one in chosen], MARKERS[kind], COLOURS[kind]
+            axes.errorbar(
+                *(costs, values[0], arms), linestyle="none", markersize=4, marker=marker, color=colour, label=kind
+            )
+        for mark in marks:
+            place = mark.cost, 100 * mark.quality.value
+            axes.annotate(mark.label, place, xytext=(3, -7), textcoords="offset points", fontsize=6, color=QUIET)
+        for bound in bounds:
+            axes.axvline(bound, color=CUT, linewidth=0.8, linestyle=":")
+        axes.set(xlabel=f"{axis} (logarithmic)", ylabel="quality, %")
+        _plain_logarithms(axes)
+        _finish(axes, "y")
+        _legend(axes, 3)
     return charts[0]
 
 

@@ -106,6 +106,10 @@ class Section:
 
         return cls(key, title, only(str), only(Finding), only(Chart, Table), only(Example), only(Code))
 
+    def __bool__(self) -> bool:
+        """Whether it says anything."""
+        return any((self.notes, self.findings, self.parts, self.examples, self.code))
+
 
 @dataclass(frozen=True, slots=True)
 class Report:

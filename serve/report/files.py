@@ -18,8 +18,9 @@ from slimvlm.compress.files.folders import MANIFEST as MANIFEST_NAME
 from slimvlm.compress.files.writing import file_digest
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.run_record import read_record
-from slimvlm.compress.runs import EXPORT, JOURNAL, PLAN, PROFILE, QUALITY, SCORES
+from slimvlm.compress.runs import EXPORT, FRONTIER, JOURNAL, PLAN, PROFILE, QUALITY, SCORES
 from slimvlm.export.running.manifest import Manifest
+from slimvlm.serve.frontier.frontier import Frontier
 from slimvlm.serve.profile import Profile
 
 MANIFEST = f"{EXPORT}/{MANIFEST_NAME}"
@@ -81,6 +82,7 @@ class RunFiles:
     quality: Qualities | None = None
     manifest: Manifest | None = None
     profile: Profile | None = None
+    frontier: Frontier | None = None
 
     def stage(self, name: str) -> Facts:
         """What run.json says of a stage; nothing where it never began."""
@@ -104,6 +106,7 @@ def read_run(folder: Path) -> RunFiles:
         "quality": (QUALITY, "evaluate" in finished, _read_quality),
         "manifest": (MANIFEST, (folder / MANIFEST).is_file(), lambda path: Manifest.read(path.parent)),
         "profile": (PROFILE, (folder / PROFILE).is_file(), lambda path: decode(parse(content_of(path)), Profile)),
+        "frontier": (FRONTIER, (folder / FRONTIER).is_file(), lambda path: decode(parse(content_of(path)), Frontier)),
     }
     if journal is not None:
         wanted["journal"] = (journal, "recover" in finished or (folder / journal).is_file(), _read_journal)

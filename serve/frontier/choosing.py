@@ -1,0 +1,84 @@
+"""Which points of a frontier are worth having: the Pareto line, and the best under a bound. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from slimvlm.serve.fitting.goals import QUANTITIES, Goal, read_goals
+from slimvlm.serve.frontier.frontier import ACCEPTED_DROP, Frontier, Point
+
+COSTS = {"size": "smallest", "tpot": "fastest per token", "ttft": "fastest to the first token"}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A recommendation: `point` is None where nothing that was measured fits; `sentence` says it all."""
+
+    point: Point | None
+    sentence: str
+
+
+def pareto(points: Iterable[Point], cost: str) -> tuple[Point, ...]:
+    """The points that no other one beats in quality and in `cost` (`size`, `tpot`, `ttft`), cheapest first."""
+    line: list[Point] = []
+    known = [(value, point) for point in points if (value := point.cost(cost)) is not None]
+    for _, point in sorted(known, key=lambda one: (one[0], one[1].drop)):
+        if not line or point.drop < line[-1].drop:
+            line.append(point)
+    return tuple(line)
+
+
+def recommend(frontier: Frontier) -> tuple[Choice, ...]:
+    """The smallest and the fastest artefact that lose at most a point, and the best one under each target."""
+    within = f"at most {ACCEPTED_DROP:g} point lost"
+    costs = ("size", "tpot" if any(point.milliseconds("tpot") for point in frontier.points) else "vision")
+    bounds = [_cheapest(frontier, cost, within) for cost in costs]
+    return (*bounds, *(_best(frontier, goal) for goal in read_goals(frontier.targets)))
+
+
+def _cheapest(frontier: Frontier, cost: str, within: str) -> Choice:
+    """Of the points that lose at most ACCEPTED_DROP."""
+    good = [(value, one) for one in frontier.points if one.drop <= ACCEPTED_DROP and (value := one.cost(cost))]
+    what = COSTS.get(cost, f"lowest {cost}").capitalize()
+    if not good:
+        return Choice(None, f"{what} with {within}: none of the points that were measured.")
+    value, point = min(good, key=lambda one: (one[0], one[1].drop))
+    return Choice(point, f"{what} with {within}: {_words(point, cost, value)}{_beside(frontier, point, cost)}.")
+
+
+def _best(frontier: Frontier, goal: Goal) -> Choice:
+    """Of the points that meet a target: the one that loses least; of a bound on the loss: the smallest."""
+    if goal.name == "drop":
+        fits = [one for one in frontier.points if goal.is_met(max(one.drop, 0.0))]
+        key = "size"
+    else:
+        found = {"memory": lambda one: one.memory(frontier.device.kind)}.get(goal.name, lambda one: one.cost(goal.name))
+        fits = [one for one in frontier.points if (value := found(one)) is not None and goal.is_met(value)]
+        key = goal.name
+    if not fits:
+        return Choice(None, f"Best under {goal}: none of the points that were measured meets it.")
+    point = min(fits, key=lambda one: (one.bytes, one.drop) if goal.name == "drop" else (one.drop, one.bytes))
+    return Choice(point, f"Best under {goal}: {_words(point, key, point.cost(key))}.")
+
+
+def _words(point: Point, cost: str, value: float | None) -> str:
+    """`49.9 % removed, q4, 1.7 MB, 0.8 points lost (0.2 to 1.4)`."""
+    figures = [QUANTITIES[cost].words(value)] if value is not None and cost in QUANTITIES else []
+    low, high = sorted((-100 * point.quality.high, -100 * point.quality.low))
+    return ", ".join((point.name, *figures, f"{point.drop:.1f} points lost ({low:.1f} to {high:.1f})"))
+
+
+def _beside(frontier: Frontier, point: Point, cost: str) -> str:
+    """What the best dense variant costs that loses as little, where the point is a cut; else that no cut was better."""
+    rivals = [(value, one) for one in _dense(frontier) if one.drop <= ACCEPTED_DROP and (value := one.cost(cost))]
+    if point.is_dense:
+        return "; no cut that was measured is better" if len(rivals) < len(frontier.points) else ""
+    if not rivals:
+        return "; no dense variant loses so little"
+    value, rival = min(rivals, key=lambda one: one[0])
+    return f"; the best dense one is {rival.name}, {QUANTITIES[cost].words(value)}"
+
+
+def _dense(frontier: Frontier) -> Sequence[Point]:
+    return [point for point in frontier.points if point.is_dense]

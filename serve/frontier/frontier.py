@@ -1,0 +1,119 @@
+"""The Frontier: what a model can do, over what it costs, for many cuts and precisions on one device. JSON; no torch.
+
+A *point* is one artefact: a cut (or the dense model) in one variant. Its quality is compared with the dense model's in
+full precision on the same questions, its times are measured beside those of that model, in turns.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from slimvlm.compress.evaluation.quality import Comparison
+from slimvlm.export.variants import VARIANTS
+from slimvlm.serve.judging.limits import peak_memory
+from slimvlm.serve.profile import MEASURED, Cell, Device
+
+SCHEMA = 1
+ACCEPTED_DROP = 1.0  # points: what "as good as dense" means in the sentences
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One artefact and what was measured of it.
+
+    Attributes:
+        ratio: that was asked for; 0: the dense model.
+        removed: fraction of all parameters that is gone.
+        variant: one of VARIANTS.
+        folder: of its graphs, relative to the frontier's.
+        bytes: of the files that are needed to run it.
+        quality: it (`slim`) against the dense model in full precision (`dense`).
+        cell: it (`slim`) beside the dense model in full precision (`dense`); of that model itself it holds it alone.
+        seconds: that making and measuring it took.
+    """
+
+    ratio: float
+    removed: float
+    variant: str
+    folder: str
+    bytes: int
+    quality: Comparison
+    cell: Cell
+    seconds: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ratio < 1 or not 0 <= self.removed < 1 or self.variant not in VARIANTS or self.bytes < 1:
+            raise ValueError(f"point: ratio {self.ratio}, removed {self.removed}, {self.variant!r}, {self.bytes} bytes")
+
+    @property
+    def is_dense(self) -> bool:
+        return self.ratio == 0
+
+    @property
+    def name(self) -> str:
+        """For people: `dense int8`, `35 % removed, q4`."""
+        return point_name(self.removed, self.variant)
+
+    @property
+    def drop(self) -> float:
+        """Points of quality it loses."""
+        return 100 * self.quality.drop
+
+    def milliseconds(self, phase: str) -> float | None:
+        """Median of a phase of `profile.PHASES`; None where it was not measured."""
+        run = self.cell.runs.get("slim") if self.cell.status == MEASURED else None
+        return 1000 * run.medians[phase] if run is not None and phase in run.medians else None
+
+    def memory(self, kind: str) -> int | None:
+        """Bytes at the peak on a device of this kind."""
+        run = self.cell.runs.get("slim")
+        return None if run is None else peak_memory(run.memory, kind)
+
+    def cost(self, name: str) -> float | None:
+        """A figure by the name that targets have for it: size (bytes), ttft, tpot, vision (milliseconds)."""
+        return float(self.bytes) if name == "size" else self.milliseconds(name)
+
+
+@dataclass(frozen=True, slots=True)
+class Frontier:
+    """All points that were measured, in that order.
+
+    Attributes:
+        source: the model as it was given; `digest`: of its weights.
+        settings: options that say how points were made and measured.
+        skipped: points that could not be made or measured, and why.
+        left: points there was no time for.
+        targets: as they were given (`size=3MB`).
+    """
+
+    source: str
+    family: str
+    digest: str
+    device: Device
+    versions: Mapping[str, str]
+    settings: Mapping[str, Any]
+    points: tuple[Point, ...] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    left: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+    schema: int = SCHEMA
+
+    def to_json(self) -> str:
+        """Indented JSON.
+
+        Raises:
+            ValueError: a figure is not finite.
+        """
+        return json.dumps(asdict(self), indent=1, allow_nan=False) + "\n"
+
+    def has(self, ratio: float, variant: str) -> bool:
+        """Whether this point was measured."""
+        return any((point.ratio, point.variant) == (ratio, variant) for point in self.points)
+
+
+def point_name(removed: float, variant: str) -> str:
+    """An artefact for people: `dense int8`, `35 % removed, q4`."""
+    return f"{100 * removed:.3g} % removed, {variant}" if removed else f"dense {variant}"
