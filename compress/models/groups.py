@@ -14,9 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import (
-    Any,  # modules: torch types their attributes as tensors or modules, transformers their sizes not at all
-)
+from typing import Any  # attributes of modules, which torch types as tensors or modules
 
 import numpy as np
 from numpy.typing import NDArray
@@ -204,22 +202,12 @@ def find_blocks(model: nn.Module, family: Family) -> tuple[Group, ...]:
             for index, block in enumerate(resolve(model, tower.blocks, family)[:live])
             if index not in stays
         )
-        count = len(blocks)
-        groups.append(
-            Group(
-                home=tower,
-                layer=0,
-                part=tower,
-                path=tower.blocks,
-                size=live,
-                unit=BLOCK,
-                num_units=count,
-                weights_per_unit=sum(block.macs for block in blocks) // max(count, 1),
-                parameters_per_unit=sum(block.parameters for block in blocks) // max(count, 1),
-                blocks=blocks,
-            )
-        )
-    return tuple(group for group in groups if group.blocks)
+        if blocks:
+            macs = sum(block.macs for block in blocks) // len(blocks)
+            parameters = sum(block.parameters for block in blocks) // len(blocks)
+            sizes = (live, BLOCK, len(blocks), macs, parameters)
+            groups.append(Group(tower, 0, tower, tower.blocks, *sizes, blocks=blocks))
+    return tuple(groups)
 
 
 def weigh(tower: Tower, blocks: Iterable[nn.Module]) -> tuple[int, int]:
@@ -300,21 +288,8 @@ def _attention_group(
     num_units = {"head": heads, "kv-group": kv_heads, "query-slot": heads // kv_heads}[unit]
     # A query slot takes query heads only; keys and values stay.
     owned = [m for m in members if unit != "query-slot" or m.heads == "query"]
-    weights, parameters = _owned(model, family, owned, num_units)
-    return Group(
-        home=tower,
-        layer=layer,
-        part=attention,
-        path=path,
-        size=heads,
-        unit=unit,
-        num_units=num_units,
-        weights_per_unit=weights,
-        parameters_per_unit=parameters,
-        members=tuple(members),
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-    )
+    sizes = (heads, unit, num_units, *_owned(model, family, owned, num_units))
+    return Group(tower, layer, attention, path, *sizes, tuple(members), kv_heads, head_dim)
 
 
 def _attention_unit(heads: int, kv_heads: int, asked: str) -> str:
@@ -330,19 +305,8 @@ def _mlp_group(model: nn.Module, family: Family, tower: Tower, layer: int, mlp: 
     sides = [*((name, 0) for name in mlp.rows), (mlp.output, 1)]
     members = [Member(f"{path}.{name}", dim, "channel") for name, dim in sides]
     size = resolve(model, members[0].path, family).weight.shape[0]
-    weights, parameters = _owned(model, family, members, size)
-    return Group(
-        home=tower,
-        layer=layer,
-        part=mlp,
-        path=path,
-        size=size,
-        unit="channel",
-        num_units=size,
-        weights_per_unit=weights,
-        parameters_per_unit=parameters,
-        members=tuple(members),
-    )
+    sizes = (size, "channel", size, *_owned(model, family, members, size))
+    return Group(tower, layer, mlp, path, *sizes, tuple(members))
 
 
 def _owned(model: nn.Module, family: Family, members: list[Member], num_units: int) -> tuple[int, int]:

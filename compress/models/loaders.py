@@ -19,12 +19,7 @@ import transformers
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from slimvlm.compress.errors import (
-    CheckpointError,
-    MissingDependencyError,
-    UnsupportedModelError,
-    foreign,
-)
+from slimvlm.compress.errors import CheckpointError, MissingDependencyError, UnsupportedModelError, foreign
 from slimvlm.compress.models.families import Family, find_family
 from slimvlm.compress.models.modeling_slim import RECORD, slim_class
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from slimvlm.compress.errors import CalibrationError
 from slimvlm.compress.statistics.collector import Collector, Reduce, Side
 
+Many = tuple[Tensor, ...]
+
 
 class Turning(Collector):
     """Mean over the counted tokens of 1 - cos(what goes into a block, what comes out), fp32 [1], keyed by path.
@@ -26,14 +28,7 @@ class Turning(Collector):
             self._handles.append(side.module.register_forward_hook(partial(self._add, side), with_kwargs=True))
 
     @torch.no_grad()
-    def _add(
-        self,
-        side: Side,
-        _: nn.Module,
-        args: tuple[Tensor, ...],
-        kwargs: dict[str, Tensor],
-        output: Tensor | tuple[Tensor, ...],
-    ) -> None:
+    def _add(self, side: Side, _: nn.Module, args: Many, kwargs: dict[str, Tensor], output: Tensor | Many) -> None:
         before = args[0] if args else kwargs["hidden_states"]
         after = output[0] if isinstance(output, tuple) else output
         turned = (1 - F.cosine_similarity(before.float(), after.float(), dim=-1)).flatten().clamp(min=0)
