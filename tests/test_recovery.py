@@ -62,14 +62,14 @@ def test_the_recovered_checkpoint_is_dense_and_as_small_as_the_plan_says(recover
 def test_the_run_says_what_the_recovery_did(recovered) -> None:
     options, result = recovered
     facts = json.loads((options.out / "run.json").read_text())["stages"]["recover"]
-    assert facts["steps"] == 12
+    assert facts["steps"] == 8
     assert facts["merged_difference"] <= 1e-5
     assert facts["validations"] == 3
     assert facts["validation_samples"] == pytest.approx(24, abs=4)  # whole images
     assert 0 < facts["validation_seconds"] < facts["seconds"]
     assert facts["reload_difference"] == 0
     lines = [json.loads(line) for line in (options.out / "recovery.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
     assert not (options.out / "recovery").exists()
     quality = json.loads((options.out / "quality.json").read_text())
     assert result.cut.score == quality["cut"]["scores"]["exact"]
@@ -80,7 +80,7 @@ def test_another_recovery_starts_from_the_same_cut_and_replaces_the_model(run: P
     told: list[str] = []
     asked = {**SHORT, "recover": "sft", "recall": False, "learning_rate": 0.003}
     result = recover_run(run, asked, lambda stage, done, total, note="": told.append(f"{stage} {done}/{total} {note}"))
-    assert re.fullmatch(r"recover 12/12 task: loss [\d.]+, \d+ tokens/s", told[11])
+    assert re.fullmatch(r"recover 8/8 task: loss [\d.]+, \d+ tokens/s", told[7])
     assert (run / "cut" / "model.safetensors").read_bytes() == cut
     assert (run / "model" / "model.safetensors").read_bytes() != model
     assert result.recovery["options"]["recover"] == "sft"

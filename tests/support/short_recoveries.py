@@ -9,11 +9,11 @@ from slimvlm.compress.options import CompressOptions
 from slimvlm.demo import MODEL, SAMPLES
 
 SMALL = ("--train-batch-size", 8, "--validation-samples", 24)
-SHORT = {"steps": 12, "train_batch_size": 8, "validation_samples": 24, "validate_every": 6, "warmup": 2}
+SHORT = {"steps": 8, "train_batch_size": 8, "validation_samples": 24, "validate_every": 4, "warmup": 2}
 
 
 def options_in(folder: Path, **changes: object) -> CompressOptions:
-    """No calibration, few questions, twelve steps."""
+    """No calibration, few questions, eight steps."""
     options = CompressOptions(
         model=str(MODEL),
         out=folder / "out",
@@ -22,7 +22,7 @@ def options_in(folder: Path, **changes: object) -> CompressOptions:
         criterion="magnitude",
         rounds=1,
         samples=8,
-        eval_samples=24,
+        eval_samples=12,
         export=(),
         profile=False,
         device="cpu",
