@@ -168,7 +168,7 @@ def call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name = getattr(func, "__name__", "")
     if name in HANDLERS:
         return HANDLERS[name](func, args, kwargs)
-    if name == "__get__":  # an attribute, as half of all calls
+    if name == "__get__":  # an attribute has one operand
         return _run(func, args, kwargs, place_of(args[0]))
     here = _common(name, args, kwargs)
     if "device" in kwargs and kwargs["device"] is not None and torch.device(kwargs["device"]).type != "meta":
