@@ -90,7 +90,13 @@ SOUND: dict[str, Sound] = {
         lambda random: ["model", "out", *(word for word in _cut(random) if word != "--no-profile")],
         ("model", "data"),
     ),
-    "apply": Sound(7, lambda _: ["model", "plan.json", "out"], ("model", "plan.json"), ("plan",), True),
+    "apply": Sound(
+        7,
+        lambda random: ["model", *random.choice((["plan.json"], ["run/plan.json", "--ratio", "0.1"])), "out"],
+        ("model", "plan.json", "run"),
+        ("plan", "run"),
+        True,
+    ),
     "recover": Sound(
         8, lambda random: ["run", "--recover", "sft", *workshop.TRAINING, "--quiet"], ("run", "data"), ("run",), True
     ),
@@ -128,7 +134,10 @@ SOUND: dict[str, Sound] = {
     "kernels": Sound(1, lambda _: ["--device", "nowhere"], ()),
     "demo": Sound(2, lambda _: ["data"], ()),  # a folder with other files: refused before its minutes begin
 }  # fmt: skip
-LIKELY = ("config.json", "model.safetensors", "samples.jsonl", "run.json", "plan.json", "quality.json", "manifest.json")
+LIKELY = (
+    *("config.json", "model.safetensors", "samples.jsonl", "run.json", "plan.json", "order.safetensors"),
+    *("quality.json", "manifest.json"),
+)
 
 
 def draw(seed: int, base: Path, folder: Path, families: Sequence[str]) -> Case:
