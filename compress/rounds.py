@@ -1,7 +1,8 @@
 """Plan in rounds: calibrate, score and cut a little, then look again at the model that is left.
 
 Scores of a dense model say little about a half-cut one. The ratio grows as target * (1 - (1 - i/R)^1.5): large steps
-while the model is whole, small ones near the end. One round is the paper's one-shot plan.
+while the model is whole, small ones near the end. One round is the paper's one-shot plan. Equal steps (a power of 1)
+are for an order whose beginnings are wanted without a refit: its early rounds see more of the model.
 """
 
 from __future__ import annotations
@@ -28,8 +29,6 @@ from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.compress.statistics.collect import Batch, collect
 from slimvlm.compress.statistics.rows import CalibrationOptions
 
-SCHEDULE_POWER = 1.5
-
 Batches = Sequence[Batch | Callable[[], Batch]]
 
 
@@ -43,6 +42,7 @@ class Planning:
         grad_memory_bytes, host_sums: bounds on the memory of each calibration.
         rounds: calibrations, each on the model as cut so far; one, where the allocator has no floors: it may overshoot
             what is left to remove later.
+        power: how much larger the first rounds' steps are than the last ones'; 1: all are equal.
 
     Raises:
         UnsuitableOptionError: more rounds than the allocator can make.
@@ -53,6 +53,7 @@ class Planning:
     grad_memory_bytes: int | None = None
     host_sums: bool = False
     rounds: int = 1
+    power: float = 1.5
     attention_unit: str = "auto"
     seed: int = 0
 
@@ -85,9 +86,9 @@ class Planned:
         return self.order.plan
 
 
-def round_share(index: int, rounds: int) -> float:
+def round_share(index: int, rounds: int, power: float) -> float:
     """Share of the target ratio that is removed after round `index` (1-based) of `rounds`; 1 after the last."""
-    return float(1 - (1 - index / rounds) ** SCHEDULE_POWER)
+    return float(1 - (1 - index / rounds) ** power)
 
 
 def check_budget(model: nn.Module, groups: Sequence[Group], budget: Budget) -> Facts:
@@ -136,7 +137,8 @@ def plan_in_rounds(
             calibration = collect(model, family, groups, batches(number - 1), planning.calibration, told)
         scores = score_groups(groups, planning.criterion, calibration, model, planning.seed)
         facts = facts_of(model, groups, dense=dense if order is not None else None)
-        later = order_units(groups, scores, planning.budget.scaled(round_share(number, planning.rounds)), facts)
+        share = round_share(number, planning.rounds, planning.power)
+        later = order_units(groups, scores, planning.budget.scaled(share), facts)
         plan = replace(later.plan, attention_unit=planning.attention_unit, seed=planning.seed, rounds=planning.rounds)
         later = replace(later, plan=plan)
         order = later if order is None else order.compose(later)

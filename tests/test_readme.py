@@ -34,6 +34,8 @@ def test_the_printed_tables_are_the_measured_ones(benchmarks):
     rows = quality.read(RESULTS / "quality.jsonl")
     assert quality.table(rows, quality.README) in (ROOT / "README.md").read_text()
     assert quality.table(rows) in (ROOT / "demo" / "README.md").read_text()
+    prefixes = quality.table(quality.read(RESULTS / "prefix.jsonl"))
+    assert prefixes in (ROOT / "docs" / "choosing.md").read_text()
 
 
 def test_cells_of_one_column_removed_the_same_share(benchmarks):

@@ -35,3 +35,11 @@ def test_an_allocator_that_may_overshoot_makes_one_round():
     with pytest.raises(UnsuitableOptionError, match="the allocator paper takes all in one round, not in 2; give --rou"):
         Planning(Budget(0.3, allocator="paper"), CRITERIA["gate"], rounds=2)
     assert Planning(Budget(0.3, allocator="paper"), CRITERIA["gate"]).rounds == 1
+
+
+@pytest.mark.parametrize(("power", "shares"), [(1.0, (1 / 3, 2 / 3, 1)), (1.5, (0.456, 0.808, 1))])
+def test_the_power_of_a_schedule_says_how_much_of_the_ratio_each_round_takes(power, shares):
+    planning = Planning(Budget(0.4), CRITERIA["magnitude"], rounds=3, power=power)
+    order = plan_in_rounds(tiny_model("smolvlm").model, lambda _: [], planning).order
+    gone = order.parameters.sum(1).cumsum()[[count - 1 for count in order.rounds]] + order.plan.dropped_parameters
+    assert gone / order.plan.parameters_before == pytest.approx([0.4 * share for share in shares], abs=0.01)
