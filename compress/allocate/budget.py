@@ -136,7 +136,7 @@ def _steps(
     groups: Sequence[Group], scores: Scores, leaving: Sequence[tuple[Line, Floats]], towers: Sequence[str]
 ) -> tuple[dict[str, Integers], Integers, Integers]:
     """`left`, `parameters` and `macs` of an Order: a step takes one bundle, those that go first first."""
-    whens = np.concatenate([when for _, when in leaving])
+    whens = np.concatenate([*(when for _, when in leaving), []])
     going = np.argsort(whens, kind="stable")[: np.isfinite(whens).sum()]
     numbers = np.full(len(whens), -1)
     numbers[going] = np.arange(len(going))

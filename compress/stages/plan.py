@@ -151,7 +151,7 @@ def read_plan(path: Path, ratio: float | None = None) -> Plan:
         UnsuitableOptionError: `ratio` is more than the plan's.
     """
     plan = read(path, Plan, advice="make the plan again")
-    if ratio is None:
+    if ratio in (None, plan.ratio):
         return plan
     advice = f"leave --ratio out, or put the {ORDER} of the plan beside it"
     order = Order.read(path.with_name(ORDER), advice=advice)

@@ -13,9 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_models import FACTORIES, tiny_model
 
-from slimvlm.compress.allocate.budget import Budget
+from slimvlm.compress.allocate.budget import Budget, order_units
+from slimvlm.compress.allocate.facts import facts_of
 from slimvlm.compress.allocate.order import Order
 from slimvlm.compress.criteria.criterion import CRITERIA
+from slimvlm.compress.criteria.scoring import score_groups
 from slimvlm.compress.errors import OutputError, UnsuitableOptionError
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import count_parameters, find_units
@@ -109,6 +111,14 @@ def test_more_than_the_order_took_is_refused_with_what_to_do() -> None:
             UnsuitableOptionError, match=r"not within the 0\.25 this plan was made for; ask for at most"
         ):
             order.plan_at(ratio)
+
+
+def test_where_there_is_nothing_to_choose_among_dead_blocks_leave_and_no_step_is_made() -> None:
+    model = tiny_model("llava").model
+    order = order_units((), score_groups((), CRITERIA["random"]), Budget(0.05), facts_of(model, ()))
+    assert (
+        order.rounds == (0,) and order.plan.dropped and order.plan_at(0.01).parameters_after < count_parameters(model)
+    )
 
 
 def test_an_interrupted_order_goes_on_to_the_same_one() -> None:
