@@ -10,10 +10,15 @@ from slimvlm.export.options import ExportOptions
 if TYPE_CHECKING:
     from slimvlm.export.checks.verification import verify
     from slimvlm.export.job import export_checkpoint
+    from slimvlm.export.running.evaluation import evaluate_export
 
-__all__ = ["ExportOptions", "export_checkpoint", "verify"]
+__all__ = ["ExportOptions", "evaluate_export", "export_checkpoint", "verify"]
 
-FILES = {"export_checkpoint": "slimvlm.export.job", "verify": "slimvlm.export.checks.verification"}
+FILES = {
+    "evaluate_export": "slimvlm.export.running.evaluation",
+    "export_checkpoint": "slimvlm.export.job",
+    "verify": "slimvlm.export.checks.verification",
+}
 
 
 def __getattr__(name: str) -> Any:  # what the file holds

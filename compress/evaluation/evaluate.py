@@ -7,7 +7,7 @@ import time
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any  # a model that generates, which transformers' types do not say
+from typing import Any, Protocol  # Any: a model that generates, which transformers' types do not say
 
 import numpy as np
 import torch
@@ -60,6 +60,20 @@ def evaluate(
     progress: Progress = silent,
     blind_seed: int | None = None,
 ) -> Quality:
+    """Quality of a model of transformers; see `measure_quality`."""
+    with _inference(model):
+        answering = _Model(model, collator)
+        return measure_quality(answering, samples, batch_size=batch_size, progress=progress, blind_seed=blind_seed)
+
+
+def measure_quality(
+    answering: Answering,
+    samples: Sequence[Sample],
+    *,
+    batch_size: int = 32,
+    progress: Progress = silent,
+    blind_seed: int | None = None,
+) -> Quality:
     """Answer every question greedily and take the loss of its right answer; a dual encoder ranks texts and images.
 
     In a sample of several turns each turn is a question, with the turns before it given.
@@ -77,10 +91,9 @@ def evaluate(
     started = time.perf_counter()
     if blind_seed is not None:
         samples = shuffle_images(samples, blind_seed)
-    is_dual = collator.family.contrastive
-    run = _Evaluation(model, collator, batch_size, progress)
-    with _inference(model):
-        rows = _retrieve(run, samples) if is_dual else _answer(run, _questions(samples))
+    is_dual = answering.collator.family.contrastive
+    run = _Evaluation(answering, batch_size, progress)
+    rows = _retrieve(run, samples) if is_dual else _answer(run, _questions(samples))
     kind = "retrieval" if is_dual else "generation"
     return summarize(kind, rows, blind=blind_seed is not None, seconds=time.perf_counter() - started)
 
@@ -134,9 +147,34 @@ def pad_id(model: PreTrainedModel, collator: Collator) -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class Taught:
+    """Summed loss in nats and number of the right answer's tokens; `answer` if greedy generation is sure to give it."""
+
+    loss: float
+    tokens: int
+    answer: str | None
+
+
+class Answering(Protocol):
+    """What is evaluated: a model of transformers, or graphs. A dual encoder embeds, all others teach and answer."""
+
+    @property
+    def collator(self) -> Collator:
+        """Makes its batches."""
+
+    def teach(self, questions: Sequence[Sample]) -> list[Taught]:
+        """What it makes of the right answers, each given to it."""
+
+    def answer(self, questions: Sequence[Sample]) -> list[str]:
+        """The greedy answers."""
+
+    def embed(self, samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the images and of the texts, fp32 [B, C] each."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Evaluation:
-    model: PreTrainedModel
-    collator: Collator
+    answering: Answering
     batch_size: int
     progress: Progress
 
@@ -175,32 +213,23 @@ def _answer(run: _Evaluation, questions: Sequence[Sample]) -> list[Row]:
         return len(turn.target.split()), sum(len(turn.prompt) + len(turn.target) for turn in questions[index].turns)
 
     order = sorted(range(len(questions)), key=length)
-    taught: dict[int, _Taught] = {}
+    taught: dict[int, Taught] = {}
     answers: dict[int, str] = {}
     for start in range(0, len(order), run.batch_size):
         chosen = order[start : start + run.batch_size]
-        taught.update(zip(chosen, _teach(run, [questions[index] for index in chosen]), strict=True))
+        taught.update(zip(chosen, run.answering.teach([questions[index] for index in chosen]), strict=True))
         answers.update((index, sure) for index in chosen if (sure := taught[index].answer) is not None)
         run.report(len(answers), len(order))
     open_ones = [index for index in order if index not in answers]
     for start in range(0, len(open_ones), run.batch_size):
         chosen = open_ones[start : start + run.batch_size]
-        answers.update(zip(chosen, _generate(run, [questions[index] for index in chosen]), strict=True))
+        answers.update(zip(chosen, run.answering.answer([questions[index] for index in chosen]), strict=True))
         run.report(len(answers), len(order))
     images = _numbered([question.image_key for question in questions])
     return [_row(question, answers[index], taught[index], images[index]) for index, question in enumerate(questions)]
 
 
-@dataclass(frozen=True, slots=True)
-class _Taught:
-    """Summed loss in nats and number of the right answer's tokens; `answer` if greedy generation is sure to give it."""
-
-    loss: float
-    tokens: int
-    answer: str | None
-
-
-def _row(question: Sample, prediction: str, taught: _Taught, image: int) -> Row:
+def _row(question: Sample, prediction: str, taught: Taught, image: int) -> Row:
     answers = question.turns[-1].answers
     return Row(
         question.identity,
@@ -215,36 +244,60 @@ def _row(question: Sample, prediction: str, taught: _Taught, image: int) -> Row:
     )
 
 
-def _teach(run: _Evaluation, questions: Sequence[Sample]) -> list[_Taught]:
-    """One forward with the right answers given; logits only where they are needed."""
-    given = run.collator.training(questions, last_turn=True)
-    question = ask(run.model, run.collator.family, given)
-    assert question is not None and question.labels is not None  # every answer has a token, its end
-    logits, targets = question.chosen(run.model(**question.inputs).logits), question.labels
-    alike = _asked_alike(run, questions, given)
-    step = max(1, WIDENED // (4 * logits[0].numel()))
-    return [
-        taught
-        for start in range(0, len(questions), step)
-        for taught in _judge(run, *(rows[start : start + step] for rows in (logits, targets, alike)))
-    ]
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """A model of transformers; see `Answering`."""
+
+    model: PreTrainedModel
+    collator: Collator
+
+    def teach(self, questions: Sequence[Sample]) -> list[Taught]:
+        """One forward with the right answers given; logits only where they are needed."""
+        given = self.collator.training(questions, last_turn=True)
+        question = ask(self.model, self.collator.family, given)
+        assert question is not None and question.labels is not None  # every answer has a token, its end
+        logits, targets = question.chosen(self.model(**question.inputs).logits), question.labels
+        alike = asked_alike(self.collator, questions, given).to(self.model.device)
+        step = max(1, WIDENED // (4 * logits[0].numel()))
+        return [
+            taught
+            for start in range(0, len(questions), step)
+            for taught in self._judge(*(rows[start : start + step] for rows in (logits, targets, alike)))
+        ]
+
+    def _judge(self, logits: torch.Tensor, targets: torch.Tensor, alike: torch.Tensor) -> list[Taught]:
+        """What the logits [B, L, V] say of the targets [B, L]; `alike` [B]: whether generation starts from the same."""
+        logits = logits.float()
+        losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none").sum(1)
+        counts = (targets != IGNORED).sum(1)
+        sure = (_first_by_far(logits, targets, self.model.dtype) & alike).tolist()
+        end = end_ids(self.model, self.collator)[0]
+        texts = self.collator.decode(targets.masked_fill(targets == IGNORED, end)) if any(sure) else []
+        return [
+            Taught(loss, count, texts[place] if sure[place] else None)
+            for place, (loss, count) in enumerate(zip(losses.tolist(), counts.tolist(), strict=True))
+        ]
+
+    def answer(self, questions: Sequence[Sample]) -> list[str]:
+        """By `generate`."""
+        inputs = placed(self.collator.prompts(questions), self.model.device, self.model.dtype)
+        with foreign("the model cannot answer", "check its config.json and generation_config.json"):
+            ids = generate(self.model, self.collator, inputs, longest_answer(self.collator, questions))
+        prompt = inputs["input_ids"]
+        if ids.shape[1] >= prompt.shape[1] and torch.equal(ids[:, : prompt.shape[1]], prompt):
+            ids = ids[:, prompt.shape[1] :]
+        return self.collator.decode(ids)
+
+    def embed(self, samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of one forward."""
+        posed = pose(self.model, self.collator.family, self.collator.training(samples))
+        output = self.model(**placed(posed.inputs, self.model.device, self.model.dtype))
+        return output.image_embeds.float(), output.text_embeds.float()
 
 
-def _judge(run: _Evaluation, logits: torch.Tensor, targets: torch.Tensor, alike: torch.Tensor) -> list[_Taught]:
-    """What the logits [B, L, V] say of the targets [B, L]; `alike` [B]: whether generation starts from the same."""
-    logits = logits.float()
-    losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none").sum(1)
-    counts = (targets != IGNORED).sum(1)
-    sure = (_first_by_far(logits, targets, run.model.dtype) & alike).tolist()
-    texts = (
-        run.collator.decode(targets.masked_fill(targets == IGNORED, end_ids(run.model, run.collator)[0]))
-        if any(sure)
-        else []
-    )
-    return [
-        _Taught(loss, count, texts[place] if sure[place] else None)
-        for place, (loss, count) in enumerate(zip(losses.tolist(), counts.tolist(), strict=True))
-    ]
+def longest_answer(collator: Collator, questions: Sequence[Sample]) -> int:
+    """Tokens after which an answer to any of the questions is cut."""
+    return max(map(collator.answer_length, questions)) + MARGIN
 
 
 def _first_by_far(logits: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -255,42 +308,30 @@ def _first_by_far(logits: torch.Tensor, targets: torch.Tensor, dtype: torch.dtyp
     return ((own - others > lead).squeeze(2) | (targets == IGNORED)).all(1)
 
 
-def _asked_alike(run: _Evaluation, questions: Sequence[Sample], given: Batch) -> torch.Tensor:
+def asked_alike(collator: Collator, questions: Sequence[Sample], given: Batch) -> torch.Tensor:
     """Bool [B]: the tokens before the answer are those that generation starts from (decoder-only models)."""
-    if not run.collator.family.labels_shifted:
-        return torch.zeros(len(questions), dtype=torch.bool, device=run.model.device)
-    prompts = run.collator.prompts(questions)
+    if not collator.family.labels_shifted:
+        return torch.zeros(len(questions), dtype=torch.bool)
+    prompts = collator.prompts(questions)
     same = []
     for row, labels in enumerate(given["labels"]):
         asked = prompts["input_ids"][row][prompts["attention_mask"][row].bool()]
         start = int((labels != IGNORED).nonzero()[0])
         same.append(torch.equal(given["input_ids"][row][:start], asked))
-    return torch.tensor(same, device=run.model.device)
-
-
-def _generate(run: _Evaluation, questions: Sequence[Sample]) -> list[str]:
-    inputs = placed(run.collator.prompts(questions), run.model.device, run.model.dtype)
-    longest = max(map(run.collator.answer_length, questions)) + MARGIN
-    with foreign("the model cannot answer", "check its config.json and generation_config.json"):
-        ids = generate(run.model, run.collator, inputs, longest)
-    prompt = inputs["input_ids"]
-    if ids.shape[1] >= prompt.shape[1] and torch.equal(ids[:, : prompt.shape[1]], prompt):
-        ids = ids[:, prompt.shape[1] :]
-    return run.collator.decode(ids)
+    return torch.tensor(same)
 
 
 def _retrieve(run: _Evaluation, samples: Sequence[Sample]) -> list[Row]:
     """Ranks over all different images and texts of the samples."""
     images, texts, done = [], [], 0
     for batch in batches(samples, run.batch_size):
-        posed = pose(run.model, run.collator.family, run.collator.training(batch))
-        output = run.model(**placed(posed.inputs, run.model.device, run.model.dtype))
-        images.append(output.image_embeds.float())
-        texts.append(output.text_embeds.float())
+        of_images, of_texts = run.answering.embed(batch)
+        images.append(of_images)
+        texts.append(of_texts)
         done += len(batch)
         run.report(done, len(samples))
     image_ids = _numbered([sample.image_key for sample in samples])
-    text_ids = _numbered([run.collator.caption(sample) for sample in samples])
+    text_ids = _numbered([run.answering.collator.caption(sample) for sample in samples])
     image_at, text_at = (np.unique(ids, return_index=True)[1].tolist() for ids in (image_ids, text_ids))  # first places
     similar = F.normalize(torch.cat(texts)[text_at], dim=-1) @ F.normalize(torch.cat(images)[image_at], dim=-1).T
     right = torch.zeros(similar.shape, dtype=torch.bool, device=similar.device)

@@ -15,9 +15,9 @@ import torch
 from slimvlm.compress.data.collate import Collator
 from slimvlm.compress.data.samples import Sample
 from slimvlm.compress.evaluation.evaluate import greedy
-from slimvlm.export.checks.parity import Case, Difference, measure, token_losses
+from slimvlm.export.checks.parity import Case, Difference, measure
 from slimvlm.export.graphs.graph import Model
-from slimvlm.export.running.generation import Arrays, Prompting, Runner, steps, until_end
+from slimvlm.export.running.generation import Arrays, Prompting, Runner, steps, token_losses, until_end
 
 LONG = 1024  # tokens of the longest prompt that is tried, where the model can take it
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,14 +56,6 @@ def measure(case: Case, found: Mapping[str, np.ndarray]) -> Difference:
 def _cosine(left: np.ndarray, right: np.ndarray) -> float:
     norms = np.linalg.norm(left) * np.linalg.norm(right)
     return float(left @ right / norms) if norms > 0 else 1.0
-
-
-def token_losses(logits: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
-    """Losses [T] of tokens by their logits [T, V], in nats."""
-    wide = logits.astype(np.float64)
-    top = wide.max(axis=-1, keepdims=True)
-    total: np.ndarray = np.log(np.exp(wide - top).sum(axis=-1)) + top[:, 0]
-    return total - wide[np.arange(len(tokens)), list(tokens)]
 
 
 @dataclass(frozen=True, slots=True)

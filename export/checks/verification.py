@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from slimvlm.compress.errors import CheckFailedError, CheckpointError, MissingDependencyError, SlimvlmError
-from slimvlm.export.checks.parity import Case, measure, token_losses
+from slimvlm.export.checks.parity import Case, measure
 from slimvlm.export.checks.sample import read_sample
-from slimvlm.export.running.generation import Arrays, Runner, steps, until_end
+from slimvlm.export.running.generation import Arrays, Runner, steps, token_losses, until_end
 from slimvlm.export.running.manifest import Artifact, Document, Manifest, check_files, inside
 from slimvlm.export.running.runners import runner_of
 from slimvlm.export.running.sessions import UnreadableGraphError

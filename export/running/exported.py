@@ -40,12 +40,27 @@ class Exported:
         """Its artifacts by backend."""
         return self.manifest.graphs
 
-    def backend(self, form: str, variant: str | None = None) -> str | None:
-        """Of `graphs` the key of a format and variant, by default the format's first; None if they are not here."""
+    def backend(self, form: str | None = None, variant: str | None = None) -> str | None:
+        """Of `graphs` the key of a format and variant, by default the first; None if they are not here."""
         for key, (artifact, *_) in self.graphs.items():
-            if artifact.format == form and variant in (None, artifact.variant):
+            if form in (None, artifact.format) and variant in (None, artifact.variant):
                 return key
         return None
+
+    def find(self, words: str | None) -> str | None:
+        """Of `graphs` the key that is meant by `onnx:int8`, by `onnx` or `int8` alone (the first), or by nothing."""
+        first, _, second = (words or "").partition(":")
+        return self.backend(first, second) if second else self.backend(first or None) or self.backend(None, first)
+
+    def named(self, words: str | None) -> str:
+        """As `find`.
+
+        Raises:
+            UnsuitableOptionError: they are not here; the message lists those that are.
+        """
+        if found := self.find(words):
+            return found
+        raise UnsuitableOptionError(f"{self.folder} has no {words} graphs; it holds {', '.join(self.graphs)}")
 
     @property
     def image_size(self) -> tuple[int, int] | None:
@@ -75,10 +90,7 @@ class Exported:
             CheckpointError: a file is missing, was changed, or lies outside the folder.
             DeviceError: graphs of torch are run on the CPU only, on which they were traced.
         """
-        backend = backend or next(iter(self.graphs), "")
-        if backend not in self.graphs:
-            raise UnsuitableOptionError(f"{self.folder} has no {backend} graphs; it holds {', '.join(self.graphs)}")
-        artifacts = self.graphs[backend]
+        artifacts = self.graphs[self.named(backend)]
         names = {artifact.file for artifact in artifacts}
         entries = self.manifest.files.items()
         if wrong := check_files(self.folder, {k: v for k, v in entries if k.removesuffix("_data") in names}):

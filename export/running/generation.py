@@ -88,7 +88,7 @@ def steps(
 
     Args:
         batch: left-padded `input_ids` [B, S] and `attention_mask`, and what the vision graph takes.
-        follow: tokens [B, T] to go on with, whatever was most probable.
+        follow: tokens [B, T] to go on with, whatever was most probable, to the last of them.
     """
     ids, mask = batch["input_ids"], batch["attention_mask"].astype(np.int64)
     embeds = embed_prompt(runner, prompting, batch)
@@ -106,7 +106,7 @@ def steps(
         yield chosen, logits
         chosen = chosen if follow is None else follow[:, step - 1]
         done |= np.isin(chosen, prompting.end)
-        if done.all() or step == max_new_tokens:
+        if step == max_new_tokens or (follow is None and done.all()):
             return
         mask = np.concatenate([mask, np.ones((len(ids), 1), np.int64)], axis=1)
         cache = {name.replace(PRESENT, PAST): value for name, value in outputs.items() if name.startswith(PRESENT)}
@@ -201,3 +201,11 @@ def until_end(row: Sequence[int], end: Sequence[int]) -> list[int]:
     """The tokens of an answer up to and including the one that ends it."""
     found = next((index for index, token in enumerate(row) if token in end), len(row))
     return [int(token) for token in row[: found + 1]]
+
+
+def token_losses(logits: np.ndarray, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Losses [T] of tokens by their logits [T, V], in nats."""
+    wide = logits.astype(np.float64)
+    top = wide.max(axis=-1, keepdims=True)
+    total: np.ndarray = np.log(np.exp(wide - top).sum(axis=-1)) + top[:, 0]
+    return total - wide[np.arange(len(tokens)), tokens]

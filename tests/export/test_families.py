@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import onnx
 import pytest
-from exports import cut_model
+from exports import cut_model, quality_of, size_of, tiny_samples
 from tiny_models import FACTORIES
 
+from slimvlm.compress.evaluation.evaluate import evaluate
 from slimvlm.compress.models.families import FAMILIES
 from slimvlm.export.running.generation import empty_cache
 from slimvlm.export.running.runners import SessionRunner, runner_of
@@ -155,3 +157,22 @@ def test_an_empty_cache_takes_the_batch_and_no_positions(exported):
     result = exported("llava")
     cache = empty_cache(runner_of(result.out, result.manifest.artifacts), 2, {})
     assert {array.dtype for array in cache.values()} == {np.dtype("float32")}
+
+
+def asking(sample, answer):
+    """The sample with another right answer."""
+    return replace(sample, turns=(replace(sample.turns[-1], answers=(answer,)),))
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_an_export_is_scored_as_its_checkpoint_on_the_same_samples(exported, name):
+    """Answers of several lengths, one of them what the model says."""
+    model, collator = cut_model(name)
+    samples = [asking(*pair) for pair in zip(tiny_samples(3, size_of(name)), ("red cat", "dog", "a"), strict=True)]
+    if name not in DUAL:
+        samples.append(asking(samples[0], evaluate(model, collator, samples[:1]).rows[0].prediction or "cat"))
+    wanted, found = evaluate(model, collator, samples), quality_of(exported(name).out, name, None, samples)
+    assert (found.kind, found.scores) == (wanted.kind, pytest.approx(wanted.scores, rel=1e-4))
+    for row, other in zip(found.rows, wanted.rows, strict=True):
+        assert replace(row, loss=None) == replace(other, loss=None)
+        assert row.loss == (None if name in DUAL else pytest.approx(other.loss, rel=1e-4))

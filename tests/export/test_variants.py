@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
-from exports import export_tiny, shallow_model
+from exports import export_tiny, quality_of, shallow_model, size_of, tiny_samples
 from tiny_models import FACTORIES
 
 from slimvlm.export.variants import FULL, VARIANTS
@@ -26,7 +27,8 @@ WAYS["torch"] = {"formats": ("torchscript", "pt2")}
 def test_every_variant_of_every_family_is_the_model_within_its_tolerance(tmp_path, name, way):
     """On one and on several images, and in whole answers: `export_tiny` raises where a check of the export fails."""
     options = {"formats": ("onnx",), "variants": (FULL,), **WAYS[way]}
-    manifest = export_tiny(name, tmp_path / "export", shallow_model, samples=3, max_new_tokens=3, **options).manifest
+    out = tmp_path / "export"
+    manifest = export_tiny(name, out, shallow_model, samples=3, max_new_tokens=3, **options).manifest
     written = {(artifact.format, artifact.variant) for artifact in manifest.artifacts}
     assert written == {
         (form, variant)
@@ -41,3 +43,7 @@ def test_every_variant_of_every_family_is_the_model_within_its_tolerance(tmp_pat
         assert Path(artifact.file).name.startswith(f"{artifact.graph}{variant.suffix}.")
         assert len(artifact.parity) >= 2
     assert len(manifest.checks) == (0 if name in DUAL else len(written))
+    samples = tiny_samples(2, size_of(name))
+    for backend in set(manifest.graphs) & (set(manifest.graphs) if name == "llava" else {"onnx:fp16", "onnx:int8"}):
+        quality = quality_of(out, name, backend, samples)
+        assert len(quality.rows) == 2 and all(map(math.isfinite, quality.scores.values()))

@@ -13,13 +13,18 @@ from tiny_processors import tiny_image, tiny_processor
 from slimvlm.compress.data.collate import Collator
 from slimvlm.compress.data.records import Turn
 from slimvlm.compress.data.samples import Sample
+from slimvlm.compress.errors import MissingDependencyError
+from slimvlm.compress.evaluation.quality import Quality
 from slimvlm.compress.models.families import find_family
+from slimvlm.compress.options import EvaluateOptions
 from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.export.checks.reference import graph_ports
 from slimvlm.export.checks.sample import read_sample
 from slimvlm.export.graphs.graph import Graph
 from slimvlm.export.job import ExportResult, export_model
 from slimvlm.export.options import ExportOptions
+from slimvlm.export.running.evaluation import evaluate_export
+from slimvlm.export.running.exported import Exported
 from slimvlm.export.running.generation import Arrays, until_end
 
 SIZES = {
@@ -52,6 +57,23 @@ def tiny_samples(count, size=(16, 16)) -> list[Sample]:
         turn = Turn("what is it" + " red" * (index % 3), ("cat",))
         samples.append(Sample(Path(f"{index}.png"), (turn,), f"sample {index}", content=buffer.getvalue()))
     return samples
+
+
+def quality_of(export: Path, name: str, backend: str | None, samples: list[Sample]) -> Quality:
+    """By `evaluate_export`; some families' processors cannot be read from a folder without torchvision."""
+    read, asked = Exported.collator, EvaluateOptions(model="", data=Path())
+    try:
+        return evaluate_export(export, backend, samples, asked)
+    except MissingDependencyError:
+        Exported.collator = lambda self: cut_model(name)[1]
+        return evaluate_export(export, backend, samples, asked)
+    finally:
+        Exported.collator = read
+
+
+def size_of(name: str) -> tuple[int, int]:
+    """Of images that an export of the family takes as they are."""
+    return SIZES.get(find_family(tiny_model(name, "sdpa").model.config).export.vision, (16, 16))
 
 
 def export_tiny(name: str, out: Path, make=cut_model, **options) -> ExportResult:
