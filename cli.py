@@ -209,21 +209,22 @@ def recover(run: Path, as_json: bool, quiet: bool, **values: Any) -> None:
 @click.argument("model", type=NAME)
 @sample_options
 @option("--eval-samples", type=COUNT, help="At most so many samples.")
-@click.option("--against", type=NAME, metavar="MODEL", help="Compare with this checkpoint on the same samples.")
+@click.option("--against", type=NAME, metavar="MODEL", help="Compare with this one on the same samples.")
 @model_options
 @output_options
 def evaluate(against: str | None, as_json: bool, quiet: bool, **values: Any) -> None:
     """Measure how well MODEL answers.
 
-    Share of right answers per task, the loss of the right answers' tokens, and what is right with the images shuffled:
+    Share of right answers per task, the loss of the right answers' tokens, and what is right with the images shuffled.
+    MODEL is a checkpoint or an export, FOLDER[:BACKEND[:VARIANT]]:
 
-        slimvlm evaluate out/model --data test.jsonl --against ./my-vlm
+        slimvlm evaluate exported:onnx:int8 --data test.jsonl --against ./my-vlm
     """
     from slimvlm import pipeline
 
     with progress(quiet) as report:
         options = EvaluateOptions(**values)
-        evaluation = pipeline.evaluate_checkpoint(options, against, report)
+        evaluation = pipeline.evaluate_named(options, against, report)
     show.show_quality(evaluation, options.seed, as_json=as_json)
 
 
@@ -275,9 +276,11 @@ def export(model: str, out: Path | None, verify: bool, as_json: bool, quiet: boo
 def profile(as_json: bool, quiet: bool, **values: Any) -> None:
     """Measure what SLIM costs to run, next to a dense model.
 
-    SLIM is a checkpoint, what `slimvlm compress` wrote, or an export. Both models take turns in processes of their own:
+    SLIM is a checkpoint, what `slimvlm compress` wrote, or an export; FOLDER:BACKEND[:VARIANT] runs on that alone, and
+    so does --against. Both models take turns in processes of their own:
 
         slimvlm profile out --against ./my-vlm --backend torch,onnx
+        slimvlm profile out:onnx:int8 --against ./my-vlm:onnx:int8
     """
     from slimvlm.serve.profiling import profile_models
 
@@ -302,8 +305,8 @@ def chat(
 ) -> None:
     """Ask FOLDER about an IMAGE.
 
-    FOLDER is a checkpoint or an export. The answer is shown as it comes; without QUESTION a line of stdin is one, until
-    one is empty, each asked on its own, and `/image PATH` changes the image:
+    FOLDER is a checkpoint or an export, FOLDER[:BACKEND[:VARIANT]]. The answer is shown as it comes; without QUESTION a
+    line of stdin is one, until one is empty, each asked on its own, and `/image PATH` changes the image:
 
         slimvlm chat out/model photo.jpg "What is in the image?"
     """

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from slimvlm.compress import processes
 from slimvlm.compress.data.samples import Sample
 from slimvlm.compress.data.splits import Measured, read_evaluation, read_measured, read_trained
-from slimvlm.compress.errors import CheckFailedError, CheckpointError, SampleError
+from slimvlm.compress.errors import CheckFailedError, CheckpointError, SampleError, UnsuitableOptionError
 from slimvlm.compress.evaluation.evaluate import Comparison, Quality, compare
 from slimvlm.compress.files.decoding import shown
 from slimvlm.compress.files.folders import refuse_inside, require_free, reserved
@@ -31,11 +31,13 @@ from slimvlm.compress.stages.evaluate import evaluate_model, evaluate_seeing_and
 from slimvlm.compress.stages.plan import check_plan, chosen_criterion, plan_stage, read_plan
 from slimvlm.compress.stages.recover import recover_stage
 from slimvlm.compress.stages.slice import save_cut, slice_stage
-from slimvlm.export import ExportOptions
+from slimvlm.export import ExportOptions, evaluate_export
 from slimvlm.export.packages import require_packages
 from slimvlm.export.stage import export_stage
+from slimvlm.serve.options import TORCH
 from slimvlm.serve.profile import Profile
 from slimvlm.serve.stage import profile_stage
+from slimvlm.serve.targets import what_runs
 
 READ = ("model", "data", "eval_data", "recover_data", "teacher")  # options that name what is not in the run folder
 
@@ -167,17 +169,37 @@ class Evaluation(NamedTuple):
     blind: Quality | None
 
 
-def evaluate_checkpoint(
-    options: EvaluateOptions, against: str | None = None, progress: Progress = silent
-) -> Evaluation:
-    """Quality of `options.model` on `options.data`, and compared with the checkpoint `against` when one is given."""
+def evaluate_named(options: EvaluateOptions, against: str | None = None, progress: Progress = silent) -> Evaluation:
+    """Quality of `options.model` on `options.data`, and compared with `against` when one is given.
+
+    Each is a checkpoint or graphs of an export: `FOLDER[:BACKEND[:VARIANT]]`, see serve/targets.py.
+
+    Raises:
+        UnsuitableOptionError: no such graphs; or a dual encoder and a model that answers: no score is of both.
+    """
     samples = read_evaluation(options)
     if against is None:
-        quality, blind = evaluate_seeing_and_blind(options, options.model, samples, progress)
+        quality, blind = _qualities(options, options.model, samples, progress, blind=True)
         return Evaluation(quality, None, None, blind)
-    quality = evaluate_model(options, options.model, samples, progress)
-    other, blind = evaluate_seeing_and_blind(options, against, samples, progress)
+    quality, _ = _qualities(options, options.model, samples, progress, blind=False)
+    other, blind = _qualities(options, against, samples, progress, blind=True)
+    if other.kind != quality.kind:
+        raise UnsuitableOptionError(f"{options.model} is scored by {quality.kind}, {against} by {other.kind}")
     return Evaluation(quality, other, compare(other, quality, options.seed), blind)
+
+
+def _qualities(
+    options: EvaluateOptions, name: str, samples: Sequence[Sample], progress: Progress, *, blind: bool
+) -> tuple[Quality, Quality | None]:
+    """Of what is called `name`: seeing, and with the images shuffled where that is asked for and there are several."""
+    folder, backend = what_runs(name, trust_remote_code=options.trust_remote_code)
+    if backend == TORCH and blind:
+        return evaluate_seeing_and_blind(options, folder, samples, progress)
+    if backend == TORCH:
+        return evaluate_model(options, folder, samples, progress), None
+    asked = partial(evaluate_export, Path(folder).expanduser(), backend, samples, options, progress)
+    several = len({sample.image_key for sample in samples}) > 1
+    return asked(), asked(options.seed) if blind and several else None
 
 
 def _compress(options: CompressOptions, progress: Progress, plan_only: bool) -> Result:

@@ -21,14 +21,15 @@ from slimvlm.compress.data.images import BadImageError, as_png, check_image, rea
 from slimvlm.compress.data.questions import placed
 from slimvlm.compress.data.records import Turn
 from slimvlm.compress.data.samples import Sample, resized
-from slimvlm.compress.errors import CheckpointError, SampleError, UnsuitableOptionError, UnsupportedModelError
+from slimvlm.compress.errors import CheckpointError, SampleError, UnsupportedModelError
 from slimvlm.compress.evaluation.evaluate import greedy
 from slimvlm.compress.evaluation.soundness import check_answers
 from slimvlm.compress.models.checkpoint import Loaded, load_model
 from slimvlm.compress.processes import pick_device
-from slimvlm.export.running.exported import Exported, is_export
+from slimvlm.export.running.exported import Exported
 from slimvlm.export.running.generation import steps
 from slimvlm.serve.options import TORCH
+from slimvlm.serve.targets import what_runs
 
 ANSWERING = {"vision_encoder", "embed_tokens", "encoder_model", "decoder_model_merged"}  # graphs of an answer
 Theirs = Any  # a model or a tokenizer of transformers: its families have no common type
@@ -115,7 +116,8 @@ def open_chat(name: str, *, backend: str | None = None, device: str = "auto", tr
     """Loads a checkpoint (both layouts, or a hub name) or an exported folder.
 
     Args:
-        backend: of an export, which of its graphs: `onnx`, `onnx:int8`, `torchscript`, ...; by default the first.
+        name: `FOLDER[:BACKEND[:VARIANT]]`, see targets.py; of an export by default the first of its graphs.
+        backend: instead of the words behind the folder's name.
         device: `auto`, `cpu`, `cuda` or `cuda:N`; `auto` runs the graphs of an export on the CPU.
 
     Raises:
@@ -124,17 +126,16 @@ def open_chat(name: str, *, backend: str | None = None, device: str = "auto", tr
         UnsuitableOptionError: the model does not have this backend.
         DeviceError: the device is not there.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir() and is_export(folder):
-        return _open_export(name, Exported.open(folder), backend, "cpu" if device == "auto" else device)
+    where, runs_on = what_runs(name, backend, trust_remote_code)
+    folder = Path(where).expanduser()
+    if runs_on != TORCH:
+        return _open_export(name, Exported.open(folder), runs_on, "cpu" if device == "auto" else device)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise CheckpointError(
             f"{name} is neither a checkpoint (config.json) nor an export (manifest.json); give a folder that "
             "slimvlm compress or slimvlm export wrote"
         )
-    if backend not in (None, TORCH):
-        raise UnsuitableOptionError(f"{name} is a checkpoint, which runs on {TORCH} only; export it for {backend}")
-    loaded = load_model(name, device=pick_device(device), trust_remote_code=trust_remote_code)
+    loaded = load_model(where, device=pick_device(device), trust_remote_code=trust_remote_code)
     if loaded.family.contrastive:
         raise _answers_nothing(name)
     collator = collator_of(loaded)

@@ -56,12 +56,12 @@ class _Job:
         return Effort(asked.warmup, asked.starts, asked.rounds, asked.cell_seconds, asked.seed)
 
     def sources(self, backend: str) -> dict[str, Source]:
-        """What the workers of a backend load."""
-        name = split_backend(backend)[0]
+        """What the workers of a backend load; a model that was named with one is run on that."""
+        named = {model: target.backend or backend for model, target in self.targets.items()}
         return {
             model: Source(
-                str(target.folder(name)),
-                backend,
+                str(target.folder(name := split_backend(named[model])[0])),
+                named[model],
                 str(self.device),
                 _provider(self.options.provider, self.device),
                 self.threads,
@@ -126,19 +126,20 @@ def refuse_unless_profile(path: Path) -> None:
 def _prepare(options: ProfileOptions, device: torch.device, scratch: Path, progress: Progress) -> _Job:
     """Finds or makes everything that is to be run, and refuses what cannot be, before time is spent on measuring."""
     names = {"dense": options.against, "slim": options.slim}
-    backends, skipped = _measurable(options.backend, device)
-    targets: dict[str, Target] = {}
-    for model, name in names.items():
-        if name is not None:
-            target = find_target(name, options.trust_remote_code)
-            progress("export", len(targets), len(names), model)
-            targets[model] = with_graphs(target, backends, scratch / model)
-    progress("export", len(names), len(names))
+    targets = {model: find_target(name, options.trust_remote_code) for model, name in names.items() if name is not None}
+    own = {model: (target.backend,) for model, target in targets.items() if target.backend is not None}
+    backends, skipped = _measurable(own.get("slim", options.backend), device)
+    for done, model in enumerate(targets):
+        asked, _ = _measurable(own.get(model, backends), device)
+        check_installed(asked)
+        progress("export", done, len(targets), model)
+        targets[model] = with_graphs(targets[model], asked, scratch / model)
+    progress("export", len(targets), len(targets))
     if len({target.family for target in targets.values()}) > 1:
         found = " and ".join(f"{target.given} is {target.family}" for target in targets.values())
         raise UnsuitableOptionError(f"{found}: two models of one family can be compared")
-    for backend in backends:
-        for target in targets.values():
+    for target in targets.values():
+        for backend in backends if target.backend is None else (target.backend,):
             target.folder(split_backend(backend)[0])
     slim = targets["slim"]
     fixed = next((Exported.open(target.export).image_size for target in targets.values() if target.export), None)
@@ -236,7 +237,7 @@ def _judged(cell: Cell, inputs: Inputs, job: _Job, device: Device) -> tuple[Cell
     judged = {
         model: Judged(count_costs(target.shapes, sizes, cell.dtype), target.shapes)
         for model, target in job.targets.items()
-        if target.shapes is not None
+        if target.shapes is not None and target.backend in (None, cell.backend)  # two runtimes differ in more than work
     }
     rated = {
         model: rate_run(run, judged[model].costs, device, cell.dtype) if model in judged else run

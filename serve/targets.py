@@ -1,4 +1,7 @@
-"""What a name given to `slimvlm profile` stands for: a checkpoint, the run it belongs to, or an export."""
+"""What a name stands for: a checkpoint, the run it belongs to, or an export; and which of its backends is meant.
+
+`FOLDER[:BACKEND[:VARIANT]]`, as `out:onnx:int8`; a variant alone (`out:int8`) is that of the first backend that has it.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,54 @@ from slimvlm.compress.models.checkpoint import PLAN, locate, weight_files
 from slimvlm.compress.models.loaders import load_processor, read_config
 from slimvlm.compress.plan import Plan
 from slimvlm.export import ExportOptions, export_checkpoint
-from slimvlm.export.options import DTYPES
+from slimvlm.export.options import DTYPES, FORMATS
 from slimvlm.export.running.exported import Exported, is_export
 from slimvlm.export.running.manifest import Manifest, inside
 from slimvlm.export.running.sessions import NO_RUNTIME
-from slimvlm.export.variants import FULL, QUANTIZED
+from slimvlm.export.variants import FULL, QUANTIZED, VARIANTS
 from slimvlm.serve.judging.roofline import Shapes, kv_bytes_per_token
 from slimvlm.serve.judging.shapes import checkpoint_shapes
 from slimvlm.serve.options import ONNX, TORCH, split_backend
 from slimvlm.serve.profile import Subject
+
+WORDS = {TORCH, *FORMATS, "aoti", *VARIANTS}
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """The folder (or hub name) of a name, and the words behind it; none where the whole name is a folder, colons and
+    all, or where what is behind a colon belongs to nothing known.
+    """
+    if Path(name).expanduser().exists():
+        return name, ""
+    found = [(parts[0], parts[1:]) for count in (1, 2) if len(parts := name.rsplit(":", count)) > count and parts[0]]
+    there = [(folder, words) for folder, words in found if Path(folder).expanduser().exists()]
+    known = [(folder, words) for folder, words in reversed(found) if WORDS.issuperset(words)]
+    folder, words = next(iter((*there, *known)), (name, []))
+    return folder, ":".join(words)
+
+
+def what_runs(name: str, backend: str | None = None, trust_remote_code: bool = False) -> tuple[str, str]:
+    """The folder (or hub name) that is run for `name`, and on which backend: `torch`, or one that the export has.
+
+    Args:
+        backend: instead of the words in the name.
+
+    Raises:
+        UnsuitableOptionError: there are no such graphs; the message lists those there are.
+        CheckpointError: the folder is neither a checkpoint, nor a run, nor an export.
+    """
+    folder, words = (name, backend) if backend else split_name(name)
+    path = Path(folder).expanduser()
+    if is_export(path) and words != TORCH:
+        return folder, Exported.open(path).named(words)
+    if not words or (words == TORCH and not path.is_dir()):
+        return folder, TORCH
+    target = _found(name, folder, trust_remote_code)
+    if words == TORCH:
+        return str(target.folder(TORCH)), TORCH
+    if target.export is None:
+        raise UnsuitableOptionError(f"{folder} is a checkpoint, which runs on {TORCH} only; export it for {words}")
+    return str(target.export), Exported.open(target.export).named(words)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +78,7 @@ class Target:
         digest: of the weights.
         family: name of its row.
         shapes: None where they cannot be read without the checkpoint.
+        backend: that was named with it; None: any.
     """
 
     given: str
@@ -44,6 +87,7 @@ class Target:
     digest: str
     family: str
     shapes: Shapes | None
+    backend: str | None = None
 
     def folder(self, backend: str) -> Path:
         """What the backend opens.
@@ -81,24 +125,43 @@ class Target:
         )
 
     def _weight_files(self) -> list[Path]:
-        """Of the checkpoint, or of the first variant in the export."""
-        if self.checkpoint is not None:
+        """Of the checkpoint, or of the graphs that are meant: the first variant in an export."""
+        if self.checkpoint is not None and self.backend in (None, TORCH):
             return weight_files(self.checkpoint)
         export = Exported.open(self.folder(ONNX))
-        names = [artifact.file for artifact in next(iter(export.graphs.values()))]
+        names = [artifact.file for artifact in export.graphs[export.named(self.backend)]]
         beside = [f"{name}_data" for name in names if f"{name}_data" in export.manifest.files]
         return [inside(export.folder, name) for name in (*names, *beside)]
 
 
 def find_target(name: str, trust_remote_code: bool = False) -> Target:
-    """What `name` is: a run folder, a checkpoint (folder or hub name), or an export.
+    """What `name` is: a run folder, a checkpoint (folder or hub name), or an export; and the backend it names, whose
+    graphs may have to be made (`with_graphs`).
 
     Raises:
         CheckpointError, UnsupportedModelError: none of them, or it cannot be read.
+        UnsuitableOptionError: the words behind it name no backend that it has or that can be made of it.
     """
+    folder, words = split_name(name)
+    target = _found(name, folder, trust_remote_code)
+    return replace(target, backend=_meant(target, words)) if words else target
+
+
+def _meant(target: Target, words: str) -> str:
+    """The backend that the words behind a name mean."""
+    exported = None if target.export is None else Exported.open(target.export)
+    if words == TORCH or (exported is not None and (words := exported.find(words) or words) in exported.graphs):
+        return words
+    if exported is not None and target.checkpoint is None:
+        return exported.named(words)  # which says what there is instead
+    split_backend(full := f"{ONNX}:{words}" if words in VARIANTS else words)
+    return full
+
+
+def _found(given: str, name: str, trust_remote_code: bool) -> Target:
     folder = Path(name).expanduser()
     if is_export(folder):
-        return _export_target(name, folder, trust_remote_code)
+        return _export_target(given, folder, trust_remote_code)
     run = folder if (folder / "run.json").is_file() else None
     if folder.is_dir() and not run and not (folder / "config.json").is_file():
         raise CheckpointError(
@@ -109,7 +172,7 @@ def find_target(name: str, trust_remote_code: bool = False) -> Target:
     beside = (run or checkpoint.parent) / "export"
     _, family = read_config(checkpoint, trust_remote_code)
     export = beside if is_export(beside) and Manifest.read(beside).model.get("digest") == digest else None
-    return Target(name, checkpoint, export, digest, family.name, checkpoint_shapes(checkpoint, trust_remote_code))
+    return Target(given, checkpoint, export, digest, family.name, checkpoint_shapes(checkpoint, trust_remote_code))
 
 
 def _export_target(name: str, folder: Path, trust_remote_code: bool) -> Target:

@@ -20,7 +20,7 @@ from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.stages.plan import planning_of
 from slimvlm.demo import MODEL, SAMPLES
-from slimvlm.pipeline import _check, apply_saved_plan, compress, evaluate_checkpoint, make_plan
+from slimvlm.pipeline import _check, apply_saved_plan, compress, evaluate_named, make_plan
 from slimvlm.serve.profile import Profile
 
 
@@ -138,7 +138,7 @@ def test_the_stock_layout_loads_with_the_unmodified_class(tmp_path):
 def test_evaluating_against_the_dense_model_pairs_the_questions(finished):
     options, result = finished
     job = replace(options, model=str(options.out / "model"), data=options.eval_data)
-    evaluation = evaluate_checkpoint(job, against=str(MODEL))
+    evaluation = evaluate_named(job, against=str(MODEL))
     assert len(evaluation.quality.rows) == 24
     assert evaluation.comparison.difference == pytest.approx(result.comparison.difference)
     assert (evaluation.against.score, evaluation.blind.score) == (result.dense.score, result.blind.score)
@@ -154,6 +154,11 @@ def test_the_export_stage_writes_a_checked_export_once_and_drops_it_where_none_i
     assert json.loads(manifest.read_text())["ok"]
     compress(asked)
     assert manifest.stat().st_mtime_ns == written
+    of_graphs = replace(asked, model=f"{asked.out}:torchscript", data=asked.eval_data)
+    quality, against, comparison, blind = evaluate_named(of_graphs, against=f"{asked.out}:torch")
+    assert [row.prediction for row in quality.rows] == [row.prediction for row in against.rows]
+    assert comparison.difference == 0 and blind.blind
+    assert evaluate_named(of_graphs).blind.score == blind.score
     assert compress(replace(asked, export=())).export["formats"] == []
     assert not manifest.exists()
 

@@ -164,7 +164,7 @@ def nothing_faster(profile: Profile) -> str | None:
 
 def _reason(profile: Profile) -> str:
     if not profile.verdicts:
-        return "The shapes of the models are not known, so neither is the reason."
+        return "The work of the models is not compared (unknown shapes, or two backends), so the reason is not known."
     ideal = median(verdict.ideal for verdict in profile.verdicts)
     bound, count = Counter(verdict.bound for verdict in profile.verdicts).most_common(1)[0]
     if ideal < 1 + 5 * (LEAST_IDEAL - 1):

@@ -75,14 +75,14 @@ def measure_cell(sources: Mapping[str, Source], inputs: Inputs, effort: Effort) 
     """One workload on one backend.
 
     Args:
-        sources: `slim`, or `dense` and `slim`, of one backend.
+        sources: `slim`, or `dense` and `slim`; the cell's backend is that of `slim`.
 
     Raises:
         SlimvlmError: a model was refused; what a process dies of is in the cell instead.
     """
-    first = next(iter(sources.values()))
+    slim = sources["slim"]
     cell = Cell(
-        first.backend, first.dtype, inputs.rows, inputs.image_size, inputs.prompt_tokens, inputs.new_tokens, MEASURED
+        slim.backend, slim.dtype, inputs.rows, inputs.image_size, inputs.prompt_tokens, inputs.new_tokens, MEASURED
     )
     try:
         found = _measure(sources, inputs, effort)
@@ -93,7 +93,7 @@ def measure_cell(sources: Mapping[str, Source], inputs: Inputs, effort: Effort) 
         if lost.model != "dense":
             return cell
         # What the dense model cannot do at all the slim one may do: that is worth knowing.
-        alone = measure_cell({"slim": sources["slim"]}, inputs, effort)
+        alone = measure_cell({"slim": slim}, inputs, effort)
         return replace(cell, dtype=alone.dtype, runs=alone.runs)
 
 
@@ -105,9 +105,9 @@ def measure_decoder(
     Args:
         tests: name -> inputs, the phase whose seconds count, and for how many tokens.
     """
-    first, done = next(iter(sources.values())), []
+    slim, done = sources["slim"], []
     for name, (inputs, phase, tokens) in tests.items():
-        what = first.backend, first.dtype, name
+        what = slim.backend, slim.dtype, name
         try:
             found = _measure(sources, inputs, effort)
         except WorkerLostError as lost:
@@ -118,7 +118,7 @@ def measure_decoder(
             model: [[count / seconds for seconds in rounds] for rounds in one.seconds[phase]]
             for model, one in found.items()
         }
-        done.append(decoder_test((first.backend, found["slim"].dtype, name), tokens, rates, effort.seed))
+        done.append(decoder_test((slim.backend, found["slim"].dtype, name), tokens, rates, effort.seed))
     return done
 
 

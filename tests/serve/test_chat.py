@@ -63,6 +63,15 @@ def test_an_export_streams_the_answer_that_torch_gave_to_its_sample(exported, pi
     assert 0 < found.first_seconds <= found.seconds
 
 
+def test_a_variant_is_asked_by_the_name_of_its_folder(exported, picture):
+    question = generated_sample(1, seed=0).turns[0].prompt
+    named, chosen = open_chat(f"{exported.out}:int8"), open_chat(str(exported.out), backend="onnx:int8")
+    assert asked(named, picture, question)[1].text == asked(chosen, picture, question)[1].text
+    assert named.name == f"{exported.out}:int8"
+    with pytest.raises(UnsuitableOptionError, match="has no int5 graphs; it holds onnx, onnx:int8, torchscript"):
+        open_chat(f"{exported.out}:int5")
+
+
 @pytest.mark.parametrize("name", ("llava_next", "paligemma", "idefics3", "blip2_opt"))
 def test_an_export_of_every_kind_of_prompt_answers_as_torch(tmp_path, picture, name):
     """Fixed tiles (the image is resized first), a prefix, padding masks, image tokens first."""

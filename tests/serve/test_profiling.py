@@ -97,6 +97,19 @@ def test_graphs_of_an_export_are_measured_alone(exported, tmp_path):
     assert profile.models["slim"].weight_bytes > 0
 
 
+def test_two_backends_are_compared_where_each_model_names_its_own(pair, exported, tmp_path):
+    """Torch against graphs that are there, which the cell and the list of models say; their work is not compared."""
+    dense, _ = pair
+    profile = profile_models(quick(tmp_path, f"{exported}:onnx", against=f"{dense}:torch", backend=("torchscript",)))
+    [cell] = profile.cells
+    assert (cell.status, cell.backend, set(cell.ratios)) == (MEASURED, "onnx", set(cell.runs["dense"].seconds))
+    assert {model: subject.source for model, subject in profile.models.items()} == {
+        "slim": f"{exported}:onnx",
+        "dense": f"{dense}:torch",
+    }
+    assert profile.verdicts == () and read(tmp_path / "profile.json", Profile) == profile
+
+
 def test_a_dual_encoder_is_profiled_by_its_two_sides(tmp_path):
     dense, slim = save_pair(tmp_path, "clip")
     [cell] = profile_models(quick(tmp_path, slim, against=dense, decoder_tests=True)).cells

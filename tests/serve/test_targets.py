@@ -13,7 +13,7 @@ from slimvlm.compress.errors import CheckpointError, UnsuitableOptionError
 from slimvlm.export import ExportOptions, export_checkpoint
 from slimvlm.export.running.manifest import MANIFEST
 from slimvlm.serve.options import ProfileOptions
-from slimvlm.serve.targets import find_target, has_graphs, with_graphs
+from slimvlm.serve.targets import find_target, has_graphs, split_name, what_runs, with_graphs
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +73,48 @@ def test_a_run_folder_keeps_its_profile(copied):
     assert ProfileOptions(slim=str(copied)).written == copied / "profile.json"
     assert ProfileOptions(slim=str(copied / "model")).written == Path("profile.json")
     assert ProfileOptions(slim=str(copied), out=Path("other.json")).written == Path("other.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "words"),
+    (
+        ("here", "here", ""),
+        ("here:onnx:int8", "here", "onnx:int8"),
+        ("here:int8", "here", "int8"),
+        ("here:int5", "here", "int5"),  # refused later, by what is there
+        ("with:colon", "with:colon", ""),
+        ("with:colon:onnx", "with:colon", "onnx"),
+        ("of/hub:onnx:int8", "of/hub", "onnx:int8"),
+        ("of/hub:int5", "of/hub:int5", ""),  # refused as no name of a folder or of the hub
+        (":onnx", ":onnx", ""),
+    ),
+)
+def test_a_name_is_a_folder_and_the_backend_behind_it(tmp_path, monkeypatch, name, folder, words):
+    monkeypatch.chdir(tmp_path)
+    Path("here").mkdir()
+    Path("with:colon").mkdir()
+    assert split_name(name) == (folder, words)
+
+
+def test_run_checkpoint_and_export_are_run_by_the_graphs_that_are_named(copied):
+    export = str(copied / "export")
+    assert what_runs(f"{copied}:torchscript") == what_runs(f"{copied / 'model'}:fp32") == (export, "torchscript")
+    assert what_runs(export) == what_runs(f"{export}:torchscript:fp32") == (export, "torchscript")
+    assert what_runs(f"{copied}:torch") == (str(copied / "model"), "torch")
+    assert what_runs(str(copied / "model")) == (str(copied / "model"), "torch")
+    for name in (f"{copied}:int8", f"{export}:onnx", f"{export}:int5"):
+        with pytest.raises(UnsuitableOptionError, match=r"has no .* graphs; it holds torchscript"):
+            what_runs(name)
+    shutil.rmtree(export)
+    with pytest.raises(UnsuitableOptionError, match="is a checkpoint, which runs on torch only; export it for int8"):
+        what_runs(f"{copied / 'model'}:int8")
+
+
+def test_a_named_backend_has_a_size_of_its_own_and_graphs_that_are_made_where_there_are_none(copied):
+    target = find_target(f"{copied}:int8")
+    assert (target.given, target.backend, target.checkpoint) == (f"{copied}:int8", "onnx:int8", copied / "model")
+    small = find_target(f"{copied}:torchscript").subject("fp32").weight_bytes
+    assert small == sum(path.stat().st_size for path in (copied / "export" / "torchscript").iterdir())
+    assert find_target(str(copied)).subject("fp32").weight_bytes != small
+    with pytest.raises(UnsuitableOptionError, match="int5 is unknown"):
+        find_target(f"{copied}:int5")
