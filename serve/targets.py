@@ -17,11 +17,11 @@ from slimvlm.compress.models.checkpoint import PLAN, locate, weight_files
 from slimvlm.compress.models.loaders import load_processor, read_config
 from slimvlm.compress.plan import Plan
 from slimvlm.export import ExportOptions, export_checkpoint
-from slimvlm.export.options import DTYPES, FORMATS
+from slimvlm.export.options import FORMATS
 from slimvlm.export.running.exported import Exported, is_export
 from slimvlm.export.running.manifest import Manifest, inside
 from slimvlm.export.running.sessions import NO_RUNTIME
-from slimvlm.export.variants import FULL, QUANTIZED, VARIANTS
+from slimvlm.export.variants import FULL, VARIANTS
 from slimvlm.serve.judging.roofline import Shapes, kv_bytes_per_token
 from slimvlm.serve.judging.shapes import checkpoint_shapes
 from slimvlm.serve.options import ONNX, TORCH, split_backend
@@ -221,8 +221,5 @@ def with_graphs(target: Target, backends: Sequence[str], scratch: Path) -> Targe
 def graph_options(backends: Sequence[str]) -> ExportOptions:
     """The export that gives what these backends, none of them torch, run."""
     formats, variants = zip(*map(split_backend, backends), strict=True)
-    return ExportOptions(
-        formats=tuple(dict.fromkeys(formats)),
-        dtype=next((name for name in reversed(DTYPES) if name in variants), FULL),
-        quantize=next((name for name in QUANTIZED if name in variants), None),
-    )
+    wanted = dict.fromkeys(variant or FULL for variant in variants)
+    return ExportOptions(formats=tuple(dict.fromkeys(formats)), variants=tuple(wanted))
