@@ -148,7 +148,8 @@ def load_processor(folder: Path, trust_remote_code: bool = False) -> transformer
             return found
     except CheckpointError as refused:
         # How processors fail whose video part lacks torchvision.
-        without = isinstance(refused.__cause__, TypeError | AttributeError | ImportError)
+        cause = refused.__cause__
+        without = isinstance(cause, TypeError | AttributeError | ImportError) or "torchvision" in str(cause)
         if without and importlib.util.find_spec("torchvision") is None:
             raise MissingDependencyError(
                 f"{refused}; it may need torchvision: pip install 'slimvlm[vision]'"
