@@ -44,6 +44,7 @@ from slimvlm.console.options import (
     remote_code,
     sample_options,
     steps_option,
+    target_options,
 )
 from slimvlm.console.progress import print_anything, progress
 from slimvlm.console.values import Device
@@ -74,6 +75,7 @@ def main() -> None:
 @recover_options
 @evaluation_options
 @quality_limit
+@target_options
 @formats_option
 @profile_stage_option
 @model_options

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from slimvlm.compress import processes
 from slimvlm.compress.data.samples import Sample
 from slimvlm.compress.data.splits import Measured, read_evaluation, read_measured, read_trained
-from slimvlm.compress.errors import CheckFailedError, CheckpointError, SampleError, UnsuitableOptionError
+from slimvlm.compress.errors import CheckFailedError, CheckpointError, OutputError, SampleError, UnsuitableOptionError
 from slimvlm.compress.evaluation.evaluate import Comparison, Quality, compare
-from slimvlm.compress.files.decoding import shown
+from slimvlm.compress.files.decoding import read, shown
 from slimvlm.compress.files.folders import refuse_inside, require_free, reserved
 from slimvlm.compress.files.locks import locked_folder
 from slimvlm.compress.models.computing import cast, load_to_compute
@@ -24,7 +24,7 @@ from slimvlm.compress.plan import Plan
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.recovery.checks import check_models, recipe_of
 from slimvlm.compress.run_record import options_of, read_record
-from slimvlm.compress.runs import RunFolder
+from slimvlm.compress.runs import AGAIN, PLAN, RunFolder
 from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.compress.slicing.compensation import COMPENSATIONS
 from slimvlm.compress.stages.evaluate import evaluate_model, evaluate_seeing_and_blind, evaluate_stage
@@ -34,7 +34,9 @@ from slimvlm.compress.stages.slice import save_cut, slice_stage
 from slimvlm.export import ExportOptions, evaluate_export
 from slimvlm.export.packages import require_packages
 from slimvlm.export.stage import export_stage
-from slimvlm.serve.options import TORCH
+from slimvlm.serve.fitting.record import Fit
+from slimvlm.serve.fitting.stage import check_targets, delivered, fit_stage
+from slimvlm.serve.options import TORCH, split_backend
 from slimvlm.serve.profile import Profile
 from slimvlm.serve.stage import profile_stage
 from slimvlm.serve.targets import what_runs
@@ -57,6 +59,7 @@ class Result:
     recovery: dict[str, Any] | None = None  # what the recover stage recorded: JSON
     export: Mapping[str, Any] = field(default_factory=dict)  # what the export stage recorded: JSON
     profile: Profile | None = None
+    fit: Fit | None = None  # what was found for the targets
     comparison: Comparison | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -82,6 +85,7 @@ def _joined(options: CompressOptions, progress: Progress, plan_only: bool) -> Re
     chosen_criterion(options)
     if options.recover != "none":
         recipe_of(options)
+    check_targets(options)
     if options.export:
         require_packages(ExportOptions(formats=options.export).checked())
     refuse_inside(options.out, {name: getattr(options, name) for name in READ})
@@ -156,6 +160,10 @@ def recover_run(out: Path, changes: Mapping[str, Any], progress: Progress = sile
     changes = dict(changes)
     if changes.get("export") is None and "export" in record["stages"]:
         changes["export"] = tuple(record["stages"]["export"]["formats"])
+    if fitted := record["stages"].get("fit"):
+        names = [split_backend(backend) for backend in fitted["backends"]]
+        changes |= {"target": tuple(fitted["targets"]), "backend": names[0][0]}
+        changes |= {"variants": tuple(variant for _, variant in names if variant)}
     changes["profile"] = bool(record["stages"].get("profile", {}).get("backends"))
     return compress(options_of(out, record, **changes), progress)
 
@@ -221,6 +229,9 @@ def _compress(options: CompressOptions, progress: Progress, plan_only: bool) -> 
         result = Result(out, plan, len(data.bad), data.left_out)
         if plan_only:
             return result
+        if (fit := fit_stage(run, options, progress)) is not None:
+            plan, options = read(out / PLAN, Plan, OutputError, AGAIN), delivered(options, fit)
+            result = replace(result, plan=plan, fit=fit)
         if run.writer:
             slice_stage(run, options, plan, data, progress)
         processes.wait_for_all()

@@ -13,7 +13,7 @@ from typing import Any
 
 from slimvlm.compress.files.decoding import decode_fields
 
-STAGES = ("plan", "slice", "recover", "evaluate", "export", "profile")
+STAGES = ("plan", "fit", "slice", "recover", "evaluate", "export", "profile")
 ATTENTION_UNITS = ("auto", "kv-group", "query-slot")
 KINDS = ("attention", "mlp")
 LAYOUTS = ("per-layer", "stock")
@@ -21,7 +21,8 @@ TRAINED = ("lora", "projector", "lora+projector", "full")
 SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("no", "bf16", "fp16")  # or auto
 NOT_IDENTITY = (  # not what the model is made of
-    "out", "device", "resume", "overwrite", "max_quality_drop", "export", "profile", "trust_remote_code"
+    "out", "device", "resume", "overwrite", "max_quality_drop", "export", "variants", "profile", "trust_remote_code",
+    "target", "backend",
 )  # fmt: skip
 # Any in this file: values of options of all types, as JSON has them.
 NOT_GIVEN: Any = None  # an option that was not given has the value of one of these, by `faithful`
@@ -230,17 +231,32 @@ class DeliverOptions(EvaluateOptions):
     Attributes:
         export: formats to export it in; none where it is empty; None: TorchScript, and ONNX where its packages are
             installed.
+        variants: precisions of the ONNX graphs; none: fp32. With a target one of them is chosen.
         profile: measure latency and memory of the dense and the slim model.
         max_quality_drop: largest accepted loss in points of the mean metric; crossing it is a failed check.
     """
 
     export: tuple[str, ...] | None = None
+    variants: tuple[str, ...] = ()
     profile: bool = True
     max_quality_drop: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressOptions(PlanOptions, LearnOptions, DeliverOptions):
+class FitOptions(DeliverOptions):
+    """What the device allows: the cut is as small as meets it, and `ratio` the most that may be removed.
+
+    Attributes:
+        target: `NAME=AMOUNT`, at most one of a name.
+        backend: what runs the slim model: `torch`, `onnx` or `torchscript`.
+    """
+
+    target: tuple[str, ...] = ()
+    backend: str = "onnx"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressOptions(PlanOptions, LearnOptions, FitOptions):
     """Options of the one-shot job: those of its stages (the names are the command line's), and of its folder `out`."""
 
     out: Path

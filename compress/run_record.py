@@ -39,6 +39,21 @@ class PlanFacts(TypedDict, total=False):
     bad_samples: list[str]
 
 
+class FitBegun(TypedDict):
+    """A search for what meets targets, among the precisions `backends`."""
+
+    targets: list[str]
+    backends: list[str]
+
+
+class FitFacts(FitBegun, total=False):
+    """And what was found: how much of all parameters goes, in which of them, after so many trials."""
+
+    ratio: float
+    backend: str
+    trials: int
+
+
 class SliceFacts(TypedDict, total=False):
     """Of the slice stage: relative differences, and what the cut and the refit left."""
 
@@ -106,6 +121,7 @@ class ExportBegun(TypedDict):
 class ExportFacts(ExportBegun, total=False):
     """Of the export stage; `failed` or `refused` say why there is none to use."""
 
+    variants: list[str]
     failed: str
     refused: str
     checks: list[Check]
@@ -125,6 +141,7 @@ class ProfileFacts(ProfileBegun, total=False):
 
 FACTS: Mapping[str, type] = {  # of a stage, from its begin; a TypedDict each
     "plan": PlanFacts,
+    "fit": FitFacts,
     "slice": SliceFacts,
     "recover": RecoverFacts,
     "evaluate": EvaluateFacts,

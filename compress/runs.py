@@ -29,10 +29,10 @@ from slimvlm.compress.run_record import RECORD, SCHEMA, read_record, record_text
 
 PLAN, SCORES = "plan.json", "scores.safetensors"
 ORDER, ROUNDS = "order.safetensors", "order.partial.safetensors"  # of all rounds, of those that are done
-JOURNAL, QUALITY, PROFILE = "recovery.jsonl", "quality.json", "profile.json"
+JOURNAL, FIT, QUALITY, PROFILE = "recovery.jsonl", "fit.json", "quality.json", "profile.json"
 FRONTIER, CUTS = "frontier.json", "cuts"  # of many cuts, each a run in a folder of its own
 MODEL, CUT, RECOVERED, EXPORT = "model", "cut", ".recovered", "export"  # each has a manifest
-FILES = (RECORD, PLAN, ORDER, ROUNDS, SCORES, JOURNAL, QUALITY, PROFILE, FRONTIER, "report.html", "report.md")
+FILES = (RECORD, PLAN, ORDER, ROUNDS, SCORES, FIT, JOURNAL, QUALITY, PROFILE, FRONTIER, "report.html", "report.md")
 TRAINING, TEACHER = "recovery", "teacher"  # a training that is not finished; the teacher's outputs
 AGAIN = "run the command that wrote it again"  # after a file of a run that cannot be read
 # Any below: the values of JSON, which `read_record` has checked.

@@ -39,7 +39,8 @@ from slimvlm.console.values import (
 from slimvlm.export.options import DTYPES as EXPORTED_DTYPES
 from slimvlm.export.options import EXPORTERS, FUSIONS
 from slimvlm.export.variants import FULL, QUANTIZED
-from slimvlm.serve.options import DTYPES, PROVIDERS, ProfileOptions
+from slimvlm.serve.fitting.goals import QUANTITIES
+from slimvlm.serve.options import BACKENDS, DTYPES, PROVIDERS, ProfileOptions
 
 DEFAULTS = {field.name: field.default for field in fields(CompressOptions)}
 PROFILE = {field.name: field.default for field in fields(ProfileOptions)}
@@ -179,6 +180,17 @@ quality_limit = option(
 )
 formats_option = option(
     "--export", type=Names(), metavar="NAMES", help="Of onnx, torchscript, pt2, or none; else what is installed."
+)
+target_options = together(
+    option(
+        "--target",
+        type=TEXT,
+        multiple=True,
+        metavar="NAME=AMOUNT",
+        help=f"Cut what this needs, at most --ratio: {', '.join(QUANTITIES)}; as size=3MB or tpot=15ms; repeatable.",
+    ),
+    option("--variants", type=Names(), metavar="NAMES", default=(), help="Precisions to choose among, or to export."),
+    option("--backend", type=click.Choice(BACKENDS), help="What the targets are measured with."),
 )
 profile_stage_option = option("--profile/--no-profile", default=True, help="Measure latency and memory at the end.")
 folder_options = together(

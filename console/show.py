@@ -75,6 +75,7 @@ def show_compression(result: Result, *, as_json: bool) -> None:
                 "blind": result.blind.score if result.blind else None,
                 "tasks_that_tell_nothing": list(untold),
                 "recovery": result.recovery,
+                "fit": asdict(result.fit) if result.fit else None,
                 "export": result.export,
                 "speed": [
                     {
@@ -97,6 +98,8 @@ def show_compression(result: Result, *, as_json: bool) -> None:
         rows.extend(_task_rows(result.dense, result.slim, comparison.metric, untold))
     print_table(("", "before", "after", "change"), rows)
     _print_removed(plan)
+    for sentence in result.fit.sentences if result.fit else ():
+        print_line(f"targets  {sentence}")
     if result.blind and comparison:
         _print_blind(result.blind, untold)
     if result.recovery and result.cut:

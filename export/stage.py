@@ -9,8 +9,10 @@ from slimvlm.compress.options import DeliverOptions
 from slimvlm.compress.progress import Progress
 from slimvlm.compress.runs import EXPORT, MODEL, RunFolder
 from slimvlm.export import ExportOptions, export_checkpoint
+from slimvlm.export.options import DTYPES
 from slimvlm.export.packages import installed_formats
 from slimvlm.export.running.manifest import Document
+from slimvlm.export.variants import FULL
 
 
 def export_stage(run: RunFolder, options: DeliverOptions, data: Path, progress: Progress) -> Document:
@@ -20,11 +22,12 @@ def export_stage(run: RunFolder, options: DeliverOptions, data: Path, progress: 
     were asked for: then it is refused.
     """
     formats = installed_formats() if options.export is None else options.export
-    if run.finished("export") and run.facts("export")["formats"] == list(formats):
+    asked = {"formats": list(formats), "variants": list(options.variants)}
+    if run.finished("export") and asked.items() <= {"variants": [], **run.facts("export")}.items():
         return run.facts("export")
     run.forget("profile")
     run.remove(EXPORT)
-    with run.stage("export", formats=list(formats)) as facts:
+    with run.stage("export", **asked) as facts:
         if formats:
             facts.update(_export(run, options, formats, data, progress))
     return run.facts("export")
@@ -39,7 +42,10 @@ def _export(
     run: RunFolder, options: DeliverOptions, formats: tuple[str, ...], data: Path, progress: Progress
 ) -> Document:
     code = options.trust_remote_code
-    chosen = ExportOptions(formats=formats, data=data, seed=options.seed, trust_remote_code=code)
+    variants = options.variants
+    if variants and formats != ("onnx",) and not set(variants) & set(DTYPES):
+        variants = (FULL, *variants)  # which graphs of torch are
+    chosen = ExportOptions(formats=formats, variants=variants, data=data, seed=options.seed, trust_remote_code=code)
     try:
         exported = export_checkpoint(run.path / MODEL, run.path / EXPORT, chosen, progress)
     except CheckFailedError as failed:

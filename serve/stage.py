@@ -10,7 +10,7 @@ from slimvlm.compress.options import DeliverOptions
 from slimvlm.compress.progress import Progress
 from slimvlm.compress.runs import AGAIN, PROFILE, RunFolder
 from slimvlm.export.stage import exported_formats
-from slimvlm.serve.options import BACKENDS, TORCH, ProfileOptions
+from slimvlm.serve.options import BACKENDS, ONNX, TORCH, ProfileOptions
 from slimvlm.serve.profile import Profile
 from slimvlm.serve.profiling import profile_models
 
@@ -20,7 +20,9 @@ CELL_SECONDS = 6.0  # half of what `slimvlm profile` takes: nobody asked for thi
 def profile_stage(run: RunFolder, options: DeliverOptions, progress: Progress) -> Profile | None:
     """Write `profile.json`: both models on torch and in what was exported; None where nothing is to be measured."""
     usable = TORCH, *exported_formats(run.facts("export"))
-    backends = [name for name in BACKENDS if name in usable] if options.profile else []
+    names = [name for name in BACKENDS if name in usable] if options.profile else []
+    precisions = {ONNX: [f"{ONNX}:{variant}" for variant in options.variants]}
+    backends = [backend for name in names for backend in precisions.get(name) or [name]]
     path = run.path / PROFILE
     if not run.finished("profile") or run.facts("profile")["backends"] != backends:
         path.unlink(missing_ok=True)

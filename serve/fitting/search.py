@@ -13,7 +13,7 @@ import numpy as np
 
 from slimvlm.compress.errors import InfeasibleBudgetError, UnsuitableOptionError
 from slimvlm.serve.fitting.goals import WITHIN, Goal
-from slimvlm.serve.fitting.trials import Figures, Trial
+from slimvlm.serve.fitting.record import Figures, Trial
 
 MOST_TRIALS = 8  # of one precision
 FINEST = 0.004  # of all parameters: cuts that lie nearer than this are one

@@ -6,9 +6,9 @@ their values, and what it answers is not looked at.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -22,6 +22,7 @@ from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.export import export_checkpoint
 from slimvlm.export.running.exported import Exported
 from slimvlm.export.running.manifest import inside
+from slimvlm.serve.fitting.record import Trial
 from slimvlm.serve.judging.limits import peak_memory
 from slimvlm.serve.options import TORCH, ProfileOptions, split_backend
 from slimvlm.serve.profile import MEASURED, PHASES, Cell
@@ -29,25 +30,6 @@ from slimvlm.serve.profiling import measure_first
 from slimvlm.serve.targets import graph_options
 
 STEADY, WILDEST, MEASUREMENTS = 0.03, 0.1, 3  # spread: is no reason to measure again; is refused in the end
-
-Figures = Mapping[str, float]  # quantity -> bytes, parameters, milliseconds
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """What one candidate was found to cost.
-
-    Attributes:
-        ratio: that its plan was made for.
-        backend: what runs it, in which precision: `onnx:int8`.
-        figures: by the names of `goals.QUANTITIES`, as far as they were asked for and there are any.
-        spread: phase -> how far the starts of its process lie apart, half of it, as a share of the time.
-    """
-
-    ratio: float
-    backend: str
-    figures: Figures
-    spread: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

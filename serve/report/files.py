@@ -18,8 +18,9 @@ from slimvlm.compress.files.folders import MANIFEST as MANIFEST_NAME
 from slimvlm.compress.files.writing import file_digest
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.run_record import read_record
-from slimvlm.compress.runs import EXPORT, FRONTIER, JOURNAL, PLAN, PROFILE, QUALITY, SCORES
+from slimvlm.compress.runs import EXPORT, FIT, FRONTIER, JOURNAL, PLAN, PROFILE, QUALITY, SCORES
 from slimvlm.export.running.manifest import Manifest
+from slimvlm.serve.fitting.record import Fit
 from slimvlm.serve.frontier.frontier import Frontier
 from slimvlm.serve.profile import Profile
 
@@ -79,6 +80,7 @@ class RunFiles:
     plan: Plan | None = None
     scores: Scored | None = None
     journal: list[Facts] | None = None
+    fit: Fit | None = None
     quality: Qualities | None = None
     manifest: Manifest | None = None
     profile: Profile | None = None
@@ -103,6 +105,7 @@ def read_run(folder: Path) -> RunFiles:
     wanted: dict[str, tuple[str, bool, Callable[[Path], object]]] = {
         "plan": (PLAN, "plan" in finished, lambda path: decode(parse(content_of(path)), Plan)),
         "scores": (SCORES, "plan" in finished, _read_scores),
+        "fit": (FIT, "fit" in finished, lambda path: decode(parse(content_of(path)), Fit)),
         "quality": (QUALITY, "evaluate" in finished, _read_quality),
         "manifest": (MANIFEST, (folder / MANIFEST).is_file(), lambda path: Manifest.read(path.parent)),
         "profile": (PROFILE, (folder / PROFILE).is_file(), lambda path: decode(parse(content_of(path)), Profile)),

@@ -10,7 +10,8 @@ import numpy as np
 from slimvlm.compress.errors import OutputError
 from slimvlm.compress.models.families import FAMILIES
 from slimvlm.compress.plan import BLOCK, Plan
-from slimvlm.compress.runs import PLAN, SCORES
+from slimvlm.compress.runs import FIT, PLAN, SCORES
+from slimvlm.serve.fitting.record import Fit
 from slimvlm.serve.report.charts import kept_bars, score_steps, size_bars
 from slimvlm.serve.report.document import Chart, Finding, Said, Table, change, figure, percent, shown, whole
 from slimvlm.serve.report.files import RunFiles, Scored
@@ -33,6 +34,9 @@ def removed_section(files: RunFiles) -> Iterator[Said]:
         "projector and output head stay, and count in the whole model only."
     )
     yield from _findings(plan)
+    if files.fit is not None:
+        yield from (Finding(sentence, f"{FIT}: goals, trials, chosen") for sentence in files.fit.sentences)
+        yield _trials_table(files.fit)
     yield from (_size_chart(plan), _size_table(plan))
     for number, ((tower, part), layers) in enumerate(sorted(_parts(plan).items())):
         title = f"{tower}: {UNITS.get(part, part)} kept per layer"
@@ -60,6 +64,14 @@ def scores_section(files: RunFiles) -> Iterator[Said]:
     if any((values > 0).any() for values in by_modality.values()):
         yield score_steps("scores", "Distribution of the scores per modality", by_modality)
     yield _score_table(by_modality)
+
+
+def _trials_table(fit: Fit) -> Table:
+    rows = [
+        (trial.backend, percent(trial.ratio), trial.words, "yes" if trial == fit.chosen else "") for trial in fit.trials
+    ]
+    title = f"Candidates for {' and '.join(map(str, fit.goals))}"
+    return Table(title, ("precision", "removed", "what it costs", "delivered"), rows, f"{FIT}: trials", texts=4)
 
 
 def _findings(plan: Plan) -> Iterator[Finding]:

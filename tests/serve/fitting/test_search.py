@@ -4,8 +4,8 @@ import pytest
 
 from slimvlm.compress.errors import InfeasibleBudgetError, UnsuitableOptionError
 from slimvlm.serve.fitting.goals import read_goals
+from slimvlm.serve.fitting.record import Trial
 from slimvlm.serve.fitting.search import FINEST, MOST_TRIALS, find_cut
-from slimvlm.serve.fitting.trials import Trial
 
 FP32, INT8, Q4 = BACKENDS = ("onnx:fp32", "onnx:int8", "onnx:q4")
 BYTES = {FP32: 4.0, INT8: 1.3, Q4: 0.9}

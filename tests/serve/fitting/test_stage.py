@@ -1,0 +1,118 @@
+"""`compress --target` on the packaged model: what is found is delivered, a broken search goes on, and what nothing can
+meet is refused before the model is cut. Bytes and parameters are counted, so no clock decides."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+import slimvlm
+from slimvlm.compress.errors import InfeasibleBudgetError, UnsuitableOptionError
+from slimvlm.compress.options import CompressOptions
+from slimvlm.demo import MODEL, SAMPLES
+from slimvlm.pipeline import compress
+
+
+def few(out, *targets, **changes):
+    """A job of seconds: one round of 16 samples, 8 questions."""
+    options = CompressOptions(
+        model=str(MODEL),
+        out=out,
+        data=SAMPLES / "train.jsonl",
+        eval_data=SAMPLES / "val.jsonl",
+        samples=16,
+        eval_samples=8,
+        rounds=1,
+        batch_size=8,
+        compensation="none",
+        recover="none",
+        export=(),
+        profile=False,
+        target=targets,
+        backend="torch",
+        device="cpu",
+    )
+    return replace(options, **changes)
+
+
+def parameters(folder):
+    return sum(parameter.numel() for parameter in slimvlm.load(folder)[0].parameters())
+
+
+def document(out):
+    return json.loads((out / "fit.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    options = few(tmp_path_factory.mktemp("fit") / "out", "params=2M", "size=4.5MB")
+    return options, compress(options)
+
+
+def test_the_delivered_model_meets_every_target_and_no_more_was_cut_than_the_tightest_needs(fitted):
+    options, result = fitted
+    size = (options.out / "model" / "model.safetensors").stat().st_size
+    assert 0.97 * 2e6 <= parameters(options.out / "model") == result.plan.parameters_after <= 2e6 and size <= 4.5e6
+    assert result.plan.ratio == result.fit.chosen.ratio == document(options.out)["chosen"]["ratio"] < options.ratio
+    stage = json.loads((options.out / "run.json").read_text())["stages"]["fit"]
+    assert (stage["targets"], stage["backend"]) == (list(options.target), "torch")
+    report = (options.out / "report.md").read_text()
+    assert "Candidates for params 2M parameters and size 4.5 MB" in report and result.fit.sentences[0] in report
+    assert "params 2M" in result.fit.sentences[0] and "removed" in result.fit.sentences[0]
+
+
+def test_a_finished_fit_is_not_searched_again_and_other_targets_need_no_new_calibration(fitted, tmp_path):
+    options, result = fitted
+    stages = []
+    again = compress(replace(options, resume=True), lambda stage, *_: stages.append(stage))
+    assert again.fit == result.fit and not {"fit", "calibrate"} & set(stages)
+    with pytest.raises(InfeasibleBudgetError, match="params 0.5M|params 500k"):
+        compress(replace(options, resume=True, target=("params=500k",)), lambda stage, *_: stages.append(stage))
+    assert "fit" in stages and "calibrate" not in stages
+    back = compress(replace(options, resume=True), lambda stage, *_: stages.append(stage))
+    assert (back.plan, back.fit.chosen) == (result.plan, result.fit.chosen) and "calibrate" not in stages
+
+
+def test_where_the_whole_model_meets_the_targets_nothing_is_cut_and_nothing_trained(tmp_path):
+    options = few(tmp_path / "out", "size=100MB", recover="lpd", compensation="refit", backend="torchscript")
+    result = compress(replace(options, variants=("fp32", "fp16"), export=None))
+    assert result.fit.chosen.backend == "torchscript:fp32"  # the most exact of those that meet it
+    assert result.export["formats"] == ["torchscript"] and result.export["variants"] == ["fp32"]
+    assert parameters(tmp_path / "out" / "model") == parameters(MODEL) and result.recovery is None
+    assert result.fit.chosen.ratio == 0 and "No pruning needed" in result.fit.sentences[0]
+    assert result.dense.score == result.slim.score
+
+
+def test_a_search_that_was_broken_off_goes_on_with_what_it_tried(tmp_path):
+    class BrokenError(Exception):
+        pass
+
+    def breaks(stage, done, _total, *_):
+        if stage == "fit" and done == 1:
+            raise BrokenError
+
+    options = few(tmp_path / "out", "size=4.5MB")
+    with pytest.raises(BrokenError):
+        compress(options, breaks)
+    known = document(options.out)["trials"]
+    assert len(known) == 1 and document(options.out)["chosen"] is None and not (options.out / "model").exists()
+    tried = []
+    compress(replace(options, resume=True), lambda stage, done, *_: tried.append(done) if stage == "fit" else None)
+    assert document(options.out)["trials"][:1] == known and tried[0] == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target": ("speed=3",)},
+        {"target": ("size=1MB", "size=2MB")},
+        {"target": ("drop=1",)},
+        {"backend": "torch", "variants": ("fp16",)},
+        {"backend": "onnx", "variants": ("int3",)},
+        {"backend": "tflite"},
+    ],
+)
+def test_targets_that_cannot_be_are_refused_before_anything_is_done(tmp_path, changes):
+    with pytest.raises(UnsuitableOptionError):
+        compress(few(tmp_path / "out", "size=3MB", **changes))
+    assert not (tmp_path / "out").exists()
