@@ -209,6 +209,7 @@ class Logits(TypedDict, total=False):
 
     loss: float | None
     torch_loss: float
+    divergence: float | None
     max_relative: float | None
     cosine: float | None
     long_prompt: int

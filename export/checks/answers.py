@@ -17,7 +17,7 @@ from slimvlm.compress.data.samples import Sample
 from slimvlm.compress.evaluation.evaluate import greedy
 from slimvlm.export.checks.parity import Case, Difference, measure
 from slimvlm.export.graphs.graph import Model
-from slimvlm.export.running.generation import Arrays, Prompting, Runner, steps, token_losses, until_end
+from slimvlm.export.running.generation import Arrays, Prompting, Runner, divergences, steps, token_losses, until_end
 
 LONG = 1024  # tokens of the longest prompt that is tried, where the model can take it
 
@@ -33,11 +33,12 @@ class Answers:
 
 @dataclass(frozen=True, slots=True)
 class Retold:
-    """Torch's answers by a runtime, row by row up to their end: its own choices, and what torch's tokens cost it."""
+    """Torch's answers by a runtime, row by row up to their end: its own choices, the cost of torch's tokens, KL."""
 
     choices: list[list[int]]
     losses: list[np.ndarray]
     torch_losses: list[np.ndarray]
+    divergences: list[np.ndarray]
     difference: Difference
 
 
@@ -61,7 +62,7 @@ def retell(runner: Runner, prompting: Prompting, answers: Answers, what: str) ->
     most = answers.tokens.shape[1]
     told = list(steps(runner, prompting, answers.prompts, most, follow=answers.tokens))
     logits = np.stack([logits for _, logits in told], axis=1)
-    choices, losses, torch_losses, found, wanted = [], [], [], [], []
+    choices, losses, torch_losses, apart, found, wanted = [], [], [], [], [], []
     for row, tokens in enumerate(answers.tokens):
         real = until_end(tokens, prompting.end)
         choices.append(logits[row, : len(real)].argmax(-1).tolist())
@@ -69,8 +70,9 @@ def retell(runner: Runner, prompting: Prompting, answers: Answers, what: str) ->
         wanted.append(answers.logits[row, : len(real)])
         losses.append(token_losses(found[-1], real))
         torch_losses.append(token_losses(wanted[-1], real))
+        apart.append(divergences(wanted[-1], found[-1]))
     case = Case("decoder_model_merged", what, answers.prompts, {"logits": np.concatenate(wanted)})
-    return Retold(choices, losses, torch_losses, measure(case, {"logits": np.concatenate(found)}))
+    return Retold(choices, losses, torch_losses, apart, measure(case, {"logits": np.concatenate(found)}))
 
 
 def long_prompt(collator: Collator, sample: Sample, most: int) -> Mapping[str, torch.Tensor]:

@@ -66,6 +66,7 @@ class TokenCheck:
         equal: answers of which every token is the runtime's own choice, too.
         token_share: of the tokens.
         loss, torch_loss: mean cross-entropy of torch's answers in the runtime and in torch, nats a token.
+        divergence: mean KL(torch || runtime) of the next token's probabilities along these answers, nats a token.
         max_relative, cosine: worst logits of a step, see Difference; `long_prompt` tokens have the longest prompt.
         accuracy: right answers by the runtime's own tokens.
     """
@@ -75,6 +76,7 @@ class TokenCheck:
     token_share: float
     loss: float
     torch_loss: float
+    divergence: float
     max_relative: float
     cosine: float
     long_prompt: int
@@ -88,11 +90,13 @@ class TokenCheck:
                 f"logits of answers differ from torch (prompts of up to {self.long_prompt} tokens): relative error "
                 f"{self.max_relative:.1e}, cosine {self.cosine:.6f}"
             )
-        if not self.loss - self.torch_loss <= tolerance.loss:
+        if not self.divergence <= tolerance.divergence:
             return (
-                f"torch's answers cost {self.loss - self.torch_loss:.3f} nats a token more than in torch, "
-                f"{tolerance.loss} are accepted"
+                f"what comes next is {self.divergence:.3g} nats a token from what torch says, "
+                f"{tolerance.divergence} are accepted"
             )
+        if not self.token_share >= tolerance.agreement:
+            return f"{self.token_share:.1%} of torch's tokens are its choice, {tolerance.agreement:.0%} are asked for"
         fallen = (self.torch_accuracy or 0.0) - (self.accuracy or 0.0)
         if fallen > max(tolerance.right, 1 / self.samples) + 1e-9:
             return f"{self.accuracy:.1%} of the answers are right, in torch {self.torch_accuracy:.1%}"

@@ -217,6 +217,7 @@ def check_tokens(runner: Runner, reference: Reference) -> TokenCheck:
         token_share=share,
         loss=float(np.concatenate([row for one in asked for row in one.losses]).mean()),
         torch_loss=float(np.concatenate([row for one in asked for row in one.torch_losses]).mean()),
+        divergence=float(np.concatenate([row for one in asked for row in one.divergences]).mean()),
         max_relative=max(one.max_relative for one in worst),
         cosine=min(one.cosine for one in worst),
         long_prompt=reference.answers[-1].prompts["input_ids"].shape[1],

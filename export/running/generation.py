@@ -205,7 +205,18 @@ def until_end(row: Sequence[int], end: Sequence[int]) -> list[int]:
 
 def token_losses(logits: np.ndarray, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
     """Losses [T] of tokens by their logits [T, V], in nats."""
+    return -_log_probabilities(logits)[np.arange(len(tokens)), tokens]
+
+
+def divergences(wanted: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """KL(wanted || found) [T] of the next token's probabilities, by logits [T, V], in nats."""
+    expected = _log_probabilities(wanted)
+    distances: np.ndarray = (np.exp(expected) * (expected - _log_probabilities(found))).sum(axis=-1)
+    return distances
+
+
+def _log_probabilities(logits: np.ndarray) -> np.ndarray:
     wide = logits.astype(np.float64)
-    top = wide.max(axis=-1, keepdims=True)
-    total: np.ndarray = np.log(np.exp(wide - top).sum(axis=-1)) + top[:, 0]
-    return total - wide[np.arange(len(tokens)), tokens]
+    wide -= wide.max(axis=-1, keepdims=True)
+    logarithms: np.ndarray = wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
+    return logarithms

@@ -190,14 +190,15 @@ def llava_with_hidden_window(window):
     return model, Collator(tiny_processor("llava"), find_family(model.config), model.config)
 
 
-GOOD = TokenCheck(100, 100, 1.0, 0.5, 0.5, 1e-6, 1.0, 400, 0.9, 0.9)
+GOOD = TokenCheck(100, 100, 1.0, 0.5, 0.5, 0.0, 1e-6, 1.0, 400, 0.9, 0.9)
 
 
 @pytest.mark.parametrize(
     "change, words",
     (
-        ({"loss": 0.53}, "cost 0.030 nats a token more than in torch, 0.02 are accepted"),
-        ({"loss": float("nan")}, "cost nan nats"),
+        ({"divergence": 0.03}, "what comes next is 0.03 nats a token from what torch says, 0.02 are accepted"),
+        ({"divergence": float("nan")}, "nan nats a token"),
+        ({"token_share": 0.5}, "50.0% of torch's tokens are its choice, 75% are asked for"),
         ({"accuracy": 0.87}, "87.0% of the answers are right, in torch 90.0%"),
         ({"max_relative": 0.6}, "relative error 6.0e-01"),
         ({"cosine": 0.9}, "cosine 0.900000"),

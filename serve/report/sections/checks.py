@@ -90,15 +90,14 @@ def _logit_table(manifest: Manifest) -> Table:
     for check in manifest.checks:
         if "loss" in check:
             tolerance = manifest.tolerances.get(check["variant"], {})
-            more = None if check["loss"] is None else check["loss"] - check["torch_loss"]
             rows.append(
                 (
                     *(check["format"], check["variant"], figure(check["loss"]), figure(check["torch_loss"])),
-                    *(figure(more), figure(tolerance.get("loss"))),
+                    *(figure(check.get("divergence")), figure(tolerance.get("divergence"))),
                     *(figure(check["max_relative"]), figure(tolerance.get("relative")), whole(check["long_prompt"])),
                 )
             )
-    columns = ("format", "variant", "loss", "in torch", "more", "accepted", "logits", "accepted", "longest prompt")
+    columns = ("format", "variant", "loss", "in torch", "KL", "accepted", "logits", "accepted", "longest prompt")
     title = "Torch's answers: nats a token, and the largest relative difference of a logit"
     return Table(title, columns, rows, f"{MANIFEST}: checks, tolerances", texts=2)
 

@@ -197,8 +197,16 @@ def test_parity_of_an_export_is_shown_and_a_failed_check_is_bad_news(run: Path) 
     manifest.artifacts = [artifact]
     manifest.checks = [{"format": "onnx", "variant": "fp32", "ok": False, "samples": 4, "equal": 3}]
     manifest.checks[0] |= {"token_share": 0.75, "accuracy": None, "torch_accuracy": 0.5}
-    known = {"loss": 0.75, "torch_loss": 0.5, "max_relative": 3e-2, "cosine": 0.9, "long_prompt": 1024}
-    unknown = {"loss": float("nan"), "torch_loss": 0.5, "max_relative": float("nan"), "cosine": 0.0, "long_prompt": 9}
+    known = {
+        "loss": 0.75,
+        "torch_loss": 0.5,
+        "divergence": 0.25,
+        "max_relative": 3e-2,
+        "cosine": 0.9,
+        "long_prompt": 1024,
+    }
+    nan = float("nan")
+    unknown = {"loss": nan, "torch_loss": 0.5, "divergence": nan, "max_relative": nan, "cosine": 0.0, "long_prompt": 9}
     manifest.checks += [{**manifest.checks[0], **known}, {**manifest.checks[0], **unknown}]
     manifest.failures = ["onnx fp32: 75.0 % of the tokens equal torch's"]
     (run / "export").mkdir()
