@@ -35,7 +35,7 @@ from slimvlm.compress.models.checkpoint import Loaded, load_model
 from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
-from slimvlm.compress.rounds import Planning, plan_in_rounds
+from slimvlm.compress.rounds import plan_in_rounds
 from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.compress.slicing.compensation import COMPENSATIONS
 from slimvlm.compress.stages.plan import planning_of
@@ -46,6 +46,7 @@ DEFAULT = CompressOptions(model=str(MODEL), out=Path("unused"), data=SAMPLES / "
 ONE_SHOT = replace(DEFAULT, rounds=1, allocator="global", compensation="none")
 FAITHFUL = replace(DEFAULT, faithful=True).resolved()
 LOCAL = replace(ONE_SHOT, allocator="local")
+EVEN = replace(DEFAULT, equal_rounds=True)
 METHODS: dict[str, tuple[str, CompressOptions]] = {
     "default": ("slimvlm default", DEFAULT),
     "gate-refit": ("Gates, global, one shot, refitted", replace(ONE_SHOT, criterion="gate", compensation="refit")),
@@ -57,10 +58,10 @@ METHODS: dict[str, tuple[str, CompressOptions]] = {
     "prefix": ("The beginning of a default plan for 60 %", DEFAULT),
     "prefix-70": ("The beginning of a default plan for 70 %", DEFAULT),
     "prefix-no-refit": ("The beginning of one for 60 %, without the refit", replace(DEFAULT, compensation="none")),
-    "even": ("The beginning of one for 60 % in equal rounds", DEFAULT),
+    "even": ("The beginning of one for 60 % in equal rounds", EVEN),
     "even-no-refit": (
         "The beginning of one for 60 % in equal rounds, without the refit",
-        replace(DEFAULT, compensation="none"),
+        replace(EVEN, compensation="none"),
     ),
     "ukmi-steps": ("UKMI, faithful, steps in proportion", FAITHFUL),
     "ukmi": ("UKMI, faithful to the letter", FAITHFUL),
@@ -78,7 +79,6 @@ README = (
 )  # fmt: skip
 PROPORTIONAL = ("ukmi-steps", "ukmi-refit")  # the paper's steps are made for 233 times as many units
 PREFIXES = {"prefix": 0.6, "prefix-70": 0.7, "prefix-no-refit": 0.6, "even": 0.6, "even-no-refit": 0.6}  # of so much
-EVEN = ("even", "even-no-refit")
 COMPARABLE = 0.01  # of all parameters: a model that lost more or less than its column says is not compared
 RATIOS = (0.2, 0.35, 0.5, 0.6)
 
@@ -136,24 +136,22 @@ def one_shot_plans(
     return plans
 
 
-def order_of_rounds(planning: Planning, batch_size: int, samples: Sequence[Sample]) -> tuple[Order, float]:
+def order_of_rounds(options: CompressOptions, samples: Sequence[Sample]) -> tuple[Order, float]:
     loaded = dense()
     started = time.perf_counter()
-    work = collated(loaded, samples, batch_size)
-    return plan_in_rounds(loaded.model, lambda _: work, planning).order, time.perf_counter() - started
+    work = collated(loaded, samples, options.batch_size)
+    planned = plan_in_rounds(loaded.model, lambda _: work, planning_of(options))
+    return planned.order, time.perf_counter() - started
 
 
 def plans_of_rounds(
-    options: CompressOptions, ratios: Sequence[float], samples: Sequence[Sample], method: str = "default"
+    options: CompressOptions, ratios: Sequence[float], samples: Sequence[Sample], largest: float | None = None
 ) -> dict[float, tuple[Plan | None, float]]:
-    """A plan for each ratio, or the beginnings of one."""
+    """A plan for each ratio; with `largest` one plan for that, and its beginnings."""
     found: dict[float, tuple[Plan | None, float]] = {}
-    for asked in [PREFIXES[method]] if method in PREFIXES else ratios:
-        planning = planning_of(replace(options, ratio=asked))
-        if method in EVEN:
-            planning = replace(planning, power=1.0)
-        order, seconds = order_of_rounds(planning, options.batch_size, samples)
-        found |= {ratio: (order.plan_at(ratio), seconds) for ratio in (ratios if method in PREFIXES else [asked])}
+    for asked in ratios if largest is None else [largest]:
+        order, seconds = order_of_rounds(replace(options, ratio=asked), samples)
+        found |= {ratio: (order.plan_at(ratio), seconds) for ratio in (ratios if largest else [asked])}
     return found
 
 
@@ -200,11 +198,11 @@ def measure(arguments: argparse.Namespace) -> None:
         options = replace(METHODS[method][1], batch_size=arguments.batch_size)
         for index, samples in enumerate(study.sets):
             missing = [ratio for ratio in arguments.ratios if (method, ratio, index) not in done]
-            made = method in PROPORTIONAL, PREFIXES.get(method), method in EVEN
+            made = method in PROPORTIONAL, PREFIXES.get(method)
             same = repr(replace(options, compensation="none")), made, index  # the refit changes no plan
             if unplanned := [ratio for ratio in missing if (*same, ratio) not in plans]:
                 if options.rounds > 1:
-                    found = plans_of_rounds(options, unplanned, samples, method)
+                    found = plans_of_rounds(options, unplanned, samples, PREFIXES.get(method))
                 else:
                     found = one_shot_plans(options, unplanned, samples, index, method in PROPORTIONAL)
                 plans |= {(*same, ratio): value for ratio, value in found.items()}

@@ -79,6 +79,8 @@ class PlanOptions(EvaluateOptions):
             the training besides it stays, also where it is our default. It is spelled out by `resolved`, and nobody
             else reads it.
         rounds: re-calibrations on the partly cut model while the ratio grows.
+        equal_rounds: each takes the same share; else the first ones take more. For a plan that is to serve smaller
+            ratios too: see docs/choosing.md.
         samples: calibration samples per round; 512, or with `faithful` the paper's 1000.
         grad_memory: bound in bytes on the sums held at once, of gradients or of the refit; None: none, or
             (refit) a quarter of the fp32 weights.
@@ -94,6 +96,7 @@ class PlanOptions(EvaluateOptions):
     faithful: bool = False
     allocator: str = "global"
     rounds: int = 8
+    equal_rounds: bool = False
     tower_ratio: Mapping[str, float] = field(default_factory=dict)
     kind_ratio: Mapping[str, float] = field(default_factory=dict)
     round_channels: int = 1

@@ -183,8 +183,9 @@ def read_record(path: Path) -> dict[str, Any]:
                 decode(stage, RecoverFinished if name == "recover" else Finished, f"stages.{name}")
         if record.pop("digest") != _digest(record):
             raise MisfitError("it was changed since it was written (its digest differs)")
-    if "refit" in record["options"]:  # its name when there was one compensation
+    if "refit" in record["options"]:  # its name when there was one compensation, and one schedule of rounds
         record["options"]["compensation"] = "refit" if record["options"].pop("refit") else "none"
+        record["options"]["equal_rounds"] = False
     return record
 
 

@@ -102,6 +102,7 @@ plan_options = together(
     option("--faithful", is_flag=True, help="UKMP to the letter: ukmi, allocator paper, one round, no refit."),
     option("--allocator", type=click.Choice(list(ALLOCATORS)), help="Where units are taken."),
     option("--rounds", type=COUNT, help="Calibrations, each on the model as cut so far."),
+    option("--equal-rounds", is_flag=True, help="Of equal shares: for a plan that smaller ratios are cut from."),
     option("--tower-ratio", type=Share(), multiple=True, callback=shares, help="For one tower, as vision=0.3."),
     option("--kind-ratio", type=Share(*KINDS), multiple=True, callback=shares, help="For a kind, as attention=0.1."),
     option("--round-channels", type=COUNT, help="MLP widths become multiples of this."),

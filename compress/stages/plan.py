@@ -76,6 +76,7 @@ def planning_of(options: PlanOptions) -> Planning:
         grad_memory_bytes=options.grad_memory,
         host_sums=options.host_sums,
         rounds=options.rounds,
+        power=1.0 if options.equal_rounds else Planning.power,
         attention_unit=options.attention_unit,
         seed=options.seed,
     )

@@ -1,12 +1,16 @@
 """Planning in rounds tells how far all rounds are, not only the one at hand."""
 
+from pathlib import Path
+
 import pytest
 from tiny_models import tiny_model
 
 from slimvlm.compress.allocate.budget import Budget
 from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.errors import UnsuitableOptionError
+from slimvlm.compress.options import PlanOptions
 from slimvlm.compress.rounds import Planning, plan_in_rounds
+from slimvlm.compress.stages.plan import planning_of
 
 
 def told(**begun) -> list[tuple]:
@@ -42,4 +46,5 @@ def test_the_power_of_a_schedule_says_how_much_of_the_ratio_each_round_takes(pow
     planning = Planning(Budget(0.4), CRITERIA["magnitude"], rounds=3, power=power)
     order = plan_in_rounds(tiny_model("smolvlm").model, lambda _: [], planning).order
     gone = order.parameters.sum(1).cumsum()[[count - 1 for count in order.rounds]] + order.plan.dropped_parameters
+    assert planning.power == planning_of(PlanOptions(model="", data=Path(), equal_rounds=power == 1)).power
     assert gone / order.plan.parameters_before == pytest.approx([0.4 * share for share in shares], abs=0.01)

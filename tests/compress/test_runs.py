@@ -35,9 +35,9 @@ def test_a_resumed_run_with_other_options_is_refused_naming_the_option(tmp_path)
         RunFolder(tmp_path, {"ratio": 0.4, "seed": 0}, resume=True)
 
 
-def test_a_run_made_when_there_was_one_compensation_is_resumed(tmp_path):
+def test_a_run_made_when_there_was_one_compensation_and_one_schedule_is_resumed(tmp_path):
     begin(tmp_path, {"refit": False})
-    RunFolder(tmp_path, {"compensation": "none"}, resume=True)
+    RunFolder(tmp_path, {"compensation": "none", "equal_rounds": False}, resume=True)
 
 
 def test_a_non_empty_folder_is_refused_and_a_foreign_one_is_never_deleted(tmp_path):
