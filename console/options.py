@@ -37,26 +37,26 @@ from slimvlm.console.values import (
     shares,
 )
 from slimvlm.export.options import DTYPES as EXPORTED_DTYPES
-from slimvlm.export.options import EXPORTERS, FUSIONS
-from slimvlm.export.variants import FULL, QUANTIZED
+from slimvlm.export.options import EXPORTERS, FUSIONS, ExportOptions
+from slimvlm.export.variants import QUANTIZED
 from slimvlm.serve.fitting.goals import QUANTITIES
 from slimvlm.serve.options import BACKENDS, DTYPES, PROVIDERS, ProfileOptions
 
-DEFAULTS = {field.name: field.default for field in fields(CompressOptions)}
-PROFILE = {field.name: field.default for field in fields(ProfileOptions)}
+
+def defaulting_to(options: type[Any]) -> Callable[..., Callable[[Any], Any]]:
+    """As `click.option`, with the defaults of the library's `options`."""
+    defaults = {field.name: field.default for field in fields(options)}
+
+    def option(flag: str, **settings: Any) -> Callable[[Any], Any]:
+        default = defaults.get(flag.split("/")[0].removeprefix("--").replace("-", "_"))
+        if isinstance(default, str | int | float | tuple):
+            settings.setdefault("default", default)
+        return click.option(flag, **settings)
+
+    return option
 
 
-def option(flag: str, **settings: Any) -> Callable[[Any], Any]:
-    """An option whose default is the library's."""
-    default = DEFAULTS.get(flag.split("/")[0].removeprefix("--").replace("-", "_"))
-    if isinstance(default, str | int | float) or (default and isinstance(default, tuple)):
-        settings.setdefault("default", default)
-    return click.option(flag, **settings)
-
-
-def profile_option(flag: str, **settings: Any) -> Callable[[Any], Any]:
-    """An option whose default is the profile's."""
-    return click.option(flag, default=PROFILE[flag.split("/")[0].removeprefix("--").replace("-", "_")], **settings)
+option, export_option, profile_option = map(defaulting_to, (CompressOptions, ExportOptions, ProfileOptions))
 
 
 def together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -200,20 +200,20 @@ folder_options = together(
 )
 export_options = together(
     click.option("--format", "formats", type=Names(), metavar="NAMES", default="onnx", help="onnx, torchscript, pt2."),
-    click.option("--dtype", type=click.Choice(EXPORTED_DTYPES), default=FULL, help="Of weights and cache."),
-    click.option("--quantize", type=click.Choice(QUANTIZED), help="A second set of ONNX graphs, with such weights."),
-    click.option("--variants", type=Names(), metavar="NAMES", default=(), help="All to write, as fp32,int8,q4."),
-    click.option("--opset", type=Count(), default=20, help="Of the ONNX graphs."),
-    click.option("--exporter", type=click.Choice(EXPORTERS), default="auto", help="auto falls back to torchscript."),
-    click.option("--fuse", type=click.Choice(FUSIONS), help="ONNX Runtime's fused operators for this device."),
-    click.option("--image-size", type=ImageSize(), metavar="HxW", help="Of families with one fixed grid."),
-    click.option("--data", type=FILE_OR_FOLDER, help="Samples to check with; else generated images."),
-    click.option("--samples", type=COUNT, default=16, help="So many of them are generated for."),
-    click.option("--max-new-tokens", type=COUNT, default=16, help="Longest generation in these checks."),
-    click.option("--aoti", is_flag=True, help="Compile the torch.export programs (needs a C++ compiler)."),
-    click.option("--bundle", is_flag=True, help="Add a README, and the folder as OUT.tar."),
-    click.option("--seed", type=SEED, default=0, help="Of the choice of samples."),
-    click.option("--overwrite", is_flag=True, help="Replace an earlier export."),
+    export_option("--dtype", type=click.Choice(EXPORTED_DTYPES), help="Of weights and cache."),
+    export_option("--quantize", type=click.Choice(QUANTIZED), help="A second set of ONNX graphs, with such weights."),
+    export_option("--variants", type=Names(), metavar="NAMES", help="All to write, as fp32,int8,q4."),
+    export_option("--opset", type=Count(), help="Of the ONNX graphs."),
+    export_option("--exporter", type=click.Choice(EXPORTERS), help="auto falls back to torchscript."),
+    export_option("--fuse", type=click.Choice(FUSIONS), help="ONNX Runtime's fused operators for this device."),
+    export_option("--image-size", type=ImageSize(), metavar="HxW", help="Of families with one fixed grid."),
+    export_option("--data", type=FILE_OR_FOLDER, help="Samples to check with; else generated images."),
+    export_option("--samples", type=COUNT, help="So many of them are generated for."),
+    export_option("--max-new-tokens", type=COUNT, help="Longest generation in these checks."),
+    export_option("--aoti", is_flag=True, help="Compile the torch.export programs (needs a C++ compiler)."),
+    export_option("--bundle", is_flag=True, help="Add a README, and the folder as OUT.tar."),
+    export_option("--seed", type=SEED, help="Of the choice of samples."),
+    export_option("--overwrite", is_flag=True, help="Replace an earlier export."),
     remote_code,
 )
 profile_options = together(

@@ -28,10 +28,11 @@ from slimvlm.compress.models.checkpoint import Loaded, load_model
 from slimvlm.compress.processes import pick_device
 from slimvlm.export.running.exported import Exported
 from slimvlm.export.running.generation import steps
+from slimvlm.export.running.names import DECODER, EMBED, ENCODER, VISION
 from slimvlm.serve.options import TORCH
 from slimvlm.serve.targets import what_runs
 
-ANSWERING = {"vision_encoder", "embed_tokens", "encoder_model", "decoder_model_merged"}  # graphs of an answer
+ANSWERING = {VISION, EMBED, ENCODER, DECODER}  # graphs of an answer
 Theirs = Any  # a model or a tokenizer of transformers: its families have no common type
 CHANGE = "/image "  # a line that begins so changes the image
 Tell = Callable[[str], None]

@@ -32,8 +32,8 @@ class ProfileOptions:
     """Options of a profile; the names are the command line's.
 
     Attributes:
-        slim: checkpoint folder, run folder, or export folder.
-        against: the dense model it is compared with; None: `slim` is measured alone.
+        slim: checkpoint folder, run folder, or export folder; followed by `:BACKEND[:VARIANT]`, run on that alone.
+        against: the dense model it is compared with, named alike; None: `slim` is measured alone.
         backend: of BACKENDS, with the variant of an export behind a colon (`onnx:int8`).
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         provider: execution provider of ONNX Runtime; `auto` is the device's own.

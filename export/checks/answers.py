@@ -18,6 +18,7 @@ from slimvlm.compress.evaluation.evaluate import greedy
 from slimvlm.export.checks.parity import Case, Difference, measure
 from slimvlm.export.graphs.graph import Model
 from slimvlm.export.running.generation import Arrays, Prompting, Runner, divergences, steps, token_losses, until_end
+from slimvlm.export.running.names import DECODER
 
 LONG = 1024  # tokens of the longest prompt that is tried, where the model can take it
 
@@ -71,7 +72,7 @@ def retell(runner: Runner, prompting: Prompting, answers: Answers, what: str) ->
         losses.append(token_losses(found[-1], real))
         torch_losses.append(token_losses(wanted[-1], real))
         apart.append(divergences(wanted[-1], found[-1]))
-    case = Case("decoder_model_merged", what, answers.prompts, {"logits": np.concatenate(wanted)})
+    case = Case(DECODER, what, answers.prompts, {"logits": np.concatenate(wanted)})
     return Retold(choices, losses, torch_losses, apart, measure(case, {"logits": np.concatenate(found)}))
 
 

@@ -22,6 +22,7 @@ from slimvlm.export.checks.parity import Case, TokenCheck
 from slimvlm.export.graphs.graph import Graph, Model
 from slimvlm.export.options import ExportOptions
 from slimvlm.export.running.generation import Arrays, PortInfo, Prompting, Runner, generate, until_end
+from slimvlm.export.running.names import VISION
 from slimvlm.export.running.runners import Recorder, TorchRunner
 
 ROWS = 4  # samples generated for at once, left-padded
@@ -175,7 +176,7 @@ def make_reference(
         generate(recorder, prompting, batch, 2)
         cases += [Case(graph, what, feeds, outputs) for graph, feeds, outputs in recorder.calls]
         if "embedding" in runner.modules:  # only onnxruntime-genai runs it
-            features = next(one["image_features"] for graph, _, one in recorder.calls if graph == "vision_encoder")
+            features = next(one["image_features"] for graph, _, one in recorder.calls if graph == VISION)
             feeds = {"input_ids": batch["input_ids"], "image_features": features}
             token = np.full((len(batch["input_ids"]), 1), prompting.image_token)
             given = {"input_ids": token, "image_features": features[:0]}

@@ -18,6 +18,7 @@ from slimvlm.export.checks.parity import Case, measure
 from slimvlm.export.checks.sample import read_sample
 from slimvlm.export.running.generation import Arrays, Runner, steps, token_losses, until_end
 from slimvlm.export.running.manifest import Artifact, Document, Manifest, check_files, inside
+from slimvlm.export.running.names import DECODER
 from slimvlm.export.running.runners import runner_of
 from slimvlm.export.running.sessions import UnreadableGraphError
 from slimvlm.export.variants import VARIANTS
@@ -88,7 +89,7 @@ def _check(runner: Runner, manifest: Manifest, variant: str, given: Arrays, expe
     if prompting is None:
         return _check_embeddings(runner, manifest.artifacts, variant, given, expected)
     told = list(steps(runner, prompting, given, expected["tokens"].shape[1], follow=expected["tokens"]))
-    case = Case("decoder_model_merged", "sample", {}, {"first_logits": expected["first_logits"]})
+    case = Case(DECODER, "sample", {}, {"first_logits": expected["first_logits"]})
     difference = measure(case, {"first_logits": told[0][1]})
     tokens = until_end(expected["tokens"][0], prompting.end)
     logits = np.stack([logits[0] for _, logits in told])[: len(tokens)]

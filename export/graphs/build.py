@@ -14,6 +14,7 @@ from slimvlm.export.graphs.graph import BATCH, PATCHES, Graph, Model, Port
 from slimvlm.export.graphs.seq2seq import encoder_decoder_graphs
 from slimvlm.export.graphs.vision import Patches, vision_encoder
 from slimvlm.export.graphs.windows import refuse_windows
+from slimvlm.export.running.names import VISION
 
 # Per kind of vision graph: the axes of its inputs, and the first axis of its features.
 VISION_AXES = {
@@ -48,7 +49,7 @@ def vision_graph(model: Model, family: Family, batch: Mapping[str, Tensor]) -> G
     tensors = {name: batch[name].bool() if name == "pixel_attention_mask" else batch[name] for name in names}
     ports = [Port(name, _two_or_more(tensor, axes), axes) for name, tensor in tensors.items()]
     unit = {PATCHES: module.count} if isinstance(module, Patches) else {}
-    return Graph("vision_encoder", module.eval(), tuple(ports), {"image_features": {0: output}}, unit=unit)
+    return Graph(VISION, module.eval(), tuple(ports), {"image_features": {0: output}}, unit=unit)
 
 
 def _two_or_more(tensor: Tensor, axes: Mapping[int, str]) -> Tensor:

@@ -31,8 +31,7 @@ from slimvlm.export.graphs.graph import (
     filled_cache,
     present,
 )
-
-EMBEDDING = "embed_tokens"
+from slimvlm.export.running.names import DECODER, EMBED
 
 
 class Embed(nn.Module):
@@ -113,7 +112,7 @@ def embed_graph(model: Model, width: int) -> Graph:
     """`embed_tokens`: token ids -> embeddings of `width`."""
     embedding = model.get_input_embeddings()
     ids = torch.arange(SAMPLE_BATCH * SAMPLE_SEQUENCE).view(SAMPLE_BATCH, SAMPLE_SEQUENCE) % embedding.weight.shape[0]
-    return Graph(EMBEDDING, Embed(embedding, width).eval(), (Port("input_ids", ids, ROWS),), {"inputs_embeds": ROWS})
+    return Graph(EMBED, Embed(embedding, width).eval(), (Port("input_ids", ids, ROWS),), {"inputs_embeds": ROWS})
 
 
 def decoder_graph(model: Model, family: Family) -> Graph:
@@ -135,7 +134,7 @@ def decoder_graph(model: Model, family: Family) -> Graph:
         Port("position_ids", positions, position_axes),
         *cache_ports(sizes, "past_key_values.{layer}.{part}", PAST, head.weight.dtype),
     )
-    return Graph("decoder_model_merged", module, ports, {"logits": ROWS, **present(ports[3:], TOTAL)})
+    return Graph(DECODER, module, ports, {"logits": ROWS, **present(ports[3:], TOTAL)})
 
 
 @torch.no_grad()

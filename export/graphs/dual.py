@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from slimvlm.compress.models.families import Family
 from slimvlm.export.graphs.graph import BATCH, ROWS, SEQUENCE, Graph, Model, Port
+from slimvlm.export.running.names import TEXT_TOWER, VISION_TOWER
 
 
 class Encoder(nn.Module):
@@ -30,6 +31,6 @@ def dual_encoder(model: Model, family: Family, batch: Mapping[str, Tensor]) -> t
     image = (Port("pixel_values", batch["pixel_values"], {0: BATCH}),)
     longest = {SEQUENCE: model.config.text_config.max_position_embeddings}
     return (
-        Graph("vision_model", Encoder(model, "get_image_features").eval(), image, {row.image_output: {0: BATCH}}),
-        Graph("text_model", Encoder(model, "get_text_features").eval(), text, {row.text_output: {0: BATCH}}, longest),
+        Graph(VISION_TOWER, Encoder(model, "get_image_features").eval(), image, {row.image_output: {0: BATCH}}),
+        Graph(TEXT_TOWER, Encoder(model, "get_text_features").eval(), text, {row.text_output: {0: BATCH}}, longest),
     )

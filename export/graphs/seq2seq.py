@@ -22,6 +22,7 @@ from slimvlm.export.graphs.graph import (
     filled_cache,
     present,
 )
+from slimvlm.export.running.names import DECODER, ENCODER
 
 ENCODED = "encoder_sequence_length"
 SAMPLE_ENCODED = 6
@@ -106,8 +107,8 @@ def encoder_decoder_graphs(model: Model) -> tuple[Graph, Graph]:
         *cross,
     )
     return (
-        Graph("encoder_model", encoder, inputs, {"last_hidden_state": encoded, **present(cross, ENCODED)}),
-        Graph("decoder_model_merged", decoder, steps, {"logits": ROWS, **present(past, TOTAL)}),
+        Graph(ENCODER, encoder, inputs, {"last_hidden_state": encoded, **present(cross, ENCODED)}),
+        Graph(DECODER, decoder, steps, {"logits": ROWS, **present(past, TOTAL)}),
     )
 
 

@@ -18,9 +18,9 @@ from slimvlm.compress.progress import Progress, silent
 from slimvlm.export.running.exported import Exported
 from slimvlm.export.running.generation import Arrays, Prompting, Runner, generate, steps, token_losses, until_end
 from slimvlm.export.running.manifest import Manifest
+from slimvlm.export.running.names import TOWERS
 
 LOGITS_BYTES = 2**29  # of a batch of prompts, at most
-TOWERS = ("vision_model", "text_model")  # graphs of a dual encoder
 
 
 def evaluate_export(

@@ -12,6 +12,8 @@ from typing import Annotated, Literal, Protocol
 
 import numpy as np
 
+from slimvlm.export.running.names import DECODER, EMBED, ENCODER, VISION
+
 Arrays = dict[str, np.ndarray]
 PAST, PRESENT = "past_key_values.", "present."
 
@@ -100,7 +102,7 @@ def steps(
     feeds |= empty_cache(runner, len(ids), feeds)
     done = np.zeros(len(ids), bool)
     for step in range(1, max_new_tokens + 1):
-        outputs = runner.run("decoder_model_merged", feeds)
+        outputs = runner.run(DECODER, feeds)
         logits = outputs["logits"][:, -1]
         chosen = np.where(done, prompting.pad, logits.argmax(-1))
         yield chosen, logits
@@ -121,8 +123,8 @@ def embed_prompt(runner: Runner, prompting: Prompting, batch: Mapping[str, np.nd
         ValueError: there are not as many image tokens as features.
     """
     ids = batch["input_ids"]
-    taken = {port.name: batch[port.name] for port in runner.inputs("vision_encoder")}
-    features = runner.run("vision_encoder", taken)["image_features"]
+    taken = {port.name: batch[port.name] for port in runner.inputs(VISION)}
+    features = runner.run(VISION, taken)["image_features"]
     if "pixel_attention_mask" in taken:  # images of nothing but padding stand for no token
         features = features[batch["pixel_attention_mask"].reshape(len(features), -1).any(axis=1)]
     features = features.reshape(-1, features.shape[-1])
@@ -170,7 +172,7 @@ def empty_cache(runner: Runner, batch_size: int, given: Mapping[str, np.ndarray]
     """Keys and values of no tokens, in the shapes that the decoder states; those in `given` are left out."""
     return {
         port.name: np.zeros([_empty(size, batch_size) for size in port.shape], port.dtype)
-        for port in runner.inputs("decoder_model_merged")
+        for port in runner.inputs(DECODER)
         if port.name.startswith(PAST) and port.name not in given
     }
 
@@ -182,11 +184,11 @@ def _empty(size: int | str, batch_size: int) -> int:
 
 
 def _embed(runner: Runner, ids: np.ndarray) -> np.ndarray:
-    return runner.run("embed_tokens", {"input_ids": ids.astype(np.int64)})["inputs_embeds"]
+    return runner.run(EMBED, {"input_ids": ids.astype(np.int64)})["inputs_embeds"]
 
 
 def _encode(runner: Runner, prompting: Prompting, prompt: Arrays) -> Arrays:
-    encoded = runner.run("encoder_model", {name: prompt[name] for name in ("inputs_embeds", "attention_mask")})
+    encoded = runner.run(ENCODER, {name: prompt[name] for name in ("inputs_embeds", "attention_mask")})
     given = {name.replace(PRESENT, PAST): value for name, value in encoded.items() if name.startswith(PRESENT)}
     start = np.full((len(prompt["attention_mask"]), 1), prompting.start)
     return {

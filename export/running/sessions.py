@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from slimvlm.compress.errors import CheckpointError, DeviceError, MissingDependencyError
+from slimvlm.export.running.names import DECODER, EMBED
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
-GROWING = ("embed_tokens", "decoder_model_merged")  # graphs whose inputs have another shape with every token
+GROWING = (EMBED, DECODER)  # graphs whose inputs have another shape with every token
 NO_TENSORRT = (
     f"tensorrt: {' and '.join(GROWING)} run on CUDA: their shapes grow with every token, and TensorRT would build an "
     "engine for each"

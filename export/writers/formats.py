@@ -10,10 +10,10 @@ from pathlib import Path
 from pkgutil import resolve_name
 
 from slimvlm.compress.progress import Progress
-from slimvlm.export.graphs.decoder import EMBEDDING
 from slimvlm.export.graphs.graph import Graph
 from slimvlm.export.options import ExportOptions
 from slimvlm.export.running.manifest import Artifact
+from slimvlm.export.running.names import EMBED
 from slimvlm.export.variants import TRACED, VARIANTS, Variant
 from slimvlm.export.writers.torch_writer import compiled_name, write_pt2, write_torchscript
 
@@ -100,7 +100,7 @@ def _share_embeddings(folder: Path, artifacts: Sequence[Artifact], options: Expo
         for artifact in artifacts
         if artifact.format == "onnx" and artifact.variant in TRACED.values()
     }
-    if (owner := files.pop(EMBEDDING, None)) is not None:
+    if (owner := files.pop(EMBED, None)) is not None:
         from slimvlm.export.writers.sharing import share_table
 
         share_table(owner, list(files.values()), options.external_bytes)

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from slimvlm.export.running.generation import PAST, PRESENT, Arrays, Prompting, empty_cache, prompt_positions
+from slimvlm.export.running.names import DECODER, EMBED, ENCODER, TEXT_TOWER, VISION, VISION_TOWER
 from slimvlm.export.running.runners import SessionRunner, TorchRunner, Value
 
 Tensors = dict[str, Tensor]
 Graphs = SessionRunner | TorchRunner
-VISION, EMBED, ENCODER, DECODER = "vision_encoder", "embed_tokens", "encoder_model", "decoder_model_merged"
-DUAL = ("vision_model", "text_model")
 EMBEDS, MASK, POSITIONS = "inputs_embeds", "attention_mask", "position_ids"
 
 
@@ -81,7 +80,7 @@ class GraphBackend:
     def vision(self) -> Value:
         """See `Backend`."""
         if self.prompting is None:
-            return run_graph(self.graphs, DUAL[0], self._batch)
+            return run_graph(self.graphs, VISION_TOWER, self._batch)
         if "pixel_values" not in self._batch:
             return None
         features = run_graph(self.graphs, VISION, self._batch)["image_features"]
@@ -91,7 +90,7 @@ class GraphBackend:
 
     def text(self) -> Value:
         """See `Backend`."""
-        return run_graph(self.graphs, DUAL[1], self._batch)
+        return run_graph(self.graphs, TEXT_TOWER, self._batch)
 
     def prefill(self, features: Value, new_tokens: int) -> Value:
         """See `Backend`."""
