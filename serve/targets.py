@@ -53,7 +53,8 @@ def what_runs(name: str, backend: str | None = None, trust_remote_code: bool = F
         UnsuitableOptionError: there are no such graphs; the message lists those there are.
         CheckpointError: the folder is neither a checkpoint, nor a run, nor an export.
     """
-    folder, words = (name, backend) if backend else split_name(name)
+    folder, words = split_name(name)
+    words = backend or words
     path = Path(folder).expanduser()
     if is_export(path) and words != TORCH:
         return folder, Exported.open(path).named(words)

@@ -100,6 +100,7 @@ def test_run_checkpoint_and_export_are_run_by_the_graphs_that_are_named(copied):
     export = str(copied / "export")
     assert what_runs(f"{copied}:torchscript") == what_runs(f"{copied / 'model'}:fp32") == (export, "torchscript")
     assert what_runs(export) == what_runs(f"{export}:torchscript:fp32") == (export, "torchscript")
+    assert what_runs(f"{export}:onnx", "torchscript") == (export, "torchscript")  # --backend is said last
     assert what_runs(f"{copied}:torch") == (str(copied / "model"), "torch")
     assert what_runs(str(copied / "model")) == (str(copied / "model"), "torch")
     for name in (f"{copied}:int8", f"{export}:onnx", f"{export}:int5"):
