@@ -35,7 +35,7 @@ from slimvlm.export import ExportOptions, evaluate_export
 from slimvlm.export.packages import require_packages
 from slimvlm.export.stage import export_stage
 from slimvlm.serve.fitting.record import Fit
-from slimvlm.serve.fitting.stage import check_targets, delivered, fit_stage
+from slimvlm.serve.fitting.stage import check_targets, delivered, fit_stage, measured_times
 from slimvlm.serve.options import TORCH, split_backend
 from slimvlm.serve.profile import Profile
 from slimvlm.serve.stage import profile_stage
@@ -85,7 +85,8 @@ def _joined(options: CompressOptions, progress: Progress, plan_only: bool) -> Re
     chosen_criterion(options)
     if options.recover != "none":
         recipe_of(options)
-    check_targets(options)
+    check_targets(options, options.cost != "parameters")
+    ExportOptions(variants=options.variants).checked()
     if options.export:
         require_packages(ExportOptions(formats=options.export).checked())
     refuse_inside(options.out, {name: getattr(options, name) for name in READ})
@@ -225,7 +226,9 @@ def _compress(options: CompressOptions, progress: Progress, plan_only: bool) -> 
     with run.begun() if run is not None else nullcontext():
         processes.wait_for_all()
         run = run or RunFolder(out, identity, resume=True, writer=False)
-        plan = plan_stage(run, options, data, progress)
+        by_time = options.cost != "parameters" and not run.finished("plan")
+        times = measured_times(options, progress) if by_time else None
+        plan = plan_stage(run, options, data, progress, times)
         result = Result(out, plan, len(data.bad), data.left_out)
         if plan_only:
             return result

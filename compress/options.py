@@ -17,6 +17,7 @@ STAGES = ("plan", "fit", "slice", "recover", "evaluate", "export", "profile")
 ATTENTION_UNITS = ("auto", "kv-group", "query-slot")
 KINDS = ("attention", "mlp")
 LAYOUTS = ("per-layer", "stock")
+RANKED_BY = ("parameters", "milliseconds")
 TRAINED = ("lora", "projector", "lora+projector", "full")
 SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("no", "bf16", "fp16")  # or auto
@@ -86,6 +87,7 @@ class PlanOptions(EvaluateOptions):
             (refit) a quarter of the fp32 weights.
         host_sums: keep gradient sums in host memory while the model is on a GPU.
         threshold, entropy, taylor: ablations; None: what the criterion says. A threshold of 1 selects all tokens.
+        cost: what importance is weighed against: `parameters`, or the `milliseconds` a target of time speaks of.
         compensation: what the weights that stay become; `refit` fits the kept columns of output projections to the
             dense outputs, by least squares, `none` leaves them as they are.
     """
@@ -102,6 +104,7 @@ class PlanOptions(EvaluateOptions):
     round_channels: int = 1
     attention_unit: str = "auto"
     layout: str = "per-layer"
+    cost: str = "parameters"
     compensation: str = "refit"
     samples: int = NOT_GIVEN
     grad_memory: int | None = None

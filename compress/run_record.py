@@ -186,6 +186,8 @@ def read_record(path: Path) -> dict[str, Any]:
     if "refit" in record["options"]:  # its name when there was one compensation, and one schedule of rounds
         record["options"]["compensation"] = "refit" if record["options"].pop("refit") else "none"
         record["options"]["equal_rounds"] = False
+    if "allocator" in record["options"]:
+        record["options"].setdefault("cost", "parameters")  # which was all there was
     return record
 
 

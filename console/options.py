@@ -15,6 +15,7 @@ from slimvlm.compress.options import (
     KINDS,
     LAYOUTS,
     PRECISIONS,
+    RANKED_BY,
     SCHEDULES,
     TRAINED,
     CompressOptions,
@@ -190,6 +191,7 @@ target_options = together(
         metavar="NAME=AMOUNT",
         help=f"Cut what this needs, at most --ratio: {', '.join(QUANTITIES)}; as size=3MB or tpot=15ms; repeatable.",
     ),
+    option("--cost", type=click.Choice(RANKED_BY), help="What importance is weighed against; milliseconds: measured."),
     option("--variants", type=Names(), metavar="NAMES", default=(), help="Precisions to choose among, or to export."),
     option("--backend", type=click.Choice(BACKENDS), help="What the targets are measured with."),
 )

@@ -15,7 +15,7 @@ import numpy as np
 
 from slimvlm.compress.allocate.allocators import ALLOCATORS
 from slimvlm.compress.allocate.bundles import Line, lines_of, pool_of, stock_lines_of
-from slimvlm.compress.allocate.costs import COSTS, Total
+from slimvlm.compress.allocate.costs import COSTS, Times, Total
 from slimvlm.compress.allocate.facts import Facts
 from slimvlm.compress.allocate.order import Order
 from slimvlm.compress.allocate.pool import Floats, Integers
@@ -38,6 +38,7 @@ class Budget:
         floor: fraction of its dense size every group keeps, and at least one unit.
         allocator: one of ALLOCATORS.
         cost: one of COSTS, whose sum over what goes meets the ratios.
+        times: rank by importance per measured time, not per parameter.
         steps: units per step of a loop before and after 90 % of what goes; None: the allocator's own.
         layout: `per-layer`, or `stock`: only cuts that the unmodified class can be configured to build.
 
@@ -52,6 +53,7 @@ class Budget:
     floor: float = 0.1
     allocator: str = "balanced"
     cost: str = "parameters"
+    times: Times | None = None
     steps: tuple[int, int] | None = None
     layout: str = "per-layer"
 
@@ -168,6 +170,7 @@ def _options(scores: Scores, budget: Budget) -> dict[str, Any]:
         "kind_ratio": dict(budget.kind_ratio),
         "round_channels": budget.round_channels,
         "floor": budget.floor,
+        **({"cost": "milliseconds"} if budget.times else {}),
     }
 
 
@@ -257,7 +260,7 @@ def _take(lines: list[Line], share: _Share, target: float, context: tuple[Budget
     budget, facts = context
     allocator = ALLOCATORS[budget.allocator]
     asked = {"floor": budget.floor, "steps": budget.steps, "ratio": share.ratio}
-    pool = pool_of(lines, COSTS[budget.cost], (facts.dense or facts).sizes, **asked)
+    pool = pool_of(lines, COSTS[budget.cost], (facts.dense or facts).sizes, budget.times, **asked)
     reachable = pool.cost[~pool.protected].sum()
     if reachable < target and allocator.floors:
         largest = np.floor((share.ratio - (target - reachable) / share.base) * 1e4) / 1e4

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slimvlm.compress.allocate.costs import Cost
+from slimvlm.compress.allocate.costs import Cost, Times
 from slimvlm.compress.allocate.pool import Floats, Integers, Pool
 from slimvlm.compress.criteria.scoring import Scores
 from slimvlm.compress.errors import InfeasibleBudgetError
@@ -91,17 +91,20 @@ def stock_lines_of(groups: Sequence[Group], scores: Scores, round_channels: int,
     return [_line(tuple(members), scores, round_channels) for members in classes.values()]
 
 
-def pool_of(lines: Sequence[Line], cost: Cost, dense_sizes: Mapping[str, int], **asked: Any) -> Pool:
+def pool_of(
+    lines: Sequence[Line], cost: Cost, dense_sizes: Mapping[str, int], times: Times | None = None, **asked: Any
+) -> Pool:
     """The lines' bundles as the units of an allocation; floors refer to `dense_sizes` (indices per group key).
 
     Args:
+        times: rank by importance per time, not per parameter.
         asked: the fields of the pool that no line knows: floor, steps, ratio.
     """
     counts = [len(line.scores) for line in lines]
     names = sorted({line.groups[0].modality for line in lines})
     modality = [names.index(line.groups[0].modality) for line in lines]
     return Pool(
-        scores=np.concatenate([line.scores for line in lines]),
+        scores=np.concatenate([times.rank(line, dense_sizes) if times else line.scores for line in lines]),
         group=np.repeat(np.arange(len(lines)), counts),
         cost=np.concatenate([cost.of(line) for line in lines]),
         channels=np.concatenate([line.channels for line in lines]),

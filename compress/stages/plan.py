@@ -9,6 +9,7 @@ from pathlib import Path
 
 from slimvlm.compress import processes
 from slimvlm.compress.allocate.budget import Budget
+from slimvlm.compress.allocate.costs import Times
 from slimvlm.compress.allocate.order import Order
 from slimvlm.compress.criteria.criterion import CRITERIA, Criterion
 from slimvlm.compress.data.collate import collated, collator_of
@@ -20,7 +21,7 @@ from slimvlm.compress.files.writing import write_text
 from slimvlm.compress.models.checkpoint import build_meta
 from slimvlm.compress.models.computing import frees_memory, load_to_compute
 from slimvlm.compress.options import PlanOptions
-from slimvlm.compress.plan import Compensating, Plan
+from slimvlm.compress.plan import BLOCK, Compensating, Plan
 from slimvlm.compress.processes import pick_device
 from slimvlm.compress.progress import Progress
 from slimvlm.compress.rounds import Planned, Planning, check_budget, plan_in_rounds
@@ -61,8 +62,8 @@ def chosen_criterion(options: PlanOptions) -> Criterion:
     return replace(criterion, statistics=statistics, tokens=tokens, angles=options.angles if entropy else None)
 
 
-def planning_of(options: PlanOptions) -> Planning:
-    """The options of the plan stage in the library's terms."""
+def planning_of(options: PlanOptions, times: Times | None = None) -> Planning:
+    """The options of the plan stage in the library's terms, and the measured times that units are ranked by."""
     return Planning(
         budget=Budget(
             ratio=options.ratio,
@@ -70,6 +71,7 @@ def planning_of(options: PlanOptions) -> Planning:
             kind_ratio=dict(options.kind_ratio),
             round_channels=options.round_channels,
             allocator=options.allocator,
+            times=times,
             layout=options.layout,
         ),
         criterion=chosen_criterion(options),
@@ -90,13 +92,20 @@ def check_plan(options: PlanOptions) -> None:
     """
     pick_device(options.device)
     planning = planning_of(options)
+    if options.cost != "parameters" and planning.criterion.units == BLOCK:
+        raise UnsuitableOptionError(
+            f"--cost {options.cost} is of widths, and the criterion {options.criterion} takes whole blocks; "
+            "choose another --criterion"
+        )
     model, _ = build_meta(options.model, options.trust_remote_code)
     check_budget(model, planning.groups(model), planning.budget)
 
 
 @frees_memory
-def plan_stage(run: RunFolder, options: PlanOptions, data: Measured, progress: Progress) -> Plan:
-    """The plan of this or an earlier process. Every process of the run calls it."""
+def plan_stage(
+    run: RunFolder, options: PlanOptions, data: Measured, progress: Progress, times: Times | None = None
+) -> Plan:
+    """The plan of this or an earlier process, by measured `times` where there are some. Every process calls it."""
     path = run.path / PLAN
     if run.finished("plan"):
         return read(path, Plan, OutputError, AGAIN)
@@ -108,7 +117,7 @@ def plan_stage(run: RunFolder, options: PlanOptions, data: Measured, progress: P
         done = (
             Order.read(partial, OutputError, f"remove {partial} to plan from the start") if partial.is_file() else None
         )
-        planning = planning_of(options)
+        planning = planning_of(options, times)
         size = calibration_batch(loaded, collator, data.calibration, planning.calibration, options.batch_size)
 
         def keep(planned: Planned) -> None:

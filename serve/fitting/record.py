@@ -71,6 +71,6 @@ class Fit:
                 f"({self.chosen.words})."
             )
         whole = [trial for trial in self.trials if trial.is_whole and trial is not self.chosen]
-        others = [f"{one.backend} {one.words}" for one in whole if one != self.chosen]
-        missed = f" The whole model misses it: {'; '.join(others)}." if others else ""
+        others = [f"{one.backend} ({one.words})" for one in whole if one != self.chosen]
+        missed = f" Whole it misses that in {'; in '.join(others)}." if others else ""
         return [f"{first}{missed}", f"{len(self.trials)} candidates were made and measured on this device."]

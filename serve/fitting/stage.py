@@ -12,20 +12,24 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from slimvlm.compress import processes
+from slimvlm.compress.allocate.costs import Times
 from slimvlm.compress.allocate.order import Order
 from slimvlm.compress.errors import OutputError, UnsuitableOptionError
 from slimvlm.compress.files.decoding import dump, read
 from slimvlm.compress.files.writing import write_text
+from slimvlm.compress.models.checkpoint import build_meta
 from slimvlm.compress.models.computing import frees_memory
 from slimvlm.compress.models.families import FAMILIES
+from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.options import FitOptions
 from slimvlm.compress.progress import Progress
 from slimvlm.compress.runs import AGAIN, FIT, ORDER, PLAN, RunFolder
 from slimvlm.export.packages import require_packages
 from slimvlm.export.variants import FULL, VARIANTS
-from slimvlm.serve.fitting.goals import read_goals
+from slimvlm.serve.fitting.goals import MILLISECONDS, Goal, read_goals
 from slimvlm.serve.fitting.record import Figures, Fit, Trial
 from slimvlm.serve.fitting.search import MOST_TRIALS, find_cut
+from slimvlm.serve.fitting.tabulate import cached_table
 from slimvlm.serve.fitting.trials import Workbench
 from slimvlm.serve.options import TORCH, ProfileOptions, split_backend
 from slimvlm.serve.targets import graph_options
@@ -34,13 +38,20 @@ Options = TypeVar("Options", bound=FitOptions)
 CELL_SECONDS = 6.0  # of measuring a candidate, as the profile stage takes
 
 
-def check_targets(options: FitOptions) -> None:
+def check_targets(options: FitOptions, by_time: bool) -> None:
     """Refuse targets before anything is calibrated for them.
+
+    Args:
+        by_time: units are ranked by measured times.
 
     Raises:
         UnsuitableOptionError: an unknown or contradicting target, backend or precision.
         MissingDependencyError: what the backend needs is not installed.
     """
+    if by_time and (not _times(options) or processes.numbered("WORLD_SIZE", 1) > 1):
+        raise UnsuitableOptionError(
+            "--cost milliseconds needs a --target of vision, ttft or tpot, and a single process to measure it"
+        )
     if not options.target:
         return
     if not [goal for goal in read_goals(options.target) if goal.name != "drop"]:
@@ -59,6 +70,27 @@ def backends_of(options: FitOptions) -> tuple[str, ...]:
     if unknown := [name for name in options.variants if name not in VARIANTS]:
         raise UnsuitableOptionError(f"--variants {unknown[0]} is unknown; choose from {', '.join(VARIANTS)}")
     return tuple(f"{options.backend}:{name}" for name in VARIANTS if name in (options.variants or (FULL,)))
+
+
+def measured_times(options: FitOptions, progress: Progress) -> Times:
+    """What the targets of time weigh blocks by: a table of the coarsest precision, which is the one that is cut if any
+    is. Measured where the cache does not hold it.
+
+    Raises:
+        UnsuitableOptionError: this model has no such time, or the device is too noisy.
+    """
+    goals = _times(options)
+    table = cached_table(Workbench(options.model, workload_of(options)), backends_of(options)[-1], progress=progress)
+    if missing := [goal.name for goal in goals if goal.name not in table.dense]:
+        raise UnsuitableOptionError(
+            f"--target {missing[0]}: this model has no such time here; it has {', '.join(table.dense)}"
+        )
+    model, family = build_meta(options.model, options.trust_remote_code)
+    return table.times(find_groups(model, family), {goal.name: goal.amount for goal in goals})
+
+
+def _times(options: FitOptions) -> list[Goal]:
+    return [goal for goal in read_goals(options.target) if goal.quantity.units is MILLISECONDS]
 
 
 @frees_memory

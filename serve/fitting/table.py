@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from slimvlm.compress.allocate.costs import Times
 from slimvlm.compress.allocate.pool import Floats
 from slimvlm.compress.errors import OutputError, UnsuitableOptionError
 from slimvlm.compress.files.decoding import dump, read
@@ -114,6 +115,22 @@ class CostTable:
         won = np.maximum.accumulate([0.0, *(self.dense[phase] * (1 - point.share[phase]) for point in points)])
         widths = [1.0, *(point.kept for point in points)]
         return np.asarray(np.interp(kept, widths[::-1], won[::-1]))
+
+    def times(self, groups: Iterable[Group], limits: Mapping[str, float]) -> Times:
+        """What units are ranked by: per group and width the milliseconds won, each phase as a share of its limit.
+
+        Args:
+            groups: all groups of the dense model.
+            limits: phase -> milliseconds that are allowed.
+        """
+        groups = list(groups)
+        weights, curves = shares_of_kinds(groups), dict[str, tuple[Floats, Floats]]()
+        for group in groups:
+            kept = np.array(sorted({0.0, 1.0, *(point.kept for point in self.points.get(kind_of(group), ()))}))
+            won = sum(self.saved(kind_of(group), phase, kept) / limit for phase, limit in limits.items())
+            curves[group.key] = kept, weights[group.key] * np.asarray(won)
+        parameters = sum(int(group.parameters.sum()) for group in groups)
+        return Times(curves, sum(float(won[0]) for _, won in curves.values()) / parameters)
 
     def predict(self, plan: Plan, groups: Iterable[Group]) -> dict[str, float]:
         """Phase -> milliseconds of the model that a plan leaves.

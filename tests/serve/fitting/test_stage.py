@@ -8,9 +8,15 @@ import pytest
 
 import slimvlm
 from slimvlm.compress.errors import InfeasibleBudgetError, UnsuitableOptionError
+from slimvlm.compress.models.checkpoint import build_meta
+from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.options import CompressOptions
 from slimvlm.demo import MODEL, SAMPLES
-from slimvlm.pipeline import compress
+from slimvlm.pipeline import compress, make_plan
+from slimvlm.serve.fitting.stage import workload_of
+from slimvlm.serve.fitting.table import CostTable, Point
+from slimvlm.serve.fitting.tabulate import narrowed_copies, setting_of, user_cache
+from slimvlm.serve.fitting.trials import Workbench
 
 
 def few(out, *targets, **changes):
@@ -101,15 +107,41 @@ def test_a_search_that_was_broken_off_goes_on_with_what_it_tried(tmp_path):
     assert document(options.out)["trials"][:1] == known and tried[0] == 1
 
 
+def test_a_plan_by_milliseconds_goes_by_the_table_of_this_device_and_wins_more_time_at_equal_size(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    options = few(tmp_path / "timed", "tpot=1ms", cost="milliseconds")
+    bench = Workbench(options.model, workload_of(options))
+    points = {}
+    for copy in narrowed_copies(bench):  # as if attention were nearly all that takes time
+        won = 0.8 * (1 - copy.kept) if copy.kind == "language.attention" else 0.01
+        points.setdefault(copy.kind, []).append(Point(copy.kept, {"tpot": 1 - won}, {"tpot": 0.0}))
+    setting = setting_of(bench, "torch")
+    table = CostTable(setting, {"tpot": 10.0}, {kind: tuple(one) for kind, one in points.items()})
+    table.save(user_cache() / f"{setting.digest}.json")
+    timed = make_plan(options).plan
+    plain = make_plan(replace(options, out=tmp_path / "plain", cost="parameters")).plan
+    model, family = build_meta(options.model)
+    times = [table.predict(plan, find_groups(model, family))["tpot"] for plan in (timed, plain)]
+    assert times[0] < times[1] and timed.options["cost"] == "milliseconds"
+    assert timed.removed_fraction == pytest.approx(plain.removed_fraction, abs=0.01)
+    again = make_plan(replace(options, resume=True))
+    assert again.plan == timed
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {"target": ("speed=3",)},
         {"target": ("size=1MB", "size=2MB")},
         {"target": ("drop=1",)},
+        {"cost": "milliseconds"},
+        {"target": ("tpot=1ms",), "cost": "milliseconds", "criterion": "influence"},
         {"backend": "torch", "variants": ("fp16",)},
         {"backend": "onnx", "variants": ("int3",)},
         {"backend": "tflite"},
+        {"target": (), "variants": ("int3",)},
     ],
 )
 def test_targets_that_cannot_be_are_refused_before_anything_is_done(tmp_path, changes):

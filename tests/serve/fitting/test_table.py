@@ -8,6 +8,12 @@ import pytest
 from plans import make_plan, random_plan
 from tiny_models import FACTORIES, tiny_model
 
+from slimvlm.compress.allocate.budget import Budget, plan_units
+from slimvlm.compress.allocate.bundles import lines_of
+from slimvlm.compress.allocate.costs import Times
+from slimvlm.compress.allocate.facts import facts_of
+from slimvlm.compress.criteria.criterion import CRITERIA
+from slimvlm.compress.criteria.scoring import score_groups
 from slimvlm.compress.errors import OutputError, UnsuitableOptionError
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import find_groups
@@ -100,3 +106,34 @@ def test_the_shape_of_a_model_is_that_of_its_weights_whatever_their_values():
     for weight in model.parameters():
         weight.data.zero_()
     assert shape_digest(model) == before != shape_digest(model.model.language_model)
+
+
+def test_units_are_ranked_by_importance_per_time_and_what_wins_none_stays():
+    model = tiny_model("smolvlm").model
+    groups = find_groups(model, find_family(model.config))
+    kinds = dict.fromkeys(map(kind_of, groups), (Point(0.5, {"tpot": 1.0}, {"tpot": 0.0}),))  # nothing is won ...
+    kinds["language.mlp"] = (Point(0.5, {"tpot": 0.5}, {"tpot": 0.0}),)  # ... but there
+    made = CostTable(SETTING, {"tpot": 10.0}, kinds)
+    budget, random = Budget(ratio=0.05, allocator="global"), score_groups(groups, CRITERIA["random"])
+    plain, timed = (
+        plan_units(groups, random, replace(budget, times=times), facts_of(model, groups))
+        for times in (None, made.times(groups, {"tpot": 5.0}))
+    )
+    others = [group for group in groups if kind_of(group) != "language.mlp"]
+    assert sum(len(timed.keep[group.key]) < group.size for group in others) <= 1  # a last unit that fits what is left
+    assert sum(len(plain.keep[group.key]) < group.size for group in others) > 3
+    assert timed.options["cost"] == "milliseconds" and "cost" not in plain.options
+    assert abs(timed.removed_fraction - 0.05) < 0.01 > abs(plain.removed_fraction - 0.05)
+    assert made.predict(timed, groups)["tpot"] < made.predict(plain, groups)["tpot"]
+
+
+def test_bundles_out_of_order_share_a_quotient_and_no_rank_is_reversed():
+    model = tiny_model("llava").model
+    groups = [group for group in find_groups(model, find_family(model.config)) if kind_of(group) == "language.mlp"]
+    random = score_groups(groups, CRITERIA["random"])
+    kept, won = np.array([0.0, 0.5, 0.75, 1.0]), np.array([4.0, 4.0, 0.1, 0.0])  # little until the half is reached
+    times = Times({group.key: (kept, won) for group in groups}, 1e-3)
+    (line, *_) = lines_of(groups, random, 1)
+    rank = times.rank(line, {group.key: group.size for group in groups})
+    size = groups[0].size
+    assert (np.diff(rank) >= 0).all() and len(np.unique(rank[: size // 2])) < size // 4 and rank[0] < rank[-1]
