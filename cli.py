@@ -14,24 +14,24 @@ from typing import Any
 import click
 
 from slimvlm.compress.errors import CheckFailedError
-from slimvlm.compress.options import ATTENTION_UNITS, CompressOptions, EvaluateOptions
+from slimvlm.compress.options import ATTENTION_UNITS, CompressOptions, CutOptions, EvaluateOptions
 from slimvlm.compress.progress import Progress
-from slimvlm.console import show, show_profile, show_selfcheck
+from slimvlm.console import show, show_frontier, show_profile, show_selfcheck
 from slimvlm.console.commands import Commands, Interrupted
 from slimvlm.console.options import (
     COUNT,
     FOLDER,
     NAME,
     PATH,
-    RATIO,
-    SEED,
     TEXT,
     again_options,
     apply_options,
+    demo_options,
     evaluation_options,
     export_options,
     folder_options,
     formats_option,
+    frontier_options,
     model_options,
     option,
     output_options,
@@ -39,16 +39,15 @@ from slimvlm.console.options import (
     profile_options,
     profile_stage_option,
     quality_limit,
-    recover_option,
     recover_options,
     remote_code,
     sample_options,
-    steps_option,
     target_options,
 )
 from slimvlm.console.progress import print_anything, progress
 from slimvlm.console.values import Device
 from slimvlm.export.running.runtimes import installed_runtimes, runtime_conflict
+from slimvlm.serve.frontier.options import FrontierOptions
 from slimvlm.serve.options import ProfileOptions
 
 
@@ -96,16 +95,26 @@ def compress(as_json: bool, quiet: bool, **values: Any) -> None:
 
 
 @main.command()
-@click.argument("out", type=PATH)
-@option("--ratio", type=RATIO, help="Fraction of ALL parameters to remove.")
-@option("--seed", type=SEED, help="Of the choice of samples.")
-@recover_option
-@steps_option
-@quality_limit
-@formats_option
-@profile_stage_option
-@folder_options
-@output_options
+@frontier_options
+def frontier(as_json: bool, quiet: bool, **values: Any) -> None:
+    """Measure what MODEL can do, over its size and its time, cut and quantised in many ways.
+
+    One calibration for all cuts; each, in each precision, is evaluated and timed on this device:
+
+        slimvlm frontier ./my-vlm out --data samples.jsonl --ratios 0.2,0.35,0.5 --target size=3MB
+    """
+    from slimvlm.serve.frontier.job import measure_frontier
+    from slimvlm.serve.report import write_frontier_report
+
+    own = {name: values.pop(name) for name in ("ratios", "variants", "minutes", "target", "threads")}
+    options = FrontierOptions(cut=CutOptions(**values), **own)
+    with progress(quiet) as report:
+        found = measure_frontier(options, report)
+    show_frontier.show_frontier(found, write_frontier_report(options.out), as_json=as_json)
+
+
+@main.command()
+@demo_options
 def demo(as_json: bool, quiet: bool, **values: Any) -> None:
     """Compress the packaged model and images.
 

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from slimvlm.compress.files.decoding import decode_fields
 
@@ -231,6 +231,28 @@ class LearnOptions(EvaluateOptions, RecoverOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CutOptions(PlanOptions, LearnOptions):
+    """What is cut and how it is trained afterwards, and the folder `out` that both go to."""
+
+    out: Path
+    resume: bool = False
+    overwrite: bool = False
+
+    def resolved(self) -> Self:
+        """The same options with the rows and settings that `faithful` stands for."""
+        if not self.faithful:
+            return self
+        plan: dict[str, Any] = {"criterion": "ukmi", "allocator": "paper", "rounds": 1, "attention_unit": "kv-group"}
+        terms = ("lpd-paper" if term.strip() == "lpd" else term for term in self.recover.split("+"))
+        return replace(self, **plan, round_channels=1, compensation="none", recover="+".join(terms))
+
+    def identity(self) -> dict[str, Any]:
+        """What makes two runs the same run; the recovery is apart, a finished run can be recovered again otherwise."""
+        apart = {*NOT_IDENTITY, *(field.name for field in fields(RecoverOptions))}
+        return {name: value for name, value in _plain(self).items() if name not in apart}
+
+
+@dataclass(frozen=True, kw_only=True)
 class DeliverOptions(EvaluateOptions):
     """What is made of the slim model at the end.
 
@@ -262,25 +284,8 @@ class FitOptions(DeliverOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressOptions(PlanOptions, LearnOptions, FitOptions):
-    """Options of the one-shot job: those of its stages (the names are the command line's), and of its folder `out`."""
-
-    out: Path
-    resume: bool = False
-    overwrite: bool = False
-
-    def resolved(self) -> CompressOptions:
-        """The same options with the rows and settings that `faithful` stands for."""
-        if not self.faithful:
-            return self
-        plan: dict[str, Any] = {"criterion": "ukmi", "allocator": "paper", "rounds": 1, "attention_unit": "kv-group"}
-        terms = ("lpd-paper" if term.strip() == "lpd" else term for term in self.recover.split("+"))
-        return replace(self, **plan, round_channels=1, compensation="none", recover="+".join(terms))
-
-    def identity(self) -> dict[str, Any]:
-        """What makes two runs the same run; the recovery is apart, a finished run can be recovered again otherwise."""
-        apart = {*NOT_IDENTITY, *(field.name for field in fields(RecoverOptions))}
-        return {name: value for name, value in _plain(self).items() if name not in apart}
+class CompressOptions(CutOptions, FitOptions):
+    """Options of the one-shot job: those of its stages; the names are the command line's."""
 
     @classmethod
     def of_run(cls, out: Path, identity: Mapping[str, Any], **changes: Any) -> CompressOptions:

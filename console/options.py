@@ -41,6 +41,7 @@ from slimvlm.export.options import DTYPES as EXPORTED_DTYPES
 from slimvlm.export.options import EXPORTERS, FUSIONS, ExportOptions
 from slimvlm.export.variants import QUANTIZED
 from slimvlm.serve.fitting.goals import QUANTITIES
+from slimvlm.serve.frontier.options import FrontierOptions
 from slimvlm.serve.options import BACKENDS, DTYPES, PROVIDERS, ProfileOptions
 
 
@@ -57,7 +58,9 @@ def defaulting_to(options: type[Any]) -> Callable[..., Callable[[Any], Any]]:
     return option
 
 
-option, export_option, profile_option = map(defaulting_to, (CompressOptions, ExportOptions, ProfileOptions))
+option, export_option, profile_option, frontier_option = map(
+    defaulting_to, (CompressOptions, ExportOptions, ProfileOptions, FrontierOptions)
+)
 
 
 def together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -257,5 +260,38 @@ apply_options = together(
     click.option("--data", type=FILE_OR_FOLDER, help="The samples the plan was made with, to refit what is left."),
     click.option("--eval-data", type=FILE_OR_FOLDER, help="As given to plan: its images are left out."),
     model_options,
+    output_options,
+)
+frontier_options = together(
+    click.argument("model", type=NAME),
+    click.argument("out", type=PATH),
+    frontier_option(
+        "--ratios",
+        type=Listed(Number(0, 1, max_open=True)),
+        metavar="R,R",
+        help="Fractions of ALL parameters to remove; the dense model is always measured.",
+    ),
+    frontier_option("--variants", type=Names(), metavar="NAMES", help="Precisions of every cut."),
+    frontier_option("--minutes", type=POSITIVE, help="Begin no cut that would end later; the most telling come first."),
+    frontier_option("--target", multiple=True, type=TEXT, metavar="NAME=AMOUNT", help="Name the best under it."),
+    frontier_option("--threads", type=COUNT, help="On the CPU; else as many as physical cores."),
+    sample_options,
+    recover_option,
+    steps_option,
+    evaluation_options,
+    model_options,
+    folder_options,
+    output_options,
+)
+demo_options = together(
+    click.argument("out", type=PATH),
+    option("--ratio", type=RATIO, help="Fraction of ALL parameters to remove."),
+    option("--seed", type=SEED, help="Of the choice of samples."),
+    recover_option,
+    steps_option,
+    quality_limit,
+    formats_option,
+    profile_stage_option,
+    folder_options,
     output_options,
 )

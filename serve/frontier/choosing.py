@@ -63,10 +63,9 @@ def _best(frontier: Frontier, goal: Goal) -> Choice:
 
 
 def _words(point: Point, cost: str, value: float | None) -> str:
-    """`49.9 % removed, q4, 1.7 MB, 0.8 points lost (0.2 to 1.4)`."""
+    """`49.9 % removed, q4, 1.7 MB, 0.8 (0.2 to 1.4) points lost`."""
     figures = [QUANTITIES[cost].words(value)] if value is not None and cost in QUANTITIES else []
-    low, high = sorted((-100 * point.quality.high, -100 * point.quality.low))
-    return ", ".join((point.name, *figures, f"{point.drop:.1f} points lost ({low:.1f} to {high:.1f})"))
+    return ", ".join((point.name, *figures, f"{point.lost} points lost"))
 
 
 def _beside(frontier: Frontier, point: Point, cost: str) -> str:

@@ -90,7 +90,7 @@ def _table(frontier: Frontier) -> Table:
             percent(point.removed),
             f"{point.bytes / 1e6:.2f}",
             percent(point.quality.slim),
-            _lost(point),
+            point.lost,
             _time(point, "ttft"),
             _time(point, "tpot"),
             figure(None if (peak := point.memory(frontier.device.kind)) is None else peak / 1e6),
@@ -103,11 +103,6 @@ def _table(frontier: Frontier) -> Table:
         rows,
         f"{FRONTIER}: points",
     )
-
-
-def _lost(point: Point) -> str:
-    low, high = -100 * point.quality.high, -100 * point.quality.low
-    return f"{point.drop:.1f} ({low:.1f} to {high:.1f})"
 
 
 def _time(point: Point, phase: str) -> str:

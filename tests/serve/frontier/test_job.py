@@ -1,0 +1,113 @@
+"""A frontier, made: every cut in every precision, and what becomes of it when it is interrupted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+from click.testing import CliRunner
+from tiny_folders import write_tiny
+
+from slimvlm.cli import main
+from slimvlm.compress.errors import UnsuitableOptionError
+from slimvlm.compress.files.decoding import read
+from slimvlm.compress.options import CutOptions
+from slimvlm.compress.plan import Plan
+from slimvlm.compress.runs import FRONTIER
+from slimvlm.export.running.exported import Exported
+from slimvlm.serve.frontier.frontier import Frontier
+from slimvlm.serve.frontier.job import measure_frontier
+from slimvlm.serve.frontier.options import FrontierOptions
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("frontier")
+    model, data = write_tiny(folder, samples=12)
+    chosen = CutOptions(model=str(model), data=data, out=folder / "out", device="cpu", eval_samples=6, recover="none")
+    return FrontierOptions(cut=chosen, ratios=(0.1, 0.2), variants=("int8",), threads=1)
+
+
+@pytest.fixture(scope="module")
+def interrupted(asked):
+    """Ended by Ctrl-C when the dense model and one cut were measured; what was on disk then."""
+
+    def stop_at_second_cut(stage: str, done: int, _total: int, _note: str = "", /) -> None:
+        if stage == "frontier" and done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_frontier(asked, stop_at_second_cut)
+    return read(asked.out / FRONTIER, Frontier)
+
+
+@pytest.fixture(scope="module")
+def whole(asked, interrupted):
+    """The same, continued."""
+    return measure_frontier(replace(asked, cut=replace(asked.cut, resume=True)))
+
+
+def test_an_interrupted_frontier_keeps_its_points_and_goes_on_with_the_others(interrupted, whole):
+    assert [(point.ratio, point.variant) for point in interrupted.points] == [(0, "fp32"), (0, "int8"), (0.2, "int8")]
+    assert whole.points[:3] == interrupted.points
+    assert [(point.ratio, point.variant) for point in whole.points[3:]] == [(0.1, "int8")]
+    assert not whole.skipped and not whole.left
+
+
+def test_every_cut_is_the_beginning_of_one_plan(asked, whole):
+    plans = {ratio: read(asked.out / f"cuts/{ratio:g}/plan.json", Plan) for ratio in (0.1, 0.2)}
+    assert plans[0.2].keep == read(asked.out / "plan.json", Plan).keep
+    for key, kept in plans[0.2].keep.items():
+        assert set(kept) <= set(plans[0.1].keep[key])
+    removed = {point.ratio: point.removed for point in whole.points}
+    assert removed == {0: 0, **{ratio: plan.removed_fraction for ratio, plan in plans.items()}}
+
+
+def test_a_point_is_as_large_as_its_files_and_is_timed_beside_the_dense_model(asked, whole):
+    full, *others = whole.points
+    for point in whole.points:
+        export = Exported.open(asked.out / point.folder)
+        graphs = export.graphs[export.named(f"onnx:{point.variant}")]
+        assert point.bytes == sum((asked.out / point.folder / one.file).stat().st_size for one in graphs)
+        assert point.quality.questions == 12
+    assert set(full.cell.runs) == {"slim"}
+    assert all(set(point.cell.runs) == {"dense", "slim"} and point.cell.ratios for point in others)
+
+
+def test_a_finished_frontier_is_shown_again_without_measuring(asked, whole):
+    arguments = ["frontier", asked.cut.model, str(asked.out), "--data", str(asked.cut.data)]
+    shutil.copytree(asked.out, copy := asked.out.with_name("copy"))
+    arguments[2] = str(copy)
+    wanted = ["--ratios", "0.1,0.2", "--variants", "int8", "--recover", "none", "--eval-samples", "6", "--resume"]
+    found = CliRunner().invoke(main, [*arguments, *wanted, "--target", "size=1GB", "--json", "--device", "cpu"])
+    assert found.exit_code == 0, found.output
+    document = json.loads(found.stdout)
+    assert len(document["points"]) == len(whole.points)
+    assert document["choices"][-1].startswith("Best under size 1 GB: ")
+    assert "Best under size 1 GB" in (copy / "report.html").read_text()
+
+
+def test_a_budget_leaves_out_the_cuts_that_would_end_later(asked, tmp_path):
+    shutil.copytree(asked.out, copy := tmp_path / "copy")
+    (copy / FRONTIER).write_text(replace(read(copy / FRONTIER, Frontier), points=()).to_json())
+    chosen = replace(asked.cut, out=copy, resume=True)
+    found = measure_frontier(replace(asked, cut=chosen, minutes=1e-6))
+    assert [point.ratio for point in found.points] == [0, 0, 0.2] and found.left == ("10 % removed, int8",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"ratios": (0.0,)}, "at least one ratio above 0"),
+        ({"ratios": (1.5,)}, "below 1"),
+        ({"variants": ("int5",)}, "int5 is unknown"),
+        ({"variants": ()}, "at least one"),
+        ({"minutes": -1.0}, "above 0"),
+        ({"target": ("weight=3kg",)}, "weight=3kg"),
+    ],
+)
+def test_what_no_frontier_can_be_made_of_is_refused_in_a_sentence(asked, changes, said):
+    with pytest.raises(UnsuitableOptionError, match=said):
+        measure_frontier(replace(asked, **changes))
