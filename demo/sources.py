@@ -28,10 +28,10 @@ Sprites = dict[str, dict[str, list[Image.Image]]]
 """vendor -> word -> drawings of it (RGBA, SPRITE x SPRITE)."""
 
 
-def fetch(cache: Path) -> None:
+def fetch(cache: Path, packages: Mapping[str, tuple[str, str]] = NPM) -> None:
     """Download and unpack what is missing under `cache` (about 320 MB down, 170 MB kept)."""
     cache.mkdir(parents=True, exist_ok=True)
-    for name, (package, member) in NPM.items():
+    for name, (package, member) in packages.items():
         if (cache / name).is_dir():
             continue
         archive = subprocess.run(
@@ -58,7 +58,7 @@ def load_sprites(cache: Path) -> Sprites:
     sprites: Sprites = {}
     for vendor in ("noto", "fluent", "twemoji"):
         folder = cache / vendor / NPM[vendor][1]
-        sprites[vendor] = _read({c.word: [_drawing(folder, codes[c.label])] for c in CONCEPTS})
+        sprites[vendor] = _read({c.word: [drawing(folder, codes[c.label])] for c in CONCEPTS})
     stamps = cache / PHOTOS / "usr/share/tuxpaint/stamps"
     sprites[PHOTOS] = _read({c.word: [stamps / f"{stamp}.png" for stamp in c.stamps] for c in CONCEPTS})
     return sprites
@@ -68,8 +68,8 @@ def _read(paths: Mapping[str, Sequence[Path]]) -> dict[str, list[Image.Image]]:
     return {word: [_sprite(path) for path in found] for word, found in paths.items() if found}
 
 
-def _drawing(folder: Path, code: str) -> Path:
-    """The vendors disagree about the variation selector fe0f in file names."""
+def drawing(folder: Path, code: str) -> Path:
+    """The file of an emoji: the vendors disagree about the variation selector fe0f in file names."""
     for stem in (code, code.replace("-fe0f", ""), f"{code}-fe0f"):
         for suffix in (".png", ".webp"):
             if (folder / f"{stem}{suffix}").is_file():

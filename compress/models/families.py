@@ -150,7 +150,7 @@ class Family:
 
     Attributes:
         kind: `decoder`, `encoder-decoder` or `dual-encoder`; code asks for the facts below instead.
-        text_model_type: tells apart models that differ in their language model only.
+        text_model_type, vision_model_type: tell apart models that differ in their language model, or in their tower.
         projector: modules that carry what one modality's tower says into the space of the other; empty: there are none.
     """
 
@@ -159,6 +159,7 @@ class Family:
     kind: str
     towers: tuple[Tower, ...]
     text_model_type: str | None = None
+    vision_model_type: str | None = None
     projector: tuple[str, ...] = ()
     resampler: Resampler | None = None
     export: Export = Export()
@@ -284,6 +285,13 @@ T5_DECODER = Tower(
 DUAL_TEXT = Tower("language", "language", "text_config", "text_model.encoder.layers", (ENCODER, PLAIN_MLP))
 # SigLIP's pooling head has the width of the vision MLPs: one config field for both, so no stock cut.
 SELECTED_VISION = _vision(VISION_TOWER, states="vision_feature_layer")
+# DINOv2 makes the width of its MLPs of a ratio: no stock cut of them.
+DINOV2_VISION = _vision(
+    "model.vision_tower.encoder.layer",
+    Attention("attention", SEPARATE, "o_proj", patch=(("num_attention_heads", "heads"),)),
+    Mlp(("mlp.fc1",), "mlp.fc2"),
+    states="vision_feature_layer",
+)
 HEADED_VISION = _vision("vision_model.encoder.layers", ENCODER, Mlp(("mlp.fc1",), "mlp.fc2"))
 
 PROJECTOR = ("model.multi_modal_projector",)
@@ -293,6 +301,11 @@ PROJECTION = ("language_projection",)
 QFORMER = Resampler("qformer", "query_tokens", "crossattention")
 
 FAMILIES: tuple[Family, ...] = (
+    replace(
+        _decoder("llava", DINOV2_VISION, LANGUAGE, PROJECTOR, Export("select")),
+        name="llava_dinov2",
+        vision_model_type="dinov2",
+    ),
     _decoder("llava", SELECTED_VISION, LANGUAGE, PROJECTOR, Export("select")),
     _decoder("llava_next", SELECTED_VISION, LANGUAGE, PROJECTOR, Export("tiles")),
     _decoder("llava_onevision", SELECTED_VISION, LANGUAGE, PROJECTOR, Export("tiles")),
@@ -370,9 +383,15 @@ def find_family(config: object) -> Family:
         UnsupportedModelError: no row has this model type; the message lists the known ones.
     """
     model_type = getattr(config, "model_type", None)
-    text_type = getattr(getattr(config, "text_config", None), "model_type", None)
-    for family in FAMILIES:
-        if family.model_type == model_type and family.text_model_type in (None, text_type):
+    text_type, vision_type = (
+        getattr(getattr(config, part, None), "model_type", None) for part in ("text_config", "vision_config")
+    )
+    for family in FAMILIES:  # the first that fits
+        if (
+            family.model_type == model_type
+            and family.text_model_type in (None, text_type)
+            and family.vision_model_type in (None, vision_type)
+        ):
             return family
     known = ", ".join(family.name for family in FAMILIES)
     asked = f"{model_type!r}" + (f" with text model {text_type!r}" if text_type else "")

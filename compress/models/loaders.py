@@ -45,11 +45,11 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> tuple[transfor
         raise CheckpointError(f"{folder} has no config.json, so it is not a checkpoint folder")
     refuse_adapter(folder)
     with foreign(f"{folder}: config.json cannot be read"), _quiet():
+        document, _ = transformers.PreTrainedConfig.get_config_dict(folder)
+    _check_numbers(folder, document, "")  # first: a config may make lists as long as it has layers
+    with foreign(f"{folder}: config.json cannot be read"), _quiet():
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        document = config.to_dict()
-    family = find_family(config)
-    _check_numbers(folder, document, "")
-    return config, family
+    return config, find_family(config)
 
 
 def refuse_adapter(folder: Path) -> None:

@@ -73,8 +73,12 @@ def drop_blocks(model: PreTrainedModel, tower: Tower, kept: Sequence[int], recor
 def write_depth(model: PreTrainedModel, tower: Tower) -> None:
     """Say in the config of the stock class how many blocks `tower` has."""
     count = len(model.get_submodule(tower.blocks))  # type: ignore[arg-type]  # a list of blocks
+    config = attrgetter(tower.config)(model.config)
     for name in tower.depth:
-        setattr(attrgetter(tower.config)(model.config), name, count)
+        setattr(config, name, count)
+    if hasattr(config, "stage_names"):  # DINOv2 names what goes into its blocks and comes out, and what it would give
+        config.stage_names = config.stage_names[: count + 1]
+        config.out_indices = [count]
     stack: Any = model.get_submodule(tower.blocks.rpartition(".")[0])
     stack.config.num_hidden_layers = count  # a copy of the other where T5 is
 

@@ -78,7 +78,7 @@ class Shapes:
     Attributes:
         kind: of the family: `decoder`, `encoder-decoder` or `dual-encoder`.
         patch: height and width of a patch in pixels.
-        class_tokens: tokens of an image besides its patches.
+        class_tokens: tokens of an image besides its patches; `class_features`: those of them that become features.
         merged: patches that become one feature.
         queries: features per image where a resampler makes them; 0: none does.
         widths: inner widths of the prunable parts (channels; heads times D), in the order of the groups.
@@ -94,6 +94,7 @@ class Shapes:
     merged: int
     queries: int
     widths: tuple[int, ...]
+    class_features: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +181,7 @@ def _image_tokens(shapes: Shapes, sizes: Sizes) -> Tokens:
     return {
         "pixel": (images, patches),
         "patch": (images, patches + shapes.class_tokens),
-        "feature": (images, patches // shapes.merged),
+        "feature": (images, patches // shapes.merged + shapes.class_features),
         "query": (images, shapes.queries),
         "image": (images, 1),
     }

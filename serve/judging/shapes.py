@@ -34,7 +34,7 @@ def model_shapes(model: nn.Module, family: Family) -> Shapes:
     products = [found for path, module in model.named_modules() for found in _products(path, module, places, family)]
     attended = [_tower_attention(group, model, family) for group in groups if group.kind == "attention"]
     convolution = next(_placed(model, places, nn.Conv2d, nn.Conv3d))  # makes patches of pixels
-    names = [name.rpartition(".")[2] for name, _ in model.named_parameters()]
+    classes = sum(name.rpartition(".")[2] in CLASS_TOKENS for name, _ in model.named_parameters())
     queries = 0
     if family.resampler is not None:
         attended += _resampler_attention(model, family.resampler.module, family.resampler.cross)
@@ -49,10 +49,11 @@ def model_shapes(model: nn.Module, family: Family) -> Shapes:
         products=tuple(products),
         attended=tuple(attended),
         patch=(convolution.stride[-2], convolution.stride[-1]),
-        class_tokens=sum(name in CLASS_TOKENS for name in names),
+        class_tokens=classes,
         merged=_merged(model, family, convolution.out_channels),
         queries=queries,
         widths=tuple(group.size * group.head_dim for group in groups),
+        class_features=classes * (getattr(model.config, "vision_feature_select_strategy", "") == "full"),
     )
 
 

@@ -14,7 +14,7 @@ from tiny_processors import tiny_image, tiny_processor
 
 FAMILIES = (
     *("llava", "llava_next", "smolvlm", "idefics3", "paligemma", "blip2_opt", "blip2_t5", "clip", "siglip"),
-    *("llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"),
+    *("llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "llava_dinov2"),
 )
 WHOLE = ("llava", "blip2_t5", "clip")  # of these there is an export and a run
 RECORDS = (

@@ -65,15 +65,21 @@ def _decoder_batch(batch: int, image_tokens: int, extra: dict[str, torch.Tensor]
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, **extra}
 
 
-def _llava() -> tuple[torch.nn.Module, Callable]:
+def _llava(tower: tf.PreTrainedConfig, strategy: str = "default") -> tuple[torch.nn.Module, Callable]:
     config = tf.LlavaConfig(
-        vision_config=tf.CLIPVisionConfig(**VISION),
+        vision_config=tower,
         text_config=tf.LlamaConfig(**TEXT),
         image_token_index=IMAGE_TOKEN,
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy=strategy,
         vision_feature_layer=-2,
     )
-    return tf.LlavaForConditionalGeneration(config), lambda b: _decoder_batch(b, 16, {"pixel_values": _pixels(b)})
+    tokens = 16 + (strategy == "full")
+    return tf.LlavaForConditionalGeneration(config), lambda b: _decoder_batch(b, tokens, {"pixel_values": _pixels(b)})
+
+
+def _dinov2() -> tf.Dinov2Config:
+    sizes = {name: value for name, value in VISION.items() if name != "intermediate_size"}
+    return tf.Dinov2Config(**sizes, mlp_ratio=2)
 
 
 def _llava_next() -> tuple[torch.nn.Module, Callable]:
@@ -300,7 +306,8 @@ def _dual(model_class: type, config_class: type) -> tuple[torch.nn.Module, Calla
 
 
 FACTORIES: dict[str, Callable[[], tuple[torch.nn.Module, Callable]]] = {
-    "llava": _llava,
+    "llava": lambda: _llava(tf.CLIPVisionConfig(**VISION)),
+    "llava_dinov2": lambda: _llava(_dinov2(), "full"),
     "llava_next": _llava_next,
     "llava_onevision": _llava_onevision,
     "qwen2_vl": _qwen2_vl,

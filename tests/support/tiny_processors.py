@@ -87,9 +87,9 @@ def still(processor_class: type, *args: object, **kwargs: object) -> tf.Processo
     return Still(*args, **kwargs)
 
 
-def _tiles(processor_class: type, images: object, **kwargs: object) -> tf.ProcessorMixin:
-    strategy = {"patch_size": 4, "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
-    return processor_class(images, tiny_tokenizer(), **strategy, chat_template=CHAT, **kwargs)
+def _tiles(processor_class: type, images: object, strategy: str = "default") -> tf.ProcessorMixin:
+    tokens = {"patch_size": 4, "num_additional_image_tokens": 1, "vision_feature_select_strategy": strategy}
+    return processor_class(images, tiny_tokenizer(), **tokens, chat_template=CHAT)
 
 
 def _named(tokens: dict[str, str], pattern: str = "") -> tf.PreTrainedTokenizerFast:
@@ -151,6 +151,7 @@ def _siglip() -> tf.ProcessorMixin:
 
 PROCESSORS: dict[str, Callable[[], tf.ProcessorMixin]] = {
     "llava": lambda: _tiles(tf.LlavaProcessor, CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE)),
+    "llava_dinov2": lambda: _tiles(tf.LlavaProcessor, CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE), "full"),
     "llava_next": lambda: _tiles(
         tf.LlavaNextProcessor,
         LlavaNextImageProcessorPil(size={"shortest_edge": 16}, crop_size=SQUARE, image_grid_pinpoints=PINPOINTS),
