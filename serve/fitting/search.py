@@ -17,6 +17,7 @@ from slimvlm.serve.fitting.record import Figures, Trial
 
 MOST_TRIALS = 8  # of one precision
 FINEST = 0.004  # of all parameters: cuts that lie nearer than this are one
+HOPELESS = 1.1  # of a target, foretold of another precision: it is not tried
 AIM = 0.985  # of a target is asked of the next trial: in the middle of what is accepted
 
 Foretell = Callable[[float], Figures]  # ratio -> what its cut will cost, up to a factor per quantity
@@ -60,6 +61,8 @@ def find_cut(
     for trial in dense:
         # Of another precision it is only asked whether it needs less than the best one so far.
         limit = most if best is None else best.ratio - FINEST
+        if best is not None and _is_hopeless(goals, trial, foretell[trial.backend], limit):
+            continue
         known = _search(goals, [trial], try_out, foretell[trial.backend], limit)
         tried += known[1:]
         best = min((one for one in (best, *known) if one and _meets(goals, one)), key=_cut, default=None)
@@ -88,6 +91,14 @@ def _search(goals: Sequence[Goal], known: list[Trial], try_out: Try, foretell: F
         ratio = _next(goals, known, foretell, (fails, most if meets is None else meets))
         known = [*known, try_out(ratio, backend)]
     return known
+
+
+def _is_hopeless(goals: Sequence[Goal], whole: Trial, foretell: Foretell, ratio: float) -> bool:
+    """Whether a cut misses a target by a tenth even if all that the `whole` model costs shrinks with what is left."""
+    before, after = foretell(0.0), foretell(ratio)
+    return any(
+        whole.figures[goal.name] * after[goal.name] / before[goal.name] > HOPELESS * goal.amount for goal in goals
+    )
 
 
 def _next(goals: Sequence[Goal], known: Sequence[Trial], foretell: Foretell, between: tuple[float, float]) -> float:

@@ -63,10 +63,12 @@ def test_the_tightest_target_is_met_and_hardly_undercut(targets, backends):
     assert all(sum(trial.backend == backend for trial in found.trials) <= MOST_TRIALS for backend in backends)
 
 
-def test_of_precisions_that_all_need_a_cut_the_one_that_needs_least_is_taken():
+def test_of_precisions_that_all_need_a_cut_the_one_that_needs_least_is_taken_and_hopeless_ones_are_not_tried():
     found = find("size=0.9MB")
-    assert found.trial.backend == Q4
-    assert min(trial.ratio for trial in found.trials if trial.backend == INT8 and trial.ratio) <= found.trial.ratio
+    assert found.trial.backend == Q4 and {trial.backend for trial in found.trials if trial.ratio} == {Q4}
+    alike = find("tpot=2ms", backends=(INT8, Q4), try_out=lambda *one: Trial(*one, device(one[0], INT8).figures))
+    assert {trial.backend for trial in alike.trials if trial.ratio} == {INT8, Q4}
+    assert alike.trial.ratio == min(one.ratio for one in alike.trials if one.figures["tpot"] <= 2 * 1.03)
 
 
 def test_steps_and_a_few_percent_of_noise_end_in_a_cut_that_was_measured_to_meet_the_target():
