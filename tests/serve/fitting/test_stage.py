@@ -2,6 +2,7 @@
 meet is refused before the model is cut. Bytes and parameters are counted, so no clock decides."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from slimvlm.compress.models.checkpoint import build_meta
 from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.options import CompressOptions
 from slimvlm.demo import MODEL, SAMPLES
-from slimvlm.pipeline import compress, make_plan
+from slimvlm.pipeline import compress, make_plan, recover_run
 from slimvlm.serve.fitting.stage import workload_of
 from slimvlm.serve.fitting.table import CostTable, Point
 from slimvlm.serve.fitting.tabulate import narrowed_copies, setting_of, user_cache
@@ -77,6 +78,14 @@ def test_a_finished_fit_is_not_searched_again_and_other_targets_need_no_new_cali
     assert "fit" in stages and "calibrate" not in stages
     back = compress(replace(options, resume=True), lambda stage, *_: stages.append(stage))
     assert (back.plan, back.fit.chosen) == (result.plan, result.fit.chosen) and "calibrate" not in stages
+
+
+def test_a_fitted_run_that_is_recovered_again_keeps_its_targets_and_its_plan(fitted, tmp_path):
+    options, result = fitted
+    out = shutil.copytree(options.out, tmp_path / "out")
+    stages = []
+    again = recover_run(out, {"recover": "none", "device": "cpu"}, lambda stage, *_: stages.append(stage))
+    assert (again.fit, again.plan) == (result.fit, result.plan) and not {"fit", "calibrate"} & set(stages)
 
 
 def test_where_the_whole_model_meets_the_targets_nothing_is_cut_and_nothing_trained(tmp_path):
