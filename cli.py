@@ -44,6 +44,7 @@ from slimvlm.console.options import (
     sample_options,
     target_options,
 )
+from slimvlm.console.printing import print_warning, typed_lines
 from slimvlm.console.progress import print_anything, progress
 from slimvlm.console.values import Device
 from slimvlm.export.running.runtimes import installed_runtimes, runtime_conflict
@@ -63,7 +64,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     print_anything()
     if conflict := runtime_conflict(installed_runtimes()):
-        show.print_warning(conflict)
+        print_warning(conflict)
 
 
 @main.command()
@@ -132,6 +133,7 @@ def demo(as_json: bool, quiet: bool, **values: Any) -> None:
         "data": SAMPLES / "train.jsonl",
         "eval_data": SAMPLES / "test.jsonl",
         "train_batch_size": 32,
+        "variants": ("fp32", "int8", "q4"),
     }
     options = CompressOptions(**packaged, **values, device="cpu")
     _show_job(partial(pipeline.compress, options), partial(show.show_compression, as_json=as_json), quiet)
@@ -192,7 +194,7 @@ def apply(model: str, plan_file: Path, out: Path, as_json: bool, quiet: bool, **
         plan = pipeline.apply_saved_plan(model, plan_file, out, progress=report, **values)
     if plan.compensation and values["data"] is None:
         name = plan.compensation.name
-        show.print_warning(f"the plan wants a {name}, and nothing was: give the samples of `slimvlm plan` with --data")
+        print_warning(f"the plan wants a {name}, and nothing was: give the samples of `slimvlm plan` with --data")
     show.show_plan(plan, out, as_json=as_json)
 
 
@@ -332,7 +334,7 @@ def chat(
     note = (lambda line: None) if quiet else partial(click.echo, err=True)
     try:
         if question is None:
-            converse(chats, picture, show.typed_lines(), max_new_tokens, tell, note)
+            converse(chats, picture, typed_lines(), max_new_tokens, tell, note)
         else:
             answer(chats, picture, question, max_new_tokens, tell, note)
     except KeyboardInterrupt:

@@ -36,6 +36,8 @@ from slimvlm.export.packages import require_packages
 from slimvlm.export.stage import export_stage
 from slimvlm.serve.fitting.record import Fit
 from slimvlm.serve.fitting.stage import check_targets, delivered, fit_stage, measured_times
+from slimvlm.serve.frontier.frontier import Frontier
+from slimvlm.serve.frontier.stage import frontier_stage
 from slimvlm.serve.options import TORCH, split_backend
 from slimvlm.serve.profile import Profile
 from slimvlm.serve.stage import profile_stage
@@ -60,6 +62,7 @@ class Result:
     export: Mapping[str, Any] = field(default_factory=dict)  # what the export stage recorded: JSON
     profile: Profile | None = None
     fit: Fit | None = None  # what was found for the targets
+    frontier: Frontier | None = None  # dense and slim in every exported precision
     comparison: Comparison | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -250,7 +253,8 @@ def _delivered(run: RunFolder, options: CompressOptions, result: Result, data: M
         **evaluated._asdict(),
         comparison=compare(evaluated.dense, evaluated.slim, options.seed),
         export=export_stage(run, options, options.eval_data or options.data, progress),
-        profile=profile_stage(run, options, progress),
+        profile=(profile := profile_stage(run, options, progress)),
+        frontier=frontier_stage(run, options, result.plan, profile, data.evaluation, progress),
         seconds={name: stage["seconds"] for name, stage in run.record["stages"].items()},
     )
     from slimvlm.serve.report import write_report  # matplotlib takes a second to import

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from slimvlm.compress.files.decoding import decode_fields
 
-STAGES = ("plan", "fit", "slice", "recover", "evaluate", "export", "profile")
+STAGES = ("plan", "fit", "slice", "recover", "evaluate", "export", "profile", "frontier")
 ATTENTION_UNITS = ("auto", "kv-group", "query-slot")
 KINDS = ("attention", "mlp")
 LAYOUTS = ("per-layer", "stock")

@@ -147,6 +147,7 @@ FACTS: Mapping[str, type] = {  # of a stage, from its begin; a TypedDict each
     "evaluate": EvaluateFacts,
     "export": ExportFacts,
     "profile": ProfileFacts,
+    "frontier": ProfileFacts,
 }
 
 

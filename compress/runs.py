@@ -25,6 +25,7 @@ from slimvlm.compress.files.folders import (
     remove_files,
 )
 from slimvlm.compress.files.writing import PARTIAL, installed_versions, reported_as_output_errors, write_text
+from slimvlm.compress.options import STAGES
 from slimvlm.compress.run_record import RECORD, SCHEMA, read_record, record_text
 
 PLAN, SCORES = "plan.json", "scores.safetensors"
@@ -170,9 +171,9 @@ class RunFolder:
         facts: dict[str, Any] = self.record["stages"].get(stage, {})
         return facts
 
-    def forget(self, *stages: str) -> None:
-        """Take `stages` as never run."""
-        for stage in stages:
+    def forget(self, first: str) -> None:
+        """Take the stage `first`, and those that follow it, as never run."""
+        for stage in STAGES[STAGES.index(first) :]:
             self.record["stages"].pop(stage, None)
         self.save()
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from slimvlm.console.progress import is_first_process
+from slimvlm.console.printing import print_json, print_line, print_table, print_warning
 
 if TYPE_CHECKING:
     from slimvlm.compress.evaluation.quality import Comparison, Quality
@@ -23,27 +19,8 @@ if TYPE_CHECKING:
     from slimvlm.pipeline import Evaluation, Result
     from slimvlm.serve.profile import Cell
 
-WIDTH_OF_A_FILE = 120  # columns when stdout is no terminal
 SHOWN_PHASES = ("vision", "text", "ttft", "tpot")
 NO_FRACTIONS = ("token_loss", "perplexity")  # metrics that are not a share of the questions
-
-
-def print_json(document: Mapping[str, Any]) -> None:
-    """The one document of `--json`, on stdout; NaN and infinity become null."""
-    if is_first_process():
-        click.echo(json.dumps(_finite(document), indent=2, sort_keys=True, allow_nan=False))
-
-
-def print_line(text: str = "") -> None:
-    """A line of the result on stdout."""
-    if is_first_process():
-        click.echo(text)
-
-
-def print_warning(text: str) -> None:
-    """A warning on stderr."""
-    if is_first_process():
-        click.echo(f"Warning: {text}", err=True)
 
 
 def count(number: int) -> str:
@@ -77,6 +54,7 @@ def show_compression(result: Result, *, as_json: bool) -> None:
                 "recovery": result.recovery,
                 "fit": asdict(result.fit) if result.fit else None,
                 "export": result.export,
+                "choices": _choices(result),
                 "speed": [
                     {
                         "backend": cell.backend,
@@ -113,6 +91,8 @@ def show_compression(result: Result, *, as_json: bool) -> None:
         print_line(f"export   {_exported(result)}")
     for cell in _compared(result):
         print_line(f"speed    {cell.backend}, {cell.workload}: {_speed(cell)}")
+    for sentence in _choices(result):
+        print_line(f"choose   {sentence}")
     print_line(f"report   {result.out / 'report.html'}, report.md; every figure in the .json files beside it")
 
 
@@ -130,6 +110,13 @@ def _exported(result: Result) -> str:
         for check in result.export.get("checks", ())
     ]
     return f"{result.out / 'export'}; greedy answers equal to torch's: {', '.join(equal) or 'see manifest.json'}"
+
+
+def _choices(result: Result) -> list[str]:
+    """Whether to cut, to quantise, or both, in sentences."""
+    from slimvlm.serve.frontier.choosing import recommend  # numpy takes a moment to import
+
+    return [choice.sentence for choice in recommend(result.frontier)] if result.frontier else []
 
 
 def _compared(result: Result) -> list[Cell]:
@@ -352,40 +339,3 @@ def _removed_of_prunable(plan: Plan) -> float:
     """Removed fraction of the weights that can be cut (the towers' multiply-adds per token are these weights)."""
     before = sum(tower.macs_before for tower in plan.towers.values())
     return 1 - sum(tower.macs_after for tower in plan.towers.values()) / before if before else 0.0
-
-
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """On stdout, the same text with and without a terminal; columns of figures are right-aligned."""
-    if not is_first_process():
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for index, column in enumerate(columns):
-        is_text = all(not any(character.isdigit() for character in row[index]) for row in rows)
-        table.add_column(column, justify="left" if is_text or not index else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE, markup=False, highlight=False).print(table)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return None
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
-
-
-def typed_lines() -> Iterator[str]:
-    """Lines of stdin, each after a prompt where somebody types them."""
-    while True:
-        if sys.stdin.isatty():
-            click.echo("> ", nl=False, err=True)
-        line = sys.stdin.readline()
-        if not line:
-            return
-        yield line

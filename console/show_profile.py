@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from slimvlm.console.show import print_json, print_line, print_table
+from slimvlm.console.printing import print_json, print_line, print_table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from slimvlm.console.show import print_json, print_line
+from slimvlm.console.printing import print_json, print_line
 
 if TYPE_CHECKING:
     from slimvlm.selfcheck.outcome import Outcome, Report

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from slimvlm.cli import Commands, main
 from slimvlm.compress.errors import CheckFailedError, SampleError
 from slimvlm.compress.options import CompressOptions, RecoverOptions
-from slimvlm.console import show
+from slimvlm.console import printing, show
 from slimvlm.console.progress import progress
 from slimvlm.console.values import Size
 from slimvlm.export.options import ExportOptions
@@ -268,7 +268,7 @@ def test_quiet_and_other_processes_print_nothing(
 
 
 def test_json_is_one_document_without_nan(capsys: pytest.CaptureFixture[str]) -> None:
-    show.print_json({"loss": float("nan"), "path": Path("a/b"), "list": (1, 2.5, float("inf"))})
+    printing.print_json({"loss": float("nan"), "path": Path("a/b"), "list": (1, 2.5, float("inf"))})
     assert json.loads(capsys.readouterr().out) == {"loss": None, "path": "a/b", "list": [1, 2.5, None]}
 
 

@@ -62,7 +62,7 @@ def recover_stage(
             facts["reload_difference"] = _save_recovered(run, options, plan, recovered.loaded, data)
             (folder / JOURNAL).replace(run.path / JOURNAL)
             run.remove(TRAINING)
-            run.forget("evaluate", "export", "profile")
+            run.forget("evaluate")
     processes.wait_for_all()
     return run.facts("recover")
 
@@ -83,7 +83,7 @@ def _kept_if_refused(run: RunFolder, earlier: dict[str, Any], asked: dict[str, A
 def _undo_recovery(run: RunFolder) -> None:
     """Back to the cut model."""
     if run.writer and (run.path / CUT).is_dir():
-        run.forget("recover", "evaluate", "export", "profile")
+        run.forget("recover")
         run.remove(MODEL)
         move_folder(run.path / CUT, run.path / MODEL)
 

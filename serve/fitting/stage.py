@@ -104,7 +104,7 @@ def fit_stage(run: RunFolder, options: FitOptions, progress: Progress) -> Fit | 
         return None
     path, asked = run.path / FIT, {"targets": list(options.target), "backends": list(backends_of(options))}
     if run.writer and not (run.finished("fit") and asked.items() <= run.facts("fit").items()):
-        run.forget("slice", "recover", "evaluate", "export", "profile")
+        run.forget("slice")
         with run.stage("fit", **asked) as facts:
             order = Order.read(run.path / ORDER, OutputError, AGAIN)
             fit = _fit(order, options, path, progress)
