@@ -46,12 +46,14 @@ class Fit:
 
     Attributes:
         model_digest, data_digest: of the plan that candidates are the beginnings of.
+        device: that they were tried on, and its threads.
         trials: in the order in which they were tried.
         chosen: the one to deliver; None while it is looked for, and where there is none.
     """
 
     model_digest: str
     data_digest: str
+    device: str
     goals: tuple[Goal, ...]
     trials: tuple[Trial, ...] = ()
     chosen: Trial | None = None

@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from slimvlm.compress import processes
 from slimvlm.compress.allocate.costs import Times
 from slimvlm.compress.allocate.order import Order
@@ -22,6 +24,7 @@ from slimvlm.compress.models.computing import frees_memory
 from slimvlm.compress.models.families import FAMILIES
 from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.options import FitOptions
+from slimvlm.compress.processes import pick_device
 from slimvlm.compress.progress import Progress
 from slimvlm.compress.runs import AGAIN, FIT, ORDER, PLAN, RunFolder
 from slimvlm.export.packages import require_packages
@@ -31,6 +34,7 @@ from slimvlm.serve.fitting.record import Figures, Fit, Trial
 from slimvlm.serve.fitting.search import MOST_TRIALS, find_cut
 from slimvlm.serve.fitting.tabulate import cached_table
 from slimvlm.serve.fitting.trials import Workbench
+from slimvlm.serve.measuring.device import describe_device
 from slimvlm.serve.options import TORCH, ProfileOptions, split_backend
 from slimvlm.serve.targets import graph_options
 
@@ -120,7 +124,9 @@ def _fit(order: Order, options: FitOptions, path: Path, progress: Progress) -> F
     goals = tuple(goal for goal in read_goals(options.target) if goal.name != "drop")
     wanted, backends, plan = {goal.name for goal in goals}, backends_of(options), order.plan
     bench = Workbench(options.model, workload_of(options))
-    fit = Fit(plan.model_digest, plan.calibration_digest, goals, _earlier(path, order))
+    device = f"{describe_device(pick_device(options.device))['name']}, {torch.get_num_threads()} threads"
+    fit = Fit(plan.model_digest, plan.calibration_digest, device, goals)
+    fit = replace(fit, trials=_earlier(path, fit))
 
     def try_out(ratio: float, backend: str) -> Trial:
         nonlocal fit
@@ -168,12 +174,12 @@ def workload_of(options: FitOptions) -> ProfileOptions:
     )
 
 
-def _earlier(path: Path, order: Order) -> tuple[Trial, ...]:
-    """The candidates of this very order that an interrupted search, or one with other targets, has tried."""
+def _earlier(path: Path, now: Fit) -> tuple[Trial, ...]:
+    """The candidates of the same order that an interrupted search, or one with other targets, tried on this device."""
     if not path.is_file():
         return ()
     fit = read(path, Fit, OutputError, f"remove {path} to try all candidates again")
-    same = (fit.model_digest, fit.data_digest) == (order.plan.model_digest, order.plan.calibration_digest)
+    same = replace(now, goals=fit.goals, trials=fit.trials, chosen=fit.chosen) == fit
     return fit.trials if same else ()
 
 

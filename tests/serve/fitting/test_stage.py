@@ -111,6 +111,11 @@ def test_a_search_that_was_broken_off_goes_on_with_what_it_tried(tmp_path):
         compress(options, breaks)
     known = document(options.out)["trials"]
     assert len(known) == 1 and document(options.out)["chosen"] is None and not (options.out / "model").exists()
+    moved = {**document(options.out), "device": "another machine"}
+    (options.out / "fit.json").write_text(json.dumps(moved))
+    with pytest.raises(BrokenError):  # what another device took says nothing here
+        compress(replace(options, resume=True), breaks)
+    assert document(options.out)["trials"] == known and document(options.out)["device"] != "another machine"
     tried = []
     compress(replace(options, resume=True), lambda stage, done, *_: tried.append(done) if stage == "fit" else None)
     assert document(options.out)["trials"][:1] == known and tried[0] == 1
