@@ -45,6 +45,7 @@ def run_files(folder: Path) -> list[str]:
     found = [folder / name for name in FILES]
     for name in (MODEL, CUT, RECOVERED, EXPORT):
         found += [folder / name / file for file in listed_files(folder / name)]
+    found += folder.glob("frontier-*.svg")
     for pattern in TRAINED:
         found += (folder / TRAINING).glob(pattern)
     found += (folder / TEACHER).glob("*/*.safetensors")

@@ -10,10 +10,10 @@ from slimvlm.compress.files.locks import locked_file
 from slimvlm.compress.files.writing import write_text
 from slimvlm.compress.runs import AGAIN, FRONTIER
 from slimvlm.serve.frontier.frontier import Frontier
-from slimvlm.serve.report.document import Report, Section
+from slimvlm.serve.report.document import Chart, Report, Section
 from slimvlm.serve.report.files import read_run
 from slimvlm.serve.report.markdown import markdown
-from slimvlm.serve.report.page import page
+from slimvlm.serve.report.page import page, picture
 from slimvlm.serve.report.sections.answers import answers_section
 from slimvlm.serve.report.sections.checks import parity_section, repeat_section
 from slimvlm.serve.report.sections.frontier import frontier_said, frontier_section
@@ -52,7 +52,7 @@ def write_report(run: Path) -> Path:
 
 
 def write_frontier_report(folder: Path) -> Path:
-    """The same of a frontier without a run: both files beside `frontier.json`.
+    """The same of a frontier without a run: both files beside `frontier.json`, and its charts as `frontier-*.svg`.
 
     Raises:
         OutputError: it is not there or damaged, or the folder cannot be written.
@@ -60,6 +60,8 @@ def write_frontier_report(folder: Path) -> Path:
     with locked_file(folder / PAGE):
         frontier = read(folder / FRONTIER, Frontier, OutputError, AGAIN)
         section = Section.of("frontier", "Prune or quantise", frontier_said(frontier))
+        for chart in (part for part in section.parts if isinstance(part, Chart)):
+            write_text(folder / f"{chart.name}.svg", picture(chart))
         return _write(folder, Report(f"What {frontier.source} can do, over what it costs", (section,)))
 
 

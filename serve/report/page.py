@@ -9,7 +9,8 @@ from markupsafe import Markup
 
 from slimvlm.serve.report.document import Chart, Report, line, visible
 
-TEMPLATE = "page.html.j2"
+TEMPLATE, PALETTE = "page.html.j2", "palette.css"
+ALONE = "svg { background: var(--page); font-family: system-ui, sans-serif; }\n"
 
 
 def page(report: Report) -> str:
@@ -17,5 +18,14 @@ def page(report: Report) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"line": line, "visible": visible, "drawing": Markup}
     environment.tests["drawn"] = lambda part: isinstance(part, Chart)
-    template = environment.from_string(files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"))
-    return template.render(report=report) + "\n"
+    template = environment.from_string(_packaged(TEMPLATE))
+    return template.render(report=report, palette=Markup(_packaged(PALETTE))) + "\n"
+
+
+def picture(chart: Chart) -> str:
+    """The chart as an SVG file of its own, in the page's colours, by day and by night."""
+    return chart.svg.replace(">", f"><style>{_packaged(PALETTE)}{ALONE}</style>", 1) + "\n"
+
+
+def _packaged(name: str) -> str:
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")

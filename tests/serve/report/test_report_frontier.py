@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import xml.etree.ElementTree as ElementTree
+
 import pytest
 from frontiers import example_frontier, example_point
 from report_runs import Story, write_run
 from report_texts import bad_news, good_news, table, text_of
 
 from slimvlm.compress.runs import FRONTIER
-from slimvlm.serve.report import write_report
+from slimvlm.serve.report import write_frontier_report, write_report
 
 POINTS = (
     example_point(0, "fp32", 11_200_000, 0.0, 4.0),
@@ -48,3 +51,12 @@ def test_the_page_draws_quality_over_size_and_over_time(run):
 
 def test_a_run_without_a_frontier_has_no_such_section(tmp_path):
     assert "Prune or quantise" not in text_of(write_run(tmp_path / "run", Story()))
+
+
+def test_the_charts_of_a_frontier_stand_alone_in_files_with_colours_of_their_own(tmp_path):
+    (tmp_path / FRONTIER).write_text(example_frontier(*POINTS).to_json())
+    write_frontier_report(tmp_path)
+    for name in ("frontier-size.svg", "frontier-tpot.svg"):
+        root = ElementTree.parse(tmp_path / name).getroot()
+        used = set(re.findall(r"var\((--\w+)\)", (tmp_path / name).read_text()))
+        assert root.tag.endswith("svg") and used and all(f"{variable}: #" in root[0].text for variable in used)
