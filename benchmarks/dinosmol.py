@@ -56,16 +56,19 @@ def trained(folder: Path) -> Path:
 
 def check(options: argparse.Namespace) -> None:
     loaded = load_model(options.folder / "model")
-    found = load_samples(options.folder / "samples" / f"{options.split}.jsonl").samples[: options.limit]
+    samples = load_samples(options.folder / "samples" / f"{options.split}.jsonl").samples[: options.limit]
     for seed in (None, 0):
-        quality = evaluate(loaded.model, collator_of(loaded), found, batch_size=options.batch_size, blind_seed=seed)
-        scores = {"exact match, mean of tasks": round(100 * quality.score, 1), **quality.scores}
-        tasks = {task: round(100 * scores["exact_match"], 1) for task, scores in quality.tasks.items()}
-        print(
-            json.dumps({"blind": quality.blind, **scores, "tasks": tasks, "seconds": round(quality.seconds, 1)}),
-            flush=True,
-        )
-    print(json.dumps({"questions": len(found), "threads": torch.get_num_threads(), "versions": installed_versions()}))
+        quality = evaluate(loaded.model, collator_of(loaded), samples, batch_size=options.batch_size, blind_seed=seed)
+        line = {
+            "blind": quality.blind,
+            "exact match, mean of tasks, %": round(100 * quality.score, 1),
+            "token loss": round(quality.scores["token_loss"], 3),
+            "tasks, %": {task: round(100 * found["exact"], 1) for task, found in quality.tasks.items()},
+            "questions": {task: found["questions"] for task, found in quality.tasks.items()},
+            "seconds": round(quality.seconds, 1),
+        }
+        print(json.dumps(line), flush=True)
+    print(json.dumps({"questions": len(samples), "threads": torch.get_num_threads(), "versions": installed_versions()}))
 
 
 def train_on(options: argparse.Namespace) -> None:
