@@ -8,7 +8,7 @@ from slimvlm.compress.errors import OutputError
 from slimvlm.compress.files.decoding import read
 from slimvlm.compress.files.locks import locked_file
 from slimvlm.compress.files.writing import write_text
-from slimvlm.compress.runs import AGAIN, FRONTIER
+from slimvlm.compress.runs import AGAIN, CUTS, FRONTIER
 from slimvlm.serve.frontier.frontier import Frontier
 from slimvlm.serve.report.document import Chart, Report, Section
 from slimvlm.serve.report.files import read_run
@@ -39,11 +39,14 @@ PAGE, TEXT = "report.html", "report.md"
 def write_report(run: Path) -> Path:
     """Write both files into the folder `run` of a compression, and give the page.
 
-    They hold no date: the same run gives the same bytes. Stages that are not finished are named as missing.
+    They hold no date: the same run gives the same bytes. Stages that are not finished are named as missing. Of many
+    cuts (`slimvlm frontier`) they are the frontier's.
 
     Raises:
         OutputError: `run` holds no run, a file of it is damaged, or the folder cannot be written.
     """
+    if (run / CUTS).is_dir():
+        return write_frontier_report(run)
     with locked_file(run / PAGE):
         files = read_run(run)
         sections = (Section.of(key, title, said(files)) for key, title, said in SECTIONS)

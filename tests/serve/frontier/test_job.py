@@ -87,6 +87,10 @@ def test_a_finished_frontier_is_shown_again_without_measuring(asked, whole):
     assert len(document["points"]) == len(whole.points)
     assert document["choices"][-1].startswith("Best under size 1 GB: ")
     assert "Best under size 1 GB" in (copy / "report.html").read_text()
+    page = (copy / "report.html").read_bytes()
+    (copy / "report.html").unlink()
+    assert CliRunner().invoke(main, ["report", str(copy)]).exit_code == 0
+    assert (copy / "report.html").read_bytes() == page
 
 
 def test_a_budget_leaves_out_the_cuts_that_would_end_later(asked, tmp_path):
