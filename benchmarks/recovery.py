@@ -123,21 +123,25 @@ def plan_file(out: Path, cut: str, ratio: float, seed: int) -> Path:
 
 
 def plan(arguments: argparse.Namespace) -> None:
-    sets = calibration_sets(arguments.seeds, BASE.samples)
     for cell in cells(arguments.parts, arguments.seeds):
-        path = plan_file(arguments.out, cell.cut, cell.ratio, cell.seed)
-        if path.is_file():
-            continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        options = replace(METHODS[cell.cut][1], ratio=cell.ratio)
-        if options.rounds > 1:
-            found, seconds = plans_of_rounds(options, [cell.ratio], sets[cell.seed])[cell.ratio]
-        else:
-            found, seconds = one_shot_plans(options, [cell.ratio], sets[cell.seed], cell.seed)[cell.ratio]
-        if found is None:
-            raise SystemExit(f"{cell.cut} cannot reach {cell.ratio}")
-        path.write_text(found.to_json())
-        print(path.name, f"{seconds:.0f} s", flush=True)
+        make_plan(arguments.out, cell)
+
+
+def make_plan(out: Path, cell: Cell) -> None:
+    """The plan of the cell's cut, if it is not there yet."""
+    path = plan_file(out, cell.cut, cell.ratio, cell.seed)
+    if path.is_file():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    options = replace(METHODS[cell.cut][1], ratio=cell.ratio)
+    if options.rounds > 1:
+        found, seconds = plans_of_rounds(options, [cell.ratio], calibration(cell.seed))[cell.ratio]
+    else:
+        found, seconds = one_shot_plans(options, [cell.ratio], calibration(cell.seed), cell.seed)[cell.ratio]
+    if found is None:
+        raise SystemExit(f"{cell.cut} cannot reach {cell.ratio}")
+    path.write_text(found.to_json())
+    print(path.name, f"{seconds:.0f} s", flush=True)
 
 
 @cache

@@ -21,6 +21,8 @@ RANKED_BY = ("parameters", "milliseconds")
 TRAINED = ("lora", "projector", "lora+projector", "full")
 SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("no", "bf16", "fp16")  # or auto
+ROUNDED = {"q8": 8, "q4": 4, "q2": 2}  # variants that only round weights -> bits of one: what can be trained for
+BLOCK = 32  # weights of a row that share a scale there
 NOT_IDENTITY = (  # not what the model is made of
     "out", "device", "resume", "overwrite", "max_quality_drop", "export", "variants", "profile", "trust_remote_code",
     "target", "backend",
@@ -204,9 +206,11 @@ class RecoverOptions(LowRank, TrainOptions):
         hidden_states: which states of the language model the hidden loss compares, -1 the last, 0 the embeddings.
         epochs: passes over the data, where no steps are given.
         teacher_cache: bytes on disk to keep the teacher's outputs in.
+        recover_as: variant of the export whose rounding of weights the student is trained with; None: none.
     """
 
     recover: str = "lpd"
+    recover_as: str | None = None
     recover_data: Path | None = None
     data_fraction: float = 1.0
     validation_samples: int | None = None

@@ -132,6 +132,7 @@ recover_options = together(
     option("--validation-samples", type=COUNT, help="Held out, by image, to keep the best state; else by the steps."),
     option("--teacher", type=NAME, metavar="MODEL", help="Learn from this checkpoint; else from the dense model."),
     option("--train", type=click.Choice(TRAINED), help="What is trained."),
+    option("--recover-as", type=TEXT, metavar="VARIANT", help="Train for the weights of this export: q8, q4 or q2."),
     option("--rank", type=COUNT, help="Of the low-rank update."),
     option("--recall-rank", type=COUNT, help="Of the branch through the pruned weights."),
     option("--alpha", type=POSITIVE, help="Updates are scaled by alpha / rank."),

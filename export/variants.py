@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from slimvlm.compress.options import ROUNDED
+
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
@@ -61,10 +63,10 @@ _ROWS = (
         *("int8", "_int8", "float32", 1, Tolerance(0.5, 0.98, 0.02, 0.75)),
         writer="slimvlm.export.writers.onnx_rewriting:quantize_int8",
     ),
-    Variant("q8", "_quantized", "float32", 1.125, Tolerance(0.1, 0.998, 0.01, 0.75), WEIGHT_ONLY, bits=8),
-    Variant("q4", "_q4", "float32", 0.625, Tolerance(0.6, 0.9, 0.2, 0.3), WEIGHT_ONLY, bits=4),
+    Variant("q8", "_quantized", "float32", 1.125, Tolerance(0.1, 0.998, 0.01, 0.75), WEIGHT_ONLY, bits=ROUNDED["q8"]),
+    Variant("q4", "_q4", "float32", 0.625, Tolerance(0.6, 0.9, 0.2, 0.3), WEIGHT_ONLY, bits=ROUNDED["q4"]),
     Variant("q4f16", "_q4f16", "float16", 0.5625, Tolerance(0.6, 0.9, 0.2, 0.3), WEIGHT_ONLY, bits=4),
-    Variant("q2", "_q2", "float32", 0.375, Tolerance(3.0, 0.1, 1.0, 0.0, right=0.2), WEIGHT_ONLY, bits=2),
+    Variant("q2", "_q2", "float32", 0.375, Tolerance(3.0, 0.1, 1.0, 0.0, right=0.2), WEIGHT_ONLY, bits=ROUNDED["q2"]),
 )
 VARIANTS = {row.name: row for row in _ROWS}
 FULL = "fp32"  # the variant that needs no name

@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from plans import random_plan
 from run_records import edit_record
@@ -26,6 +27,7 @@ from slimvlm.compress.models.checkpoint import Loaded, load_model
 from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.progress import silent
+from slimvlm.compress.recovery.adapters.rounding import round_blocks
 from slimvlm.compress.recovery.recover import recover
 from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.demo import MODEL
@@ -143,6 +145,19 @@ def test_what_is_trained_is_what_was_asked(run: Path, train: str, changed: tuple
     assert bool(moved - projector - layers) == (train == "full")  # norms, embeddings, head
 
 
+def test_a_recovery_for_a_variant_judges_by_its_weights_and_saves_its_own(recovered, run: Path) -> None:
+    facts = recover_run(run, {**SHORT, "recover_as": "q2"}).recovery
+    assert facts["options"]["recover_as"] == "q2"
+    plain = recovered[1].recovery
+    assert abs(facts["first"][1] - plain["first"][1]) > 0.1  # of the same cut model
+    assert facts["merged_difference"] <= 1e-5
+    cut, weights = (load_file(run / name / "model.safetensors") for name in ("cut", "model"))
+    assert {name for name in cut if not cut[name].equal(weights[name])}
+    assert not any(
+        torch.allclose(round_blocks(value, 2), value.float()) for name, value in weights.items() if "_proj.w" in name
+    )
+
+
 def test_a_data_fraction_is_a_subset_drawn_by_the_seed(tmp_path: Path) -> None:
     def drawn(fraction: float, seed: int) -> list[Sample]:
         options = options_in(tmp_path, data_fraction=fraction, seed=seed, steps=None)
@@ -243,6 +258,7 @@ def test_a_rank_larger_than_a_matrix_is_refused(run: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        (("--recover-as", "int8"), "--recover-as int8 is no variant that a recovery can be trained for"),
         (("--hidden-states", 0, "--recover", "sft"), "--hidden-states is for the loss hidden"),
         (("--temperature", 2, "--recover", "sft"), "--temperature is for the losses kl and rkl"),
         (("--feature-share", 0.3, "--recover", "sft+kl"), "--feature-share is for the stages of lpd"),

@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.models.checkpoint import build_meta
 from slimvlm.compress.models.families import Family
-from slimvlm.compress.options import TRAINED, LearnOptions, RecoverOptions
+from slimvlm.compress.options import ROUNDED, TRAINED, LearnOptions, RecoverOptions
 from slimvlm.compress.recovery.adapters.targets import check_ranks, find_targets
 from slimvlm.compress.recovery.distillation.recipe import Recipe, parse_recipe
 from slimvlm.compress.recovery.distillation.teacher_checks import check_states, check_teacher
@@ -29,6 +29,11 @@ def recipe_of(options: RecoverOptions) -> Recipe:
         recipe = replace(recipe, staged=options.staged, feature_share=share)
     if options.train not in TRAINED:
         raise UnsuitableOptionError(f"--train {options.train} is unknown; choose one of {', '.join(TRAINED)}")
+    if options.recover_as is not None and options.recover_as not in ROUNDED:
+        raise UnsuitableOptionError(
+            f"--recover-as {options.recover_as} is no variant that a recovery can be trained for; choose one of "
+            f"{', '.join(ROUNDED)}, whose weights alone are rounded"
+        )
     for name, purpose in _idle(options, recipe):
         if getattr(options, name) != DEFAULTS[name]:
             raise UnsuitableOptionError(

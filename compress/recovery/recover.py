@@ -25,6 +25,7 @@ from slimvlm.compress.options import NOT_GIVEN, LearnOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.progress import Progress
 from slimvlm.compress.recovery.adapters.recall import attach, merge
+from slimvlm.compress.recovery.adapters.rounding import rounded
 from slimvlm.compress.recovery.adapters.slices import Slices
 from slimvlm.compress.recovery.checks import recipe_of, require_projector
 from slimvlm.compress.recovery.distillation.distiller import Distiller
@@ -85,7 +86,8 @@ def recover(
         validate=lambda: _score(options, distiller.student, collator, data.validation),
         cache=_cache(options, data, folder.with_name(TEACHER)),
     )
-    history = train(distiller, task, options, folder, progress)
+    with rounded(loaded.model, options.recover_as):
+        history = train(distiller, task, options, folder, progress)
     if any(isinstance(parameter, DTensor) for parameter in loaded.model.parameters()):  # FSDP leaves it in pieces
         loaded = _load_student(options, student, data)
         adapted = _prepare(options, plan, loaded)
@@ -93,7 +95,9 @@ def recover(
     difference = _merge(loaded, adapted, collator.training(data.training[:CHECKED_SAMPLES]))
     if history.helped and history.first and not sharded():  # on the host it would take hours
         _round(loaded)
-        if _score(options, loaded.model, collator, data.validation) < history.first:
+        with rounded(loaded.model, options.recover_as):
+            last = _score(options, loaded.model, collator, data.validation)
+        if last < history.first:
             loaded, history = _load_student(options, student, data), replace(history, best_step=0)
     return Recovered(loaded, history, difference)
 

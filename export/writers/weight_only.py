@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import onnx_ir
 
+from slimvlm.compress.options import BLOCK
 from slimvlm.export.running.quiet import quiet
 from slimvlm.export.variants import Variant
 from slimvlm.export.writers.onnx_writer import save_onnx
 
-BLOCK = 32  # weights that share a scale
 RUNTIME = "com.microsoft"  # domain of the operators
 IN_INT8 = 4  # accuracy level of a product: ONNX Runtime rounds activations to 8 bits too, which is 2 to 50 times faster
 PLAIN = {"alpha": 1.0, "beta": 1.0, "transA": 0}  # settings of a product that is nothing more

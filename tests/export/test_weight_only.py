@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import nn
 
+from slimvlm.compress.options import BLOCK, ROUNDED
+from slimvlm.compress.recovery.adapters.rounding import round_blocks
 from slimvlm.export.graphs.graph import Graph, Port
 from slimvlm.export.options import EXTERNAL_BYTES, ExportOptions
 from slimvlm.export.running.runners import SessionRunner
 from slimvlm.export.variants import VARIANTS
 from slimvlm.export.writers.onnx_writer import write_onnx
-from slimvlm.export.writers.weight_only import BLOCK, quantize_weights
+from slimvlm.export.writers.weight_only import quantize_weights
 
 WIDTHS = ((64, 48), (37, 5), (101, 33))  # what a cut leaves is no multiple of a block
 
@@ -60,6 +62,19 @@ def test_every_weight_stays_within_a_step_of_its_block(tmp_path, variant, width,
     kinds = {node.op_type for node in onnx.load(target).graph.node}
     assert kinds >= {"MatMulNBits", "GatherBlockQuantized", "DequantizeLinear"}
     assert not kinds & {"MatMul", "Gemm", "Gather"}
+
+
+@pytest.mark.parametrize("width, count", WIDTHS)
+@pytest.mark.parametrize("name", ROUNDED)
+def test_a_recovery_rounds_weights_as_they_are_written(tmp_path, name, width, count):
+    module, source, target = Weights(width, count), tmp_path / "full.onnx", tmp_path / "few.onnx"
+    graph = module.graph(torch.float32)
+    write_onnx(graph, source, ExportOptions(exporter="torchscript"))
+    quantize_weights(source, target, VARIANTS[name], EXTERNAL_BYTES)
+    found = SessionRunner({"weights": target}).run("weights", {port.name: port.sample.numpy() for port in graph.inputs})
+    for part in ("deep", "table"):
+        wanted = round_blocks(getattr(module, part).weight.detach(), VARIANTS[name].bits).numpy()
+        np.testing.assert_allclose(found[part], wanted, rtol=1e-6, atol=0, err_msg=part)
 
 
 def steps(rows: np.ndarray, bits: int) -> np.ndarray:

@@ -104,6 +104,14 @@ def recall_layers(model: nn.Module) -> dict[str, RecallLinear]:
     return {path: module for path, module in model.named_modules() if isinstance(module, RecallLinear)}
 
 
+def merged_weight(layer: RecallLinear) -> Tensor:
+    """The weight that merging will leave, [R, C]."""
+    weight: Tensor = layer.weight
+    for name in layer.active_adapters:
+        weight = _added(weight, layer.get_delta_weight(name))
+    return weight
+
+
 def hold_slices(linear: nn.Module, recalled: Recalled) -> None:
     """Keeps the slices beside the weight they were cut from, as frozen parameters: they follow it to its device and are
     sharded with it, and peft, which saves what stands beside the base layer, leaves them out of adapter files."""
