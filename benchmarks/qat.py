@@ -5,7 +5,7 @@
 
 A training has a cut (the default's plan for a ratio), what is trained (`lora`, `full`), and the variant it is trained
 as; all else is the same. It is scored by torch on the demo's validation questions, in fp32 and with the weights of each
-variant, which are those in ONNX files (a test says so).
+variant, which are those in ONNX files (a test says so). Activations are not rounded, as ONNX Runtime does besides.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def table(arguments: argparse.Namespace) -> None:
 def _span(scores: Sequence[float]) -> str:
     if not scores:
         return "-"
-    return f"{mean(scores):.1f}" + (f" ({min(scores):.1f}-{max(scores):.1f})" if len(scores) > 1 else "")
+    return f"{mean(scores):.1f}" + (f" ({min(scores):.1f}-{max(scores):.1f})" if len(scores) > 1 else ", one seed")
 
 
 def main() -> None:
