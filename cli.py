@@ -107,7 +107,7 @@ def frontier(as_json: bool, quiet: bool, **values: Any) -> None:
     from slimvlm.serve.frontier.job import measure_frontier
     from slimvlm.serve.report import write_frontier_report
 
-    own = {name: values.pop(name) for name in ("ratios", "variants", "minutes", "target", "threads")}
+    own = {name: values.pop(name) for name in ("ratios", "variants", "exporter", "minutes", "target", "threads")}
     options = FrontierOptions(cut=CutOptions(**values), **own)
     with progress(quiet) as report:
         found = measure_frontier(options, report)

@@ -273,6 +273,7 @@ frontier_options = together(
         help="Fractions of ALL parameters to remove; the dense model is always measured.",
     ),
     frontier_option("--variants", type=Names(), metavar="NAMES", help="Precisions of every cut."),
+    frontier_option("--exporter", type=click.Choice(EXPORTERS), help="As of export; torchscript is the faster one."),
     frontier_option("--minutes", type=POSITIVE, help="Begin no cut that would end later; the most telling come first."),
     frontier_option("--target", multiple=True, type=TEXT, metavar="NAME=AMOUNT", help="Name the best under it."),
     frontier_option("--threads", type=COUNT, help="On the CPU; else as many as physical cores."),

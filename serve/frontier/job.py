@@ -58,7 +58,7 @@ def measure_frontier(options: FrontierOptions, progress: Progress = silent) -> F
     require_packages(options.export(0.0, asked.data).checked())
     refuse_inside(asked.out, {name: getattr(asked, name) for name in ("model", "data", "eval_data", "recover_data")})
     with locked_folder(asked.out):
-        identity = {**asked.identity(), "variants": list(options.variants)}
+        identity = {**asked.identity(), "variants": list(options.variants), "exporter": options.exporter}
         run = RunFolder(asked.out, identity, resume=asked.resume, overwrite=asked.overwrite)
         data = read_measured(asked)
         if not run.finished("plan"):
@@ -79,7 +79,12 @@ def _known(options: FrontierOptions, family: str) -> Frontier:
     device = pick_device(asked.device)
     threads = options.threads or available_cores()
     _, digest = locate(asked.model)
-    settings = {"variants": list(options.variants), "eval_samples": asked.eval_samples, "recover": asked.recover}
+    settings = {
+        "variants": list(options.variants),
+        "exporter": options.exporter,
+        "eval_samples": asked.eval_samples,
+        "recover": asked.recover,
+    }
     return Frontier(
         source=asked.model,
         family=family,

@@ -23,6 +23,7 @@ class FrontierOptions:
         cut: how cuts are made and evaluated, and the folder; its ratio is that of the largest.
         ratios: to cut by; 0 is the dense model, which is always measured.
         variants: precisions of every cut; full precision is always measured of the dense model.
+        exporter: of the ONNX graphs, as of `slimvlm export`.
         minutes: no further cut is begun that would, as dear as the dearest so far, end later; None: all are made.
         target: `NAME=AMOUNT`s to name the best artefact under.
         threads: of one operation on the CPU; None: as `slimvlm profile`.
@@ -31,6 +32,7 @@ class FrontierOptions:
     cut: CutOptions
     ratios: tuple[float, ...] = RATIOS
     variants: tuple[str, ...] = CHOSEN_VARIANTS
+    exporter: str = ExportOptions.exporter
     minutes: float | None = None
     target: tuple[str, ...] = ()
     threads: int | None = None
@@ -67,5 +69,10 @@ class FrontierOptions:
     def export(self, ratio: float, data: Path) -> ExportOptions:
         """What is written of a cut."""
         needed = self.variants if ratio else (FULL, *self.variants)
-        code, seed = self.cut.trust_remote_code, self.cut.seed
-        return ExportOptions(variants=tuple(dict.fromkeys(needed)), data=data, seed=seed, trust_remote_code=code)
+        return ExportOptions(
+            variants=tuple(dict.fromkeys(needed)),
+            exporter=self.exporter,
+            data=data,
+            seed=self.cut.seed,
+            trust_remote_code=self.cut.trust_remote_code,
+        )

@@ -27,7 +27,7 @@ def asked(tmp_path_factory):
     folder = tmp_path_factory.mktemp("frontier")
     model, data = write_tiny(folder, samples=12)
     chosen = CutOptions(model=str(model), data=data, out=folder / "out", device="cpu", eval_samples=6, recover="none")
-    return FrontierOptions(cut=chosen, ratios=(0.1, 0.2), variants=("int8",), threads=1)
+    return FrontierOptions(cut=chosen, ratios=(0.1, 0.2), variants=("int8",), exporter="torchscript", threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,19 @@ def test_a_finished_frontier_is_shown_again_without_measuring(asked, whole):
     arguments = ["frontier", asked.cut.model, str(asked.out), "--data", str(asked.cut.data)]
     shutil.copytree(asked.out, copy := asked.out.with_name("copy"))
     arguments[2] = str(copy)
-    wanted = ["--ratios", "0.1,0.2", "--variants", "int8", "--recover", "none", "--eval-samples", "6", "--resume"]
+    wanted = [
+        "--ratios",
+        "0.1,0.2",
+        "--variants",
+        "int8",
+        "--recover",
+        "none",
+        "--eval-samples",
+        "6",
+        "--resume",
+        "--exporter",
+        "torchscript",
+    ]
     found = CliRunner().invoke(main, [*arguments, *wanted, "--target", "size=1GB", "--json", "--device", "cpu"])
     assert found.exit_code == 0, found.output
     document = json.loads(found.stdout)
@@ -93,9 +105,9 @@ def test_a_finished_frontier_is_shown_again_without_measuring(asked, whole):
     assert (copy / "report.html").read_bytes() == page
 
 
-def test_a_budget_leaves_out_the_cuts_that_would_end_later(asked, tmp_path):
+def test_a_budget_leaves_out_the_cuts_that_would_end_later(asked, whole, tmp_path):
     shutil.copytree(asked.out, copy := tmp_path / "copy")
-    (copy / FRONTIER).write_text(replace(read(copy / FRONTIER, Frontier), points=()).to_json())
+    (copy / FRONTIER).write_text(replace(whole, points=whole.points[1:2]).to_json())
     chosen = replace(asked.cut, out=copy, resume=True)
     found = measure_frontier(replace(asked, cut=chosen, minutes=1e-6))
     assert [point.ratio for point in found.points] == [0, 0, 0.2] and found.left == ("10 % removed, int8",)
