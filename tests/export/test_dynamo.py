@@ -1,34 +1,45 @@
-"""The dynamo exporter writes the graphs of every family, and they are the model."""
+"""The exporters that follow a module's code, which takes seconds: the graphs of every family are the model."""
 
 import numpy as np
 import pytest
-from exports import SIZES, shallow_model, tiny_samples
+from exports import shallow_model, size_of, tiny_samples
 from tiny_models import FACTORIES
 
 from slimvlm.export.checks.parity import Case, measure
-from slimvlm.export.checks.reference import first_batch, torch_runner
+from slimvlm.export.checks.reference import first_batch, graph_ports, torch_runner
 from slimvlm.export.graphs.build import build_graphs
 from slimvlm.export.options import ExportOptions
-from slimvlm.export.running.runners import SessionRunner
+from slimvlm.export.running.runners import SessionRunner, TorchRunner, load_module
 from slimvlm.export.writers.onnx_writer import write_onnx
+from slimvlm.export.writers.torch_writer import write_pt2
 
 TORCH_LIKE = 1e-5  # relative error of what is only written differently
 # One family of every kind of language model: the other decoders are the same modules.
 DECODERS = ("llava", "llava_onevision", "qwen2_vl", "qwen3_vl", "paligemma", "blip2_opt", "blip2_t5", "clip", "siglip")
 
 
+def by_dynamo(graph, path):
+    assert write_onnx(graph, path, ExportOptions(exporter="dynamo")).fallback_reason is None
+    return SessionRunner({graph.name: path})
+
+
+def as_program(graph, path):
+    write_pt2(graph, path, aoti=False)
+    ports, outputs = {graph.name: graph_ports(graph)}, {graph.name: tuple(graph.outputs)}
+    return TorchRunner({graph.name: load_module("pt2", path)}, ports, outputs)
+
+
 @pytest.mark.parametrize("name", FACTORIES)
-def test_the_dynamo_exporter_writes_the_graphs_of_every_family(tmp_path, name):
+def test_dynamo_and_torch_export_write_the_graphs_of_every_family(tmp_path, name):
     model, collator = shallow_model(name)
-    samples = tiny_samples(3, SIZES.get(collator.family.export.vision, (16, 16)))
-    graphs = build_graphs(model, collator.family, first_batch(collator, samples))
+    graphs = build_graphs(model, collator.family, first_batch(collator, tiny_samples(3, size_of(name))))
     for graph in graphs if name in DECODERS else graphs[:1]:
-        path = tmp_path / f"{graph.name}.onnx"
-        assert write_onnx(graph, path, ExportOptions(exporter="dynamo")).fallback_reason is None
         feeds = {port.name: port.sample.numpy() for port in graph.inputs}
+        runners = (by_dynamo(graph, tmp_path / f"{graph.name}.onnx"), as_program(graph, tmp_path / f"{graph.name}.pt2"))
         for what, given in (("as traced", feeds), ("the first of the batch", first_row(graph, feeds))):
             case = Case(graph.name, what, given, torch_runner([graph]).run(graph.name, given))
-            assert measure(case, SessionRunner({graph.name: path}).run(graph.name, given)).max_relative < TORCH_LIKE
+            for runner in runners:
+                assert measure(case, runner.run(graph.name, given)).max_relative < TORCH_LIKE
 
 
 def first_row(graph, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

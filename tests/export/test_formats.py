@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from exports import cut_model, export_tiny, random_feeds, shallow_model, tiny_samples
+from exports import cut_model, export_tiny, quality_of, random_feeds, shallow_model, tiny_samples
 from torch import nn
 
 from slimvlm.compress.errors import CheckFailedError, UnsupportedModelError
@@ -91,6 +91,8 @@ def test_whole_answers_of_programs_compiled_ahead_of_time_are_those_of_torch(tmp
     assert check["equal"] == check["samples"] == 5
     [again] = [check for check in verify(result.out).checks if check["format"] == "aoti"]
     assert again["token_share"] == 1.0
+    for backend in ("pt2", "aoti"):
+        assert len(quality_of(result.out, "llava", backend, tiny_samples(2)).rows) == 2
 
 
 SIZES = ((1, 7, 0), (3, 1, 5), (2, 3, 4))  # batch, new tokens, tokens before
