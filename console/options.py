@@ -125,6 +125,9 @@ plan_options = together(
 )
 recover_option = option("--recover", type=TEXT, metavar="RECIPE", help=RECIPES)
 steps_option = option("--steps", type=COUNT, help="Optimiser steps of the recovery; else what --epochs needs.")
+train_batch_option = option(
+    "--train-batch-size", type=COUNT, help="Samples per step, over all processes; else 16 or the paper's."
+)
 recover_options = together(
     recover_option,
     option("--recover-data", type=FILE_OR_FOLDER, help="Samples to train on; else those of --data not evaluated."),
@@ -151,7 +154,7 @@ recover_options = together(
     ),
     option("--epochs", type=POSITIVE, help="Passes over the samples."),
     steps_option,
-    option("--train-batch-size", type=COUNT, help="Samples per step, over all processes; else 16 or the paper's."),
+    train_batch_option,
     option("--accumulate", type=COUNT, help="Compute a batch in so many parts."),
     option("--learning-rate", type=POSITIVE, help="Else by what is trained, falling with the model's width."),
     option("--schedule", type=click.Choice(SCHEDULES), help="Of the learning rate; else cosine or the paper's."),
@@ -280,6 +283,7 @@ frontier_options = together(
     sample_options,
     recover_option,
     steps_option,
+    train_batch_option,
     evaluation_options,
     model_options,
     folder_options,
