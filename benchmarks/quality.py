@@ -73,10 +73,7 @@ METHODS: dict[str, tuple[str, CompressOptions]] = {
     "magnitude": ("Magnitude, per layer", replace(LOCAL, criterion="magnitude")),
     "random": ("Random", replace(ONE_SHOT, criterion="random")),
 }
-README = (
-    "default", "gate-refit", "ukmi-refit", "taylor-refit", "no-refit", "ukmi-steps", "ukmi", "gate", "taylor",
-    "random",
-)  # fmt: skip
+README = ("default", "gate-refit", "ukmi-refit", "taylor-refit", "no-refit", "ukmi-steps", "ukmi")
 PROPORTIONAL = ("ukmi-steps", "ukmi-refit")  # the paper's steps are made for 233 times as many units
 PREFIXES = {"prefix": 0.6, "prefix-70": 0.7, "prefix-no-refit": 0.6, "even": 0.6, "even-no-refit": 0.6}  # of so much
 COMPARABLE = 0.01  # of all parameters: a model that lost more or less than its column says is not compared
