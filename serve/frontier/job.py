@@ -30,6 +30,7 @@ from slimvlm.compress.stages.recover import recover_stage
 from slimvlm.compress.stages.slice import slice_stage
 from slimvlm.export import export_checkpoint
 from slimvlm.export.packages import require_packages
+from slimvlm.export.running import manifest
 from slimvlm.export.running.evaluation import evaluate_export
 from slimvlm.export.running.exported import is_export
 from slimvlm.export.variants import FULL
@@ -90,7 +91,7 @@ def _known(options: FrontierOptions, family: str) -> Frontier:
         family=family,
         digest=digest,
         device=measure_device(device, threads, ("fp32",)),
-        versions=installed_versions(VERSIONED),
+        versions=installed_versions((*VERSIONED, *manifest.VERSIONED)),
         settings={**settings, "steps": asked.steps, "threads": threads, "cell_seconds": CELL_SECONDS},
         targets=options.target,
     )

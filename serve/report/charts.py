@@ -239,7 +239,7 @@ def speedup_dots(name: str, title: str, workloads: Mapping[str, Mapping[str, Est
 
 
 def trade_dots(name: str, title: str, marks: Sequence[Mark], axis: str, bounds: Sequence[float] = ()) -> Chart:
-    """Quality over cost (logarithmic), a mark per artefact and a line through the best; bounds of the cost as lines."""
+    """Quality over cost (logarithmic), a mark per artefact; the best are joined and named, bounds of the cost lines."""
     with _drawn(name, title, 2.6) as (figure, charts):
         axes = figure.subplots()
         axes.set_xscale("log")
@@ -253,9 +253,12 @@ def trade_dots(name: str, title: str, marks: Sequence[Mark], axis: str, bounds: 
             axes.errorbar(
                 *(costs, values[0], arms), linestyle="none", markersize=4, marker=marker, color=colour, label=kind
             )
-        for mark in marks:
-            place = mark.cost, 100 * mark.quality.value
-            axes.annotate(mark.label, place, xytext=(3, -7), textcoords="offset points", fontsize=6, color=QUIET)
+        for mark in (one for one in marks if one.is_best):  # up and to the left of the line there is nothing
+            text = axes.annotate(
+                *(mark.label, (mark.cost, 100 * mark.quality.value), (-2, 3)), textcoords="offset points"
+            )
+            text.set(ha="right", va="bottom", rotation=-40, rotation_mode="anchor", fontsize=6, color=QUIET)
+        axes.margins(x=0.1, y=0.16)
         for bound in bounds:
             axes.axvline(bound, color=CUT, linewidth=0.8, linestyle=":")
         axes.set(xlabel=f"{axis} (logarithmic)", ylabel="quality, %")
