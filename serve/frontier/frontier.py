@@ -60,14 +60,15 @@ class Point:
     @property
     def drop(self) -> float:
         """Points of quality it loses."""
-        return 100 * self.quality.drop + 0.0  # no -0.0
+        return 100 * self.quality.drop
 
     @property
     def lost(self) -> str:
         """The same for people, with its interval: `0.8 (0.3 to 1.3)`."""
         sign = self.quality.drop / self.quality.difference if self.quality.difference else -1.0
-        low, high = sorted(sign * 100 * end + 0.0 for end in (self.quality.low, self.quality.high))
-        return f"{self.drop:.1f} ({low:.1f} to {high:.1f})"
+        low, high = sorted(sign * 100 * end for end in (self.quality.low, self.quality.high))
+        value, low, high = (round(one, 1) + 0.0 for one in (self.drop, low, high))  # no -0.0
+        return f"{value:.1f} ({low:.1f} to {high:.1f})"
 
     def milliseconds(self, phase: str) -> float | None:
         """Median of a phase of `profile.PHASES`; None where it was not measured."""

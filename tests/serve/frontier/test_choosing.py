@@ -86,3 +86,7 @@ def test_the_dense_model_is_measured_first_and_every_ratio_once():
 def test_a_budget_ends_before_the_ratio_that_would_exceed_it():
     assert fits(90, [30, 40], None) and fits(1e9, [30], 60)
     assert fits(80, [30, 40], 120) and not fits(81, [30, 40], 120)
+
+
+def test_what_is_lost_is_never_less_than_nothing_by_a_sign_alone():
+    assert example_point(0, "int8", 1, -0.004).lost == "0.0 (-0.5 to 0.5)"
