@@ -84,10 +84,7 @@ def frontier_stage(
         with run.stage("frontier", backends=backends) as facts:
             try:
                 if profile is not None and cells:
-                    some = (
-                        samples if len(samples) <= QUESTIONS else random.Random(options.seed).sample(samples, QUESTIONS)
-                    )
-                    points = _measured(run.path, options, plan, cells, some, progress)
+                    points = _measured(run.path, options, plan, cells, _drawn(samples, options.seed), progress)
                     write_text(path, _frontier(options, plan, profile, points).to_json())
             except SlimvlmError as refused:  # nobody asked for it
                 facts["refused"] = str(refused)

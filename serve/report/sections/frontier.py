@@ -31,11 +31,13 @@ def frontier_said(frontier: Frontier) -> Iterator[Said]:
     if not points:
         yield Finding("No artefact was measured.", f"{FRONTIER}: points", bad=True)
         return
+    paired = any(point.cell.ratios for point in points)  # a run's own table has the times of its profile
+    beside = "the dense model in full precision" if paired else "the other model in the same precision"
     yield (
-        f"Every artefact was measured on {shown(frontier.device.name)}, {frontier.device.threads} threads, beside the "
-        f"dense model in full precision, and asked the same {whole(points[0].quality.questions)} questions. The bars "
-        "are 95 % intervals of the difference to that model; the line joins what no other artefact beats, which the "
-        "table marks with a star."
+        f"Every artefact was timed on {shown(frontier.device.name)}, {frontier.device.threads} threads, beside "
+        f"{beside}, and asked the same {whole(points[0].quality.questions)} questions. "
+        "The bars are 95 % intervals of the difference to the dense model in full precision; the line joins what no "
+        "other artefact beats, which the table marks with a star."
     )
     for choice in recommend(frontier):
         yield Finding(shown(choice.sentence), f"{FRONTIER}: points", bad=choice.point is None)

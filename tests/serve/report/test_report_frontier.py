@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import pytest
 from frontiers import example_frontier, example_point
+from profiles import example_cell
 from report_runs import Story, write_run
 from report_texts import bad_news, good_news, table, text_of
 
 from slimvlm.compress.runs import FRONTIER
 from slimvlm.serve.report import write_frontier_report, write_report
+from slimvlm.serve.report.sections.frontier import frontier_said
 
 POINTS = (
     example_point(0, "fp32", 11_200_000, 0.0, 4.0),
@@ -47,6 +50,14 @@ def test_the_page_draws_quality_over_size_and_over_time(run):
     write_report(run)
     page = (run / "report.html").read_text()
     assert page.count('aria-label="Quality over ') == 2 and "MB on disk" in page and "ms per later token" in page
+
+
+def test_beside_what_an_artefact_was_timed_is_said_as_it_was(run):
+    assert "beside the other model in the same precision" in text_of(run)  # its points are of the run's profile
+    ratio = example_cell().ratios["tpot"]
+    paired = [replace(one, cell=replace(one.cell, ratios={"tpot": ratio})) for one in POINTS]
+    said = next(iter(frontier_said(example_frontier(*paired))))
+    assert "beside the dense model in full precision" in said
 
 
 def test_a_run_without_a_frontier_has_no_such_section(tmp_path):
