@@ -6,12 +6,13 @@ import io
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import click
 
+from slimvlm.compress.errors import CheckFailedError
 from slimvlm.compress.progress import Progress, silent
 
 QUIET_SECONDS = 30  # at most so long nothing is said where there is no terminal
@@ -40,6 +41,18 @@ def progress(quiet: bool) -> Iterator[Progress]:
             yield report
     else:
         yield _Lines()
+
+
+def show_job(job: Callable[[Progress], Any], shown: Callable[[Any], None], quiet: bool) -> None:
+    """Show what a job gave, also when a check on it failed."""
+    with progress(quiet) as report:
+        try:
+            result = job(report)
+        except CheckFailedError as failed:
+            if failed.result is not None:
+                shown(failed.result)
+            raise
+    shown(result)
 
 
 class _Lines:

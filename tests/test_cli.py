@@ -13,10 +13,11 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from slimvlm.cli import Commands, main
+from slimvlm.cli import main
 from slimvlm.compress.errors import CheckFailedError, SampleError
 from slimvlm.compress.options import CompressOptions, RecoverOptions
 from slimvlm.console import printing, show
+from slimvlm.console.group import Commands
 from slimvlm.console.progress import progress
 from slimvlm.console.values import Size
 from slimvlm.export.options import ExportOptions

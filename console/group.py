@@ -29,7 +29,7 @@ class Interrupted(click.ClickException):
 
 
 class Commands(click.Group):
-    """Commands in the order of this file; what the library refuses becomes a message and an exit code in each."""
+    """Commands in the order they were added in; what the library refuses becomes a message and an exit code in each."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names, the most wanted first."""

@@ -1,0 +1,71 @@
+"""What a model or a device allows."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from slimvlm.compress.errors import CheckFailedError
+from slimvlm.compress.options import ATTENTION_UNITS
+from slimvlm.console import show, show_selfcheck
+from slimvlm.console.options import NAME, option, output_options, remote_code
+from slimvlm.console.progress import progress
+from slimvlm.console.values import Device
+
+
+@click.command()
+@click.argument("model", type=NAME)
+@option("--attention-unit", type=click.Choice(ATTENTION_UNITS), help="What leaves an attention together.")
+@remote_code
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def inspect(model: str, attention_unit: str, trust_remote_code: bool, as_json: bool) -> None:
+    """Show what can be removed from MODEL.
+
+    Reads its config, no weights:
+
+        slimvlm inspect ./my-vlm
+    """
+    from slimvlm.compress.models.inspection import inspect_model
+
+    show.show_inspection(inspect_model(model, attention_unit, trust_remote_code), as_json=as_json)
+
+
+@click.command()
+@option("--device", type=Device(), metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
+@output_options
+def kernels(device: str, as_json: bool, quiet: bool) -> None:
+    """Check and time the kernels on this device.
+
+    Against plain torch, on matrices of real models; nothing is timed if a result is wrong:
+
+        slimvlm kernels --device cuda
+    """
+    from slimvlm.compress.processes import pick_device
+    from slimvlm.kernels.bench import BenchOptions, describe, run
+
+    with progress(quiet) as tell:
+        found = run(BenchOptions(device=str(pick_device(device))), tell)
+    show.show_kernels(found, describe(found), as_json=as_json)
+    if found.failures:
+        raise CheckFailedError(f"{len(found.failures)} of {len(found.checks)} checks failed; nothing was timed")
+
+
+@click.command()
+@option("--device", type=Device(), metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def selfcheck(device: str, as_json: bool) -> None:
+    """Try everything on this device, once.
+
+    Kernels, calibration, cut, recovery, export, profile and counters, on the packaged model; the last line is for a bug
+    report. The first thing to run on a new machine:
+
+        slimvlm selfcheck --device cuda:0
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as for the demo: it is the same small model
+    from slimvlm.selfcheck.run import selfcheck as run_all
+
+    report = run_all(device, None if as_json else show_selfcheck.show_outcome)
+    show_selfcheck.show_selfcheck(report, as_json=as_json)
+    if failed := report.named("FAIL"):
+        raise CheckFailedError(f"{len(failed)} of {len(report.outcomes)} checks failed: {', '.join(failed)}")

@@ -1,0 +1,154 @@
+"""What cuts a model: the whole job, and its stages."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from slimvlm.compress.options import CompressOptions
+from slimvlm.console import show
+from slimvlm.console.options import (
+    FOLDER,
+    NAME,
+    PATH,
+    again_options,
+    apply_options,
+    demo_options,
+    evaluation_options,
+    folder_options,
+    formats_option,
+    model_options,
+    output_options,
+    plan_options,
+    profile_stage_option,
+    quality_limit,
+    recover_options,
+    sample_options,
+    target_options,
+)
+from slimvlm.console.printing import print_warning
+from slimvlm.console.progress import progress, show_job
+
+
+@click.command()
+@click.argument("model", type=NAME)
+@click.argument("out", type=PATH)
+@sample_options
+@plan_options
+@recover_options
+@evaluation_options
+@quality_limit
+@target_options
+@formats_option
+@profile_stage_option
+@model_options
+@folder_options
+@output_options
+def compress(as_json: bool, quiet: bool, **values: Any) -> None:
+    """Cut MODEL to a smaller dense checkpoint.
+
+    MODEL is a folder or a hub name. Calibrates, plans, cuts, recovers, saves OUT/model, evaluates before
+    and after, and exports:
+
+        slimvlm compress ./my-vlm out --data samples.jsonl --ratio 0.5
+    """
+    from slimvlm import pipeline
+
+    job = partial(pipeline.compress, CompressOptions(**values))
+    show_job(job, partial(show.show_compression, as_json=as_json), quiet)
+
+
+@click.command()
+@demo_options
+def demo(as_json: bool, quiet: bool, **values: Any) -> None:
+    """Compress the packaged model and images.
+
+    On the CPU, in minutes, without a download:
+
+        slimvlm demo out
+    """
+    # So small a model gains nothing from threads; on a busy machine they wait for each other for minutes.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from slimvlm import pipeline
+    from slimvlm.demo import MODEL, SAMPLES
+
+    packaged: dict[str, Any] = {
+        "model": str(MODEL),
+        "data": SAMPLES / "train.jsonl",
+        "eval_data": SAMPLES / "test.jsonl",
+        "train_batch_size": 32,
+        "variants": ("fp32", "int8", "q4"),
+    }
+    options = CompressOptions(**packaged, **values, device="cpu")
+    show_job(partial(pipeline.compress, options), partial(show.show_compression, as_json=as_json), quiet)
+
+
+@click.command()
+@click.argument("model", type=NAME)
+@click.argument("out", type=PATH)
+@sample_options
+@plan_options
+@evaluation_options
+@model_options
+@folder_options
+@output_options
+def plan(as_json: bool, quiet: bool, **values: Any) -> None:
+    """Decide what to cut, and write it down.
+
+    OUT/plan.json is a small file that can be read, compared, and replayed by `slimvlm apply`. `slimvlm compress` with
+    the same options and --resume goes on from here:
+
+        slimvlm plan ./my-vlm out --data samples.jsonl --ratio 0.5
+    """
+    from slimvlm import pipeline
+
+    with progress(quiet) as report:
+        result = pipeline.make_plan(CompressOptions(**values), report)
+    show.show_plan(result.plan, result.out / "plan.json", as_json=as_json)
+    if not as_json:
+        show.print_left_out(result)
+
+
+@click.command()
+@apply_options
+def apply(model: str, plan_file: Path, out: Path, as_json: bool, quiet: bool, **values: Any) -> None:
+    """Cut MODEL as a saved PLAN says.
+
+    Without the samples of `slimvlm plan` nothing is refitted; with them OUT is what `compress --recover none` gives:
+
+        slimvlm apply ./my-vlm out/plan.json smaller --data samples.jsonl
+
+    With --ratio only what the plan took first goes, by `order.safetensors` beside it: one plan for all smaller ratios.
+    """
+    from slimvlm import pipeline
+
+    with progress(quiet) as report:
+        plan = pipeline.apply_saved_plan(model, plan_file, out, progress=report, **values)
+    if plan.compensation and values["data"] is None:
+        name = plan.compensation.name
+        print_warning(f"the plan wants a {name}, and nothing was: give the samples of `slimvlm plan` with --data")
+    show.show_plan(plan, out, as_json=as_json)
+
+
+@click.command()
+@click.argument("run", type=FOLDER)
+@recover_options
+@again_options
+@quality_limit
+@formats_option
+@output_options
+def recover(run: Path, as_json: bool, quiet: bool, **values: Any) -> None:
+    """Train the cut model of RUN again.
+
+    RUN is what `slimvlm compress` wrote. Reads its model and samples, keeps the model as it was cut in RUN/cut, puts
+    the recovered one in its place, and continues where an interrupted recovery with the same options stopped:
+
+        slimvlm recover out --recover sft+hidden --steps 500
+    """
+    from slimvlm import pipeline
+
+    show_job(partial(pipeline.recover_run, run, values), partial(show.show_compression, as_json=as_json), quiet)

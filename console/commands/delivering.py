@@ -1,0 +1,102 @@
+"""What becomes of a cut model: graphs, answers, a report."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from slimvlm.console import show
+from slimvlm.console.group import Interrupted
+from slimvlm.console.options import (
+    COUNT,
+    FOLDER,
+    NAME,
+    PATH,
+    TEXT,
+    again_options,
+    export_options,
+    output_options,
+)
+from slimvlm.console.printing import typed_lines
+from slimvlm.console.progress import show_job
+
+
+@click.command()
+@click.argument("model", type=NAME)
+@click.argument("out", type=PATH, required=False)
+@export_options
+@click.option("--verify", is_flag=True, help="Check the exported folder MODEL on this machine instead.")
+@output_options
+def export(model: str, out: Path | None, verify: bool, as_json: bool, quiet: bool, **values: Any) -> None:
+    """Write MODEL as graphs that run without torch.
+
+    ONNX in the layout transformers.js loads, TorchScript, torch.export; each is held against torch on real samples:
+
+        slimvlm export out/model exported --format onnx --data test.jsonl
+    """
+    from slimvlm import export as exports
+
+    if verify:
+        show.show_verification(exports.verify(model), as_json=as_json)
+        return
+    if out is None:
+        raise click.UsageError("Missing argument 'OUT'.")
+    job = partial(exports.export_checkpoint, model, out, exports.ExportOptions(**values))
+    show_job(job, partial(show.show_export, as_json=as_json), quiet)
+
+
+@click.command()
+@click.argument("folder", type=NAME)
+@click.argument("image", type=PATH)
+@click.argument("question", type=TEXT, required=False)
+@click.option("--against", type=NAME, metavar="MODEL", help="Show the answers of this checkpoint or export too.")
+@click.option(
+    "--backend", type=TEXT, metavar="NAME", help="Of an export: onnx, onnx:int8, torchscript; else its first."
+)
+@click.option("--max-new-tokens", type=COUNT, default=64, help="Longest answer.")
+@again_options
+@click.option("--quiet", "-q", is_flag=True, help="No speed on stderr.")
+def chat(
+    folder: str, image: Path, question: str | None, against: str | None, max_new_tokens: int, quiet: bool, **values: Any
+) -> None:
+    """Ask FOLDER about an IMAGE.
+
+    FOLDER is a checkpoint or an export, FOLDER[:BACKEND[:VARIANT]]. The answer is shown as it comes; without QUESTION a
+    line of stdin is one, until one is empty, each asked on its own, and `/image PATH` changes the image:
+
+        slimvlm chat out/model photo.jpg "What is in the image?"
+    """
+    from slimvlm.serve.chat import answer, converse, open_chat, open_image
+
+    picture = open_image(image)
+    backend = values.pop("backend")
+    chats = [open_chat(folder, backend=backend, **values)]
+    if against is not None:
+        chats.append(open_chat(against, **values))
+    tell = partial(click.echo, nl=False)
+    note = (lambda line: None) if quiet else partial(click.echo, err=True)
+    try:
+        if question is None:
+            converse(chats, picture, typed_lines(), max_new_tokens, tell, note)
+        else:
+            answer(chats, picture, question, max_new_tokens, tell, note)
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted") from None
+
+
+@click.command()
+@click.argument("run", type=FOLDER)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def report(run: Path, as_json: bool) -> None:
+    """Write report.html and report.md of a RUN.
+
+    RUN is what `slimvlm compress` wrote, which does this at its end; after a later recovery or export:
+
+        slimvlm report out
+    """
+    from slimvlm.serve.report import write_report
+
+    show.show_written(write_report(run), as_json=as_json)
