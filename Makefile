@@ -53,7 +53,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 	$(BIN)/python docs/tables.py --check
 
-# mypy does not see an editable install, so it is shown the checkout under the import name.
+# An editable install is invisible to mypy: it is shown the checkout under the import name.
 types: $(VENV)/.installed-dev
 	mkdir -p .mypy_cache/source && ln -sfn ../.. .mypy_cache/source/slimvlm
 	MYPYPATH=.mypy_cache/source $(BIN)/mypy
