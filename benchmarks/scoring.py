@@ -31,8 +31,8 @@ from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.slicing import apply as slicing
-from slimvlm.compress.statistics import angles, gradients
 from slimvlm.compress.statistics.collect import collect
+from slimvlm.compress.statistics.collectors import angles, gradients
 from slimvlm.kernels.histogram import reference
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}

@@ -1,8 +1,8 @@
 """A saliency that was collected weight by weight: a unit is worth the sum of all its weights.
 
 `taylor` sums |w g|, the first-order change of the loss without the weight, `fisher` its squares over batches, `gate`
-the squares of the loss's derivative by a unit's gate. The sums are made while the data is read (statistics/gradients
-and gates); here they become units.
+the squares of the loss's derivative by a unit's gate. The sums are made while the data is read (gradients and gates of
+statistics/collectors); here they become units.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class Statistic:
     Attributes:
         name: of the statistic; a collector that makes several is told which.
         reads: `forward`, or `backward` where a backward pass of the loss is needed too.
-        file: of this folder; `collector`: the class in it.
+        file: in the folder collectors; `collector`: the class in it.
         per_batch: squares are taken per batch, so it depends on how samples are batched.
         units: what it watches: linears, for units of `width`, or blocks, for units of `block`.
     """
@@ -34,7 +34,8 @@ class Statistic:
 
     def make(self, host: bool = False) -> Collector:
         """A collector of this statistic, its sums in `host` memory or where the weights are."""
-        made: Collector = getattr(import_module(f"slimvlm.compress.statistics.{self.file}"), self.collector)(self, host)
+        file = import_module(f"slimvlm.compress.statistics.collectors.{self.file}")
+        made: Collector = getattr(file, self.collector)(self, host)
         return made
 
 

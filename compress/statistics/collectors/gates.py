@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from slimvlm.compress.statistics.collector import Reduce, Side
-from slimvlm.compress.statistics.gradients import GradientSums
+from slimvlm.compress.statistics.collectors.gradients import GradientSums
 
 
 class GateSquares(GradientSums):
