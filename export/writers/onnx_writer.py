@@ -22,7 +22,7 @@ from slimvlm.compress.errors import UnsupportedModelError
 from slimvlm.export.graphs.graph import Graph
 from slimvlm.export.options import DYNAMO, TORCHSCRIPT, ExportOptions
 from slimvlm.export.running.quiet import quiet
-from slimvlm.export.writers.tracing import dynamic_shapes, first_line
+from slimvlm.export.writers.tracing import exported_program, first_line
 
 INSIDE_BYTES = 256  # smaller weights stand in the graph
 
@@ -104,10 +104,8 @@ def check_axes(graph: Graph, model: onnx_ir.Model) -> None:
 
 def _by_dynamo(graph: Graph, opset: int) -> onnx_ir.Model:
     program = torch.onnx.export(
-        graph.module,
-        graph.samples,
+        exported_program(graph),
         dynamo=True,
-        dynamic_shapes=dynamic_shapes(graph),
         input_names=[port.name for port in graph.inputs],
         output_names=list(graph.outputs),
         opset_version=opset,

@@ -12,7 +12,7 @@ import torch
 from slimvlm.compress.errors import MissingDependencyError, UnsupportedModelError
 from slimvlm.export.graphs.graph import Graph
 from slimvlm.export.running.quiet import quiet
-from slimvlm.export.writers.tracing import dynamic_shapes, first_line
+from slimvlm.export.writers.tracing import exported_program, first_line
 
 
 def write_torchscript(graph: Graph, path: Path) -> None:
@@ -39,12 +39,8 @@ def write_pt2(graph: Graph, path: Path, aoti: bool) -> None:
     if aoti and shutil.which("g++") is None and shutil.which("clang++") is None:
         raise MissingDependencyError("--aoti needs a C++ compiler (g++ or clang++); install one or leave --aoti out")
     try:
-        # An axis of several rows an image: else one image is taken for another case than two.
-        oblivious = torch.fx.experimental._config.patch(backed_size_oblivious=bool(graph.unit))  # type: ignore[attr-defined]
-        with quiet(), torch.no_grad(), oblivious:
-            program = torch.export.export(
-                graph.module, graph.samples, dynamic_shapes=dynamic_shapes(graph), strict=False
-            )
+        with quiet():
+            program = exported_program(graph)
             if aoti:
                 torch._inductor.aoti_compile_and_package(program, package_path=str(compiled_name(path)))
     except OSError:

@@ -1,13 +1,17 @@
-"""What every exporter of torch needs: the varying axes in its terms, and one line of what went wrong."""
+"""What every exporter of torch needs: a graph as a program with its varying axes, and one line of what went wrong."""
 
 from __future__ import annotations
 
 import inspect
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 
 from slimvlm.export.graphs.graph import TOTAL, Graph
+
+_PROGRAMS: WeakKeyDictionary[nn.Module, torch.export.ExportedProgram] = WeakKeyDictionary()  # of living graphs
 
 DERIVED = (TOTAL,)  # follows from other axes; torch.export finds the relation by itself
 
@@ -31,3 +35,15 @@ def dynamic_shapes(graph: Graph) -> tuple[Any, ...]:
         return tuple(shapes)
     first = len(parameters) - 1
     return (*shapes[:first], tuple(shapes[first:]))
+
+
+def exported_program(graph: Graph) -> torch.export.ExportedProgram:
+    """The graph by torch.export, made once for all formats that are written from it."""
+    if graph.module not in _PROGRAMS:
+        # An axis of several rows an image: else one image is taken for another case than two.
+        oblivious = torch.fx.experimental._config.patch(backed_size_oblivious=bool(graph.unit))  # type: ignore[attr-defined]
+        with torch.no_grad(), oblivious:
+            _PROGRAMS[graph.module] = torch.export.export(
+                graph.module, graph.samples, dynamic_shapes=dynamic_shapes(graph), strict=False
+            )
+    return _PROGRAMS[graph.module]
