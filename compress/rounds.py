@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -43,6 +44,7 @@ class Planning:
         rounds: calibrations, each on the model as cut so far; one, where the allocator has no floors: it may overshoot
             what is left to remove later.
         power: how much larger the first rounds' steps are than the last ones'; 1: all are equal.
+        known: the scores of the dense model, of an earlier plan: the first round takes them and reads no data.
 
     Raises:
         UnsuitableOptionError: more rounds than the allocator can make.
@@ -56,6 +58,7 @@ class Planning:
     power: float = 1.5
     attention_unit: str = "auto"
     seed: int = 0
+    known: Scores | None = None
 
     def __post_init__(self) -> None:
         allocator = ALLOCATORS[self.budget.allocator]
@@ -123,7 +126,6 @@ def plan_in_rounds(
     Raises:
         InfeasibleBudgetError: no plan meets the budget; found before any calibration.
     """
-    family = find_family(model.config)
     groups = planning.groups(model)
     dense = check_budget(model, groups, planning.budget)
     order, first = done, len(done.rounds) if done else 0
@@ -131,11 +133,10 @@ def plan_in_rounds(
         apply_plan(model, order.plan)
     for number in range(first + 1, planning.rounds + 1):
         groups = planning.groups(model)
-        calibration = None
-        if planning.calibration.statistics:
+        scores = planning.known if number == 1 else None
+        if scores is None:
             told = _over_rounds(progress, number, first, planning.rounds)
-            calibration = collect(model, family, groups, batches(number - 1), planning.calibration, told)
-        scores = score_groups(groups, planning.criterion, calibration, model, planning.seed)
+            scores = score_units(model, groups, partial(batches, number - 1), planning, told)
         facts = facts_of(model, groups, dense=dense if order is not None else None)
         share = round_share(number, planning.rounds, planning.power)
         later = order_units(groups, scores, planning.budget.scaled(share), facts)
@@ -149,6 +150,21 @@ def plan_in_rounds(
             give_back_memory()  # while it is cut a model is there twice
             apply_plan(model, plan)
     return planned
+
+
+def score_units(
+    model: PreTrainedModel,
+    groups: Sequence[Group],
+    batches: Callable[[], Batches],
+    planning: Planning,
+    progress: Progress = silent,
+) -> Scores:
+    """What the units of `model` are worth, by one calibration where the criterion looks at data."""
+    calibration = None
+    if planning.calibration.statistics:
+        family = find_family(model.config)
+        calibration = collect(model, family, groups, batches(), planning.calibration, progress)
+    return score_groups(groups, planning.criterion, calibration, model, planning.seed)
 
 
 def _over_rounds(progress: Progress, number: int, first: int, rounds: int) -> Progress:

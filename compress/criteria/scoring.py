@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from slimvlm.compress.criteria.criterion import Criterion
 from slimvlm.compress.errors import CalibrationError
-from slimvlm.compress.files.writing import save_tensors
+from slimvlm.compress.files.decoding import dump, parse
+from slimvlm.compress.files.writing import load_tensors, save_tensors
 from slimvlm.compress.models.groups import Group, Member
 from slimvlm.compress.statistics.collect import Calibration
 
@@ -36,7 +37,26 @@ class Scores:
         """Write one safetensors file; a reader never sees half of it."""
         tensors = {f"values/{key}": value for key, value in self.values.items()}
         tensors |= {f"members/{key}": value for key, value in self.members.items()}
+        if self.shares is not None:
+            tensors |= {f"shares/{key}": torch.tensor(one, dtype=torch.float64) for key, one in self.shares.items()}
         save_tensors(path, tensors, {"criterion": self.criterion.facts()})
+
+    @classmethod
+    def read(cls, path: Path, criterion: Criterion) -> Scores:
+        """What `save` wrote of the scores by `criterion`.
+
+        Raises:
+            ValueError: the file is missing or damaged, or the scores are another criterion's.
+        """
+        tensors, facts = load_tensors(path)
+        if facts.get("criterion") != parse(dump(criterion.facts())):
+            raise ValueError(f"the scores are by {facts.get('criterion')}, not by {criterion.name}")
+        found: dict[str, dict[str, Tensor]] = {"values": {}, "members": {}, "shares": {}}
+        for name, tensor in tensors.items():
+            kind, _, key = name.partition("/")
+            found[kind][key] = tensor
+        shares = {key: share.item() for key, share in found["shares"].items()} or None
+        return cls(criterion, found["values"], found["members"], shares)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from slimvlm.compress.allocate.budget import Budget
 from slimvlm.compress.allocate.costs import Times
 from slimvlm.compress.allocate.order import Order
 from slimvlm.compress.criteria.criterion import CRITERIA, Criterion
+from slimvlm.compress.criteria.scoring import Scores
 from slimvlm.compress.data.collate import collated, collator_of
 from slimvlm.compress.data.splits import Measured
 from slimvlm.compress.errors import CheckpointError, OutputError, UnsuitableOptionError
@@ -24,7 +25,7 @@ from slimvlm.compress.options import PlanOptions
 from slimvlm.compress.plan import BLOCK, Compensating, Plan
 from slimvlm.compress.processes import pick_device
 from slimvlm.compress.progress import Progress
-from slimvlm.compress.rounds import Planned, Planning, check_budget, plan_in_rounds
+from slimvlm.compress.rounds import Planned, Planning, check_budget, plan_in_rounds, score_units
 from slimvlm.compress.runs import AGAIN, ORDER, PLAN, ROUNDS, SCORES, RunFolder
 from slimvlm.compress.slicing.compensation import COMPENSATIONS
 from slimvlm.compress.statistics.collect import calibration_batch
@@ -102,10 +103,28 @@ def check_plan(options: PlanOptions) -> None:
 
 
 @frees_memory
+def dense_scores(options: PlanOptions, data: Measured, progress: Progress) -> Scores:
+    """What the units of the dense model are worth: what the first round of any plan with this criterion begins with."""
+    loaded = load_to_compute(options, options.model)
+    collator, planning = collator_of(loaded), planning_of(options)
+    check_computes(loaded.model, collator, data.calibration[0], options.model)
+    size = calibration_batch(loaded, collator, data.calibration, planning.calibration, options.batch_size)
+    groups = planning.groups(loaded.model)
+    return score_units(loaded.model, groups, lambda: collated(collator, data.calibration, size), planning, progress)
+
+
+@frees_memory
 def plan_stage(
-    run: RunFolder, options: PlanOptions, data: Measured, progress: Progress, times: Times | None = None
+    run: RunFolder,
+    options: PlanOptions,
+    data: Measured,
+    progress: Progress,
+    times: Times | None = None,
+    known: Scores | None = None,
 ) -> Plan:
-    """The plan of this or an earlier process, by measured `times` where there are some. Every process calls it."""
+    """The plan of this or an earlier process, by measured `times` and by `dense_scores` that are known, where there are
+    some. Every process calls it.
+    """
     path = run.path / PLAN
     if run.finished("plan"):
         return read(path, Plan, OutputError, AGAIN)
@@ -117,7 +136,7 @@ def plan_stage(
         done = (
             Order.read(partial, OutputError, f"remove {partial} to plan from the start") if partial.is_file() else None
         )
-        planning = planning_of(options, times)
+        planning = replace(planning_of(options, times), known=known)
         size = calibration_batch(loaded, collator, data.calibration, planning.calibration, options.batch_size)
 
         def keep(planned: Planned) -> None:

@@ -1,15 +1,18 @@
 """Planning in rounds tells how far all rounds are, not only the one at hand."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_models import tiny_model
+import torch
+from tiny_models import FACTORIES, tiny_model
 
 from slimvlm.compress.allocate.budget import Budget
 from slimvlm.compress.criteria.criterion import CRITERIA
+from slimvlm.compress.criteria.scoring import Scores
 from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.options import PlanOptions
-from slimvlm.compress.rounds import Planning, plan_in_rounds
+from slimvlm.compress.rounds import Planning, plan_in_rounds, score_units
 from slimvlm.compress.stages.plan import planning_of
 
 
@@ -48,3 +51,27 @@ def test_the_power_of_a_schedule_says_how_much_of_the_ratio_each_round_takes(pow
     gone = order.parameters.sum(1).cumsum()[[count - 1 for count in order.rounds]] + order.plan.dropped_parameters
     assert planning.power == planning_of(PlanOptions(model="", data=Path(), equal_rounds=power == 1)).power
     assert gone / order.plan.parameters_before == pytest.approx([0.4 * share for share in shares], abs=0.01)
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_scores_that_were_kept_give_the_plan_of_the_data_without_reading_it(name, tmp_path):
+    tiny, file = tiny_model(name), tmp_path / "scores.safetensors"
+    planning = Planning(Budget(0.2), CRITERIA["gate"])
+    batches = [tiny.inputs(1), tiny.inputs(2)]
+    score_units(tiny.model, planning.groups(tiny.model), lambda: batches, planning).save(file)
+    known = Scores.read(file, planning.criterion)
+    assert plan_in_rounds(tiny.model, unread, replace(planning, known=known)).plan == (
+        plan_in_rounds(tiny.model, lambda _: batches, planning).plan
+    )
+
+
+def unread(_: int) -> list:
+    raise AssertionError("the data was read")
+
+
+def test_kept_scores_are_those_of_their_criterion(tmp_path):
+    kept = Scores(CRITERIA["gate"], {"a": torch.ones(2)}, {"a": torch.arange(2)[:, None]}, {"a": 0.1})
+    kept.save(tmp_path / "scores.safetensors")
+    assert Scores.read(tmp_path / "scores.safetensors", CRITERIA["gate"]).shares == {"a": 0.1}
+    with pytest.raises(ValueError, match="not by taylor"):
+        Scores.read(tmp_path / "scores.safetensors", CRITERIA["taylor"])
