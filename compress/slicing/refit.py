@@ -28,9 +28,9 @@ from slimvlm.compress.models.groups import Group, count_parameters
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.slicing.cuts import complement, find_cuts
 from slimvlm.compress.statistics.collector import Side
+from slimvlm.compress.statistics.collectors.moments import DAMPING, about_mean
 from slimvlm.compress.statistics.rows import STATISTICS
 
-DAMPING = 0.01  # of the mean of C's diagonal; 1e-4 to 1e-1 differ little on the demo model
 MOST, LEAST = 4 * 2**30, 128 * 2**20  # bytes of sums held at once; between them, a quarter of the fp32 weights
 
 
@@ -119,7 +119,7 @@ def _solve(
     energy = _energy(weight, products).clamp(min=1e-30)
     by_cut = _energy(weight[:, dropped], products[dropped][:, dropped]) / energy
     if bias is not None:
-        products = products.addr(mean, mean, alpha=-tokens)
+        products = about_mean(products, total, tokens)
     inner = products[kept][:, kept]
     inner.diagonal().add_(DAMPING * products.diagonal().mean().clamp(min=1e-30))
     new = weight[:, kept] + torch.linalg.solve(inner, products[kept][:, dropped] @ weight[:, dropped].T).T

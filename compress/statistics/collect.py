@@ -267,6 +267,7 @@ def _sides(model: nn.Module, family: Family, groups: Sequence[Group]) -> list[Si
             tuple(sorted(dims[path])),
             member.width,
             _stream(group, stream_of(family, group, member)),
+            group.head_dim * (1 if group.unit == "query-slot" else group.indices_per_unit),
         )
         for path, (group, member) in first.items()
     ]

@@ -20,8 +20,8 @@ Reduce = Callable[[Tensor, str], None]  # (tensor, "sum" | "min" | "max"): in pl
 @dataclass(frozen=True, slots=True)
 class Side:
     """A prunable linear, the dimensions its scores are wanted for (0: rows, 1: columns), `width`, rows or columns of
-    one index (D for heads, 1 for channels), and the stream of the tokens it reads (None: not the text model's). Or a
-    block that may leave, which has no dimensions.
+    one index (D for heads, 1 for channels), the stream of the tokens it reads (None: not the text model's), and `unit`,
+    columns that leave together (of query slots, those of one head). Or a block that may leave, which has no dimensions.
     """
 
     path: str
@@ -29,6 +29,7 @@ class Side:
     dims: tuple[int, ...]
     width: int = 1
     stream: str | None = None
+    unit: int = 1
 
 
 class Collector:

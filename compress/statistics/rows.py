@@ -52,6 +52,8 @@ STATISTICS: Mapping[str, Statistic] = {
         Statistic("paper-angles", "forward", "angles", "AngleHistograms"),
         Statistic("input-norms", "forward", "norms", "InputNorms"),
         Statistic("moments", "forward", "moments", "Moments"),
+        Statistic("obs", "forward", "obs", "Surgeon"),
+        Statistic("gate-obs", "backward", "obs", "GatedSurgeon"),
         Statistic("turning", "forward", "turning", "Turning", units="block"),
     )
 }

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from slimvlm.compress.data.questions import Question
 from slimvlm.compress.statistics.collector import Collector, Reduce, Side
 
+DAMPING = 0.01  # of the mean of C's diagonal; 1e-4 to 1e-1 differ little on the demo model
+
 
 class Moments(Collector):
     """Over the counted tokens x [I] that a column-cut linear reads: the sum of x x^T by `path`, fp32 [I, I]; of x by
@@ -52,3 +54,9 @@ class Moments(Collector):
         for moment in self.seen.values():
             reduce(moment, "sum")
         return self.seen
+
+
+def about_mean(products: Tensor, total: Tensor, count: Tensor | int) -> Tensor:
+    """The sum of (x - mean) (x - mean)^T, of those of x x^T and of x over `count` tokens."""
+    mean = total.to(products) / max(int(count), 1)
+    return products.addr(mean, mean, alpha=-int(count))
