@@ -42,9 +42,8 @@ class Surgeon(Moments):
         moments = super().finish(reduce)
         result = {}
         for side in self.sides:
-            rows, columns = side.module.weight.shape
             if 0 in side.dims:
-                result[f"{side.path}:0"] = torch.zeros(rows)
+                result[f"{side.path}:0"] = torch.zeros(len(side.module.weight))
             if 1 in side.dims:
                 found = (moments.pop(f"{side.path}{part}") for part in ("", ":sum", ":tokens"))
                 values = self._values(side, *found)
@@ -66,7 +65,7 @@ class Surgeon(Moments):
         return values
 
     def _worth(self, side: Side, own: Tensor) -> Tensor:
-        """What a unit's costs are multiplied by, of the energy that units have by themselves. [units]"""
+        """What a unit's costs are multiplied by, of the energy that units have by themselves, [units]."""
         return (1 / own.sum()).expand_as(own)
 
 
@@ -152,7 +151,7 @@ class _Step:
         return torch.tensor(gone, device=present.device), torch.stack(costs)
 
     def _leave(self, unit: int, inverted: Tensor) -> None:
-        """gram' = (W - W_c moved)^T (W - W_c moved) = gram - moved^T shifted - shifted^T moved."""
+        """Of W - W_c moved, which is what W becomes, the Gram matrix is gram - moved^T shifted - shifted^T moved."""
         place = slice(unit * self.width, (unit + 1) * self.width)
         read = self.inverse[place] - self.read[:, place].T @ self.moved
         moved = inverted @ read
