@@ -58,6 +58,7 @@ class Result:
     slim: Quality | None = None
     cut: Quality | None = None  # before the recovery, where there was one
     blind: Quality | None = None  # dense, with images shuffled
+    rounded: Quality | None = None  # slim, with weights rounded as the variant it was trained for has them
     recovery: dict[str, Any] | None = None  # what the recover stage recorded: JSON
     export: Mapping[str, Any] = field(default_factory=dict)  # what the export stage recorded: JSON
     profile: Profile | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +49,7 @@ def show_compression(result: Result, *, as_json: bool) -> None:
                 "out": str(result.out),
                 "quality": quality,
                 "quality_before_recovery": result.cut.score if result.cut else None,
+                "quality_rounded": result.rounded.score if result.rounded else None,
                 "blind": result.blind.score if result.blind else None,
                 "tasks_that_tell_nothing": list(untold),
                 "recovery": result.recovery,
@@ -80,8 +81,8 @@ def show_compression(result: Result, *, as_json: bool) -> None:
         print_line(f"targets  {sentence}")
     if result.blind and comparison:
         _print_blind(result.blind, untold)
-    if result.recovery and result.cut:
-        print_line(_recovery_line(result.recovery, result.cut))
+    for line in _recovery_lines(result):
+        print_line(line)
     if result.bad_samples:
         print_line(f"skipped  {result.bad_samples} unreadable samples, named in {result.out / 'run.json'}")
     print_left_out(result)
@@ -128,11 +129,19 @@ def _speed(cell: Cell) -> str:
     return ", ".join(f"{phase} {ratio.value:.2f} x ({ratio.verdict})" for phase, ratio in shown)
 
 
-def _recovery_line(recovery: Mapping[str, Any], cut: Quality) -> str:
+def _recovery_lines(result: Result) -> Iterator[str]:
+    """What the recovery gave, and what the model scores as the variant it was trained for."""
+    recovery = result.recovery
+    if recovery is None or result.cut is None:
+        return
     trained = f"{recovery['steps']} steps of {recovery['options']['recover']}, {recovery['seconds']:.0f} s"
     if recovery["helped"]:
-        return f"recovery {percent(cut.score)} before it; {trained}, best state of step {recovery['best_step']}"
-    return f"recovery did not help on the validation samples ({trained}): the cut model is kept as it was"
+        yield f"recovery {percent(result.cut.score)} before it; {trained}, state of step {recovery['best_step']} kept"
+    else:
+        yield f"recovery did not help on the validation samples ({trained}): the cut model is kept as it was"
+    if result.rounded is not None:
+        variant = recovery["options"]["recover_as"]
+        yield f"as {variant}    {percent(result.rounded.score)} with the weights of {variant}, for which it was trained"
 
 
 def show_plan(plan: Plan, written: Path, *, as_json: bool) -> None:

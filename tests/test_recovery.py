@@ -11,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from plans import random_plan
+from report_texts import text_of
 from run_records import edit_record
 from safetensors.torch import load_file, save_file
 from short_recoveries import SHORT, SMALL, options_in
@@ -146,7 +147,8 @@ def test_what_is_trained_is_what_was_asked(run: Path, train: str, changed: tuple
 
 
 def test_a_recovery_for_a_variant_judges_by_its_weights_and_saves_its_own(recovered, run: Path) -> None:
-    facts = recover_run(run, {**SHORT, "recover_as": "q2"}).recovery
+    result = recover_run(run, {**SHORT, "recover_as": "q2"})
+    facts = result.recovery
     assert facts["options"]["recover_as"] == "q2"
     plain = recovered[1].recovery
     assert abs(facts["first"][1] - plain["first"][1]) > 0.1  # of the same cut model
@@ -156,6 +158,10 @@ def test_a_recovery_for_a_variant_judges_by_its_weights_and_saves_its_own(recove
     assert not any(
         torch.allclose(round_blocks(value, 2), value.float()) for name, value in weights.items() if "_proj.w" in name
     )
+    scores = {name: json.loads((run / "quality.json").read_text())[name]["scores"] for name in ("slim", "rounded")}
+    assert abs(scores["rounded"]["token_loss"] - scores["slim"]["token_loss"]) > 0.01
+    assert scores["rounded"]["exact"] == result.rounded.score
+    assert f"with the weights of q2 slim gets {100 * result.rounded.score:.1f} % right" in text_of(run)
 
 
 def test_a_data_fraction_is_a_subset_drawn_by_the_seed(tmp_path: Path) -> None:

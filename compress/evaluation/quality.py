@@ -210,10 +210,12 @@ class QualityFile(TypedDict):
 
 
 class QualityFileOfRun(QualityFile, total=False):
-    """With what some runs have: the cut model before its recovery, and the dense one blind."""
+    """With what some runs have: the cut model before its recovery, the dense one blind, and the slim one with weights
+    rounded as those of the variant it was trained for."""
 
     cut: Quality
     blind: Quality
+    rounded: Quality
 
 
 def qualities_of(document: object) -> dict[str, Any]:

@@ -15,37 +15,42 @@ from slimvlm.compress.evaluation.soundness import check_computes
 from slimvlm.compress.files.decoding import content_of, dump, parse, refused_as
 from slimvlm.compress.files.writing import write_text
 from slimvlm.compress.models.computing import frees_memory, load_to_compute
-from slimvlm.compress.options import EvaluateOptions
+from slimvlm.compress.options import EvaluateOptions, LearnOptions
 from slimvlm.compress.progress import Progress
 from slimvlm.compress.runs import AGAIN, CUT, MODEL, QUALITY, RunFolder
 
 
 class Evaluated(NamedTuple):
-    """Qualities on the same questions: `cut` where a recovery followed, `blind` (dense) where there are two images."""
+    """Qualities on the same questions: `cut` where a recovery followed, `blind` (dense) where there are two images,
+    `rounded` where slim was trained for a variant of the export: with its weights."""
 
     dense: Quality
     cut: Quality | None
     slim: Quality
     blind: Quality | None
+    rounded: Quality | None
 
 
 @frees_memory
-def evaluate_stage(run: RunFolder, options: EvaluateOptions, data: Measured, progress: Progress) -> Evaluated:
-    """Quality of the dense, the cut (where a recovery followed) and the slim model, and of the dense one blind."""
+def evaluate_stage(run: RunFolder, options: LearnOptions, data: Measured, progress: Progress) -> Evaluated:
+    """Quality of the dense, the cut (where a recovery followed) and the slim model, of the dense one blind, and of the
+    slim one rounded (where it was trained so)."""
     path = run.path / QUALITY
     if run.finished("evaluate"):
         with refused_as(path, OutputError, AGAIN):
             kept = qualities_of(parse(content_of(path)))
-        return Evaluated(kept["dense"], kept.get("cut"), kept["slim"], kept.get("blind"))
+        return Evaluated(kept["dense"], kept.get("cut"), kept["slim"], kept.get("blind"), kept.get("rounded"))
     with run.stage("evaluate") as facts:
         facts.update(samples=len(data.evaluation), held_out=data.held_out)
         cut, slim = (str(run.path / name) for name in (CUT, MODEL))
+        recovered = (run.path / CUT).is_dir()
         dense, blind = evaluate_seeing_and_blind(options, options.model, data.evaluation, progress)
         found = Evaluated(
             dense,
-            evaluate_model(options, cut, data.evaluation, progress) if (run.path / CUT).is_dir() else None,
+            evaluate_model(options, cut, data.evaluation, progress) if recovered else None,
             evaluate_model(options, slim, data.evaluation, progress),
             blind,
+            _evaluate_rounded(options, slim, data.evaluation, progress) if recovered and options.recover_as else None,
         )
         document = {name: quality.to_dict() for name, quality in found._asdict().items() if quality is not None}
         document["comparison"] = compare(dense, found.slim, options.seed).to_dict()
@@ -67,6 +72,16 @@ def evaluate_seeing_and_blind(
 def evaluate_model(options: EvaluateOptions, name: str, samples: Sequence[Sample], progress: Progress) -> Quality:
     """Quality of the checkpoint `name` on `samples`."""
     return _qualities(options, name, samples, progress, (None,))[0]
+
+
+def _evaluate_rounded(options: LearnOptions, name: str, samples: Sequence[Sample], progress: Progress) -> Quality:
+    """Quality of the checkpoint `name` with the weights of the variant it was trained for; activations are whole."""
+    from slimvlm.compress.recovery.adapters.rounding import rounded  # peft takes seconds to import
+
+    loaded = load_to_compute(options, name)
+    size = evaluation_batch(loaded.model.device, options.batch_size)
+    with rounded(loaded.model, options.recover_as):
+        return evaluate(loaded.model, collator_of(loaded), samples, batch_size=size, progress=progress)
 
 
 def _qualities(

@@ -57,11 +57,13 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Qualities:
-    """`quality.json`: the models that were evaluated, by the names of MODELS, dense against slim, and dense blind."""
+    """`quality.json`: the models that were evaluated, by the names of MODELS, dense against slim, and dense blind;
+    `rounded`: slim with the weights of the variant it was trained for."""
 
     models: Mapping[str, Quality]
     comparison: Comparison
     blind: Quality | None = None
+    rounded: Quality | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +152,7 @@ def _line(line: Facts, where: str) -> Facts:
 def _read_quality(path: Path) -> Qualities:
     document = qualities_of(parse(content_of(path)))
     models = {name: document[name] for name in MODELS if name in document}
-    return Qualities(models, document["comparison"], document.get("blind"))
+    return Qualities(models, document["comparison"], document.get("blind"), document.get("rounded"))
 
 
 def _digest(path: Path) -> tuple[str, int]:

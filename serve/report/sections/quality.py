@@ -43,6 +43,7 @@ def quality_section(files: RunFiles) -> Iterator[Said]:
     yield from _notes(models, comparison)
     yield _overall_finding(comparison)
     yield from _recovery_findings(models, comparison)
+    yield from _rounded_findings(files, measured.rounded, comparison)
     yield from _task_findings({task: change for task, change in changes.items() if task not in nothing})
     yield from _blind_findings(blind, nothing)
     yield from _sample_findings(files)
@@ -118,6 +119,17 @@ def _recovery_findings(models: Mapping[str, Quality], comparison: Comparison) ->
         f"interval of the change: {_points_interval(gain)} points)."
     )
     yield Finding(text, f"{QUALITY}: rows of cut and slim", bad=verdict(gain) != "better")
+
+
+def _rounded_findings(files: RunFiles, rounded: Quality | None, comparison: Comparison) -> Iterator[Finding]:
+    if rounded is None:
+        return
+    variant = shown(files.stage("recover")["options"]["recover_as"])
+    text = (
+        f"The recovery was for {variant}: with the weights of {variant} slim gets {percent(rounded.score)} right. What "
+        f"else is said of slim here, {percent(comparison.slim)} first, is with its whole weights."
+    )
+    yield Finding(text, f"{QUALITY}: rounded.scores; run.json: stages.recover.options.recover_as")
 
 
 def _task_findings(changes: dict[str, Comparison]) -> Iterator[Finding]:
