@@ -52,6 +52,17 @@ METHODS: dict[str, tuple[str, CompressOptions]] = {
     "gate-refit": ("Gates, global, one shot, refitted", replace(ONE_SHOT, criterion="gate", compensation="refit")),
     "ukmi-refit": ("UKMI, faithful, steps in proportion, refitted", replace(FAITHFUL, compensation="refit")),
     "taylor-refit": ("Taylor, global, one shot, refitted", replace(ONE_SHOT, criterion="taylor", compensation="refit")),
+    "obs-refit": ("Greedy OBS, global, one shot, refitted", replace(ONE_SHOT, criterion="obs", compensation="refit")),
+    "gate-obs-refit": (
+        "Gates x greedy OBS, global, one shot, refitted",
+        replace(ONE_SHOT, criterion="gate-obs", compensation="refit"),
+    ),
+    "gate-obs-4": (
+        "Gates x greedy OBS, 4 rounds, refitted between them",
+        replace(DEFAULT, criterion="gate-obs", rounds=4, compensate_rounds=True),
+    ),
+    "gate-4": ("Gates, 4 rounds, refitted between them", replace(DEFAULT, rounds=4, compensate_rounds=True)),
+    "gate-8": ("Gates, 8 rounds, refitted between them", replace(DEFAULT, compensate_rounds=True)),
     "magnitude-refit": ("Magnitude, per layer, refitted", replace(LOCAL, criterion="magnitude", compensation="refit")),
     "random-refit": ("Random, refitted", replace(ONE_SHOT, criterion="random", compensation="refit")),
     "no-refit": ("slimvlm default, without the refit", replace(DEFAULT, compensation="none")),

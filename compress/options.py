@@ -84,6 +84,7 @@ class PlanOptions(EvaluateOptions):
         rounds: re-calibrations on the partly cut model while the ratio grows.
         equal_rounds: each takes the same share; else the first ones take more. For a plan that is to serve smaller
             ratios too: see docs/choosing.md.
+        compensate_rounds: the compensation is done between rounds, too, and each looks at what came of it.
         samples: calibration samples per round; 512, or with `faithful` the paper's 1000.
         grad_memory: bound in bytes on the sums held at once, of gradients or of the refit; None: none, or
             (refit) a quarter of the fp32 weights.
@@ -108,6 +109,7 @@ class PlanOptions(EvaluateOptions):
     layout: str = "per-layer"
     cost: str = "parameters"
     compensation: str = "refit"
+    compensate_rounds: bool = False
     samples: int = NOT_GIVEN
     grad_memory: int | None = None
     host_sums: bool = False
@@ -248,7 +250,9 @@ class CutOptions(PlanOptions, LearnOptions):
             return self
         plan: dict[str, Any] = {"criterion": "ukmi", "allocator": "paper", "rounds": 1, "attention_unit": "kv-group"}
         terms = ("lpd-paper" if term.strip() == "lpd" else term for term in self.recover.split("+"))
-        return replace(self, **plan, round_channels=1, compensation="none", recover="+".join(terms))
+        return replace(
+            self, **plan, round_channels=1, compensation="none", compensate_rounds=False, recover="+".join(terms)
+        )
 
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same run; the recovery is apart, a finished run can be recovered again otherwise."""

@@ -191,6 +191,31 @@ class Plan:
             rescued=(*self.rescued, *later.rescued),
         )
 
+    def since(self, earlier: Plan) -> Plan:
+        """What is left of this plan to do with the model that `earlier`, a beginning of it, gives: composed after that
+        one it is this one.
+        """
+        known = {name: earlier.keep.get(name, range(self.sizes[name])) for name in self.keep}
+        names = {name: _after(name, earlier.blocks) for name in self.keep}
+        towers = {
+            name: replace(
+                count,
+                parameters_before=earlier.towers[name].parameters_after,
+                macs_before=earlier.towers[name].macs_after,
+            )
+            for name, count in self.towers.items()
+        }
+        return replace(
+            self,
+            parameters_before=earlier.parameters_after,
+            towers=towers,
+            sizes={names[name]: len(known[name]) for name in self.keep},
+            keep={names[name]: tuple(map(known[name].index, kept)) for name, kept in self.keep.items()},
+            dropped={tower: count for tower, count in self.dropped.items() if tower not in earlier.dropped},
+            dropped_parameters=self.dropped_parameters - earlier.dropped_parameters,
+            rescued=tuple(names[key] for key in self.rescued if key not in earlier.rescued),
+        )
+
 
 def _require_equal(key: str, left: int, expected: int | None) -> None:
     if left != expected:
@@ -222,3 +247,9 @@ def _before(key: str, blocks: Mapping[str, tuple[int, ...]]) -> str:
     """What a group was called before `blocks` were all that was left."""
     tower, layer, part = _place(key)
     return key if layer is None or tower not in blocks else f"{tower}.{blocks[tower][layer]}.{part}"
+
+
+def _after(key: str, blocks: Mapping[str, tuple[int, ...]]) -> str:
+    """What a group is called once `blocks` are all that is left."""
+    tower, layer, part = _place(key)
+    return key if layer is None or tower not in blocks else f"{tower}.{blocks[tower].index(layer)}.{part}"

@@ -2,7 +2,8 @@
 
 Scores of a dense model say little about a half-cut one. The ratio grows as target * (1 - (1 - i/R)^1.5): large steps
 while the model is whole, small ones near the end. One round is the paper's one-shot plan. Equal steps (a power of 1)
-are for an order whose beginnings are wanted without a refit: its early rounds see more of the model.
+are for an order whose beginnings are wanted without a refit: its early rounds see more of the model. Between rounds the
+model may be compensated, so that the next one looks at what a model cut so far is worth when all is done.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from slimvlm.compress.models.groups import Group, find_units
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.slicing.apply import apply_plan
+from slimvlm.compress.slicing.compensation import COMPENSATIONS
+from slimvlm.compress.slicing.cuts import matching_groups
+from slimvlm.compress.slicing.depth import place
 from slimvlm.compress.statistics.collect import Batch, collect
 from slimvlm.compress.statistics.rows import CalibrationOptions
 
@@ -44,6 +48,7 @@ class Planning:
         rounds: calibrations, each on the model as cut so far; one, where the allocator has no floors: it may overshoot
             what is left to remove later.
         power: how much larger the first rounds' steps are than the last ones'; 1: all are equal.
+        between: one of COMPENSATIONS, done to the model after every round but the last.
         known: the scores of the dense model, of an earlier plan: the first round takes them and reads no data.
 
     Raises:
@@ -56,6 +61,7 @@ class Planning:
     host_sums: bool = False
     rounds: int = 1
     power: float = 1.5
+    between: str = "none"
     attention_unit: str = "auto"
     seed: int = 0
     known: Scores | None = None
@@ -130,7 +136,7 @@ def plan_in_rounds(
     dense = check_budget(model, groups, planning.budget)
     order, first = done, len(done.rounds) if done else 0
     if order is not None:
-        apply_plan(model, order.plan)
+        _redo(model, order, batches, planning, progress)
     for number in range(first + 1, planning.rounds + 1):
         groups = planning.groups(model)
         scores = planning.known if number == 1 else None
@@ -140,16 +146,47 @@ def plan_in_rounds(
         facts = facts_of(model, groups, dense=dense if order is not None else None)
         share = round_share(number, planning.rounds, planning.power)
         later = order_units(groups, scores, planning.budget.scaled(share), facts)
-        plan = replace(later.plan, attention_unit=planning.attention_unit, seed=planning.seed, rounds=planning.rounds)
+        how = {"between": planning.between} if COMPENSATIONS[planning.between].place else {}
+        plan = replace(
+            later.plan,
+            attention_unit=planning.attention_unit,
+            seed=planning.seed,
+            rounds=planning.rounds,
+            options={**later.plan.options, **how},
+        )
         later = replace(later, plan=plan)
         order = later if order is None else order.compose(later)
         planned = Planned(order, scores)
         if on_round is not None:
             on_round(planned)
         if number < planning.rounds:
-            give_back_memory()  # while it is cut a model is there twice
-            apply_plan(model, plan)
+            _cut(model, plan, batches(number - 1), planning, progress)
     return planned
+
+
+def _redo(
+    model: PreTrainedModel, done: Order, batches: Callable[[int], Batches], planning: Planning, progress: Progress
+) -> None:
+    """Cut the dense `model` as it was after the rounds of an interrupted run."""
+    before = None
+    for number, steps in enumerate(done.rounds):
+        plan = done.plan_after(steps)
+        _cut(model, plan if before is None else plan.since(before), batches(number), planning, progress)
+        before = plan
+
+
+def _cut(model: PreTrainedModel, plan: Plan, batches: Batches, planning: Planning, progress: Progress) -> None:
+    """Cut `model` by the `plan` of a round, and compensate for what left as it is asked for."""
+    family = find_family(model.config)
+    groups = matching_groups(model, family, plan)
+    work = [batch if callable(batch) else partial(dict, batch) for batch in batches]
+    fitted = COMPENSATIONS[planning.between](
+        model, family, groups, plan.keep, work, memory=planning.grad_memory_bytes, progress=progress
+    )
+    give_back_memory()  # while it is cut a model is there twice
+    apply_plan(model, plan)
+    if fitted is not None:
+        fitted.put_into(model, lambda path: place(path, family, plan))
 
 
 def score_units(

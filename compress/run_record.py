@@ -189,6 +189,7 @@ def read_record(path: Path) -> dict[str, Any]:
         record["options"]["equal_rounds"] = False
     if "allocator" in record["options"]:
         record["options"].setdefault("cost", "parameters")  # which was all there was
+        record["options"].setdefault("compensate_rounds", False)
     return record
 
 

@@ -115,6 +115,7 @@ plan_options = together(
     option("--compensation", type=click.Choice(list(COMPENSATIONS)), help="What the weights that stay become."),
     click.option("--refit", "compensation", flag_value="refit", help="The same as --compensation refit."),
     click.option("--no-refit", "compensation", flag_value="none", help="The same as --compensation none."),
+    option("--compensate-rounds", is_flag=True, help="Compensate between rounds, too; each looks at what came of it."),
     option("--samples", type=COUNT, help="Calibration samples per round; else 512, with --faithful 1000."),
     option("--grad-memory", type=Size(), metavar="SIZE", help="Bound on sums held at once, as 8GB."),
     option("--host-sums", is_flag=True, help="Keep gradient sums in host memory while the model is on a GPU."),

@@ -103,6 +103,11 @@ class Order:
             return plan
         gone = np.concatenate([[0], self.parameters.sum(1).cumsum()]) + plan.dropped_parameters
         steps = int(np.abs(gone - ratio * plan.parameters_before).argmin())
+        return replace(self.plan_after(steps), ratio=ratio, prefix_of=plan.ratio)
+
+    def plan_after(self, steps: int) -> Plan:
+        """What is left after so many steps; the plan's ratio is that of all of them."""
+        plan = self.plan
         keep = {key: _kept(left, steps) for key, left in self.left.items()}
         parameters, macs = (table[steps:].sum(0).tolist() for table in (self.parameters, self.macs))  # that come back
         towers = {
@@ -111,8 +116,6 @@ class Order:
         }
         return replace(
             plan,
-            ratio=ratio,
-            prefix_of=plan.ratio,
             parameters_after=plan.parameters_after + sum(parameters),
             towers=towers,
             keep=keep,

@@ -64,7 +64,16 @@ def chosen_criterion(options: PlanOptions) -> Criterion:
 
 
 def planning_of(options: PlanOptions, times: Times | None = None) -> Planning:
-    """The options of the plan stage in the library's terms, and the measured times that units are ranked by."""
+    """The options of the plan stage in the library's terms, and the measured times that units are ranked by.
+
+    Raises:
+        UnsuitableOptionError: they contradict each other.
+    """
+    if options.compensate_rounds and COMPENSATIONS[options.compensation].place is None:
+        raise UnsuitableOptionError(
+            f"--compensate-rounds does between rounds what --compensation {options.compensation} does at the end, "
+            "which is nothing; leave one of them out"
+        )
     return Planning(
         budget=Budget(
             ratio=options.ratio,
@@ -80,6 +89,7 @@ def planning_of(options: PlanOptions, times: Times | None = None) -> Planning:
         host_sums=options.host_sums,
         rounds=options.rounds,
         power=1.0 if options.equal_rounds else Planning.power,
+        between=options.compensation if options.compensate_rounds else "none",
         attention_unit=options.attention_unit,
         seed=options.seed,
     )

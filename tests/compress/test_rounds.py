@@ -75,3 +75,33 @@ def test_kept_scores_are_those_of_their_criterion(tmp_path):
     assert Scores.read(tmp_path / "scores.safetensors", CRITERIA["gate"]).shares == {"a": 0.1}
     with pytest.raises(ValueError, match="not by taylor"):
         Scores.read(tmp_path / "scores.safetensors", CRITERIA["taylor"])
+
+
+@pytest.mark.parametrize("name", ["llava", "blip2_t5"])
+def test_compensated_rounds_look_at_the_refitted_model_and_a_killed_plan_goes_on_to_the_same_bytes(name):
+    def planned(between: str, done=None) -> list:
+        tiny, seen = tiny_model(name), []
+        batches = [{"labels": tiny.inputs(3)["input_ids"].clone(), **tiny.inputs(3)}]
+        planning = Planning(Budget(0.4, allocator="global"), CRITERIA["gate"], rounds=3, between=between)
+        plan_in_rounds(tiny.model, lambda _: batches, planning, done=done, on_round=seen.append)
+        return seen
+
+    plain, found = planned("none"), planned("refit")
+    assert plain[0].order.plan.keep == found[0].order.plan.keep
+    assert all(
+        any(not torch.equal(one.scores.values[key], other.scores.values[key]) for key in one.scores.values)
+        for one, other in zip(plain[1:], found[1:], strict=True)
+    )
+    assert found[-1].plan.options["between"] == "refit" and "between" not in plain[-1].plan.options
+    for rounds in (1, 2):
+        again = planned("refit", found[rounds - 1].order)
+        assert len(again) == 3 - rounds and again[-1].order.digest == found[-1].order.digest
+        for key, values in found[-1].scores.values.items():
+            assert torch.equal(again[-1].scores.values[key], values)
+
+
+def test_rounds_that_compensate_with_nothing_are_refused():
+    options = PlanOptions(model="", data=Path(), compensation="none", compensate_rounds=True)
+    with pytest.raises(UnsuitableOptionError, match="--compensate-rounds does between rounds what --compensation none"):
+        planning_of(options)
+    assert planning_of(PlanOptions(model="", data=Path(), compensate_rounds=True)).between == "refit"

@@ -33,9 +33,8 @@ APART = 2.0**-22  # one unit's value is above the last one's by this share at le
 
 
 class Surgeon(Moments):
-    """The cost of every unit when its turn to leave has come, as a share of what its projection gives, spread evenly
-    over its columns: fp32 on the CPU, by `path:1`; rows have none. A value is never below those of the units that left
-    before, so that its order is theirs.
+    """The cost of every unit when its turn to leave has come, spread evenly over its columns: fp32 on the CPU, by
+    `path:1`; rows have none. A value is above those of the units that left before, so that its order is theirs.
     """
 
     def finish(self, reduce: Reduce) -> dict[str, Tensor]:
@@ -66,7 +65,7 @@ class Surgeon(Moments):
 
     def _worth(self, side: Side, own: Tensor) -> Tensor:
         """What a unit's costs are multiplied by, of the energy that units have by themselves, [units]."""
-        return (1 / own.sum()).expand_as(own)
+        return torch.ones_like(own)
 
 
 class GatedSurgeon(Surgeon):

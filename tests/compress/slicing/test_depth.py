@@ -92,6 +92,7 @@ def test_blocks_and_units_cut_one_after_the_other_are_the_composed_plan_and_coun
         plans.append(maker(twice))
         apply_plan(twice, plans[-1])
     both = plans[0].compose(plans[1])
+    assert plans[0].compose(both.since(plans[0])) == both
     once = apply_plan(copy.deepcopy(tiny.model), Plan.from_json(both.to_json()))
     assert count_parameters(once) == count_parameters(twice) == both.parameters_after
     assert once.config.slimvlm == twice.config.slimvlm

@@ -125,7 +125,7 @@ def test_scores_of_a_model_are_those_of_its_inputs_whatever_the_bound_on_memory(
         gram = linear.weight.detach().double().T @ linear.weight.detach().double()
         count = len(second) // width
         own = torch.stack([(gram * second)[i : i + width, i : i + width].sum() for i in range(0, len(second), width)])
-        worth = gates[side].view(count, width).sum(1) / own if name == "gate-obs" else torch.ones(count) / own.sum()
+        worth = gates[side].view(count, width).sum(1) / own if name == "gate-obs" else torch.ones(count)
         order, costs = removal(second, gram, width, worth.double())
         found = free.seen[name][side].view(count, width).sum(1)[order]
         assert torch.allclose(found.double(), costs.cummax(0).values, rtol=1e-3)
