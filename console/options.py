@@ -100,12 +100,14 @@ sample_options = together(
     option("--seed", type=SEED, help="Of the choice of samples, and of random scores."),
     option("--max-bad-samples", type=FRACTION, help="Fraction of unreadable samples skipped before data is refused."),
 )
+rounds_option = option("--rounds", type=COUNT, help="Calibrations, each on the model as cut so far.")
+samples_option = option("--samples", type=COUNT, help="Calibration samples per round; else 512, with --faithful 1000.")
 plan_options = together(
     option("--ratio", type=RATIO, help="Fraction of ALL parameters to remove."),
     option("--criterion", type=click.Choice(CRITERIA), help="What a unit is worth."),
     option("--faithful", is_flag=True, help="UKMP to the letter: ukmi, allocator paper, one round, no refit."),
     option("--allocator", type=click.Choice(list(ALLOCATORS)), help="Where units are taken."),
-    option("--rounds", type=COUNT, help="Calibrations, each on the model as cut so far."),
+    rounds_option,
     option("--equal-rounds", is_flag=True, help="Of equal shares: for a plan that smaller ratios are cut from."),
     option("--tower-ratio", type=Share(), multiple=True, callback=shares, help="For one tower, as vision=0.3."),
     option("--kind-ratio", type=Share(*KINDS), multiple=True, callback=shares, help="For a kind, as attention=0.1."),
@@ -116,7 +118,7 @@ plan_options = together(
     click.option("--refit", "compensation", flag_value="refit", help="The same as --compensation refit."),
     click.option("--no-refit", "compensation", flag_value="none", help="The same as --compensation none."),
     option("--compensate-rounds", is_flag=True, help="Compensate between rounds, too; each looks at what came of it."),
-    option("--samples", type=COUNT, help="Calibration samples per round; else 512, with --faithful 1000."),
+    samples_option,
     option("--grad-memory", type=Size(), metavar="SIZE", help="Bound on sums held at once, as 8GB."),
     option("--host-sums", is_flag=True, help="Keep gradient sums in host memory while the model is on a GPU."),
     option("--prefix-split", is_flag=True, help="Encoder-decoder models: split captions as the paper does."),
@@ -278,10 +280,13 @@ frontier_options = together(
     ),
     frontier_option("--variants", type=Names(), metavar="NAMES", help="Precisions of every cut."),
     frontier_option("--exporter", type=click.Choice(EXPORTERS), help="As of export; torchscript is the faster one."),
+    frontier_option("--times/--no-times", help="Without: sizes and quality; --resume takes the times."),
     frontier_option("--minutes", type=POSITIVE, help="Begin no cut that would end later; the most telling come first."),
     frontier_option("--target", multiple=True, type=TEXT, metavar="NAME=AMOUNT", help="Name the best under it."),
     frontier_option("--threads", type=COUNT, help="On the CPU; else as many as physical cores."),
     sample_options,
+    samples_option,
+    rounds_option,
     recover_option,
     steps_option,
     train_batch_option,

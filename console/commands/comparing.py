@@ -20,7 +20,7 @@ from slimvlm.console.options import (
     sample_options,
 )
 from slimvlm.console.progress import progress, show_job
-from slimvlm.serve.frontier.options import FrontierOptions
+from slimvlm.serve.frontier.options import OWN, FrontierOptions
 from slimvlm.serve.options import ProfileOptions
 
 
@@ -36,7 +36,7 @@ def frontier(as_json: bool, quiet: bool, **values: Any) -> None:
     from slimvlm.serve.frontier.job import measure_frontier
     from slimvlm.serve.report import write_frontier_report
 
-    own = {name: values.pop(name) for name in ("ratios", "variants", "exporter", "minutes", "target", "threads")}
+    own = {name: values.pop(name) for name in OWN}
     options = FrontierOptions(cut=CutOptions(**values), **own)
     with progress(quiet) as report:
         found = measure_frontier(options, report)

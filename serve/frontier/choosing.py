@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -32,9 +33,14 @@ def pareto(points: Iterable[Point], cost: str) -> tuple[Point, ...]:
 def recommend(frontier: Frontier) -> tuple[Choice, ...]:
     """The smallest and the fastest artefact that lose at most a point, and the best one under each target."""
     within = f"at most {ACCEPTED_DROP:g} point lost"
-    costs = ("size", "tpot" if any(point.milliseconds("tpot") for point in frontier.points) else "vision")
-    bounds = [_cheapest(frontier, cost, within) for cost in costs]
+    bounds = [_cheapest(frontier, cost, within) for cost in costs_of(frontier)]
     return (*bounds, *(_best(frontier, goal) for goal in read_goals(frontier.targets)))
+
+
+def costs_of(frontier: Frontier) -> tuple[str, ...]:
+    """What its points cost: bytes, and where they were timed the time that counts, a token's or a tower's."""
+    times = (phase for phase in ("tpot", "vision") if any(point.milliseconds(phase) for point in frontier.points))
+    return ("size", *itertools.islice(times, 1))
 
 
 def _cheapest(frontier: Frontier, cost: str, within: str) -> Choice:
@@ -54,8 +60,10 @@ def _best(frontier: Frontier, goal: Goal) -> Choice:
         key = "size"
     else:
         found = {"memory": lambda one: one.memory(frontier.device.kind)}.get(goal.name, lambda one: one.cost(goal.name))
-        fits = [one for one in frontier.points if (value := found(one)) is not None and goal.is_met(value)]
-        key = goal.name
+        known = [(value, one) for one in frontier.points if (value := found(one)) is not None]
+        if not known:
+            return Choice(None, f"Best under {goal}: it was not measured.")
+        fits, key = [one for value, one in known if goal.is_met(value)], goal.name
     if not fits:
         return Choice(None, f"Best under {goal}: none of the points that were measured meets it.")
     point = min(fits, key=lambda one: (one.bytes, one.drop) if goal.name == "drop" else (one.drop, one.bytes))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from slimvlm.compress.evaluation.quality import Comparison
@@ -32,6 +32,7 @@ class Point:
         bytes: of the files that are needed to run it.
         quality: it (`slim`) against the dense model in full precision (`dense`).
         cell: it (`slim`) beside the dense model in full precision (`dense`); of that model itself it holds it alone.
+            None where it was not timed.
         seconds: that making and measuring it took.
     """
 
@@ -41,7 +42,7 @@ class Point:
     folder: str
     bytes: int
     quality: Comparison
-    cell: Cell
+    cell: Cell | None
     seconds: float
 
     def __post_init__(self) -> None:
@@ -72,12 +73,12 @@ class Point:
 
     def milliseconds(self, phase: str) -> float | None:
         """Median of a phase of `profile.PHASES`; None where it was not measured."""
-        run = self.cell.runs.get("slim") if self.cell.status == MEASURED else None
+        run = self.cell.runs.get("slim") if self.cell is not None and self.cell.status == MEASURED else None
         return 1000 * run.medians[phase] if run is not None and phase in run.medians else None
 
     def memory(self, kind: str) -> int | None:
         """Bytes at the peak on a device of this kind."""
-        run = self.cell.runs.get("slim")
+        run = None if self.cell is None else self.cell.runs.get("slim")
         return None if run is None else peak_memory(run.memory, kind)
 
     def cost(self, name: str) -> float | None:
@@ -117,9 +118,16 @@ class Frontier:
         """
         return json.dumps(asdict(self), indent=1, allow_nan=False) + "\n"
 
-    def has(self, ratio: float, variant: str) -> bool:
-        """Whether this point was measured."""
-        return any((point.ratio, point.variant) == (ratio, variant) for point in self.points)
+    def find(self, ratio: float, variant: str) -> Point | None:
+        """This point, if it was measured."""
+        return next((point for point in self.points if (point.ratio, point.variant) == (ratio, variant)), None)
+
+    def with_point(self, point: Point) -> Frontier:
+        """The same with this point, in the place of what it was measured as before."""
+        place = self.find(point.ratio, point.variant)
+        if place is None:
+            return replace(self, points=(*self.points, point))
+        return replace(self, points=tuple(point if one is place else one for one in self.points))
 
 
 def point_name(removed: float, variant: str) -> str:

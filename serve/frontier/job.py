@@ -1,7 +1,9 @@
 """`slimvlm frontier`: one calibration, many cuts, every one of them in several precisions, each measured.
 
 The plan of the largest cut holds those of all smaller ones. Each cut is a run folder of its own in `cuts/`, so that an
-interrupted frontier goes on where it was; `frontier.json` is written anew after every point.
+interrupted frontier goes on where it was; `frontier.json` is written anew after every point. Points that an earlier
+process did not time are timed when it goes on: what a model answers can be measured where the machine is busy, its
+times later, or on the device.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from slimvlm.serve.measuring.device import available_cores, measure_device
 from slimvlm.serve.options import ONNX, ProfileOptions
 from slimvlm.serve.profiling import measure_first
 
+DENSE = f"{CUTS}/0"
 CELL_SECONDS = 4.0  # a third of what `slimvlm profile` takes: there are many
 
 
@@ -72,10 +75,10 @@ def measure_frontier(options: FrontierOptions, progress: Progress = silent) -> F
 
 
 def _known(options: FrontierOptions, family: str) -> Frontier:
-    """What an earlier process measured, or a frontier without points."""
+    """What an earlier process measured, or a frontier without points; the device is that of the times."""
     asked, path = options.cut, options.out / FRONTIER
-    if path.is_file():
-        earlier = read(path, Frontier, OutputError, AGAIN)
+    earlier = read(path, Frontier, OutputError, AGAIN) if path.is_file() else None
+    if earlier is not None and any(point.cell is not None for point in earlier.points):
         return replace(earlier, targets=options.target, skipped={}, left=())
     device = pick_device(asked.device)
     threads = options.threads or available_cores()
@@ -93,6 +96,7 @@ def _known(options: FrontierOptions, family: str) -> Frontier:
         device=measure_device(device, threads, ("fp32",)),
         versions=installed_versions((*VERSIONED, *manifest.VERSIONED)),
         settings={**settings, "steps": asked.steps, "threads": threads, "cell_seconds": CELL_SECONDS},
+        points=() if earlier is None else earlier.points,
         targets=options.target,
     )
 
@@ -112,15 +116,17 @@ class _Exploration:
         order = informative_order(self.options.cuts)
         total, budget = sum(len(self._variants(ratio)) for ratio in order), self.options.minutes
         for ratio in order:
-            missing = [name for name in self._variants(ratio) if not frontier.has(ratio, name)]
+            missing = [name for name in self._variants(ratio) if not self._is_whole(frontier.find(ratio, name))]
             spent = time.monotonic() - began
             if missing and not fits(spent, seconds, None if budget is None else 60 * budget):
                 frontier = replace(frontier, left=(*frontier.left, *(point_name(ratio, name) for name in missing)))
                 continue
             for name in missing:
-                self.progress("frontier", len(frontier.points) + len(frontier.skipped), total, point_name(ratio, name))
+                whole = sum(map(self._is_whole, frontier.points))
+                self.progress("frontier", whole + len(frontier.skipped), total, point_name(ratio, name))
                 try:
-                    frontier = replace(frontier, points=(*frontier.points, self._point(ratio, name)))
+                    point = frontier.find(ratio, name) or self._point(ratio, name)
+                    frontier = frontier.with_point(self._timed(point) if self.options.times else point)
                 except SlimvlmError as refused:
                     skipped = {**frontier.skipped, point_name(ratio, name): str(refused)}
                     frontier = replace(frontier, skipped=skipped)
@@ -135,17 +141,34 @@ class _Exploration:
         """The precisions of a cut; full precision of the dense model comes first: all others are held against it."""
         return self.options.variants if ratio else tuple(dict.fromkeys((FULL, *self.options.variants)))
 
+    def _is_whole(self, point: Point | None) -> bool:
+        """Whether all that was asked for was measured."""
+        return point is not None and (point.cell is not None or not self.options.times)
+
     def _point(self, ratio: float, variant: str) -> Point:
+        """Its bytes and its quality."""
         began = time.monotonic()
         folder, removed = self._made(ratio)
         quality = self._quality(folder, variant)
-        dense = self.options.out / CUTS / "0"
-        is_full = not ratio and variant == FULL
-        asked, backend = self.options.cut, f"{ONNX}:{variant}"
+        return Point(
+            ratio=ratio,
+            removed=removed,
+            variant=variant,
+            folder=(folder / EXPORT).relative_to(self.options.out).as_posix(),
+            bytes=bytes_on_disk(folder, f"{ONNX}:{variant}"),
+            quality=compare(self._quality(self.options.out / DENSE, FULL), quality, self.options.cut.seed),
+            cell=None,
+            seconds=round(time.monotonic() - began, 1),
+        )
+
+    def _timed(self, point: Point) -> Point:
+        """The same with its times, beside those of the dense model in full precision."""
+        began, asked, backend = time.monotonic(), self.options.cut, f"{ONNX}:{point.variant}"
+        is_full = point.is_dense and point.variant == FULL
         cell = measure_first(
             ProfileOptions(
-                slim=f"{folder / EXPORT}:{backend}",
-                against=None if is_full else f"{dense / EXPORT}:{ONNX}:{FULL}",
+                slim=f"{self.options.out / point.folder}:{backend}",
+                against=None if is_full else f"{self.options.out / DENSE / EXPORT}:{ONNX}:{FULL}",
                 backend=(backend,),
                 device=asked.device,
                 threads=self.options.threads,
@@ -157,16 +180,7 @@ class _Exploration:
                 trust_remote_code=asked.trust_remote_code,
             )
         )
-        return Point(
-            ratio=ratio,
-            removed=removed,
-            variant=variant,
-            folder=(folder / EXPORT).relative_to(self.options.out).as_posix(),
-            bytes=bytes_on_disk(folder, backend),
-            quality=compare(self._quality(dense, FULL), quality, asked.seed),
-            cell=cell,
-            seconds=round(time.monotonic() - began, 1),
-        )
+        return replace(point, cell=cell, seconds=round(point.seconds + time.monotonic() - began, 1))
 
     def _made(self, ratio: float) -> tuple[Path, float]:
         """The folder of a cut, with `export/` in it, and the fraction it removes."""

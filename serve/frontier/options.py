@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from slimvlm.compress.errors import UnsuitableOptionError
@@ -24,6 +24,7 @@ class FrontierOptions:
         ratios: to cut by; 0 is the dense model, which is always measured.
         variants: precisions of every cut; full precision is always measured of the dense model.
         exporter: of the ONNX graphs, as of `slimvlm export`.
+        times: whether points are timed; if not, a later resume does.
         minutes: no further cut is begun that would, as dear as the dearest so far, end later; None: all are made.
         target: `NAME=AMOUNT`s to name the best artefact under.
         threads: of one operation on the CPU; None: as `slimvlm profile`.
@@ -33,6 +34,7 @@ class FrontierOptions:
     ratios: tuple[float, ...] = RATIOS
     variants: tuple[str, ...] = CHOSEN_VARIANTS
     exporter: str = ExportOptions.exporter
+    times: bool = True
     minutes: float | None = None
     target: tuple[str, ...] = ()
     threads: int | None = None
@@ -76,3 +78,6 @@ class FrontierOptions:
             seed=self.cut.seed,
             trust_remote_code=self.cut.trust_remote_code,
         )
+
+
+OWN = tuple(field.name for field in fields(FrontierOptions) if field.name != "cut")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from slimvlm.compress.runs import FRONTIER
 from slimvlm.serve.fitting.goals import read_goals
-from slimvlm.serve.frontier.choosing import pareto, recommend
+from slimvlm.serve.frontier.choosing import costs_of, pareto, recommend
 from slimvlm.serve.frontier.frontier import Frontier, Point
 from slimvlm.serve.report.charts import Estimate, Mark, trade_dots
 from slimvlm.serve.report.document import Chart, Finding, Said, Table, figure, percent, shown, whole
@@ -31,23 +31,29 @@ def frontier_said(frontier: Frontier) -> Iterator[Said]:
     if not points:
         yield Finding("No artefact was measured.", f"{FRONTIER}: points", bad=True)
         return
-    paired = any(point.cell.ratios for point in points)  # a run's own table has the times of its profile
-    beside = "the dense model in full precision" if paired else "the other model in the same precision"
     yield (
-        f"Every artefact was timed on {shown(frontier.device.name)}, {frontier.device.threads} threads, beside "
-        f"{beside}, and asked the same {whole(points[0].quality.questions)} questions. "
+        f"Every artefact was {_timed(frontier)}asked the same {whole(points[0].quality.questions)} questions. "
         "The bars are 95 % intervals of the difference to the dense model in full precision; the line joins what no "
         "other artefact beats, which the table marks with a star."
     )
     for choice in recommend(frontier):
         yield Finding(shown(choice.sentence), f"{FRONTIER}: points", bad=choice.point is None)
-    costs = ["size", "tpot" if any(point.cost("tpot") for point in points) else "vision"]
-    yield from (_chart(frontier, cost) for cost in costs if any(point.cost(cost) for point in points))
+    yield from (_chart(frontier, cost) for cost in costs_of(frontier))
     yield _table(frontier)
     for name, reason in frontier.skipped.items():
         yield Finding(shown(f"{name}: {reason}"), f"{FRONTIER}: skipped", bad=True)
     if frontier.left:
         yield f"There was no time for {shown(', '.join(frontier.left))}; --resume measures them."
+
+
+def _timed(frontier: Frontier) -> str:
+    """On what, and beside what; nothing where times were not taken."""
+    cells = [point.cell for point in frontier.points if point.cell is not None]
+    if not cells:
+        return ""
+    paired = any(cell.ratios for cell in cells)  # a run's own table has the times of its profile
+    beside = "the dense model in full precision" if paired else "the other model in the same precision"
+    return f"timed on {shown(frontier.device.name)}, {frontier.device.threads} threads, beside {beside}, and "
 
 
 def _chart(frontier: Frontier, cost: str) -> Chart:
@@ -109,6 +115,6 @@ def _table(frontier: Frontier) -> Table:
 
 def _time(point: Point, phase: str) -> str:
     """Median, and how many times as fast as the dense model in full precision, with its interval."""
-    value, ratio = point.milliseconds(phase), point.cell.ratios.get(phase)
+    value, ratio = point.milliseconds(phase), point.cell.ratios.get(phase) if point.cell is not None else None
     faster = "" if ratio is None else f" ({ratio.value:.2f} x, {ratio.low:.2f} to {ratio.high:.2f})"
     return "-" if value is None else f"{value:.3g}{faster}"

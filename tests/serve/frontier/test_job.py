@@ -1,13 +1,15 @@
-"""A frontier, made: every cut in every precision, and what becomes of it when it is interrupted."""
+"""A frontier, made: every cut in every precision, and what becomes of it when it is killed."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import signal
 from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
+from forked import Forked
 from tiny_folders import write_tiny
 
 from slimvlm.cli import main
@@ -17,9 +19,15 @@ from slimvlm.compress.options import CutOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.runs import FRONTIER
 from slimvlm.export.running.exported import Exported
+from slimvlm.serve.frontier.choosing import recommend
 from slimvlm.serve.frontier.frontier import Frontier
 from slimvlm.serve.frontier.job import measure_frontier
 from slimvlm.serve.frontier.options import FrontierOptions
+from slimvlm.serve.report.sections.frontier import frontier_said
+
+WORDS = (
+    "--ratios 0.1,0.2 --variants int8 --recover none --eval-samples 6 --exporter torchscript --threads 1 --device cpu"
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,29 +39,39 @@ def asked(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def interrupted(asked):
-    """Ended by Ctrl-C when the dense model and one cut were measured; what was on disk then."""
-
-    def stop_at_second_cut(stage: str, done: int, _total: int, _note: str = "", /) -> None:
-        if stage == "frontier" and done == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        measure_frontier(asked, stop_at_second_cut)
+def killed(asked):
+    """Begun without times by a process that was sent SIGKILL once a cut was measured; what was on disk then."""
+    words = ["slimvlm", "frontier", asked.cut.model, asked.out, "--data", asked.cut.data, *WORDS.split(), "--no-times"]
+    with Forked(asked.out.parent, *words) as process:
+        while not ((asked.out / FRONTIER).is_file() and '"ratio": 0.2' in (asked.out / FRONTIER).read_text()):
+            assert process.runs(), process.stderr.read_text()
+        assert process.kill() == -signal.SIGKILL
     return read(asked.out / FRONTIER, Frontier)
 
 
 @pytest.fixture(scope="module")
-def whole(asked, interrupted):
-    """The same, continued."""
-    return measure_frontier(replace(asked, cut=replace(asked.cut, resume=True)))
+def whole(asked, killed):
+    """The same, continued, with times."""
+    answers = {path: path.read_bytes() for path in asked.out.glob("cuts/*/quality-*.json")}
+    found = measure_frontier(replace(asked, cut=replace(asked.cut, resume=True)))
+    assert answers == {path: path.read_bytes() for path in answers}  # each holds the seconds it took
+    return found
 
 
-def test_an_interrupted_frontier_keeps_its_points_and_goes_on_with_the_others(interrupted, whole):
-    assert [(point.ratio, point.variant) for point in interrupted.points] == [(0, "fp32"), (0, "int8"), (0.2, "int8")]
-    assert whole.points[:3] == interrupted.points
-    assert [(point.ratio, point.variant) for point in whole.points[3:]] == [(0.1, "int8")]
+def test_a_killed_frontier_keeps_its_points_and_goes_on_with_the_others(killed, whole):
+    order = [(0, "fp32"), (0, "int8"), (0.2, "int8"), (0.1, "int8")]
+    assert [(point.ratio, point.variant) for point in killed.points] == order[: len(killed.points)]
+    assert [(point.ratio, point.variant) for point in whole.points] == order
+    for before, after in zip(killed.points, whole.points, strict=False):
+        assert replace(after, cell=None, seconds=0) == replace(before, seconds=0)
     assert not whole.skipped and not whole.left
+
+
+def test_what_was_not_timed_is_timed_when_it_goes_on(killed, whole):
+    assert all(point.cell is None for point in killed.points) and all(point.cell is not None for point in whole.points)
+    assert "Fastest" not in " ".join(choice.sentence for choice in recommend(killed))
+    said = " ".join(str(one) for one in frontier_said(killed))
+    assert "timed on" not in said and "asked the same 12 questions" in said
 
 
 def test_every_cut_is_the_beginning_of_one_plan(asked, whole):
@@ -80,20 +98,7 @@ def test_a_finished_frontier_is_shown_again_without_measuring(asked, whole):
     arguments = ["frontier", asked.cut.model, str(asked.out), "--data", str(asked.cut.data)]
     shutil.copytree(asked.out, copy := asked.out.with_name("copy"))
     arguments[2] = str(copy)
-    wanted = [
-        "--ratios",
-        "0.1,0.2",
-        "--variants",
-        "int8",
-        "--recover",
-        "none",
-        "--eval-samples",
-        "6",
-        "--resume",
-        "--exporter",
-        "torchscript",
-    ]
-    found = CliRunner().invoke(main, [*arguments, *wanted, "--target", "size=1GB", "--json", "--device", "cpu"])
+    found = CliRunner().invoke(main, [*arguments, *WORDS.split(), "--resume", "--target", "size=1GB", "--json"])
     assert found.exit_code == 0, found.output
     document = json.loads(found.stdout)
     assert len(document["points"]) == len(whole.points)
@@ -109,7 +114,7 @@ def test_a_budget_leaves_out_the_cuts_that_would_end_later(asked, whole, tmp_pat
     shutil.copytree(asked.out, copy := tmp_path / "copy")
     (copy / FRONTIER).write_text(replace(whole, points=whole.points[1:2]).to_json())
     chosen = replace(asked.cut, out=copy, resume=True)
-    found = measure_frontier(replace(asked, cut=chosen, minutes=1e-6))
+    found = measure_frontier(replace(asked, cut=chosen, minutes=1e-6, times=False))
     assert [point.ratio for point in found.points] == [0, 0, 0.2] and found.left == ("10 % removed, int8",)
 
 
