@@ -89,6 +89,8 @@ class PlanOptions(EvaluateOptions):
         grad_memory: bound in bytes on the sums held at once, of gradients or of the refit; None: none, or
             (refit) a quarter of the fp32 weights.
         host_sums: keep gradient sums in host memory while the model is on a GPU.
+        tokens: of the text model's, those that a criterion without gradients looks at: `all`, `text`, `image`, `atv`
+            or `atv(ALPHA)`; None: what the criterion says.
         threshold, entropy, taylor: ablations; None: what the criterion says. A threshold of 1 selects all tokens.
         cost: what importance is weighed against: `parameters`, or the `milliseconds` a target of time speaks of.
         compensation: what the weights that stay become; `refit` fits the kept columns of output projections to the
@@ -113,6 +115,7 @@ class PlanOptions(EvaluateOptions):
     samples: int = NOT_GIVEN
     grad_memory: int | None = None
     host_sums: bool = False
+    tokens: str | None = None
     threshold: float | None = None
     entropy: bool | None = None
     taylor: str | None = None

@@ -22,6 +22,7 @@ from slimvlm.compress.options import (
 )
 from slimvlm.compress.recovery.distillation.recipe import LOSSES, PROGRESSIONS
 from slimvlm.compress.slicing.compensation import COMPENSATIONS
+from slimvlm.compress.statistics.rows import POOLS
 from slimvlm.console.values import (
     MOST,
     Count,
@@ -122,6 +123,12 @@ plan_options = together(
     option("--grad-memory", type=Size(), metavar="SIZE", help="Bound on sums held at once, as 8GB."),
     option("--host-sums", is_flag=True, help="Keep gradient sums in host memory while the model is on a GPU."),
     option("--prefix-split", is_flag=True, help="Encoder-decoder models: split captions as the paper does."),
+    option(
+        "--tokens",
+        type=TEXT,
+        metavar="POOL",
+        help=f"Those that criteria without gradients look at: {', '.join(POOLS)} or 'atv(ALPHA)'; else all.",
+    ),
     option("--threshold", type=FRACTION, help="Ablation: fit below this probability counts as poor; 1: all tokens."),
     option("--entropy/--no-entropy", default=None, help="Ablation: weigh by the entropy of output angles."),
     option("--taylor", type=click.Choice(TAYLORS), help="Ablation: variant of the criteria ukmi and taylor."),

@@ -11,12 +11,14 @@ from slimvlm.compress.allocate.allocators import ALLOCATORS
 from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.recovery.distillation.recipe import LOSSES, PROGRESSIONS
 from slimvlm.compress.slicing.compensation import COMPENSATIONS
+from slimvlm.compress.statistics.rows import POOLS
 from slimvlm.export.variants import VARIANTS
 
 ROOT = Path(__file__).parents[1]
 
 ROWS = {
     "Criteria": CRITERIA,
+    "Tokens": POOLS,
     "Allocators": ALLOCATORS,
     "Compensation": COMPENSATIONS,
     "Recovery": (*PROGRESSIONS, *LOSSES),

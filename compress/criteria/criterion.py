@@ -45,6 +45,11 @@ class Criterion:
         return next((STATISTICS[name].units for name in self.statistics), "width")
 
     @property
+    def learns(self) -> bool:
+        """It takes gradients: a backward pass is needed."""
+        return any(STATISTICS[name].reads == "backward" for name in self.statistics)
+
+    @property
     def score(self) -> Score:
         """`score(group, seen) -> (values [num_units], indices of the units [num_units, m])`."""
         made: Score = import_module(f"slimvlm.compress.criteria.{self.file}").score
@@ -60,6 +65,7 @@ class Criterion:
         return {
             "name": self.name,
             "saliency": (*self.statistics, self.name)[0],
+            "tokens": self.tokens.name,
             "threshold": self.tokens.threshold,
             "entropy": self.angles is not None,
         }

@@ -23,7 +23,7 @@ from slimvlm.compress.models.groups import Group, Member
 # Streams of tokens: the text model's input, what a decoder of its own reads, the patches of the images.
 TEXT, TARGETS, PATCHES = "text", "targets", "patches"
 Inputs = dict[str, Tensor | int]  # keyword arguments of a forward; flags are integers, too
-Masks = dict[str, Tensor | None]  # per stream the tokens that count, bool [B, S]; None: all of them
+Masks = dict[str, Tensor | None]  # per stream (or block) the tokens that count, bool [B, S]; None: all of them
 Value = TypeVar("Value")
 
 
@@ -61,7 +61,9 @@ class Question:
         labels: [B', L] aligned with the logits that `chosen` gives; None for a dual encoder.
         rows: the samples that count, None for all.
         positions: logit positions with a label, if the forward could not be told to compute only those.
-        masks: per stream the tokens that count, bool [B, S]; None for all of them.
+        masks: per stream, or block of a tower where its choice is its own, the tokens that count, bool [B, S]; None
+            for all of them.
+        images: the image tokens of the stream TEXT, bool [B, S]; None for a dual encoder, whose text holds none.
     """
 
     inputs: Inputs
@@ -70,6 +72,7 @@ class Question:
     positions: Tensor | None
     masks: Masks
     tally: Tally = field(default_factory=Tally)
+    images: Tensor | None = None
 
     def chosen(self, logits: Tensor) -> Tensor:
         """The model's logits at the labels, [B', L, V]."""
@@ -149,12 +152,12 @@ def ask(model: nn.Module, family: Family, batch: Mapping[str, Tensor]) -> Questi
     masks = {TEXT: text & rows[:, None]}
     if (targets := posed.masks.get(TARGETS)) is not None:
         masks[TARGETS] = targets & rows[:, None]
-    images = int(((batch["input_ids"] == _image_token(model)) & masks[TEXT]).sum())
-    written = sum(int(mask.sum()) for mask in masks.values()) - images
-    tally = Tally(int(rows.sum()), int((~rows).sum()), images, written)
-    return _on_device(
-        model, Question(inputs, labels, None if rows.all() else rows, None if keep else positions, {**masks}, tally)
-    )
+    images = torch.isin(batch["input_ids"], torch.tensor(image_tokens(model.config)))
+    seen = int((images & masks[TEXT]).sum())
+    written = sum(int(mask.sum()) for mask in masks.values()) - seen
+    tally = Tally(int(rows.sum()), int((~rows).sum()), seen, written)
+    asked = None if rows.all() else rows, None if keep else positions
+    return _on_device(model, Question(inputs, labels, *asked, {**masks}, tally, images))
 
 
 def placed(batch: Mapping[str, Value], device: torch.device, dtype: torch.dtype | None = None) -> dict[str, Value]:
@@ -198,16 +201,18 @@ def _patches(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
     return len(pixels) * math.prod(side // size for side in pixels.shape[-2:])
 
 
-def _image_token(model: nn.Module) -> int:
-    token = getattr(model.config, "image_token_id", None)
-    return IGNORED if token is None else token
+def image_tokens(config: object) -> list[int]:
+    """Tokens in whose place the features of images (or frames) are read, by a model's config."""
+    found = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
+    return [token for token in found if token is not None]
 
 
 def _on_device(model: nn.Module, question: Question) -> Question:
     """The same question where the model is."""
     weight = next(model.parameters())
     masks = {name: None if mask is None or mask.all() else mask for name, mask in question.masks.items()}
-    parts = {"labels": question.labels, "rows": question.rows, "positions": question.positions}
+    names = ("labels", "rows", "positions", "images")
+    parts = {name: getattr(question, name) for name in names}
     masks, parts = (placed(some, weight.device) for some in (masks, parts))
     inputs = placed(question.inputs, weight.device, weight.dtype)
     return Question(inputs, masks=masks, tally=question.tally, **parts)

@@ -21,6 +21,7 @@ from slimvlm.compress.files.decoding import read
 from slimvlm.compress.files.writing import write_text
 from slimvlm.compress.models.checkpoint import build_meta
 from slimvlm.compress.models.computing import frees_memory, load_to_compute
+from slimvlm.compress.models.families import find_family
 from slimvlm.compress.options import PlanOptions
 from slimvlm.compress.plan import BLOCK, Compensating, Plan
 from slimvlm.compress.processes import pick_device
@@ -29,7 +30,8 @@ from slimvlm.compress.rounds import Planned, Planning, check_budget, plan_in_rou
 from slimvlm.compress.runs import AGAIN, ORDER, PLAN, ROUNDS, SCORES, RunFolder
 from slimvlm.compress.slicing.compensation import COMPENSATIONS
 from slimvlm.compress.statistics.collect import calibration_batch
-from slimvlm.compress.statistics.rows import ALL, POORLY_FITTED, STATISTICS
+from slimvlm.compress.statistics.pools import check_pool
+from slimvlm.compress.statistics.rows import ALL, POORLY_FITTED, token_rule
 
 
 def chosen_criterion(options: PlanOptions) -> Criterion:
@@ -50,12 +52,18 @@ def chosen_criterion(options: PlanOptions) -> Criterion:
             f"--{ablations[0]} changes which tokens count, and {criterion.name} sees none: it scores without samples; "
             f"choose another --criterion, or leave --{ablations[0]} out"
         )
-    if options.threshold is not None and all(STATISTICS[name].reads == "forward" for name in criterion.statistics):
+    if options.threshold is not None and not criterion.learns:
         raise UnsuitableOptionError(
             f"--threshold changes which answers give a gradient, and {criterion.name} takes none; "
             "choose another --criterion, or leave --threshold out"
         )
-    tokens = criterion.tokens
+    tokens = criterion.tokens if options.tokens is None else token_rule(options.tokens)
+    if tokens != criterion.tokens and (criterion.learns or not criterion.statistics):
+        forward = ", ".join(name for name, row in CRITERIA.items() if row.statistics and not row.learns)
+        raise UnsuitableOptionError(
+            f"--tokens {options.tokens} is for criteria that need a forward alone ({forward}), and {criterion.name} "
+            f"{'takes gradients' if criterion.learns else 'sees no tokens'}; choose one of them, or leave --tokens out"
+        )
     if options.threshold is not None:
         tokens = ALL if options.threshold >= 1 else replace(POORLY_FITTED, threshold=options.threshold)
     entropy = criterion.angles is not None if options.entropy is None else options.entropy
@@ -109,6 +117,7 @@ def check_plan(options: PlanOptions) -> None:
             "choose another --criterion"
         )
     model, _ = build_meta(options.model, options.trust_remote_code)
+    check_pool(planning.criterion.tokens, find_family(model.config), model.config)
     check_budget(model, planning.groups(model), planning.budget)
 
 

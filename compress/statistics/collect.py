@@ -15,16 +15,18 @@ import torch
 from torch import Tensor, distributed, nn
 
 from slimvlm.compress.data.collate import Collator
-from slimvlm.compress.data.questions import Question, Tally, ask, stream_of, stream_through
+from slimvlm.compress.data.questions import TEXT, Question, Tally, ask, stream_of, stream_through
 from slimvlm.compress.data.samples import Sample
 from slimvlm.compress.errors import CalibrationError
 from slimvlm.compress.models.checkpoint import Loaded
 from slimvlm.compress.models.computing import in_passes, undisturbed
 from slimvlm.compress.models.families import Family, Tower
-from slimvlm.compress.models.groups import Group, Member, count_parameters, find_groups
+from slimvlm.compress.models.groups import Group, Member, count_parameters, find_groups, live_blocks
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.statistics.collector import Collector, Side
+from slimvlm.compress.statistics.collectors.drift import Drift
 from slimvlm.compress.statistics.loss import loss
+from slimvlm.compress.statistics.pools import check_pool, choice, drifting
 from slimvlm.compress.statistics.rows import STATISTICS, CalibrationOptions
 
 CHECK_EVERY = 32  # batches between two looks at the non-finite flags: each look waits for the device
@@ -86,13 +88,22 @@ def collect(
     batches = batches if isinstance(batches, Sequence) else list(batches)
     if not batches:
         raise CalibrationError("there are no calibration batches; give at least one sample")
+    check_pool(options.tokens, family, model.config)
     sides, collectors = _sides(model, family, groups), _collectors(options)
     passes = _passes(sides, collectors, options.grad_memory_bytes)
-    run = _Run(model, family, batches, options, progress, len(passes))
+    readings = len(passes) + bool(options.tokens.alpha)
+    run = _Run(model, family, batches, options, progress, readings)
     seen: dict[str, dict[str, Tensor]] = {name: {} for name in options.statistics}
     # What holds nothing sees all sides at once, in the first pass; the rest takes turns.
     large = [collector for collector in collectors if any(map(collector.bytes_needed, sides))]
     with _frozen(model):
+        if options.tokens.alpha:
+            drift = Drift(STATISTICS["drift"])
+            with drift.watch(_mixed_blocks(model, family)):
+                run.read([drift])
+                run.counting = drifting(options.tokens.alpha, drift.turned, drift.finish(run.reduce))
+        else:
+            run.counting = choice(options.tokens.pool)
         for index, chosen in enumerate(passes):
             reading = large if index else collectors
             with ExitStack() as stack:
@@ -101,7 +112,7 @@ def collect(
                 counts = run.read(reading)
                 for collector in reading:
                     seen[collector.statistic.name] |= collector.finish(run.reduce)
-    return Calibration(seen=seen, passes=len(passes), **counts)
+    return Calibration(seen=seen, passes=readings, **counts)
 
 
 def calibration_batch(
@@ -160,7 +171,8 @@ class _Run:
         progress: Progress,
         passes: int,
     ) -> None:
-        self.model, self.family, self.batches, self.tokens = model, family, batches, options.tokens
+        self.model, self.family, self.batches, self.threshold = model, family, batches, options.tokens.threshold
+        self.counting = choice("all")
         self.joined = distributed.is_available() and distributed.is_initialized()
         first, step = (distributed.get_rank(), distributed.get_world_size()) if self.joined else (0, 1)
         self.indices = range(first, len(batches), step)
@@ -187,6 +199,7 @@ class _Run:
             if question is None:
                 counted["skipped"] += len(batch["input_ids"])
             else:
+                question = replace(question, masks=self.counting(asked, question))
                 selected += self._answer(index, question, collectors)
                 for name, count in asdict(question.tally).items():
                     counted[name] += count
@@ -200,12 +213,11 @@ class _Run:
 
     def _answer(self, index: int, question: Question, collectors: Sequence[Collector]) -> Tensor:
         """Forward of one batch, and backward where a collector reads it; the number of tokens that gave a gradient."""
-        question = replace(question, masks=self.tokens.masks(question))
         for collector in collectors:
             collector.see(question)
         learning = [collector for collector in collectors if collector.statistic.reads == "backward"]
         with torch.set_grad_enabled(bool(learning)):
-            value, tokens = loss(self.model, question, self.tokens.threshold)
+            value, tokens = loss(self.model, question, self.threshold)
             if value.requires_grad:  # not so where the loss reaches no weight of this pass
                 value.backward()
         for collector in learning:
@@ -246,7 +258,7 @@ def _sides(model: nn.Module, family: Family, groups: Sequence[Group]) -> list[Si
     of the groups.
     """
     blocks = [
-        Side(path, model.get_submodule(path), (), stream=_stream(group, stream_through(family, group.part)))
+        Side(path, model.get_submodule(path), (), stream=_stream(group, stream_through(family, group.part)), block=path)
         for group in groups
         if isinstance(group.part, Tower)
         for path in group.block_paths
@@ -268,9 +280,21 @@ def _sides(model: nn.Module, family: Family, groups: Sequence[Group]) -> list[Si
             member.width,
             _stream(group, stream_of(family, group, member)),
             group.head_dim * (1 if group.unit == "query-slot" else group.indices_per_unit),
+            f"{group.home.blocks}.{group.layer}",
         )
         for path, (group, member) in first.items()
     ]
+
+
+def _mixed_blocks(model: nn.Module, family: Family) -> list[Side]:
+    """The blocks that image and text tokens go through in one sequence."""
+    paths = [
+        f"{tower.blocks}.{index}"
+        for tower in family.towers
+        if stream_through(family, tower) == TEXT
+        for index in range(live_blocks(model, family, tower))
+    ]
+    return [Side(path, model.get_submodule(path), (), stream=TEXT, block=path) for path in paths]
 
 
 def _stream(group: Group, name: str) -> str | None:

@@ -20,8 +20,9 @@ Reduce = Callable[[Tensor, str], None]  # (tensor, "sum" | "min" | "max"): in pl
 @dataclass(frozen=True, slots=True)
 class Side:
     """A prunable linear, the dimensions its scores are wanted for (0: rows, 1: columns), `width`, rows or columns of
-    one index (D for heads, 1 for channels), the stream of the tokens it reads (None: not the text model's), and `unit`,
-    columns that leave together (of query slots, those of one head). Or a block that may leave, which has no dimensions.
+    one index (D for heads, 1 for channels), the stream of the tokens it reads (None: not the text model's), `unit`,
+    columns that leave together (of query slots, those of one head), and the path of the block it is in. Or a block that
+    may leave, which has no dimensions.
     """
 
     path: str
@@ -30,6 +31,7 @@ class Side:
     width: int = 1
     stream: str | None = None
     unit: int = 1
+    block: str = ""
 
 
 class Collector:
@@ -80,13 +82,17 @@ class Collector:
             self._made = read, make(read)
         return self._made[1]
 
+    def chosen_for(self, stream: str, block: str) -> str:
+        """Which of the question's masks says what counts of `stream` in `block`: its own, else that of the stream."""
+        return block if block in self._masks else stream
+
     def mask_of(self, side: Side, tokens: int) -> Tensor | None:
         """Which of the `tokens` that `side` reads count, bool [tokens]; None: all of them.
 
         Raises:
             CalibrationError: the samples are packed, so that no mask says whose tokens they are.
         """
-        mask = None if side.stream is None else self._masks[side.stream]
+        mask = None if side.stream is None else self._masks[self.chosen_for(side.stream, side.block)]
         if mask is not None and mask.numel() != tokens:
             raise CalibrationError(
                 f"{side.path} reads {tokens} tokens but the batch's mask has {mask.numel()}; "

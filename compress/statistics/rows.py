@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from operator import attrgetter
 from typing import TYPE_CHECKING
 
+from slimvlm.compress.errors import UnsuitableOptionError
+
 if TYPE_CHECKING:
-    from slimvlm.compress.data.questions import Masks, Question
     from slimvlm.compress.statistics.collector import Collector
 
 
@@ -55,6 +56,7 @@ STATISTICS: Mapping[str, Statistic] = {
         Statistic("obs", "forward", "obs", "Surgeon"),
         Statistic("gate-obs", "backward", "obs", "GatedSurgeon"),
         Statistic("turning", "forward", "turning", "Turning", units="block"),
+        Statistic("drift", "forward", "drift", "Drift", units="block"),
     )
 }
 
@@ -67,12 +69,14 @@ class TokenRule:
         name: how it is called.
         threshold: of the answers, those count whose largest probability is at most this (or the least of their sample);
             None: all.
-        masks: of a question, per stream of tokens that linears read, those that count: bool [B, S]; None: all.
+        pool: of a sequence of image and text tokens, those that count: one of POOLS; see pools.py.
+        alpha: of the pool `atv`: how many image tokens it takes beside the text.
     """
 
     name: str
     threshold: float | None = None
-    masks: Callable[[Question], Masks] = attrgetter("masks")
+    pool: str = "all"
+    alpha: float = 0.0
 
     def __post_init__(self) -> None:
         if self.threshold is not None and not 0 <= self.threshold <= 1:
@@ -83,6 +87,23 @@ class TokenRule:
 
 ALL = TokenRule("all")
 POORLY_FITTED = TokenRule("poorly-fitted", threshold=0.4)  # UKMP's choice
+POOLS = ("all", "text", "image", "atv")
+
+
+def token_rule(name: str) -> TokenRule:
+    """The rule of a pool by its name: `all`, `text`, `image`, `atv` (alpha 1, its paper's choice) or `atv(0.5)`.
+
+    Raises:
+        UnsuitableOptionError: there is none of this name.
+    """
+    found = re.fullmatch(rf"({'|'.join(POOLS)})(?:(?<=atv)\((\d+\.?\d*)\))?", name)
+    if found is None:
+        raise UnsuitableOptionError(
+            f"--tokens {name!r} is unknown; choose one of {', '.join(POOLS)}, the last also as 'atv(ALPHA)', "
+            "ALPHA a number as 0.5"
+        )
+    pool, alpha = found.groups()
+    return TokenRule(name, pool=pool, alpha=float(alpha or 1) if pool == "atv" else 0.0)
 
 
 @dataclass(frozen=True)

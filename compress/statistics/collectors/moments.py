@@ -44,7 +44,7 @@ class Moments(Collector):
     def _add(self, side: Side, _: nn.Linear, inputs: tuple[Tensor, ...]) -> None:
         tokens = inputs[0].flatten(0, -2)
         if side.stream is not None and self.mask_of(side, len(tokens)) is not None:
-            tokens = tokens.index_select(0, self._counted[side.stream])
+            tokens = tokens.index_select(0, self._counted[self.chosen_for(side.stream, side.block)])
         tokens = tokens.float()
         self.seen[side.path].addmm_(tokens.T, tokens)
         self.seen[f"{side.path}:sum"] += tokens.sum(0)

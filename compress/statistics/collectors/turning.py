@@ -14,6 +14,16 @@ from slimvlm.compress.statistics.collector import Collector, Reduce, Side
 Many = tuple[Tensor, ...]
 
 
+def turn(args: Many, kwargs: dict[str, Tensor], output: Tensor | Many) -> Tensor:
+    """1 - cos(what goes into a block, what comes out) of every token, fp32 [tokens]; what a hook on the block is told.
+
+    In the precision of the weights the least turns would be none: next to 1, bfloat16 knows steps of 0.004.
+    """
+    before = args[0] if args else kwargs["hidden_states"]
+    after = output[0] if isinstance(output, tuple) else output
+    return (1 - F.cosine_similarity(before.float(), after.float(), dim=-1)).flatten().clamp(min=0)
+
+
 class Turning(Collector):
     """Mean over the counted tokens of 1 - cos(what goes into a block, what comes out), fp32 [1], keyed by path.
 
@@ -29,9 +39,7 @@ class Turning(Collector):
 
     @torch.no_grad()
     def _add(self, side: Side, _: nn.Module, args: Many, kwargs: dict[str, Tensor], output: Tensor | Many) -> None:
-        before = args[0] if args else kwargs["hidden_states"]
-        after = output[0] if isinstance(output, tuple) else output
-        turned = (1 - F.cosine_similarity(before.float(), after.float(), dim=-1)).flatten().clamp(min=0)
+        turned = turn(args, kwargs, output)
         mask = self.mask_of(side, len(turned))
         counted = torch.ones_like(turned, dtype=torch.bool) if mask is None else mask
         # Filled, not chosen: how many there are would wait for the device.

@@ -196,7 +196,8 @@ def test_a_score_file_holds_values_members_and_the_criterion(tmp_path):
     scores.save(tmp_path / "scores.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["scores.safetensors"]
     tensors, facts = load_tensors(tmp_path / "scores.safetensors")
-    assert facts["criterion"] == {"name": "random", "saliency": "random", "threshold": None, "entropy": False}
+    expected = {"name": "random", "saliency": "random", "tokens": "all", "threshold": None, "entropy": False}
+    assert facts["criterion"] == expected
     for name in ("values", "members"):
         for key, value in getattr(scores, name).items():
             assert torch.equal(tensors[f"{name}/{key}"], value)
