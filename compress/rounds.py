@@ -32,7 +32,7 @@ from slimvlm.compress.slicing.compensation import COMPENSATIONS
 from slimvlm.compress.slicing.cuts import matching_groups
 from slimvlm.compress.slicing.depth import place
 from slimvlm.compress.statistics.collect import Batch, collect
-from slimvlm.compress.statistics.rows import CalibrationOptions
+from slimvlm.compress.statistics.rows import STATISTICS, CalibrationOptions
 
 Batches = Sequence[Batch | Callable[[], Batch]]
 
@@ -78,6 +78,12 @@ class Planning:
         """What each calibration collects."""
         return self.criterion.calibration(grad_memory_bytes=self.grad_memory_bytes, host_sums=self.host_sums)
 
+    @property
+    def importance(self) -> CalibrationOptions | None:
+        """What the allocator asks of the data, once, of the dense model; None: nothing."""
+        asks = ALLOCATORS[self.budget.allocator].asks
+        return None if asks is None else CalibrationOptions((asks,), host_sums=self.host_sums, seed=self.seed)
+
     def groups(self, model: nn.Module) -> tuple[Group, ...]:
         """What of `model` (the meta device is enough) is chosen among: what the criterion can judge."""
         return find_units(model, find_family(model.config), self.criterion.units, self.attention_unit)
@@ -108,7 +114,8 @@ def check_budget(model: nn.Module, groups: Sequence[Group], budget: Budget) -> F
     """
     dense = facts_of(model, groups)
     # What the floors allow does not depend on the scores, so any scores tell whether the budget can be met.
-    plan_units(groups, score_groups(groups, CRITERIA["random"]), budget, dense)
+    scores = replace(score_groups(groups, CRITERIA["random"]), importance={group.key: 1.0 for group in groups})
+    plan_units(groups, scores, budget, dense)
     return dense
 
 
@@ -135,14 +142,17 @@ def plan_in_rounds(
     groups = planning.groups(model)
     dense = check_budget(model, groups, planning.budget)
     order, first = done, len(done.rounds) if done else 0
+    known = planning.known
+    importance = known.importance if known else importance_of(model, groups, partial(batches, 0), planning, progress)
     if order is not None:
         _redo(model, order, batches, planning, progress)
     for number in range(first + 1, planning.rounds + 1):
         groups = planning.groups(model)
-        scores = planning.known if number == 1 else None
+        scores = known if number == 1 else None
         if scores is None:
             told = _over_rounds(progress, number, first, planning.rounds)
             scores = score_units(model, groups, partial(batches, number - 1), planning, told)
+            scores = replace(scores, importance=importance)
         facts = facts_of(model, groups, dense=dense if order is not None else None)
         share = round_share(number, planning.rounds, planning.power)
         later = order_units(groups, scores, planning.budget.scaled(share), facts)
@@ -202,6 +212,27 @@ def score_units(
         family = find_family(model.config)
         calibration = collect(model, family, groups, batches(), planning.calibration, progress)
     return score_groups(groups, planning.criterion, calibration, model, planning.seed)
+
+
+def importance_of(
+    model: nn.Module,
+    groups: Sequence[Group],
+    batches: Callable[[], Batches],
+    planning: Planning,
+    progress: Progress = silent,
+) -> dict[str, float] | None:
+    """What the allocator asks of each group (by key) of the dense `model`; None: it asks nothing."""
+    options = planning.importance
+    if options is None:
+        return None
+    (name,) = options.statistics
+    read = batches()[: STATISTICS[name].draws or None]
+
+    def told(stage: str, done: int, total: int, _: str = "", /) -> None:
+        progress(stage, done, total, "what groups are worth")
+
+    seen = collect(model, find_family(model.config), groups, read, options, told).seen
+    return {key: value.item() for key, value in seen[name].items()}
 
 
 def _over_rounds(progress: Progress, number: int, first: int, rounds: int) -> Progress:

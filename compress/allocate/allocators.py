@@ -18,19 +18,21 @@ class Allocator:
     Attributes:
         name: how it is called.
         description: what it does, in a line.
-        place: file and function in this folder.
+        place: file in the folder rules, and function in it.
         floors: it keeps every group's floor. One that does not takes the model as a whole: one ratio for all parts,
             units one by one; a group that it empties keeps its best unit.
+        asks: the statistic of whole groups that is `Pool.importance`, seen of the dense model; None: it needs none.
     """
 
     name: str
     description: str
     place: tuple[str, str]
     floors: bool = True
+    asks: str | None = None
 
     def __call__(self, pool: Pool, target: float) -> Integers:
         file, function = self.place
-        units: Integers = getattr(import_module(f"slimvlm.compress.allocate.{file}"), function)(pool, target)
+        units: Integers = getattr(import_module(f"slimvlm.compress.allocate.rules.{file}"), function)(pool, target)
         return units
 
     def flags(self, pool: Pool, target: float) -> Flags:
@@ -52,5 +54,12 @@ ALLOCATORS: Mapping[str, Allocator] = {
         Allocator(
             "paper", "UKMP's loop to the letter: balanced, in whole steps.", ("paper", "order_paper"), floors=False
         ),
+        Allocator(
+            "ecoflap",
+            "Of each group by what changes of it do to the loss.",
+            ("ecoflap", "order_ecoflap"),
+            asks="zeroth-order",
+        ),
+        Allocator("ecoflap-first", "The same by gradients.", ("ecoflap", "order_ecoflap"), asks="first-order"),
     )
 }

@@ -30,14 +30,14 @@ class Line:
         ranks: per group the unit numbers, lowest score first (equal ones by number). [units] each
         bounds: bundle i holds the ranks bounds[i] .. bounds[i + 1]. [bundles + 1]
         scores: mean over the weights of a bundle, non-decreasing. [bundles]
-        share: how much of them is to go beside the others, mean of the groups; None: nothing is said of it.
+        importance: of the groups as wholes, their sum; None: nobody asked.
     """
 
     groups: tuple[Group, ...]
     ranks: tuple[Integers, ...]
     bounds: Integers
     scores: Floats
-    share: float | None = None
+    importance: float | None = None
 
     @property
     def kind(self) -> str:
@@ -110,7 +110,7 @@ def pool_of(
         channels=np.concatenate([line.channels for line in lines]),
         modality=np.repeat(modality, counts),
         size=np.array([sum(dense_sizes[group.key] * group.head_dim for group in line.groups) for line in lines]),
-        share=None if lines[0].share is None else np.array([line.share for line in lines]),
+        importance=None if lines[0].importance is None else np.array([line.importance for line in lines]),
         **asked,
     )
 
@@ -125,6 +125,6 @@ def _line(groups: tuple[Group, ...], scores: Scores, round_channels: int) -> Lin
     weights = np.array([group.weights_per_unit for group in groups], dtype=np.float64)
     totals = [np.add.reduceat(value[order], bounds[:-1]) for value, order in zip(values, ranks, strict=True)]
     means = (weights / weights.sum()) @ np.stack(totals) / np.diff(bounds)
+    importance = None if scores.importance is None else sum(scores.importance[group.key] for group in groups)
     # Rounding of the means must not reverse the ranks.
-    share = None if scores.shares is None else float(np.mean([scores.shares[group.key] for group in groups]))
-    return Line(groups, ranks, bounds, np.maximum.accumulate(means), share)
+    return Line(groups, ranks, bounds, np.maximum.accumulate(means), importance)

@@ -29,7 +29,7 @@ class Pool:
         modality: modality number. [units]
         size: channels of each group in the dense model. [groups]
         floor: fraction of `size` every group keeps (and at least one unit).
-        share: how much of each group is to go beside the others, > 0; None: nothing is said of it. [groups]
+        importance: of each group as a whole, finite and >= 0; None: nobody asked. [groups]
         steps: units per step of a loop, before and after 90 % of the target; None: the allocator's own.
         ratio: the fraction of the model that was asked for, which the target is what is left of.
     """
@@ -41,7 +41,7 @@ class Pool:
     modality: Integers
     size: Integers
     floor: float = 0.1
-    share: Floats | None = None
+    importance: Floats | None = None
     steps: tuple[int, int] | None = None
     ratio: float = 1.0
 
@@ -52,8 +52,9 @@ class Pool:
             raise ValueError(f"pool: arrays over units have different lengths {sorted(lengths)}")
         if not np.isfinite(self.scores).all() or (self.scores < 0).any():
             raise ValueError("pool: scores must be finite and not negative")
-        if self.share is not None and (len(self.share) != len(self.size) or not (self.share > 0).all()):
-            raise ValueError(f"pool: shares must be {len(self.size)} numbers above 0, one per group")
+        whole = self.importance
+        if whole is not None and (len(whole) != len(self.size) or not (np.isfinite(whole) & (whole >= 0)).all()):
+            raise ValueError(f"pool: importance must be {len(self.size)} finite numbers, none below 0, one per group")
         if (np.diff(self.group) < 0).any() or (len(self.group) and self.group[-1] >= len(self.size)):
             raise ValueError(f"pool: units must be ordered by group, with group numbers below {len(self.size)}")
 

@@ -27,8 +27,6 @@ class Criterion:
         file: of this folder; its function `score` gives a value per unit.
         normalise: makes units of different groups comparable: division by the `weights` of a unit, or by the `mean` of
             the group; None: they are.
-        shares: a statistic whose mean over the linears of a group (or its blocks) says how much of the group is to go
-            beside the others, for allocators that heed `Pool.share`; None: nothing does.
     """
 
     name: str
@@ -37,7 +35,6 @@ class Criterion:
     angles: str | None = None
     file: str = "saliency"
     normalise: str | None = "weights"
-    shares: str | None = None
 
     @property
     def units(self) -> str:
@@ -57,8 +54,8 @@ class Criterion:
 
     def calibration(self, grad_memory_bytes: int | None = None, host_sums: bool = False) -> CalibrationOptions:
         """What it wants of the data, within these bounds on memory."""
-        besides = (name for name in (self.angles, self.shares) if name is not None)
-        return CalibrationOptions((*self.statistics, *besides), self.tokens, grad_memory_bytes, host_sums)
+        angles = () if self.angles is None else (self.angles,)
+        return CalibrationOptions((*self.statistics, *angles), self.tokens, grad_memory_bytes, host_sums)
 
     def facts(self) -> dict[str, object]:
         """What files say of it."""

@@ -25,20 +25,21 @@ class Scores:
         criterion: what made them.
         values: group key -> fp32 [num_units], finite and >= 0.
         members: group key -> int64 [num_units, m], indices of the group (channels or query heads).
-        shares: group key -> how much of it is to go beside the others, > 0; None: nothing is said of it.
+        importance: group key -> what it is worth as a whole, for an allocator that asks; finite and >= 0.
     """
 
     criterion: Criterion
     values: Mapping[str, Tensor]
     members: Mapping[str, Tensor]
-    shares: Mapping[str, float] | None = None
+    importance: Mapping[str, float] | None = None
 
     def save(self, path: Path) -> None:
         """Write one safetensors file; a reader never sees half of it."""
         tensors = {f"values/{key}": value for key, value in self.values.items()}
         tensors |= {f"members/{key}": value for key, value in self.members.items()}
-        if self.shares is not None:
-            tensors |= {f"shares/{key}": torch.tensor(one, dtype=torch.float64) for key, one in self.shares.items()}
+        if self.importance is not None:
+            whole = self.importance.items()
+            tensors |= {f"importance/{key}": torch.tensor(one, dtype=torch.float64) for key, one in whole}
         save_tensors(path, tensors, {"criterion": self.criterion.facts()})
 
     @classmethod
@@ -51,12 +52,12 @@ class Scores:
         tensors, facts = load_tensors(path)
         if facts.get("criterion") != parse(dump(criterion.facts())):
             raise ValueError(f"the scores are by {facts.get('criterion')}, not by {criterion.name}")
-        found: dict[str, dict[str, Tensor]] = {"values": {}, "members": {}, "shares": {}}
+        found: dict[str, dict[str, Tensor]] = {"values": {}, "members": {}, "importance": {}}
         for name, tensor in tensors.items():
             kind, _, key = name.partition("/")
             found[kind][key] = tensor
-        shares = {key: share.item() for key, share in found["shares"].items()} or None
-        return cls(criterion, found["values"], found["members"], shares)
+        importance = {key: one.item() for key, one in found["importance"].items()} or None
+        return cls(criterion, found["values"], found["members"], importance)
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,7 @@ def score_groups(
         if not torch.isfinite(score).all():
             raise CalibrationError(f"the scores of {group.key} are not finite; load the model in float32 or bfloat16")
         values[group.key], members[group.key] = score.float(), units
-    shares = {group.key: _share(group, statistics[criterion.shares]) for group in groups} if criterion.shares else None
-    return Scores(criterion, values, members, shares)
+    return Scores(criterion, values, members)
 
 
 def unit_sums(
@@ -194,9 +194,3 @@ def _unit_entropy(group: Group, entropy: Mapping[str, Tensor], units: Tensor) ->
         elif group.unit != "query-slot":
             means.append(rows)
     return torch.stack(means).mean(0)
-
-
-def _share(group: Group, statistic: Mapping[str, Tensor]) -> float:
-    """Mean of what was seen of the linears of a group, or of its blocks."""
-    paths = group.block_paths or {member.path for member in group.members if not member.norm}
-    return float(torch.cat([statistic[path] for path in sorted(paths)]).double().mean())

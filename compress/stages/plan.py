@@ -26,7 +26,7 @@ from slimvlm.compress.options import PlanOptions
 from slimvlm.compress.plan import BLOCK, Compensating, Plan
 from slimvlm.compress.processes import pick_device
 from slimvlm.compress.progress import Progress
-from slimvlm.compress.rounds import Planned, Planning, check_budget, plan_in_rounds, score_units
+from slimvlm.compress.rounds import Planned, Planning, check_budget, importance_of, plan_in_rounds, score_units
 from slimvlm.compress.runs import AGAIN, ORDER, PLAN, ROUNDS, SCORES, RunFolder
 from slimvlm.compress.slicing.compensation import COMPENSATIONS
 from slimvlm.compress.statistics.collect import calibration_batch
@@ -123,13 +123,16 @@ def check_plan(options: PlanOptions) -> None:
 
 @frees_memory
 def dense_scores(options: PlanOptions, data: Measured, progress: Progress) -> Scores:
-    """What the units of the dense model are worth: what the first round of any plan with this criterion begins with."""
+    """What the units of the dense model are worth: what the first round of any plan with this criterion, and an
+    allocator that asks the same, begins with.
+    """
     loaded = load_to_compute(options, options.model)
     collator, planning = collator_of(loaded), planning_of(options)
     check_computes(loaded.model, collator, data.calibration[0], options.model)
     size = calibration_batch(loaded, collator, data.calibration, planning.calibration, options.batch_size)
-    groups = planning.groups(loaded.model)
-    return score_units(loaded.model, groups, lambda: collated(collator, data.calibration, size), planning, progress)
+    work = (loaded.model, planning.groups(loaded.model), lambda: collated(collator, data.calibration, size))
+    importance = importance_of(*work, planning, progress)
+    return replace(score_units(*work, planning, progress), importance=importance)
 
 
 @frees_memory

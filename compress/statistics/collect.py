@@ -89,7 +89,8 @@ def collect(
     if not batches:
         raise CalibrationError("there are no calibration batches; give at least one sample")
     check_pool(options.tokens, family, model.config)
-    sides, collectors = _sides(model, family, groups), _collectors(options)
+    sides = _whole(model, groups) if options.whole else _sides(model, family, groups)
+    collectors = _collectors(options)
     passes = _passes(sides, collectors, options.grad_memory_bytes)
     readings = len(passes) + bool(options.tokens.alpha)
     run = _Run(model, family, batches, options, progress, readings)
@@ -215,6 +216,11 @@ class _Run:
         """Forward of one batch, and backward where a collector reads it; the number of tokens that gave a gradient."""
         for collector in collectors:
             collector.see(question)
+        if all(collector.statistic.reads == "perturbed" for collector in collectors):
+            with torch.no_grad():
+                for collector in collectors:
+                    collector.perturb(index, len(self.batches), lambda: loss(self.model, question, None)[0])
+            return torch.zeros((), dtype=torch.int64, device=self.device)
         learning = [collector for collector in collectors if collector.statistic.reads == "backward"]
         with torch.set_grad_enabled(bool(learning)):
             value, tokens = loss(self.model, question, self.threshold)
@@ -250,7 +256,18 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 def _collectors(options: CalibrationOptions) -> list[Collector]:
-    return [STATISTICS[name].make(options.host_sums) for name in options.statistics]
+    return [STATISTICS[name].make(options.host_sums, options.seed) for name in options.statistics]
+
+
+def _whole(model: nn.Module, groups: Sequence[Group]) -> list[Side]:
+    """The linears of every group together; of blocks all that are in them."""
+    sides = []
+    for group in groups:
+        inside = (model.get_submodule(path).modules() for path in group.block_paths)
+        linears = [module for modules in inside for module in modules if isinstance(module, nn.Linear)]
+        paths = dict.fromkeys(member.path for member in group.members if not member.norm)
+        sides.append(Side(group.key, nn.ModuleList([*map(model.get_submodule, paths), *linears]), ()))
+    return sides
 
 
 def _sides(model: nn.Module, family: Family, groups: Sequence[Group]) -> list[Side]:

@@ -22,11 +22,11 @@ class Side:
     """A prunable linear, the dimensions its scores are wanted for (0: rows, 1: columns), `width`, rows or columns of
     one index (D for heads, 1 for channels), the stream of the tokens it reads (None: not the text model's), `unit`,
     columns that leave together (of query slots, those of one head), and the path of the block it is in. Or a block that
-    may leave, which has no dimensions.
+    may leave, or the linears of a group as a list, by its key: those have no dimensions.
     """
 
     path: str
-    module: Any  # nn.Linear, or a block
+    module: Any  # nn.Linear, a block, or an nn.ModuleList of linears
     dims: tuple[int, ...]
     width: int = 1
     stream: str | None = None
@@ -39,6 +39,8 @@ class Collector:
 
     A subclass hangs its hooks in `start`; nothing it keeps may be of size tokens x channels.
     """
+
+    seed = 0  # of what is drawn
 
     def __init__(self, statistic: Statistic, host: bool = False) -> None:
         self.statistic = statistic
@@ -102,6 +104,9 @@ class Collector:
 
     def close_batch(self, batch: int, loss: Tensor) -> None:
         """The backward pass of this batch's loss is over."""
+
+    def perturb(self, batch: int, batches: int, loss: Callable[[], Tensor]) -> None:
+        """Ask for the loss of this batch, the number `batch` of `batches`, with weights changed and given back."""
 
     def require_finite(self, batches: int, reduce: Reduce) -> None:
         """Raise a CalibrationError naming batch and tensor if a sum is not finite (in any process)."""

@@ -20,10 +20,13 @@ class Statistic:
 
     Attributes:
         name: of the statistic; a collector that makes several is told which.
-        reads: `forward`, or `backward` where a backward pass of the loss is needed too.
+        reads: `forward`; `backward` where a backward pass of the loss is needed too; `perturbed` where the loss is
+            asked for again and again, with other weights.
         file: in the folder collectors; `collector`: the class in it.
         per_batch: squares are taken per batch, so it depends on how samples are batched.
         units: what it watches: linears, for units of `width`, or blocks, for units of `block`.
+        whole: it watches the linears of a group together instead, and is read for by itself.
+        draws: perturbations, each on a batch of its own where there are so many; no more batches are read.
     """
 
     name: str
@@ -32,11 +35,14 @@ class Statistic:
     collector: str
     per_batch: bool = False
     units: str = "width"
+    whole: bool = False
+    draws: int = 0
 
-    def make(self, host: bool = False) -> Collector:
-        """A collector of this statistic, its sums in `host` memory or where the weights are."""
+    def make(self, host: bool = False, seed: int = 0) -> Collector:
+        """A collector of this statistic, its sums in `host` memory or where the weights are, its chance by `seed`."""
         file = import_module(f"slimvlm.compress.statistics.collectors.{self.file}")
         made: Collector = getattr(file, self.collector)(self, host)
+        made.seed = seed
         return made
 
 
@@ -57,6 +63,8 @@ STATISTICS: Mapping[str, Statistic] = {
         Statistic("gate-obs", "backward", "obs", "GatedSurgeon"),
         Statistic("turning", "forward", "turning", "Turning", units="block"),
         Statistic("drift", "forward", "drift", "Drift", units="block"),
+        Statistic("first-order", "backward", "sensitivity", "FirstOrder", per_batch=True, whole=True),  # sum |w g|
+        Statistic("zeroth-order", "perturbed", "sensitivity", "ZerothOrder", per_batch=True, whole=True, draws=8),
     )
 }
 
@@ -116,13 +124,22 @@ class CalibrationOptions:
         grad_memory_bytes: bound on the sums held at once (None: no bound). Weights are then taken in several passes
             over the data. `second`, `fisher`, `gate` and what needs no gradient hold none.
         host_sums: keep the sums in host memory while the model is on a GPU.
+        seed: of what is drawn.
     """
 
     statistics: tuple[str, ...]
     tokens: TokenRule = ALL
     grad_memory_bytes: int | None = None
     host_sums: bool = False
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if sum(STATISTICS[name].file == "gradients" for name in self.statistics) > 1:
             raise ValueError("one sum of weights' gradients can be kept at a time; ask for the statistics in turn")
+        if len(self.statistics) > 1 and any(STATISTICS[name].whole for name in self.statistics):
+            raise ValueError("what is seen of whole groups has a reading of its own; ask for the statistics in turn")
+
+    @property
+    def whole(self) -> bool:
+        """What is wanted is of the linears of a group together."""
+        return any(STATISTICS[name].whole for name in self.statistics)

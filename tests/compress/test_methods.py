@@ -13,18 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import Tiny, tiny_model
 
-from slimvlm.compress.allocate.allocators import ALLOCATORS, Allocator
+from slimvlm.compress.allocate.allocators import ALLOCATORS
 from slimvlm.compress.allocate.budget import Budget, order_units
 from slimvlm.compress.allocate.bundles import lines_of
 from slimvlm.compress.allocate.costs import COSTS
 from slimvlm.compress.allocate.facts import facts_of
-from slimvlm.compress.allocate.local import order_local
 from slimvlm.compress.allocate.order import Order
-from slimvlm.compress.allocate.pool import Integers, Pool
 from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.criteria.scoring import Scores, score_groups
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import Group, find_units
+from slimvlm.compress.rounds import Planning, importance_of
 from slimvlm.compress.statistics.collect import collect
 from slimvlm.compress.statistics.rows import STATISTICS
 
@@ -57,8 +56,16 @@ def scored(name: str, criterion: str, order: str = "together") -> Scores:
 once = cache(scored)
 
 
+@cache
+def importance(name: str, allocator: str, criterion: str) -> dict[str, float] | None:
+    tiny, groups = tiny_groups(name, criterion)
+    planning = Planning(Budget(0.3, allocator=allocator), CRITERIA[criterion])
+    return importance_of(tiny.model, groups, lambda: [tiny.inputs(2)], planning)
+
+
 def ordered(name: str, allocator: str, scores: Scores) -> Order:
     tiny, groups = tiny_groups(name, scores.criterion.name)
+    scores = replace(scores, importance=importance(name, allocator, scores.criterion.name))
     return order_units(groups, scores, Budget(0.3, allocator=allocator), facts_of(tiny.model, groups))
 
 
@@ -134,25 +141,6 @@ def test_what_bundles_cost_is_above_nothing_and_together_what_their_kind_costs(c
         kinds[line.kind] += spent.sum()
     assert kinds == pytest.approx(total.kinds)
     assert 0 < sum(kinds.values()) < total.whole
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_row_may_name_the_statistic_that_says_how_much_of_each_group_is_to_go(
-    monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    pools: list[Pool] = []
-
-    def heeding(pool: Pool, target: float) -> Integers:
-        pools.append(pool)
-        return order_local(pool, target)
-
-    monkeypatch.setitem(CRITERIA, "shared", replace(CRITERIA["magnitude"], name="shared", shares="input-norms"))
-    monkeypatch.setattr("slimvlm.compress.allocate.local.heeding", heeding, raising=False)
-    monkeypatch.setitem(ALLOCATORS, "heeding", Allocator("heeding", "By shares.", ("local", "heeding")))
-    scores = scored(name, "shared")
-    ordered(name, "heeding", scores)
-    shares = [scores.shares[group.key] for group in tiny_groups(name, "shared")[1]]
-    assert pools[0].share.tolist() == pytest.approx(shares) and min(shares) > 0 and len(set(shares)) > 1
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)

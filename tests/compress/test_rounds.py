@@ -72,7 +72,7 @@ def unread(_: int) -> list:
 def test_kept_scores_are_those_of_their_criterion(tmp_path):
     kept = Scores(CRITERIA["gate"], {"a": torch.ones(2)}, {"a": torch.arange(2)[:, None]}, {"a": 0.1})
     kept.save(tmp_path / "scores.safetensors")
-    assert Scores.read(tmp_path / "scores.safetensors", CRITERIA["gate"]).shares == {"a": 0.1}
+    assert Scores.read(tmp_path / "scores.safetensors", CRITERIA["gate"]).importance == {"a": 0.1}
     with pytest.raises(ValueError, match="not by taylor"):
         Scores.read(tmp_path / "scores.safetensors", CRITERIA["taylor"])
 
@@ -105,3 +105,25 @@ def test_rounds_that_compensate_with_nothing_are_refused():
     with pytest.raises(UnsuitableOptionError, match="--compensate-rounds does between rounds what --compensation none"):
         planning_of(options)
     assert planning_of(PlanOptions(model="", data=Path(), compensate_rounds=True)).between == "refit"
+
+
+def test_what_an_allocator_asks_is_asked_once_of_the_dense_model_also_by_a_run_that_goes_on():
+    def planned(**begun):
+        tiny, told = tiny_model("llava"), []
+        planning = Planning(Budget(0.3, allocator="ecoflap-first"), CRITERIA["wanda-sp"], rounds=2)
+        kept = []
+        plan_in_rounds(
+            tiny.model,
+            lambda _: [tiny.inputs(2)],
+            planning,
+            on_round=kept.append,
+            progress=lambda *facts: told.append(facts),
+            **begun,
+        )
+        return kept, told
+
+    (first, last), told = planned()
+    assert [note for *_, note in told] == ["what groups are worth", "round 1 of 2", "round 2 of 2"]
+    (again,), _ = planned(done=first.order)
+    assert again.order.digest == last.order.digest
+    assert again.scores.importance == first.scores.importance == last.scores.importance

@@ -18,7 +18,8 @@ def pool_of(*groups: tuple[int, list[float], int, int], floor: float = 0.1) -> P
     rows = [(s, g, cost, c, m) for g, (m, scores, cost, c) in enumerate(groups) for s in scores]
     scores, group, cost, channels, modality = (np.array(column) for column in zip(*rows, strict=True))
     size = np.array([len(scores) * c for _, scores, _, c in groups])
-    return Pool(scores.astype(float), group, cost, channels, modality, size, floor)
+    importance = np.arange(len(groups), dtype=float)
+    return Pool(scores.astype(float), group, cost, channels, modality, size, floor, importance)
 
 
 G7 = pool_of((0, [1, 2, 6, 7], 1, 1), (1, [0.1, 0.2, 0.3, 3.4], 1, 1))
@@ -237,12 +238,6 @@ def test_global_ignores_modality_and_local_takes_the_same_share_of_every_group()
     assert np.flatnonzero(allocate_local(pool, 4)).tolist() == [0, 1, 4, 5]
 
 
-def test_local_takes_of_a_group_with_twice_the_share_twice_as_much():
-    pool = pool_of((0, list(range(20)), 1, 1), (1, list(range(20)), 1, 1))
-    removed = allocate_local(replace(pool, share=np.array([0.5, 1.0])), 15)
-    assert np.bincount(pool.group[removed]).tolist() == [5, 10]
-
-
 def test_ties_go_by_group_then_position():
     pool = pool_of((0, [1, 1, 1], 1, 1), (0, [1, 1, 1], 1, 1))
     assert np.flatnonzero(allocate_balanced(pool, 3)).tolist() == [0, 1, 3]
@@ -261,10 +256,10 @@ def test_an_impossible_target_is_refused_with_what_is_possible():
         allocate_paper(replace(pool_of((0, [1, 2], 1, 1)), steps=(1, 1)), 2)
 
 
-@pytest.mark.parametrize("share", [[1.0], [1.0, 0.0], [1.0, math.nan]])
-def test_shares_that_are_none_of_every_group_are_refused(share):
-    with pytest.raises(ValueError, match="2 numbers above 0, one per group"):
-        replace(pool_of((0, [1], 1, 1), (0, [1], 1, 1)), share=np.array(share))
+@pytest.mark.parametrize("importance", [[1.0], [1.0, -1.0], [1.0, math.nan]])
+def test_importance_that_is_none_of_every_group_is_refused(importance):
+    with pytest.raises(ValueError, match="2 finite numbers, none below 0, one per group"):
+        replace(pool_of((0, [1], 1, 1), (0, [1], 1, 1)), importance=np.array(importance))
 
 
 @pytest.mark.parametrize("score", [math.nan, math.inf, -1.0])

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
@@ -38,7 +39,12 @@ def prepared(name: str, attention_unit: str = "auto", seed: int = 0) -> tuple[nn
     if hasattr(model.config, "vision_feature_layer"):
         model.config.vision_feature_layer = -1  # test_dead_blocks.py is about what nobody reads
     groups = find_groups(model, find_family(model.config), attention_unit)
-    return model, groups, score_groups(groups, CRITERIA["random"], seed=seed)
+    return model, groups, random_scores(groups, seed)
+
+
+def random_scores(groups: tuple[Group, ...], seed: int = 0) -> Scores:
+    scores = score_groups(groups, CRITERIA["random"], seed=seed)
+    return replace(scores, importance={group.key: float(number % 5) for number, group in enumerate(groups)})
 
 
 def plan_for(name: str, budget: Budget, attention_unit: str = "auto", seed: int = 0) -> tuple[Plan, tuple[Group, ...]]:
@@ -109,7 +115,7 @@ def test_what_goes_is_within_two_thousandths_of_what_was_asked(name, ratio):
 def test_half_of_the_paper_s_model_is_planned_within_one_unit():
     model = blip2_flan_t5_xl()
     groups = find_groups(model, find_family(model.config))
-    scores = score_groups(groups, CRITERIA["random"])
+    scores = random_scores(groups)
     plan = plan_units(groups, scores, Budget(0.5), facts_of(model, groups))
     assert abs(plan.parameters_after - plan.parameters_before / 2) <= finest_unit(groups) / 2
 
@@ -135,7 +141,7 @@ def test_the_same_arguments_give_the_same_bytes_and_another_seed_others():
 @given(st.floats(0, 0.4), st.sampled_from(FLOORED), st.integers(0, 3))
 def test_floors_hold_and_the_lowest_units_of_every_group_go(ratio, allocator, seed):
     groups, facts = dense_llava()
-    scores = score_groups(groups, CRITERIA["random"], seed=seed)
+    scores = random_scores(groups, seed)
     plan = plan_units(groups, scores, Budget(ratio, allocator=allocator, floor=0.25), facts)
     for group in groups:
         kept = set(plan.keep[group.key])
@@ -277,7 +283,7 @@ def test_rounds_count_from_the_dense_model():
     composed = None
     for share in (0.4, 0.8, 1.0):
         groups = find_groups(model, find_family(model.config))
-        scores = score_groups(groups, CRITERIA["random"], seed=7)
+        scores = random_scores(groups, 7)
         later = plan_units(groups, scores, budget.scaled(share), facts_of(model, groups, dense=dense))
         apply_plan(model, later)
         composed = later if composed is None else composed.compose(later)

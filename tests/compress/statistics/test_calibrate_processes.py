@@ -79,8 +79,9 @@ def test_two_processes_give_the_statistics_of_one(name: str, folder: Path) -> No
         assert torch.equal(first[key], second[key])
         if name.endswith("angles"):  # a cosine on the edge of a bin may fall on either side after fp32 rounding
             assert ((value - first[key]).abs() < 1e-5).float().mean() > 0.95, key
-        else:
-            torch.testing.assert_close(value, first[key], rtol=1e-4, atol=1e-6 * value.max().item() + 1e-12)
+        else:  # a perturbed reading is small differences of losses, which are rounded
+            close = 1e-2 if STATISTICS[name].reads == "perturbed" else 1e-4
+            torch.testing.assert_close(value, first[key], rtol=close, atol=1e-6 * value.max().item() + 1e-12)
     with safe_open(folder / f"{name}.0", "pt") as file:
         assert file.metadata() == {count: str(getattr(alone, count)) for count in COUNTS}
 

@@ -1,0 +1,1 @@
+"""A file per allocator: which units go, by a pool and a target."""
