@@ -78,6 +78,7 @@ CRITERIA: Mapping[str, Criterion] = {
         Criterion("magnitude", file="magnitude"),  # Li et al., ICLR 2017
         Criterion("random", file="chance", normalise=None),
         Criterion("wanda-sp", ("input-norms",), file="wanda", normalise="mean"),  # An et al., FLAP, AAAI 2024
+        Criterion("flap", ("fluctuation",), file="flap", normalise=None),  # An et al., FLAP, AAAI 2024
         Criterion("obs", ("obs",), normalise="mean"),  # ZipLM, NeurIPS 2023; SlimGPT, NeurIPS 2024
         Criterion("gate-obs", ("gate-obs",)),
         Criterion("influence", ("turning",), file="influence", normalise=None),  # ShortGPT, 2024

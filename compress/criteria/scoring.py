@@ -126,6 +126,9 @@ def score_groups(
         if not torch.isfinite(score).all():
             raise CalibrationError(f"the scores of {group.key} are not finite; load the model in float32 or bfloat16")
         values[group.key], members[group.key] = score.float(), units
+    least = min((float(score.min()) for score in values.values()), default=0.0)
+    if least < 0:  # standardised scores have no zero: they keep their differences
+        values = {key: score - least for key, score in values.items()}
     return Scores(criterion, values, members)
 
 

@@ -58,6 +58,7 @@ STATISTICS: Mapping[str, Statistic] = {
         Statistic("angles", "forward", "angles", "AngleHistograms"),
         Statistic("paper-angles", "forward", "angles", "AngleHistograms"),
         Statistic("input-norms", "forward", "norms", "InputNorms"),
+        Statistic("fluctuation", "forward", "fluctuation", "Fluctuation"),
         Statistic("moments", "forward", "moments", "Moments"),
         Statistic("obs", "forward", "obs", "Surgeon"),
         Statistic("gate-obs", "backward", "obs", "GatedSurgeon"),

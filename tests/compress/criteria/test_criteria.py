@@ -226,3 +226,27 @@ def test_wanda_sp_is_the_column_sums_of_weights_times_inputs_over_their_mean_in_
     norms = SimpleNamespace(seen={"input-norms": {"down": torch.tensor([2.0, 10]), "up": torch.tensor([7.0, 7, 7])}})
     found = score_groups([group], CRITERIA["wanda-sp"], norms, block).values[group.key]
     assert found.tolist() == pytest.approx([10 / 20, 30 / 20])  # 2 (1 + 3 + 1) and 10 (2 + 0 + 1), their mean 20
+
+
+def test_flap_is_the_fluctuation_of_what_is_read_standardised_in_the_group_and_the_mean_of_it_over_a_head():
+    block, mlp, attention = Block(), mlp_group(2, 6, gated=False), attention_group(2, 1, 2, "query-slot")
+    block.o = torch.nn.Linear(4, 3)
+    with torch.no_grad():
+        block.down.weight.copy_(torch.tensor([[1.0, -2], [3, 0], [-1, 1]]))
+        block.o.weight.copy_(torch.eye(3, 4) + torch.tensor([[0.0, 0, 0, 1]] + 2 * [[0.0] * 4]))
+    seen = {"down": torch.tensor([3.0, 4]), "o": torch.tensor([1.0, 2, 6, 7])}
+    found = score_groups([mlp, attention], CRITERIA["flap"], SimpleNamespace(seen={"fluctuation": seen}), block)
+    # 33 and 20; 1, 2, 6 and 7 about their mean 4, over their deviation, in pairs: the least of all becomes 0.
+    halves, spread = 0.5**0.5, (26 / 3) ** 0.5
+    lowest = -2.5 / spread
+    assert found.values[mlp.key].tolist() == pytest.approx([halves - lowest, -halves - lowest])
+    assert found.values[attention.key].tolist() == pytest.approx([0, 5 / spread])
+    assert found.members[attention.key].tolist() == [[0], [1]]
+
+
+def test_flap_finds_nothing_to_tell_apart_where_nothing_fluctuates():
+    seen = SimpleNamespace(seen={"fluctuation": {"down": torch.zeros(2)}})
+    assert (
+        score_groups([mlp_group(2, 6, gated=False)], CRITERIA["flap"], seen, Block()).values["language.0.mlp"].sum()
+        == 0
+    )
