@@ -35,7 +35,7 @@ from slimvlm.export import ExportOptions, evaluate_export
 from slimvlm.export.packages import require_packages
 from slimvlm.export.stage import export_stage
 from slimvlm.serve.fitting.record import Fit
-from slimvlm.serve.fitting.stage import check_targets, delivered, fit_stage, measured_times
+from slimvlm.serve.fitting.stage import check_targets, delivered, fit_stage, fit_whole, measured_times
 from slimvlm.serve.frontier.frontier import Frontier
 from slimvlm.serve.frontier.stage import frontier_stage
 from slimvlm.serve.options import TORCH, split_backend
@@ -230,15 +230,16 @@ def _compress(options: CompressOptions, progress: Progress, plan_only: bool) -> 
     with run.begun() if run is not None else nullcontext():
         processes.wait_for_all()
         run = run or RunFolder(out, identity, resume=True, writer=False)
-        by_time = options.cost != "parameters" and not run.finished("plan")
-        times = measured_times(options, progress) if by_time else None
-        plan = plan_stage(run, options, data, progress, times)
-        result = Result(out, plan, len(data.bad), data.left_out)
-        if plan_only:
-            return result
-        if (fit := fit_stage(run, options, progress)) is not None:
+        if plan_only or (fit := fit_whole(run, options, data, progress)) is None:  # else nothing is to be calibrated
+            by_time = options.cost != "parameters" and not run.finished("plan")
+            times = measured_times(options, progress) if by_time else None
+            plan = plan_stage(run, options, data, progress, times)
+            if plan_only:
+                return Result(out, plan, len(data.bad), data.left_out)
+            fit = fit_stage(run, options, data, progress)
+        if fit is not None:
             plan, options = read(out / PLAN, Plan, OutputError, AGAIN), delivered(options, fit)
-            result = replace(result, plan=plan, fit=fit)
+        result = Result(out, plan, len(data.bad), data.left_out, fit=fit)
         if run.writer:
             slice_stage(run, options, plan, data, progress)
         processes.wait_for_all()

@@ -85,6 +85,18 @@ def read_evaluation(options: EvaluateOptions) -> Sequence[Sample]:
     return _load(options, options.data, options.eval_samples).samples
 
 
+def read_validation(options: PlanOptions, measured: Measured, most: int) -> Sequence[Sample]:
+    """At most so many questions to choose among candidates by: of --data, about images that are neither calibrated on
+    nor evaluated with; where there are hardly any, of the evaluation.
+
+    Raises:
+        SampleError: unreadable data.
+    """
+    known = [*measured.calibration, *measured.evaluation]
+    free = _without(_load(options, options.data, len(known) + 2 * most).samples, known)
+    return _drawn(free if len(free) >= min(FEW, most) else measured.evaluation, most, options.seed)
+
+
 def read_trained(options: LearnOptions, measured: Measured) -> Trained:
     """Training and validation samples from --recover-data, else from --data; no image of the evaluation is among them.
 

@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from slimvlm.compress import processes
-from slimvlm.compress.allocate.budget import Budget
+from slimvlm.compress.allocate.budget import Budget, plan_units
 from slimvlm.compress.allocate.costs import Times
+from slimvlm.compress.allocate.facts import facts_of
 from slimvlm.compress.allocate.order import Order
 from slimvlm.compress.criteria.criterion import CRITERIA, Criterion
-from slimvlm.compress.criteria.scoring import Scores
+from slimvlm.compress.criteria.scoring import Scores, score_groups
 from slimvlm.compress.data.collate import collated, collator_of
 from slimvlm.compress.data.splits import Measured
 from slimvlm.compress.errors import CheckpointError, OutputError, UnsuitableOptionError
@@ -98,6 +99,23 @@ def planning_of(options: PlanOptions, times: Times | None = None) -> Planning:
         rounds=options.rounds,
         power=1.0 if options.equal_rounds else Planning.power,
         between=options.compensation if options.compensate_rounds else "none",
+        attention_unit=options.attention_unit,
+        seed=options.seed,
+    )
+
+
+def whole_plan(options: PlanOptions, model_digest: str) -> Plan:
+    """The plan that removes nothing but dead blocks, as the beginning of every order does: no sample is asked."""
+    planning = planning_of(options)
+    model, _ = build_meta(options.model, options.trust_remote_code)
+    groups = planning.groups(model)
+    nothing = Budget(ratio=0.0, layout=options.layout)
+    plan = plan_units(groups, score_groups(groups, CRITERIA["random"]), nothing, facts_of(model, groups))
+    return replace(
+        plan,
+        model_digest=model_digest,
+        criterion=options.criterion,
+        allocator=options.allocator,
         attention_unit=options.attention_unit,
         seed=options.seed,
     )

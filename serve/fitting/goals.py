@@ -19,6 +19,7 @@ COUNTS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9}
 MILLISECONDS = {"US": 1e-3, "MS": 1.0, "S": 1e3}
 POINTS = {"": 1.0}
 AMOUNT = re.compile(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*([a-z]*)", re.IGNORECASE)
+DROP = "drop"
 WITHIN = 0.03  # a time or a peak that was measured is met within 3 %
 
 
@@ -44,7 +45,7 @@ class Quantity:
         if self.units is MILLISECONDS:
             return f"{value:.3g} ms"
         if self.units is POINTS:
-            return f"{value:.2g} points"
+            return f"{round(value, 2) + 0.0:.2g} points"
         scale, prefix = next(((1000**n, p) for n, p in ((3, "G"), (2, "M"), (1, "k")) if value >= 1000**n), (1, ""))
         return f"{value / scale:.3g} {prefix}B" if self.units is BYTES else f"{value / scale:.3g}{prefix} parameters"
 
@@ -58,7 +59,7 @@ QUANTITIES: Mapping[str, Quantity] = {
         Quantity("vision", "time from pixels to features", MILLISECONDS, "20ms", WITHIN),
         Quantity("ttft", "time to the first token", MILLISECONDS, "200ms", WITHIN),
         Quantity("tpot", "time of one later token", MILLISECONDS, "15ms", WITHIN),
-        Quantity("drop", "points of quality that may be lost", POINTS, "1.0"),
+        Quantity(DROP, "points of quality that may be lost", POINTS, "1.0"),
     )
 }
 
@@ -85,6 +86,12 @@ class Goal:
 
     def __str__(self) -> str:
         return f"{self.name} {self.quantity.words(self.amount)}"
+
+
+def split_goals(goals: Iterable[Goal]) -> tuple[tuple[Goal, ...], Goal | None]:
+    """The goals of cost, and the bound on the loss where there is one."""
+    goals = tuple(goals)
+    return tuple(goal for goal in goals if goal.name != DROP), next((goal for goal in goals if goal.name == DROP), None)
 
 
 def read_goals(targets: Iterable[str]) -> tuple[Goal, ...]:

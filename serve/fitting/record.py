@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from slimvlm.serve.fitting.goals import QUANTITIES, Goal
+from slimvlm.serve.fitting.goals import DROP, QUANTITIES, Goal, split_goals
 
 SCHEMA = 1
 
@@ -31,8 +31,12 @@ class Trial:
     @property
     def words(self) -> str:
         """Its figures for people."""
-        known = ((name, value) for name, value in self.figures.items() if name in QUANTITIES)
-        return ", ".join(f"{name} {QUANTITIES[name].words(value)}" for name, value in known)
+        known = ((name, value) for name, value in self.figures.items() if name in QUANTITIES and name != DROP)
+        costs = [f"{name} {QUANTITIES[name].words(value)}" for name, value in known]
+        if DROP in self.figures:
+            lost = self.figures[DROP]
+            costs.append(f"{QUANTITIES[DROP].words(abs(lost))} {'gained' if lost < 0 else 'lost'}")
+        return ", ".join(costs)
 
     @property
     def is_whole(self) -> bool:
@@ -64,15 +68,21 @@ class Fit:
         """What was found, in two or three sentences."""
         if self.chosen is None:
             return []
-        asked = " and ".join(map(str, self.goals))
-        if self.chosen.is_whole:
-            first = f"No pruning needed: the whole model in {self.chosen.backend} meets {asked} ({self.chosen.words})."
+        costs, bound = split_goals(self.goals)
+        asked, found = " and ".join(map(str, costs)), self.chosen
+        removed = f"{found.ratio:.1%} of the parameters removed, in {found.backend}"
+        if costs and found.is_whole:
+            first = f"No pruning needed: the whole model in {found.backend} meets {asked} ({found.words})."
+        elif costs:
+            first = f"{removed}, meets {asked} ({found.words})."
         else:
+            most = bound.quantity.words(bound.amount) if bound else ""
+            best = f"The whole model in {found.backend}" if found.is_whole else removed
             first = (
-                f"{self.chosen.ratio:.1%} of the parameters removed, in {self.chosen.backend}, meets {asked} "
-                f"({self.chosen.words})."
+                f"{best} is the smallest that was found to lose at most {most}, before any training ({found.words})."
             )
-        whole = [trial for trial in self.trials if trial.is_whole and trial is not self.chosen]
-        others = [f"{one.backend} ({one.words})" for one in whole if one != self.chosen]
-        missed = f" Whole it misses that in {'; in '.join(others)}." if others else ""
-        return [f"{first}{missed}", f"{len(self.trials)} candidates were made and measured on this device."]
+        whole = [trial for trial in self.trials if trial.is_whole and trial != found]
+        others = "; ".join(f"{one.backend} ({one.words})" for one in whole)
+        missed = "Whole it misses that in" if costs else "Whole there are"
+        second = f" {missed} {others}." if others else ""
+        return [f"{first}{second}", f"{len(self.trials)} candidates were made and measured on this device."]

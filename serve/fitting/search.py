@@ -1,7 +1,8 @@
 """The closed loop: the smallest cut, in the precision that needs the least of it, that meets every target of cost.
 
-What a cut costs is foretold (by a table of times, by its parameters, or by what was tried so far), then tried, and what
-was found corrects the next prophecy, until the tightest target is met and hardly anything less would.
+The whole model is tried first, in every precision. What a cut costs is foretold (by a table of times, or by its
+parameters), then tried, and what was found corrects the next prophecy, until the tightest target is met and hardly
+anything less would.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from slimvlm.compress.errors import InfeasibleBudgetError, UnsuitableOptionError
-from slimvlm.serve.fitting.goals import WITHIN, Goal
+from slimvlm.serve.fitting.goals import DROP, WITHIN, Goal, split_goals
 from slimvlm.serve.fitting.record import Figures, Trial
 
-MOST_TRIALS = 8  # of one precision
+MOST_TRIALS = 6  # of one precision
 FINEST = 0.004  # of all parameters: cuts that lie nearer than this are one
 HOPELESS = 1.1  # of a target, foretold of another precision: it is not tried
 AIM = 0.985  # of a target is asked of the next trial: in the middle of what is accepted
@@ -28,21 +29,44 @@ Try = Callable[[float, str], Trial]  # ratio, backend
 class Found:
     """What meets the targets, and all that was tried for it; `trial.ratio` 0: nothing needs to be cut."""
 
-    trial: Trial
+    trial: Trial | None
     trials: tuple[Trial, ...]
+
+
+def find_whole(goals: Sequence[Goal], backends: Sequence[str], try_out: Try) -> Found:
+    """The whole model in every precision, up to the first that meets the targets; `trial` None where none does.
+
+    Args:
+        goals: each at most once; a bound on the loss is one of them where a cost is.
+        backends: the precisions that may be delivered, the most exact one first.
+
+    Raises:
+        UnsuitableOptionError: a target that this model or device has no figure for.
+        InfeasibleBudgetError: every precision alone loses more than may be lost.
+    """
+    costs, bound = split_goals(goals)
+    tried: list[Trial] = []
+    for backend in backends:
+        tried.append(try_out(0.0, backend))
+        _require_figures(goals, tried[-1])
+        if costs and _meets(goals, tried[-1]):
+            return Found(tried[-1], tuple(tried))
+    if bound and not _within(bound, tried):
+        raise InfeasibleBudgetError(_too_lossy(bound, tried))
+    return Found(None, tuple(tried))
 
 
 def find_cut(
     goals: Sequence[Goal], backends: Sequence[str], try_out: Try, foretell: Mapping[str, Foretell], most: float
 ) -> Found:
-    """The candidate to deliver.
+    """The candidate to deliver, by targets of cost.
 
     Rounding weights loses far less than cutting them away, so the backend that needs the smallest cut is taken, of
-    those that need none the first.
+    those that need none the first. A backend that loses more than may be lost without any cut is left out; what the cut
+    loses is not looked at, for the training wins back much of it.
 
     Args:
-        goals: of cost; each at most once.
-        backends: the precisions that may be delivered, the most exact one first.
+        goals, backends: as of `find_whole`.
         foretell: by backend.
         most: the largest ratio that may be cut.
 
@@ -50,24 +74,23 @@ def find_cut(
         InfeasibleBudgetError: not even the largest cut meets them; the message says what it reaches.
         UnsuitableOptionError: a target that this model or device has no figure for.
     """
-    tried: list[Trial] = []
-    for backend in backends:
-        tried.append(try_out(0.0, backend))
-        _require_figures(goals, tried[-1])
-        if _meets(goals, tried[-1]):
-            return Found(tried[-1], tuple(tried))
-    dense = sorted(tried, key=lambda trial: worst(goals, trial.figures)[1])  # those nearest to the targets need least
+    whole = find_whole(goals, backends, try_out)
+    if whole.trial is not None:
+        return whole
+    costs, bound = split_goals(goals)
+    tried = list(whole.trials)
+    dense = sorted(_within(bound, tried), key=lambda trial: worst(costs, trial.figures)[1])  # the nearest need least
     best: Trial | None = None
     for trial in dense:
         # Of another precision it is only asked whether it needs less than the best one so far.
         limit = most if best is None else best.ratio - FINEST
-        if best is not None and _is_hopeless(goals, trial, foretell[trial.backend], limit):
+        if best is not None and _is_hopeless(costs, trial, foretell[trial.backend], limit):
             continue
-        known = _search(goals, [trial], try_out, foretell[trial.backend], limit)
+        known = _search(costs, [trial], try_out, foretell[trial.backend], limit)
         tried += known[1:]
-        best = min((one for one in (best, *known) if one and _meets(goals, one)), key=_cut, default=None)
+        best = min((one for one in (best, *known) if one and _meets(costs, one)), key=_cut, default=None)
     if best is None:
-        raise InfeasibleBudgetError(_unreachable(goals, tried, most))
+        raise InfeasibleBudgetError(_unreachable(costs, tried, most))
     return Found(best, tuple(tried))
 
 
@@ -104,20 +127,16 @@ def _is_hopeless(goals: Sequence[Goal], whole: Trial, foretell: Foretell, ratio:
 def _next(goals: Sequence[Goal], known: Sequence[Trial], foretell: Foretell, between: tuple[float, float]) -> float:
     """The smallest ratio that is foretold to meet the targets, well inside what is not known yet."""
     low, high = between
-    trials = sorted(known, key=_cut)
-    ratios = [trial.ratio for trial in trials]
-    told = [foretell(ratio) for ratio in ratios]
-    factors = {
-        goal.name: [trial.figures[goal.name] / one[goal.name] for trial, one in zip(trials, told, strict=True)]
+    ratios = {trial.ratio for trial in known}
+    told = [foretell(trial.ratio) for trial in known]
+    curves = {
+        goal.name: sorted((one[goal.name], trial.figures[goal.name]) for one, trial in zip(told, known, strict=True))
         for goal in goals
     }
 
     def meets(ratio: float) -> bool:
         figures = foretell(ratio)
-        return all(
-            figures[goal.name] * _between(ratio, ratios, factors[goal.name]) <= _aim(goal) * goal.amount
-            for goal in goals
-        )
+        return all(_along(curves[goal.name], figures[goal.name]) <= _aim(goal) * goal.amount for goal in goals)
 
     if high not in ratios and not meets(high):
         return high  # and if that fails nothing meets them
@@ -125,16 +144,22 @@ def _next(goals: Sequence[Goal], known: Sequence[Trial], foretell: Foretell, bet
     while last - first > FINEST / 4:
         middle = (first + last) / 2
         first, last = (first, middle) if meets(middle) else (middle, last)
+    if len(known) == 1 and last > high / 2 and any(goal.quantity.slack for goal in goals):
+        return high  # where some of the time is not of multiplications, more is needed, or nothing will do
     inside = min(FINEST, (high - low) / 4)
     return float(np.clip(last, low + inside, high if high not in ratios else high - inside))
 
 
-def _between(ratio: float, ratios: Sequence[float], factors: Sequence[float]) -> float:
-    """Of a prophecy at `ratio` by what it was off by at others: linear between them, and on beyond the last two."""
-    if len(ratios) > 1 and ratio > ratios[-1]:
-        slope = (factors[-1] - factors[-2]) / (ratios[-1] - ratios[-2])
-        return max(factors[-1] + slope * (ratio - ratios[-1]), 0.0)
-    return float(np.interp(ratio, ratios, factors))
+def _along(curve: Sequence[tuple[float, float]], told: float) -> float:
+    """What is measured where so much is foretold: linear between what is known, and below it; of one alone in
+    proportion. So two tell what costs the same at every width.
+    """
+    if len(curve) == 1:
+        return curve[0][1] * told / curve[0][0]
+    (first, at_first), (second, at_second) = curve[:2]  # those with least
+    if told < first < second:
+        return at_first - (at_second - at_first) / (second - first) * (first - told)
+    return float(np.interp(told, *zip(*curve, strict=True)))
 
 
 def _aim(goal: Goal) -> float:
@@ -152,6 +177,11 @@ def _meets(goals: Sequence[Goal], trial: Trial) -> bool:
     return all(goal.is_met(trial.figures[goal.name]) for goal in goals)
 
 
+def _within(bound: Goal | None, whole: Sequence[Trial]) -> list[Trial]:
+    """The precisions that do not lose more than may be lost by themselves."""
+    return [trial for trial in whole if bound is None or bound.is_met(trial.figures[DROP])]
+
+
 def _cut(trial: Trial) -> float:
     return trial.ratio
 
@@ -162,6 +192,14 @@ def _require_figures(goals: Sequence[Goal], trial: Trial) -> None:
         raise UnsuitableOptionError(
             f"--target {missing[0].name}: this model has no such figure on this device; it has {known}"
         )
+
+
+def _too_lossy(bound: Goal, whole: Sequence[Trial]) -> str:
+    least = min(whole, key=lambda trial: trial.figures[DROP])
+    return (
+        f"--target {bound} cannot be met: of --variants {least.backend} loses least, "
+        f"{bound.quantity.words(least.figures[DROP])} with nothing removed; ask for that, or add a more exact precision"
+    )
 
 
 def _unreachable(goals: Sequence[Goal], tried: Sequence[Trial], most: float) -> str:

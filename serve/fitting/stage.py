@@ -1,13 +1,14 @@
-"""The fit stage of a run: the beginning of its order of removal, and the precision, that meet the targets of cost.
+"""The fit stage of a run: the beginning of its order of removal, and the precision, that meet the targets.
 
-`fit.json` holds every candidate as soon as it was tried: a killed search asks for the same ones again, and finds them.
+It has two halves. The whole model is tried before anything is calibrated; only where it does not do is an order of
+removal made, and cuts are tried.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, replace
-from functools import partial
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,29 +17,36 @@ import torch
 from slimvlm.compress import processes
 from slimvlm.compress.allocate.costs import Times
 from slimvlm.compress.allocate.order import Order
+from slimvlm.compress.data.splits import Measured
 from slimvlm.compress.errors import OutputError, UnsuitableOptionError
-from slimvlm.compress.files.decoding import dump, read
+from slimvlm.compress.files.decoding import read
 from slimvlm.compress.files.writing import write_text
-from slimvlm.compress.models.checkpoint import build_meta
+from slimvlm.compress.models.checkpoint import build_meta, locate
 from slimvlm.compress.models.computing import frees_memory
 from slimvlm.compress.models.families import FAMILIES
 from slimvlm.compress.models.groups import find_groups
-from slimvlm.compress.options import FitOptions
+from slimvlm.compress.options import CompressOptions, FitOptions
+from slimvlm.compress.plan import Plan
 from slimvlm.compress.processes import pick_device
 from slimvlm.compress.progress import Progress
 from slimvlm.compress.runs import AGAIN, FIT, ORDER, PLAN, RunFolder
+from slimvlm.compress.stages.plan import whole_plan
 from slimvlm.export.packages import require_packages
 from slimvlm.export.variants import FULL, VARIANTS
-from slimvlm.serve.fitting.goals import MILLISECONDS, Goal, read_goals
+from slimvlm.serve.fitting.candidates import Candidates
+from slimvlm.serve.fitting.goals import MILLISECONDS, Goal, read_goals, split_goals
 from slimvlm.serve.fitting.record import Figures, Fit, Trial
-from slimvlm.serve.fitting.search import MOST_TRIALS, find_cut
+from slimvlm.serve.fitting.search import Foretell, Found, find_cut, find_whole
+from slimvlm.serve.fitting.smallest import find_smallest
+from slimvlm.serve.fitting.table import CostTable
 from slimvlm.serve.fitting.tabulate import cached_table
-from slimvlm.serve.fitting.trials import Workbench
+from slimvlm.serve.fitting.trials import Losses, Workbench
 from slimvlm.serve.measuring.device import describe_device
 from slimvlm.serve.options import TORCH, ProfileOptions, split_backend
 from slimvlm.serve.targets import graph_options
 
 Options = TypeVar("Options", bound=FitOptions)
+CUTS = 1  # that a precision is tried with, as a rule: for the time that is left
 CELL_SECONDS = 6.0  # of measuring a candidate, as the profile stage takes
 
 
@@ -58,8 +66,7 @@ def check_targets(options: FitOptions, by_time: bool) -> None:
         )
     if not options.target:
         return
-    if not [goal for goal in read_goals(options.target) if goal.name != "drop"]:
-        raise UnsuitableOptionError("--target drop alone says nothing of cost; add a target as size=3MB or tpot=15ms")
+    read_goals(options.target)
     backends = backends_of(options)
     if backends != (TORCH,):
         require_packages(graph_options(backends).checked())
@@ -84,7 +91,7 @@ def measured_times(options: FitOptions, progress: Progress) -> Times:
         UnsuitableOptionError: this model has no such time, or the device is too noisy.
     """
     goals = _times(options)
-    table = cached_table(Workbench(options.model, workload_of(options)), backends_of(options)[-1], progress=progress)
+    table = _table(options, progress)
     if missing := [goal.name for goal in goals if goal.name not in table.dense]:
         raise UnsuitableOptionError(
             f"--target {missing[0]}: this model has no such time here; it has {', '.join(table.dense)}"
@@ -93,12 +100,44 @@ def measured_times(options: FitOptions, progress: Progress) -> Times:
     return table.times(find_groups(model, family), {goal.name: goal.amount for goal in goals})
 
 
+def _table(options: FitOptions, progress: Progress) -> CostTable:
+    bench = Workbench(options.model, workload_of(options))
+    return cached_table(bench, backends_of(options)[-1], progress=progress)
+
+
 def _times(options: FitOptions) -> list[Goal]:
     return [goal for goal in read_goals(options.target) if goal.quantity.units is MILLISECONDS]
 
 
 @frees_memory
-def fit_stage(run: RunFolder, options: FitOptions, progress: Progress) -> Fit | None:
+def fit_whole(run: RunFolder, options: CompressOptions, data: Measured, progress: Progress) -> Fit | None:
+    """Try the whole model in every precision, before anything is calibrated: what was found if one of them meets the
+    targets, with its plan, which removes nothing, as `plan.json`; None if a cut is needed. Every process calls it.
+
+    Raises:
+        InfeasibleBudgetError: every precision alone loses more than may be lost.
+    """
+    if not options.target:
+        _back_to_the_ratio(run)
+        return None
+    if run.writer and not _is_fitted(run, options):
+        run.forget("slice")
+        digest = locate(options.model)[1]
+        with run.stage("fit", **_asked(options)) as facts:
+            plan = whole_plan(options, digest)
+            candidates = _candidates(run.path, options, data, digest, lambda _: plan, progress)
+            found = find_whole(candidates.fit.goals, backends_of(options), candidates.try_out)
+            if found.trial is not None:
+                _end(run, candidates, found, facts)
+        if found.trial is None:
+            run.forget("fit")
+    processes.wait_for_all()
+    fit = read(run.path / FIT, Fit, OutputError, AGAIN)
+    return fit if fit.chosen is not None and fit.chosen.is_whole else None
+
+
+@frees_memory
+def fit_stage(run: RunFolder, options: CompressOptions, data: Measured, progress: Progress) -> Fit | None:
     """Write `fit.json`, and the plan that was found as `plan.json`; None without targets. Every process calls it.
 
     Raises:
@@ -106,45 +145,64 @@ def fit_stage(run: RunFolder, options: FitOptions, progress: Progress) -> Fit | 
     """
     if not options.target:
         return None
-    path, asked = run.path / FIT, {"targets": list(options.target), "backends": list(backends_of(options))}
-    if run.writer and not (run.finished("fit") and asked.items() <= run.facts("fit").items()):
-        run.forget("slice")
-        with run.stage("fit", **asked) as facts:
+    if run.writer and not _is_fitted(run, options):
+        with run.stage("fit", **_asked(options)) as facts:
             order = Order.read(run.path / ORDER, OutputError, AGAIN)
-            fit = _fit(order, options, path, progress)
-            if fit.chosen is not None:
-                write_text(run.path / PLAN, order.plan_at(fit.chosen.ratio).to_json())
-                facts.update(ratio=fit.chosen.ratio, backend=fit.chosen.backend, trials=len(fit.trials))
+            digest = order.plan.model_digest
+            candidates = _candidates(run.path, options, data, digest, order.plan_at, progress)
+            backends, foretell = backends_of(options), _foretelling(order, options, progress)
+            costs, bound = split_goals(candidates.fit.goals)
+            if bound is not None and not costs:
+                found = find_smallest(bound, backends, candidates.try_out, foretell, order.plan.ratio)
+            else:
+                goals, told = candidates.fit.goals, dict.fromkeys(backends, foretell)
+                found = find_cut(goals, backends, candidates.try_out, told, order.plan.ratio)
+            _end(run, candidates, found, facts)
     processes.wait_for_all()
-    return read(path, Fit, OutputError, AGAIN)
+    return read(run.path / FIT, Fit, OutputError, AGAIN)
 
 
-def _fit(order: Order, options: FitOptions, path: Path, progress: Progress) -> Fit:
-    """The search, with its file written after every candidate."""
-    goals = tuple(goal for goal in read_goals(options.target) if goal.name != "drop")
-    wanted, backends, plan = {goal.name for goal in goals}, backends_of(options), order.plan
-    bench = Workbench(options.model, workload_of(options))
+def _asked(options: FitOptions) -> dict[str, list[str]]:
+    return {"targets": list(options.target), "backends": list(backends_of(options))}
+
+
+def _is_fitted(run: RunFolder, options: FitOptions) -> bool:
+    return run.finished("fit") and _asked(options).items() <= run.facts("fit").items()
+
+
+def _back_to_the_ratio(run: RunFolder) -> None:
+    """An earlier command had targets, this one has none: the plan is the one that was made."""
+    if run.writer and run.facts("fit"):
+        run.forget("fit")
+        if run.finished("plan"):
+            write_text(run.path / PLAN, Order.read(run.path / ORDER, OutputError, AGAIN).plan.to_json())
+    processes.wait_for_all()
+
+
+def _candidates(
+    out: Path,
+    options: CompressOptions,
+    data: Measured,
+    digest: str,
+    plan_at: Callable[[float], Plan],
+    progress: Progress,
+) -> Candidates:
+    """Those of the dense weights with this digest; what an earlier process tried is known."""
+    goals = read_goals(options.target)
+    bench = Workbench(options.model, workload_of(options), split_goals(goals)[0], Losses(options, data))
     device = f"{describe_device(pick_device(options.device))['name']}, {torch.get_num_threads()} threads"
-    fit = Fit(plan.model_digest, plan.calibration_digest, device, goals)
-    fit = replace(fit, trials=_earlier(path, fit))
+    fit = Fit(digest, data.digest, device, goals)
+    fit = replace(fit, trials=_earlier(out / FIT, fit))
+    expected = (1 + CUTS) * len(backends_of(options))
+    return Candidates(out / FIT, plan_at, bench, fit, expected, progress)
 
-    def try_out(ratio: float, backend: str) -> Trial:
-        nonlocal fit
-        for trial in fit.trials:
-            if (trial.ratio, trial.backend) == (ratio, backend) and wanted <= set(trial.figures):
-                return trial
-        progress("fit", len(fit.trials), MOST_TRIALS * len(backends), f"{backend}, {ratio:.1%} removed")
-        trial = bench.try_out(order.plan_at(ratio), ratio, backend, wanted)
-        fit = replace(fit, trials=(*fit.trials, trial))
-        write_text(path, dump(asdict(fit), indent=1, sort_keys=True) + "\n")
-        return trial
 
-    foretold = partial(_foretell, order)
-    found = find_cut(goals, backends, try_out, dict.fromkeys(backends, foretold), plan.ratio)
-    progress("fit", 1, 1)
-    fit = replace(fit, trials=found.trials, chosen=found.trial)
-    write_text(path, dump(asdict(fit), indent=1, sort_keys=True) + "\n")
-    return fit
+def _end(run: RunFolder, candidates: Candidates, found: Found, facts: dict[str, Any]) -> None:
+    """Write what was found, and its plan."""
+    fit = candidates.end(found)
+    if fit.chosen is not None:
+        write_text(run.path / PLAN, candidates.plan_at(fit.chosen.ratio).to_json())
+        facts.update(ratio=fit.chosen.ratio, backend=fit.chosen.backend, trials=len(fit.trials))
 
 
 def delivered(options: Options, fit: Fit | None) -> Options:
@@ -157,8 +215,8 @@ def delivered(options: Options, fit: Fit | None) -> Options:
     changes: dict[str, Any] = {"recover": "none"} if fit.chosen.is_whole else {}
     if form != TORCH:
         changes |= {"export": tuple(dict.fromkeys((form, *(options.export or ())))), "variants": (variant,)}
-    if drop := [goal.amount for goal in read_goals(options.target) if goal.name == "drop"]:
-        changes["max_quality_drop"] = min(drop[0], options.max_quality_drop or math.inf)
+    if bound := split_goals(read_goals(options.target))[1]:
+        changes["max_quality_drop"] = min(bound.amount, options.max_quality_drop or math.inf)
     return replace(options, **changes)
 
 
@@ -183,14 +241,25 @@ def _earlier(path: Path, now: Fit) -> tuple[Trial, ...]:
     return fit.trials if same else ()
 
 
-def _foretell(order: Order, ratio: float) -> Figures:
-    """Bytes by the parameters that are left, times by the multiplications that are left in the towers."""
-    plan = order.plan_at(ratio)
-    family = next(family for family in FAMILIES if family.name == plan.family)
+def _foretelling(order: Order, options: CompressOptions, progress: Progress) -> Foretell:
+    """Bytes by the parameters that are left; times by the table that units were ranked by, else by the multiplications
+    that are left in the towers.
+    """
+    family = next(family for family in FAMILIES if family.name == order.plan.family)
     images = {tower.name for tower in family.towers if tower.modality == "vision"}
-    seen, said = (
-        float(sum(count.macs_after for name, count in plan.towers.items() if (name in images) is of_images))
-        for of_images in (True, False)
-    )
-    left = float(plan.parameters_after)
-    return {"params": left, "size": left, "memory": left, "vision": seen, "ttft": seen + said, "tpot": said}
+    table = groups = None
+    if options.cost != "parameters":
+        table = _table(options, progress)
+        groups = find_groups(build_meta(options.model, options.trust_remote_code)[0], family)
+
+    def foretell(ratio: float) -> Figures:
+        plan = order.plan_at(ratio)
+        seen, said = (
+            float(sum(count.macs_after for name, count in plan.towers.items() if (name in images) is of_images))
+            for of_images in (True, False)
+        )
+        left = float(plan.parameters_after)
+        figures = {"params": left, "size": left, "memory": left, "vision": seen, "ttft": seen + said, "tpot": said}
+        return figures if table is None or groups is None else {**figures, **table.predict(plan, groups)}
+
+    return foretell

@@ -1,28 +1,38 @@
 """A candidate, tried: cut, saved, exported in its precision, and measured by what `slimvlm profile` measures with.
 
-The weights are the dense model's, neither fitted nor trained after the cut: what a candidate costs does not depend on
-their values, and what it answers is not looked at.
+Nothing is trained: of a cut it is told what it costs, or what it loses before its training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
+from slimvlm.compress.data.samples import Sample
+from slimvlm.compress.data.splits import Measured, read_validation
 from slimvlm.compress.errors import CheckFailedError, DeviceError, UnsuitableOptionError
+from slimvlm.compress.evaluation.quality import Quality
 from slimvlm.compress.models.checkpoint import load_model, weight_files
+from slimvlm.compress.models.computing import load_to_compute
 from slimvlm.compress.models.saving import save_checkpoint
+from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.processes import pick_device
+from slimvlm.compress.progress import silent
 from slimvlm.compress.slicing.apply import apply_plan
-from slimvlm.export import export_checkpoint
+from slimvlm.compress.stages.evaluate import evaluate_model
+from slimvlm.compress.stages.slice import save_cut
+from slimvlm.export import evaluate_export, export_checkpoint
 from slimvlm.export.running.exported import Exported
 from slimvlm.export.running.manifest import inside
-from slimvlm.serve.fitting.record import Trial
+from slimvlm.export.variants import FULL
+from slimvlm.serve.fitting.goals import DROP, WITHIN, Goal
+from slimvlm.serve.fitting.record import Figures, Trial
 from slimvlm.serve.judging.limits import peak_memory
 from slimvlm.serve.options import TORCH, ProfileOptions, split_backend
 from slimvlm.serve.profile import MEASURED, PHASES, Cell
@@ -30,6 +40,41 @@ from slimvlm.serve.profiling import measure_first
 from slimvlm.serve.targets import graph_options
 
 STEADY, WILDEST, MEASUREMENTS = 0.03, 0.1, 3  # spread: is no reason to measure again; is refused in the end
+QUESTIONS = 600  # at most: losses are paired, and need no more
+
+
+@dataclass(frozen=True)
+class Losses:
+    """How many points less than the dense checkpoint candidates get, on questions that are not those of the evaluation
+    (see `read_validation`); mean of tasks.
+    """
+
+    options: CompressOptions
+    data: Measured
+
+    @cached_property
+    def questions(self) -> Sequence[Sample]:
+        """The same ones for all."""
+        return read_validation(self.options, self.data, min(self.options.eval_samples or QUESTIONS, QUESTIONS))
+
+    @cached_property
+    def dense(self) -> Quality:
+        """Of the checkpoint that is compressed."""
+        return evaluate_model(self.options, self.options.model, self.questions, silent)
+
+    def of(self, folder: Path, backend: str) -> float:
+        """Points that the candidate in `folder` loses in a backend; below 0 where it is better."""
+        if backend == TORCH:
+            quality = evaluate_model(self.options, str(folder / "model"), self.questions, silent)
+        else:
+            quality = evaluate_export(folder / "export", backend, self.questions, self.options, silent)
+        return 100 * (self.dense.score - quality.score)
+
+    def cut(self, plan: Plan, folder: Path) -> None:
+        """The checkpoint `folder` of a cut as the run would make it, up to the training."""
+        save_cut(
+            folder, load_to_compute(self.options, self.options.model), self.options, plan, self.data.calibration, silent
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,41 +84,51 @@ class Workbench:
     Attributes:
         model: the dense checkpoint.
         workload: device, threads, sizes and effort; its models and its backend are replaced.
+        goals: what figures are held against.
+        losses: what tells how much is lost.
     """
 
     model: str
     workload: ProfileOptions
+    goals: Sequence[Goal] = ()
+    losses: Losses | None = None
 
     def try_out(self, plan: Plan, ratio: float, backend: str, wanted: Collection[str]) -> Trial:
         """The figures of a cut in one precision.
 
+        The weights are the dense model's, neither fitted nor trained after the cut, unless it is asked what is lost:
+        what a candidate costs does not depend on their values.
+
         Args:
-            wanted: names of quantities; no more is made or measured than they need.
+            wanted: names of quantities; no more is made or measured than they need. A whole model in another precision
+                that meets all goals tells what it loses, too.
 
         Raises:
             SlimvlmError: it cannot be made or run, with the reason.
-            UnsuitableOptionError: the device is too noisy for a time that is wanted.
+            UnsuitableOptionError: the device is too noisy for a time that decides.
         """
-        figures, spread = {"params": float(plan.parameters_after)}, dict[str, float]()
-        if set(wanted) - {"params"}:
+        figures, spread, wanted = {"params": float(plan.parameters_after)}, dict[str, float](), set(wanted)
+        if wanted - {"params"} or self._tells_loss(ratio, backend, figures):
             with TemporaryDirectory(prefix="slimvlm-fit-") as scratch:
                 folder = Path(scratch)
-                self.make(plan, folder, backend)
+                if DROP in wanted and ratio and self.losses is not None:
+                    self.losses.cut(plan, folder / "model")
+                    self._export(folder, backend)
+                else:
+                    self.make(plan, folder, backend)
                 figures["size"] = float(bytes_on_disk(folder, backend))
-                if set(wanted) - {"params", "size"}:
-                    measured, spread = self._measure(folder, backend, wanted)
+                if wanted - {"params", "size", DROP}:
+                    measured, spread = self._measure(folder, backend)
                     figures |= measured
+                if self.losses is not None and (DROP in wanted or self._tells_loss(ratio, backend, figures)):
+                    figures[DROP] = self.losses.of(folder, backend)
         return Trial(ratio, backend, figures, spread)
 
     def make(self, plan: Plan, folder: Path, backend: str) -> None:
         """The candidate as a checkpoint `folder/model`, and beside it, in `folder/export`, what the backend runs."""
-        code = self.workload.trust_remote_code
-        loaded = load_model(self.model, trust_remote_code=code)
+        loaded = load_model(self.model, trust_remote_code=self.workload.trust_remote_code)
         save_checkpoint(folder / "model", apply_plan(loaded.model, plan), loaded.processor, plan, plan.layout)
-        if backend != TORCH:
-            options = replace(graph_options((backend,)), samples=1, max_new_tokens=1, trust_remote_code=code)
-            with suppress(CheckFailedError):  # of answers; what is written can be run
-                export_checkpoint(folder / "model", folder / "export", options)
+        self._export(folder, backend)
 
     def compare(self, folder: Path, backend: str, dense: Path | None = None) -> Cell:
         """The candidate that was made in `folder`, beside the one in `dense`, in turns, or alone.
@@ -88,10 +143,26 @@ class Workbench:
             raise DeviceError(f"a candidate cannot be measured in {backend}: {cell.reason}; fit to another --backend")
         return cell
 
-    def _measure(
-        self, folder: Path, backend: str, wanted: Collection[str]
-    ) -> tuple[dict[str, float], dict[str, float]]:
-        """Figures and spread, of the steadiest of as many measurements as it takes to find a steady one."""
+    def _export(self, folder: Path, backend: str) -> None:
+        if backend != TORCH:
+            code = self.workload.trust_remote_code
+            options = replace(graph_options((backend,)), samples=1, max_new_tokens=1, trust_remote_code=code)
+            with suppress(CheckFailedError):  # of answers; what is written can be run
+                export_checkpoint(folder / "model", folder / "export", options)
+
+    def _tells_loss(self, ratio: float, backend: str, figures: Figures) -> bool:
+        """Whether it is a whole model in another precision that meets the goals."""
+        known = [goal for goal in self.goals if goal.name in figures]
+        return (
+            not ratio
+            and split_backend(backend)[1] not in (None, FULL)
+            and self.losses is not None
+            and self.losses.data.held_out
+            and all(goal.is_met(figures[goal.name]) for goal in known)
+        )
+
+    def _measure(self, folder: Path, backend: str) -> tuple[dict[str, float], dict[str, float]]:
+        """Figures and spread: of the first measurement that decides, else of the steadiest."""
         kind = pick_device(self.workload.device).type
         found: list[tuple[float, dict[str, float], dict[str, float]]] = []
         while len(found) < MEASUREMENTS and (not found or found[-1][0] > STEADY):
@@ -101,14 +172,23 @@ class Workbench:
                 figures["memory"] = float(peak)
             starts = {phase: [median(rounds) for rounds in run.seconds[phase]] for phase in run.medians}
             spread = {phase: (max(each) - min(each)) / 2 / run.medians[phase] for phase, each in starts.items()}
-            found.append((max((spread.get(name, 0.0) for name in wanted), default=0.0), figures, spread))
-        worst, figures, spread = min(found, key=lambda one: one[0])
-        if worst > WILDEST:
+            found.append((self._doubt(figures, spread), figures, spread))
+        doubt, figures, spread = min(found, key=lambda one: one[0])
+        if doubt > WILDEST:
             raise UnsuitableOptionError(
-                f"this machine is too noisy to fit to times: restarts of one process differ by {worst:.0%} to either "
+                f"this machine is too noisy to fit to times: restarts of one process differ by {doubt:.0%} to either "
                 f"side, {WILDEST:.0%} is accepted; let it do nothing else meanwhile, or fit to size or params"
             )
         return figures, spread
+
+    def _doubt(self, figures: Figures, spread: Figures) -> float:
+        """The largest spread of a time that lies so near to its target that the spread decides whether it is met."""
+        near = [
+            spread[goal.name]
+            for goal in self.goals
+            if goal.name in spread and abs(goal.excess(figures[goal.name]) - 1) <= WITHIN + 2 * spread[goal.name]
+        ]
+        return max(near, default=0.0)
 
 
 def bytes_on_disk(folder: Path, backend: str) -> int:

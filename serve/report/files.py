@@ -105,7 +105,7 @@ def read_run(folder: Path) -> RunFiles:
     status = record["stages"].get("recover", {}).get("status")
     journal = {"finished": JOURNAL, "running": f"recovery/{JOURNAL}"}.get(status)  # moved up when it is finished
     wanted: dict[str, tuple[str, bool, Callable[[Path], object]]] = {
-        "plan": (PLAN, "plan" in finished, lambda path: decode(parse(content_of(path)), Plan)),
+        "plan": (PLAN, bool({"plan", "fit"} & finished), lambda path: decode(parse(content_of(path)), Plan)),
         "scores": (SCORES, "plan" in finished, _read_scores),
         "fit": (FIT, "fit" in finished, lambda path: decode(parse(content_of(path)), Fit)),
         "quality": (QUALITY, "evaluate" in finished, _read_quality),

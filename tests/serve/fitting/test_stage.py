@@ -3,9 +3,12 @@ meet is refused before the model is cut. Bytes and parameters are counted, so no
 
 import json
 import shutil
+import signal
 from dataclasses import replace
 
 import pytest
+import torch
+from forked import Forked
 
 import slimvlm
 from slimvlm.compress.errors import InfeasibleBudgetError, UnsuitableOptionError
@@ -88,22 +91,67 @@ def test_a_fitted_run_that_is_recovered_again_keeps_its_targets_and_its_plan(fit
     assert (again.fit, again.plan) == (result.fit, result.plan) and not {"fit", "calibrate"} & set(stages)
 
 
-def test_where_the_whole_model_meets_the_targets_nothing_is_cut_and_nothing_trained(tmp_path):
-    options = few(tmp_path / "out", "size=100MB", recover="lpd", compensation="refit", backend="torchscript")
-    result = compress(replace(options, variants=("fp32", "fp16"), export=None))
-    assert result.fit.chosen.backend == "torchscript:fp32"  # the most exact of those that meet it
-    assert result.export["formats"] == ["torchscript"] and result.export["variants"] == ["fp32"]
+def test_where_the_whole_model_meets_the_targets_nothing_is_calibrated_cut_or_trained_and_its_loss_is_said(tmp_path):
+    options = few(tmp_path / "out", "size=6MB", recover="lpd", compensation="refit", backend="torchscript")
+    stages = []
+    result = compress(replace(options, variants=("fp32", "fp16"), export=None), lambda stage, *_: stages.append(stage))
+    assert [trial.backend for trial in result.fit.trials] == ["torchscript:fp32", "torchscript:fp16"]
+    assert result.fit.chosen == result.fit.trials[1] and not {"calibrate", "training"} & set(stages)
+    assert result.export["formats"] == ["torchscript"] and result.export["variants"] == ["fp16"]
     assert parameters(tmp_path / "out" / "model") == parameters(MODEL) and result.recovery is None
-    assert result.fit.chosen.ratio == 0 and "No pruning needed" in result.fit.sentences[0]
+    assert abs(result.fit.chosen.figures["drop"]) <= 100 and "drop" not in result.fit.trials[0].figures
+    assert "No pruning needed: the whole model in torchscript:fp16 meets size 6 MB" in result.fit.sentences[0]
+    assert "lost" in result.fit.sentences[0] or "gained" in result.fit.sentences[0]
     assert result.dense.score == result.slim.score
+    assert not (options.out / "order.safetensors").exists() and result.plan.removed_fraction == 0
+    assert "Candidates for size 6 MB" in (options.out / "report.md").read_text()
 
 
-def test_a_search_that_was_broken_off_goes_on_with_what_it_tried(tmp_path):
+@pytest.fixture(scope="module")
+def bounded(tmp_path_factory):
+    """Any loss is accepted, so the largest cut is the answer."""
+    options = few(tmp_path_factory.mktemp("bound") / "out", "drop=100", ratio=0.04, compensation="refit")
+    return options, compress(options)
+
+
+def test_a_bound_on_the_loss_alone_asks_for_the_smallest_artefact(bounded):
+    options, result = bounded
+    trials = result.fit.trials
+    assert [trial.ratio for trial in trials] == [0, 0.02, 0.04] and result.fit.chosen == trials[2]
+    assert all({"size", "drop"} <= set(trial.figures) for trial in trials)
+    assert trials[0].figures["drop"] == 0  # of the model itself
+    assert result.plan.ratio == 0.04 and "is the smallest that was found to lose at most" in result.fit.sentences[0]
+    size = (options.out / "model" / "model.safetensors").stat().st_size
+    assert abs(size - trials[2].figures["size"]) < 1e4 < trials[0].figures["size"] - size  # the plan in it differs
+
+
+def test_a_search_that_is_killed_goes_on_with_what_it_tried(bounded, tmp_path):
+    options, result = bounded
+    out, threads = tmp_path / "out", str(torch.get_num_threads())
+    words = ["slimvlm", "compress", options.model, out, "--data", options.data, "--eval-data", options.eval_data]
+    words += ["--samples", 16, "--eval-samples", 8, "--rounds", 1, "--batch-size", 8, "--target", "drop=100"]
+    words += ["--ratio", 0.04, "--recover", "none", "--export", "none", "--no-profile", "--backend", "torch"]
+    with Forked(tmp_path, *words, "--device", "cpu", OMP_NUM_THREADS=threads) as process:
+        while not (out / "fit.json").exists() or (out / "fit.json").read_text().count('"ratio"') < 2:
+            assert process.runs(), process.stderr.read_text()
+        assert process.kill() == -signal.SIGKILL
+    known, tried = document(out)["trials"], []
+    assert len(known) >= 2 and known == document(options.out)["trials"][: len(known)]
+
+    def tell(stage, done, *_):
+        tried.extend([done] if stage in ("fit", "calibrate") else [])
+
+    again = compress(replace(options, out=out, resume=True), tell)
+    assert tried[:-1] == list(range(len(known), 3)) and document(out) == document(options.out)
+    assert again.plan == result.plan
+
+
+def test_what_another_device_was_found_to_cost_says_nothing_here(tmp_path):
     class BrokenError(Exception):
         pass
 
-    def breaks(stage, done, _total, *_):
-        if stage == "fit" and done == 1:
+    def breaks(stage, *_):
+        if stage == "calibrate":
             raise BrokenError
 
     options = few(tmp_path / "out", "size=4.5MB")
@@ -113,12 +161,11 @@ def test_a_search_that_was_broken_off_goes_on_with_what_it_tried(tmp_path):
     assert len(known) == 1 and document(options.out)["chosen"] is None and not (options.out / "model").exists()
     moved = {**document(options.out), "device": "another machine"}
     (options.out / "fit.json").write_text(json.dumps(moved))
-    with pytest.raises(BrokenError):  # what another device took says nothing here
-        compress(replace(options, resume=True), breaks)
+    stages = []
+    with pytest.raises(BrokenError):
+        compress(replace(options, resume=True), lambda *said: (stages.append(said[0]), breaks(*said)))
     assert document(options.out)["trials"] == known and document(options.out)["device"] != "another machine"
-    tried = []
-    compress(replace(options, resume=True), lambda stage, done, *_: tried.append(done) if stage == "fit" else None)
-    assert document(options.out)["trials"][:1] == known and tried[0] == 1
+    assert "fit" in stages
 
 
 def test_a_plan_by_milliseconds_goes_by_the_table_of_this_device_and_wins_more_time_at_equal_size(
@@ -149,7 +196,6 @@ def test_a_plan_by_milliseconds_goes_by_the_table_of_this_device_and_wins_more_t
     [
         {"target": ("speed=3",)},
         {"target": ("size=1MB", "size=2MB")},
-        {"target": ("drop=1",)},
         {"cost": "milliseconds"},
         {"target": ("tpot=1ms",), "cost": "milliseconds", "criterion": "influence"},
         {"backend": "torch", "variants": ("fp16",)},
