@@ -159,7 +159,7 @@ def _along(curve: Sequence[tuple[float, float]], told: float) -> float:
     (first, at_first), (second, at_second) = curve[:2]  # those with least
     if told < first < second:
         return at_first - (at_second - at_first) / (second - first) * (first - told)
-    return float(np.interp(told, *zip(*curve, strict=True)))
+    return float(np.interp(told, [one for one, _ in curve], [value for _, value in curve]))
 
 
 def _aim(goal: Goal) -> float:
