@@ -282,7 +282,7 @@ class DeliverOptions(EvaluateOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitOptions(DeliverOptions):
+class FitOptions(PlanOptions, DeliverOptions):
     """What the device allows: the cut is as small as meets it, and `ratio` the most that may be removed.
 
     Attributes:

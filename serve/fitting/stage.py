@@ -25,7 +25,7 @@ from slimvlm.compress.models.checkpoint import build_meta, locate
 from slimvlm.compress.models.computing import frees_memory
 from slimvlm.compress.models.families import FAMILIES
 from slimvlm.compress.models.groups import find_groups
-from slimvlm.compress.options import CompressOptions, FitOptions
+from slimvlm.compress.options import FitOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.processes import pick_device
 from slimvlm.compress.progress import Progress
@@ -110,7 +110,7 @@ def _times(options: FitOptions) -> list[Goal]:
 
 
 @frees_memory
-def fit_whole(run: RunFolder, options: CompressOptions, data: Measured, progress: Progress) -> Fit | None:
+def fit_whole(run: RunFolder, options: FitOptions, data: Measured, progress: Progress) -> Fit | None:
     """Try the whole model in every precision, before anything is calibrated: what was found if one of them meets the
     targets, with its plan, which removes nothing, as `plan.json`; None if a cut is needed. Every process calls it.
 
@@ -137,7 +137,7 @@ def fit_whole(run: RunFolder, options: CompressOptions, data: Measured, progress
 
 
 @frees_memory
-def fit_stage(run: RunFolder, options: CompressOptions, data: Measured, progress: Progress) -> Fit | None:
+def fit_stage(run: RunFolder, options: FitOptions, data: Measured, progress: Progress) -> Fit | None:
     """Write `fit.json`, and the plan that was found as `plan.json`; None without targets. Every process calls it.
 
     Raises:
@@ -181,7 +181,7 @@ def _back_to_the_ratio(run: RunFolder) -> None:
 
 def _candidates(
     out: Path,
-    options: CompressOptions,
+    options: FitOptions,
     data: Measured,
     digest: str,
     plan_at: Callable[[float], Plan],
@@ -241,7 +241,7 @@ def _earlier(path: Path, now: Fit) -> tuple[Trial, ...]:
     return fit.trials if same else ()
 
 
-def _foretelling(order: Order, options: CompressOptions, progress: Progress) -> Foretell:
+def _foretelling(order: Order, options: FitOptions, progress: Progress) -> Foretell:
     """Bytes by the parameters that are left; times by the table that units were ranked by, else by the multiplications
     that are left in the towers.
     """

@@ -20,7 +20,7 @@ from slimvlm.compress.evaluation.quality import Quality
 from slimvlm.compress.models.checkpoint import load_model, weight_files
 from slimvlm.compress.models.computing import load_to_compute
 from slimvlm.compress.models.saving import save_checkpoint
-from slimvlm.compress.options import CompressOptions
+from slimvlm.compress.options import PlanOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.processes import pick_device
 from slimvlm.compress.progress import silent
@@ -49,7 +49,7 @@ class Losses:
     (see `read_validation`); mean of tasks.
     """
 
-    options: CompressOptions
+    options: PlanOptions
     data: Measured
 
     @cached_property
