@@ -92,6 +92,8 @@ class PlanOptions(EvaluateOptions):
         tokens: of the text model's, those that a criterion without gradients looks at: `all`, `text`, `image`, `atv`
             or `atv(ALPHA)`; None: what the criterion says.
         threshold, entropy, taylor: ablations; None: what the criterion says. A threshold of 1 selects all tokens.
+        depth_ratio: tower -> fraction of its parameters that leaves as whole blocks, by their influence, before the
+            widths of the others are chosen, which make up for the rest of `ratio`.
         cost: what importance is weighed against: `parameters`, or the `milliseconds` a target of time speaks of.
         compensation: what the weights that stay become; `refit` fits the kept columns of output projections to the
             dense outputs, by least squares, `none` leaves them as they are.
@@ -106,6 +108,7 @@ class PlanOptions(EvaluateOptions):
     equal_rounds: bool = False
     tower_ratio: Mapping[str, float] = field(default_factory=dict)
     kind_ratio: Mapping[str, float] = field(default_factory=dict)
+    depth_ratio: Mapping[str, float] = field(default_factory=dict)
     round_channels: int = 1
     attention_unit: str = "auto"
     layout: str = "per-layer"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -22,6 +22,11 @@ class TowerCount:
     parameters_after: int
     macs_before: int
     macs_after: int
+
+    @property
+    def removed(self) -> float:
+        """Removed fraction of its parameters."""
+        return 1 - self.parameters_after / self.parameters_before
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +116,10 @@ class Plan:
             tower: sorted(set(range(self.sizes[f"{tower}.{BLOCK}"])) - set(kept)) for tower, kept in self.blocks.items()
         }
 
+    def renamed(self, keys: Iterable[str]) -> dict[str, str]:
+        """What groups of the model before are called in the one this plan gives; those in blocks that leave are not."""
+        return {key: _after(key, self.blocks) for key in keys if _stays(key, self.blocks)}
+
     def keeps(self, tower: str, layer: int) -> bool:
         """Whether this block of `tower` stays."""
         return layer in self.blocks.get(tower, (layer,))
@@ -161,7 +170,7 @@ class Plan:
         Raises:
             ValueError: `later` was not made for the model this plan gives.
         """
-        names = {_before(key, self.blocks): key for key in later.keep}  # as the model of this plan calls them
+        names = self.called(later)
         keep, sizes = dict(self.keep), dict(self.sizes)
         for name, key in names.items():
             kept = self.keep.get(name, range(later.sizes[key]))
@@ -191,12 +200,16 @@ class Plan:
             rescued=(*self.rescued, *later.rescued),
         )
 
+    def called(self, later: Plan) -> dict[str, str]:
+        """The groups of `later`, which was made for the model this plan gives, as the model before that calls them."""
+        return {_before(key, self.blocks): key for key in later.keep}
+
     def since(self, earlier: Plan) -> Plan:
         """What is left of this plan to do with the model that `earlier`, a beginning of it, gives: composed after that
         one it is this one.
         """
         known = {name: earlier.keep.get(name, range(self.sizes[name])) for name in self.keep}
-        names = {name: _after(name, earlier.blocks) for name in self.keep}
+        names = earlier.renamed(self.keep)
         towers = {
             name: replace(
                 count,

@@ -3,29 +3,31 @@
 Scores of a dense model say little about a half-cut one. The ratio grows as target * (1 - (1 - i/R)^1.5): large steps
 while the model is whole, small ones near the end. One round is the paper's one-shot plan. Equal steps (a power of 1)
 are for an order whose beginnings are wanted without a refit: its early rounds see more of the model. Between rounds the
-model may be compensated, so that the next one looks at what a model cut so far is worth when all is done.
+model may be compensated, so that the next one looks at what a model cut so far is worth when all is done. Before the
+first one whole blocks may leave (depth, then width: VLMCompression, IJCV 2026).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from slimvlm.compress.allocate.allocators import ALLOCATORS
-from slimvlm.compress.allocate.budget import Budget, order_units, plan_units
+from slimvlm.compress.allocate.budget import Budget, order_units
 from slimvlm.compress.allocate.facts import Facts, facts_of
 from slimvlm.compress.allocate.order import Order
 from slimvlm.compress.criteria.criterion import CRITERIA, Criterion
 from slimvlm.compress.criteria.scoring import Scores, score_groups
-from slimvlm.compress.errors import UnsuitableOptionError
+from slimvlm.compress.errors import InfeasibleBudgetError, UnsuitableOptionError
 from slimvlm.compress.models.computing import give_back_memory
 from slimvlm.compress.models.families import find_family
-from slimvlm.compress.models.groups import Group, find_units
-from slimvlm.compress.plan import Plan
+from slimvlm.compress.models.groups import Group, find_blocks, find_units
+from slimvlm.compress.plan import BLOCK, Plan
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.compress.slicing.compensation import COMPENSATIONS
@@ -34,6 +36,7 @@ from slimvlm.compress.slicing.depth import place
 from slimvlm.compress.statistics.collect import Batch, collect
 from slimvlm.compress.statistics.rows import STATISTICS, CalibrationOptions
 
+Value = TypeVar("Value")
 Batches = Sequence[Batch | Callable[[], Batch]]
 
 
@@ -48,11 +51,12 @@ class Planning:
         rounds: calibrations, each on the model as cut so far; one, where the allocator has no floors: it may overshoot
             what is left to remove later.
         power: how much larger the first rounds' steps are than the last ones'; 1: all are equal.
+        depth: tower -> fraction of its parameters that leaves as whole blocks, by their influence, before the rounds.
         between: one of COMPENSATIONS, done to the model after every round but the last.
         known: the scores of the dense model, of an earlier plan: the first round takes them and reads no data.
 
     Raises:
-        UnsuitableOptionError: more rounds than the allocator can make.
+        UnsuitableOptionError: more rounds than the allocator can make, or what excludes blocks that leave first.
     """
 
     budget: Budget
@@ -61,6 +65,7 @@ class Planning:
     host_sums: bool = False
     rounds: int = 1
     power: float = 1.5
+    depth: Mapping[str, float] = field(default_factory=dict)
     between: str = "none"
     attention_unit: str = "auto"
     seed: int = 0
@@ -72,6 +77,43 @@ class Planning:
             raise UnsuitableOptionError(
                 f"the allocator {allocator.name} takes all in one round, not in {self.rounds}; give --rounds 1"
             )
+        if not self.depth:
+            return
+        if not allocator.floors or self.criterion.units == BLOCK or self.budget.kind_ratio or self.budget.times:
+            raise UnsuitableOptionError(
+                "--depth-ratio takes whole blocks before the widths of the others are chosen; leave it out, or the "
+                "criterion influence, the allocator paper, --kind-ratio and --cost milliseconds"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Readings of the data: the rounds, and before them one for whole blocks."""
+        return self.rounds + bool(self.depth)
+
+    def step(self, number: int, dense: Facts, begun: Plan | None) -> Planning:
+        """Step `number`, from 1, as a plan in one round.
+
+        Args:
+            dense: of the dense model.
+            begun: the blocks that left first, once they did.
+        """
+        if self.depth and begun is None:
+            towers = {**dict.fromkeys(dense.towers, 0.0), **self.depth}
+            whole = sum(share * dense.towers.get(tower, 0) for tower, share in towers.items()) / dense.parameters
+            budget = Budget(whole, towers, allocator="global", layout=self.budget.layout)
+            return replace(self, budget=budget, criterion=CRITERIA["influence"], rounds=1, depth={}, known=None)
+        share = round_share(number - bool(self.depth), self.rounds, self.power)
+        known = self.known if number == 1 else None
+        return replace(self, budget=self.budget.scaled(share, begun), rounds=1, depth={}, known=known)
+
+    def besides(self) -> dict[str, object]:
+        """What a plan says of its making that neither its criterion nor its budget knows."""
+        depth = {"depth_ratio": dict(self.depth)} if self.depth else {}
+        return {**depth, **({"between": self.between} if COMPENSATIONS[self.between].place else {})}
+
+    def begun(self, order: Order | None) -> Plan | None:
+        """What the blocks that leave first have left of the dense model, once they did."""
+        return order.plan_after(order.rounds[0]) if self.depth and order is not None else None
 
     @property
     def calibration(self) -> CalibrationOptions:
@@ -87,6 +129,15 @@ class Planning:
     def groups(self, model: nn.Module) -> tuple[Group, ...]:
         """What of `model` (the meta device is enough) is chosen among: what the criterion can judge."""
         return find_units(model, find_family(model.config), self.criterion.units, self.attention_unit)
+
+    def check_depth(self, model: nn.Module) -> None:
+        """Raise an InfeasibleBudgetError where `depth` names a tower that cannot lose a block."""
+        towers = [group.tower for group in find_blocks(model, find_family(model.config))]
+        if unable := sorted(self.depth.keys() - set(towers)):
+            raise InfeasibleBudgetError(
+                f"depth ratio of {unable[0]}: there is no such tower whose blocks can leave; this model has "
+                f"{', '.join(towers) or 'none'}"
+            )
 
 
 @dataclass(frozen=True)
@@ -106,17 +157,37 @@ def round_share(index: int, rounds: int, power: float) -> float:
     return float(1 - (1 - index / rounds) ** power)
 
 
-def check_budget(model: nn.Module, groups: Sequence[Group], budget: Budget) -> Facts:
-    """The facts of a dense model (the meta device is enough) that can meet the budget.
+def check_budget(model: PreTrainedModel, planning: Planning) -> None:
+    """Refuse what cannot be met, before any calibration.
+
+    Args:
+        model: dense (the meta device is enough); cut where blocks leave first.
 
     Raises:
-        InfeasibleBudgetError: it cannot.
+        InfeasibleBudgetError: no plan meets the budget.
     """
-    dense = facts_of(model, groups)
-    # What the floors allow does not depend on the scores, so any scores tell whether the budget can be met.
-    scores = replace(score_groups(groups, CRITERIA["random"]), importance={group.key: 1.0 for group in groups})
-    plan_units(groups, scores, budget, dense)
-    return dense
+    planning.check_depth(model)
+    dense, order = facts_of(model, planning.groups(model)), None
+    for number in [1, planning.steps] if planning.depth else [planning.steps]:
+        begun = planning.begun(order)
+        step = planning.step(number, dense, begun)
+        groups = step.groups(model)
+        # What the floors allow does not depend on the scores, so any scores tell whether the budget can be met.
+        scores = replace(score_groups(groups, CRITERIA["random"]), importance={group.key: 1.0 for group in groups})
+        order = order_units(groups, scores, step.budget, _facts(model, groups, dense if order else None, begun))
+        if number < planning.steps:
+            apply_plan(model, order.plan)
+
+
+def _facts(model: PreTrainedModel, groups: Sequence[Group], dense: Facts | None, begun: Plan | None) -> Facts:
+    """Of the model as it is cut; `dense`, if it is."""
+    known = None if dense is None else replace(dense, sizes=_named(dense.sizes, begun))
+    return facts_of(model, groups, dense=known)
+
+
+def _named(values: Mapping[str, Value], begun: Plan | None) -> Mapping[str, Value]:
+    """What is known of the dense model's groups, by what they are called once the blocks that leave first have left."""
+    return {new: values[old] for old, new in begun.renamed(values).items()} if begun is not None else values
 
 
 def plan_in_rounds(
@@ -137,39 +208,42 @@ def plan_in_rounds(
         progress: called after every batch, with the batches done and to do in all rounds.
 
     Raises:
-        InfeasibleBudgetError: no plan meets the budget; found before any calibration.
+        InfeasibleBudgetError: no plan meets the budget; found before any calibration, or where blocks leave first by
+            `check_budget` alone.
     """
-    groups = planning.groups(model)
-    dense = check_budget(model, groups, planning.budget)
+    planning.check_depth(model)
+    if not planning.depth:
+        check_budget(model, planning)
+    dense = facts_of(model, planning.groups(model))
     order, first = done, len(done.rounds) if done else 0
     known = planning.known
+    groups = planning.groups(model)
     importance = known.importance if known else importance_of(model, groups, partial(batches, 0), planning, progress)
     if order is not None:
         _redo(model, order, batches, planning, progress)
-    for number in range(first + 1, planning.rounds + 1):
-        groups = planning.groups(model)
-        scores = known if number == 1 else None
+    for number in range(first + 1, planning.steps + 1):
+        begun = planning.begun(order)
+        step = planning.step(number, dense, begun)
+        groups, scores = step.groups(model), step.known
         if scores is None:
-            told = _over_rounds(progress, number, first, planning.rounds)
-            scores = score_units(model, groups, partial(batches, number - 1), planning, told)
-            scores = replace(scores, importance=importance)
-        facts = facts_of(model, groups, dense=dense if order is not None else None)
-        share = round_share(number, planning.rounds, planning.power)
-        later = order_units(groups, scores, planning.budget.scaled(share), facts)
-        how = {"between": planning.between} if COMPENSATIONS[planning.between].place else {}
+            told = _over_rounds(progress, number, first, planning.steps)
+            scores = score_units(model, groups, partial(batches, number - 1), step, told)
+            if importance is not None and step.importance is not None:
+                scores = replace(scores, importance=_named(importance, begun))
+        later = order_units(groups, scores, step.budget, _facts(model, groups, dense if order else None, begun))
         plan = replace(
             later.plan,
             attention_unit=planning.attention_unit,
             seed=planning.seed,
             rounds=planning.rounds,
-            options={**later.plan.options, **how},
+            options={**later.plan.options, **planning.besides()},
         )
         later = replace(later, plan=plan)
         order = later if order is None else order.compose(later)
         planned = Planned(order, scores)
         if on_round is not None:
             on_round(planned)
-        if number < planning.rounds:
+        if number < planning.steps:
             _cut(model, plan, batches(number - 1), planning, progress)
     return planned
 

@@ -190,6 +190,7 @@ def read_record(path: Path) -> dict[str, Any]:
     if "allocator" in record["options"]:
         record["options"].setdefault("cost", "parameters")  # which was all there was
         record["options"].setdefault("compensate_rounds", False)
+        record["options"].setdefault("depth_ratio", {})
     return record
 
 

@@ -112,6 +112,7 @@ plan_options = together(
     option("--equal-rounds", is_flag=True, help="Of equal shares: for a plan that smaller ratios are cut from."),
     option("--tower-ratio", type=Share(), multiple=True, callback=shares, help="For one tower, as vision=0.3."),
     option("--kind-ratio", type=Share(*KINDS), multiple=True, callback=shares, help="For a kind, as attention=0.1."),
+    option("--depth-ratio", type=Share(), multiple=True, callback=shares, help="Whole blocks first, as language=0.2."),
     option("--round-channels", type=COUNT, help="MLP widths become multiples of this."),
     option("--attention-unit", type=click.Choice(ATTENTION_UNITS), help="What leaves an attention together."),
     option("--layout", type=click.Choice(LAYOUTS), help="stock loads with the unmodified transformers class."),

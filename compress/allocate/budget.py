@@ -77,11 +77,17 @@ class Budget:
                 "rounded channels and the stock layout"
             )
 
-    def scaled(self, share: float) -> Budget:
-        """The budget of an early round: this share of every ratio."""
-        towers = {name: value * share for name, value in self.tower_ratio.items()}
+    def scaled(self, share: float, begun: Plan | None = None) -> Budget:
+        """The budget of an early round: this share of every ratio, or of what the plan `begun` left of it to do."""
+
+        def part(value: float, gone: float) -> float:
+            return gone + (value - gone) * share
+
+        counts = begun.towers if begun else {}
+        towers = {name: part(value, counts[name].removed if begun else 0.0) for name, value in self.tower_ratio.items()}
         kinds = {name: value * share for name, value in self.kind_ratio.items()}
-        return replace(self, ratio=self.ratio * share, tower_ratio=towers, kind_ratio=kinds)
+        ratio = part(self.ratio, begun.removed_fraction if begun else 0.0)
+        return replace(self, ratio=ratio, tower_ratio=towers, kind_ratio=kinds)
 
 
 def plan_units(groups: Sequence[Group], scores: Scores, budget: Budget, facts: Facts) -> Plan:

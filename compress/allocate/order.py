@@ -13,7 +13,7 @@ from slimvlm.compress.allocate.pool import Integers
 from slimvlm.compress.errors import CheckpointError, SlimvlmError, UnsuitableOptionError
 from slimvlm.compress.files.decoding import MisfitError, content_of, decode, dump, parse, refused_as
 from slimvlm.compress.files.writing import load_tensors, save_tensors
-from slimvlm.compress.plan import Plan, TowerCount
+from slimvlm.compress.plan import BLOCK, Plan, TowerCount
 
 LEFT = "left/"  # begins the names of the tensors that say when the indices of a group left
 
@@ -72,12 +72,14 @@ class Order:
         """This order and then `later`, whose indices count what this one left.
 
         Raises:
-            ValueError: `later` was not made for the model this one gives, or chooses among units of another kind.
+            ValueError: `later` was not made for the model this one gives, or takes whole blocks with what is inside.
         """
         plan = self.plan.compose(later.plan)
         left = {key: steps.copy() for key, steps in self.left.items()}
-        for key, steps in later.left.items():
-            left[key][list(self.plan.keep[key])] = np.where(steps < 0, -1, steps + self.steps)
+        for name, key in self.plan.called(later.plan).items():
+            steps = left.setdefault(name, np.full(plan.sizes[name], -1))
+            kept = self.plan.keep.get(name, range(plan.sizes[name]))
+            steps[list(kept)] = np.where(later.left[key] < 0, -1, later.left[key] + self.steps)
         return Order(
             plan,
             left,
@@ -109,6 +111,9 @@ class Order:
         """What is left after so many steps; the plan's ratio is that of all of them."""
         plan = self.plan
         keep = {key: _kept(left, steps) for key, left in self.left.items()}
+        if any(keep[f"{tower}.{BLOCK}"] != kept for tower, kept in plan.blocks.items()):
+            # Widths are only known of the blocks that stay in the end, and none is cut before the others left.
+            keep = {key: kept for key, kept in keep.items() if key.endswith(f".{BLOCK}")}
         parameters, macs = (table[steps:].sum(0).tolist() for table in (self.parameters, self.macs))  # that come back
         towers = {
             name: _more(plan.towers[name], parameters[column], macs[column])
@@ -118,8 +123,9 @@ class Order:
             plan,
             parameters_after=plan.parameters_after + sum(parameters),
             towers=towers,
+            sizes={key: plan.sizes[key] for key in keep},
             keep=keep,
-            rescued=tuple(key for key in plan.rescued if keep[key] == plan.keep[key]),
+            rescued=tuple(key for key in plan.rescued if keep.get(key) == plan.keep[key]),
         )
 
     def save(self, path: Path) -> None:

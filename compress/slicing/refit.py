@@ -81,9 +81,9 @@ def refit(  # noqa: PLR0913 (the model with what is known of it, what is kept, w
     sides: list[Side] = []
     kept: dict[str, Tensor] = {}
     for group in groups:
-        stream = stream_of(family, group, group.members[0]) if group.modality == "language" else None
         for cut in find_cuts(group, torch.tensor(keep[group.key], dtype=torch.int64)):
             if cut.columns is not None:
+                stream = stream_of(family, group, group.members[0]) if group.modality == "language" else None
                 sides.append(Side(cut.path, model.get_submodule(cut.path), (1,), stream=stream))
                 kept[cut.path] = cut.columns
     weights, losses = {}, []

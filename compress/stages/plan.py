@@ -98,6 +98,7 @@ def planning_of(options: PlanOptions, times: Times | None = None) -> Planning:
         host_sums=options.host_sums,
         rounds=options.rounds,
         power=1.0 if options.equal_rounds else Planning.power,
+        depth=dict(options.depth_ratio),
         between=options.compensation if options.compensate_rounds else "none",
         attention_unit=options.attention_unit,
         seed=options.seed,
@@ -129,14 +130,14 @@ def check_plan(options: PlanOptions) -> None:
     """
     pick_device(options.device)
     planning = planning_of(options)
-    if options.cost != "parameters" and planning.criterion.units == BLOCK:
+    if options.cost != "parameters" and (planning.depth or planning.criterion.units == BLOCK):
         raise UnsuitableOptionError(
-            f"--cost {options.cost} is of widths, and the criterion {options.criterion} takes whole blocks; "
-            "choose another --criterion"
+            f"--cost {options.cost} is of widths, and --depth-ratio or the criterion influence takes whole blocks; "
+            "choose another --criterion, or leave --depth-ratio out"
         )
     model, _ = build_meta(options.model, options.trust_remote_code)
     check_pool(planning.criterion.tokens, find_family(model.config), model.config)
-    check_budget(model, planning.groups(model), planning.budget)
+    check_budget(model, planning)
 
 
 @frees_memory
@@ -180,7 +181,7 @@ def plan_stage(
         size = calibration_batch(loaded, collator, data.calibration, planning.calibration, options.batch_size)
 
         def keep(planned: Planned) -> None:
-            if len(planned.order.rounds) < options.rounds and run.writer:
+            if len(planned.order.rounds) < planning.steps and run.writer:
                 planned.order.save(partial)
 
         planned = plan_in_rounds(

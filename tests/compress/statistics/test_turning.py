@@ -37,11 +37,16 @@ def test_it_is_one_minus_the_cosine_over_the_tokens_that_are_no_padding_however_
     tiny = tiny_model("llava")
     batch = tiny.inputs(3)
     batch["attention_mask"][0, :3] = 0
+    last: list[torch.Tensor] = []
+    norm = tiny.model.model.language_model.norm
+    handle = norm.register_forward_pre_hook(lambda _, inputs: last.append(inputs[0]))
     with torch.no_grad():
         states = tiny.model(**batch, output_hidden_states=True).hidden_states
+    handle.remove()
     mask = batch["attention_mask"].bool()
-    expected = 1 - torch.cosine_similarity(states[0][mask], states[1][mask], dim=-1).mean()
     found = turning(tiny.model, batch)
-    assert found["model.language_model.layers.0"] == pytest.approx(expected.item(), abs=1e-6)
+    for layer, (before, after) in enumerate([(states[0], states[1]), (states[1], last[0])]):  # before the final norm
+        expected = 1 - torch.cosine_similarity(before[mask], after[mask], dim=-1).mean()
+        assert found[f"model.language_model.layers.{layer}"] == pytest.approx(expected.item(), abs=1e-6)
     single = [{name: value[index : index + 1] for name, value in batch.items()} for index in (2, 0, 1)]
     assert turning(tiny.model, *single) == pytest.approx(found, abs=1e-6)
