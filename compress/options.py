@@ -211,7 +211,8 @@ class RecoverOptions(LowRank, TrainOptions):
         staged: let the set of supervised blocks grow; False: all losses all the time.
         feature_share: of the samples, for the stages in which it grows; None: the recipe's own.
         temperature: of the kl and rkl losses.
-        hidden_states: which states of the language model the hidden loss compares, -1 the last, 0 the embeddings.
+        hidden_states: which states of the language model the hidden loss compares, -1 the last, 0 the embeddings; in
+            a student that lacks blocks, what its blocks give that follow those of the dense model.
         epochs: passes over the data, where no steps are given.
         teacher_cache: bytes on disk to keep the teacher's outputs in.
         recover_as: variant of the export whose rounding of weights the student is trained with; None: none.

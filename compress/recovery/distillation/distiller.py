@@ -6,6 +6,7 @@ behind the last wanted output matters, the forward of student and teacher ends t
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -181,9 +182,11 @@ class Distiller(nn.Module):
             wanted[block.key] = f"{tower.blocks}.{layer}"
         dual = self.family.contrastive
         if "hidden" in stage.losses and not dual:
-            depth = depths_of(model, self.family)[self.family.towers[-1].name]
+            tower = self.family.towers[-1]
+            followed = None if teacher else self.block_map.get(tower.name)
+            depth = followed[-1] + 1 if followed else depths_of(model, self.family)[tower.name]
             for index in self.recipe.hidden_states:
-                wanted[f"hidden.{index}"] = _state(self.family.towers[-1], depth, index)
+                wanted[f"hidden.{index}"] = _state(tower, depth, index, followed)
         asked = set(stage.losses) if not teacher else set(stage.losses) & set(TAUGHT)
         to_the_end = bool(asked if dual else asked - {"hidden"})  # somebody wants logits
         output, seen = _watched(model, question.inputs, wanted, question.rows, to_the_end)
@@ -262,9 +265,16 @@ def _watched(
     return None, seen
 
 
-def _state(tower: Tower, depth: int, index: int) -> str:
-    """Where hidden state `index` of a tower is: before a block (`before:path`), after one, or after the final norm."""
+def _state(tower: Tower, depth: int, index: int, followed: tuple[int, ...] | None = None) -> str:
+    """Where hidden state `index` of a tower is: before a block (`before:path`), after one, or after the final norm.
+
+    Args:
+        depth: blocks of the dense model's tower.
+        followed: of a student that lacks some: the dense block each of its blocks follows. What a block gives that
+            nobody follows stands for what the next one gives that somebody does.
+    """
     position = index if index >= 0 else depth + 1 + index
     if position == depth:
         return tower.blocks.rpartition(".")[0]
-    return f"{tower.blocks}.{position - 1}" if position else f"before:{tower.blocks}.0"
+    block = bisect_left(followed, position - 1) if followed else position - 1
+    return f"{tower.blocks}.{block}" if position else f"before:{tower.blocks}.0"

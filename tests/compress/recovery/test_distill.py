@@ -10,7 +10,7 @@ from functools import lru_cache
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from plans import random_plan
+from plans import keep_blocks, random_plan
 from tiny_models import FACTORIES, Tiny, tiny_model
 from torch import Tensor, nn
 
@@ -373,3 +373,24 @@ def test_layers_of_a_tower_that_lost_whole_layers_follow_the_output_the_next_one
         Distiller(student, teacher, family, distiller.recipe)
     with pytest.raises(UnsuitableOptionError, match="has depths"):
         Distiller(student, teacher, family, distiller.recipe, {"vision": (1, 3)})
+
+
+@pytest.mark.parametrize("gone", [0, 1])
+def test_hidden_states_are_counted_in_the_dense_model_also_where_the_student_lacks_blocks(gone):
+    batch, family = dense("llava").inputs(2), family_of("llava")
+    student = copy.deepcopy(dense("llava").model)
+    plan = keep_blocks(student, lambda group: [gone] if group.tower == "language" else [])
+    apply_plan(student, plan)
+    recipe, followed = replace(parse_recipe("hidden"), hidden_states=(0, 1, 2, -1, -2)), match_blocks((1 - gone,), 2)
+    distiller = Distiller(student, dense("llava").model, family, recipe, {"language": followed}).eval()
+    given: dict[str, Tensor] = {}
+    text = student.model.language_model
+    text.layers[0].register_forward_pre_hook(lambda *args: given.update(first=args[1][0]))
+    text.layers[0].register_forward_hook(lambda *args: given.update(block=args[2]))
+    text.register_forward_hook(lambda *args: given.update(last=args[2][0]))
+    loss, _ = distiller(batch, only_stage(distiller))
+    taught = distiller.targets(batch, only_stage(distiller))
+    pairs = {0: "first", 1: "block", 2: "last", -1: "last", -2: "block"}
+    mask = batch["attention_mask"].bool()
+    expected = [(taught[f"hidden.{index}"] - given[name])[mask].square().mean() for index, name in pairs.items()]
+    assert loss.item() == pytest.approx(sum(expected).item() / 5, rel=1e-5)
