@@ -70,6 +70,7 @@ class Artifact:
     Attributes:
         file: relative to the folder, with `/`.
         parity: differences against torch, one per case.
+        steps: largest distance of a rounded weight from the model's; see `largest_shift`.
     """
 
     graph: str
@@ -81,6 +82,7 @@ class Artifact:
     opset: int | None = None
     fallback_reason: str | None = None
     fused_for: str | None = None
+    steps: float | None = None
     inputs: list[PortInfo] = field(default_factory=list)
     outputs: list[PortInfo] = field(default_factory=list)
     parity: list[Annotated[Document, Parity]] = field(default_factory=list)

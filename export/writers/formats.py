@@ -41,10 +41,12 @@ def _onnx(folder: Path, graph: Graph, variants: Sequence[Variant], options: Expo
     """The graph is written once; the quantized variants are made of that file, which is kept where it is asked for."""
     from slimvlm.export.writers.onnx_rewriting import fuse
     from slimvlm.export.writers.onnx_writer import write_onnx
+    from slimvlm.export.writers.rounding import largest_shift
 
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         for variant in (VARIANTS[TRACED[variants[0].dtype]], *(row for row in variants if row.writer)):
             started, file = time.perf_counter(), _file("onnx", graph, variant, ".onnx")
+            steps = None
             target = folder / file if variant in variants else Path(scratch) / Path(file).name
             if variant.writer is None:
                 written, source = write_onnx(graph, target, options), target
@@ -52,6 +54,7 @@ def _onnx(folder: Path, graph: Graph, variants: Sequence[Variant], options: Expo
                     fuse(target, options.fuse, options.external_bytes)
             else:
                 resolve_name(variant.writer)(source, target, variant, options.external_bytes)
+                steps = largest_shift(source, target, variant)
             if variant in variants:
                 yield Artifact(
                     graph=graph.name,
@@ -63,6 +66,7 @@ def _onnx(folder: Path, graph: Graph, variants: Sequence[Variant], options: Expo
                     opset=written.opset,
                     fallback_reason=written.fallback_reason,
                     fused_for=options.fuse,
+                    steps=steps,
                 )
 
 

@@ -196,23 +196,35 @@ GOOD = TokenCheck(100, 100, 1.0, 0.5, 0.5, 0.0, 1e-6, 1.0, 400, 0.9, 0.9)
 @pytest.mark.parametrize(
     "change, words",
     (
-        ({"divergence": 0.03}, "what comes next is 0.03 nats a token from what torch says, 0.02 are accepted"),
+        ({"divergence": 1.5}, "what comes next is 1.5 nats a token from what torch says, 1.0 are accepted"),
         ({"divergence": float("nan")}, "nan nats a token"),
-        ({"token_share": 0.5}, "50.0% of torch's tokens are its choice, 75% are asked for"),
-        ({"accuracy": 0.87}, "87.0% of the answers are right, in torch 90.0%"),
+        ({"token_share": 0.3}, "30.0% of torch's tokens are its choice, 40% are asked for"),
+        ({"accuracy": 0.84}, "84.0% of the answers are right, in torch 90.0%"),
+    ),
+)
+def test_an_int8_export_that_costs_quality_is_not_accepted(change, words):
+    assert GOOD.wrong(VARIANTS["int8"]) is None
+    assert words in replace(GOOD, **change).wrong(VARIANTS["int8"])
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    (
         ({"max_relative": 0.6}, "relative error 6.0e-01"),
         ({"cosine": 0.9}, "cosine 0.900000"),
         ({"max_relative": float("nan")}, "relative error nan"),
     ),
 )
-def test_an_int8_export_that_costs_quality_is_not_accepted(change, words):
-    assert GOOD.wrong(VARIANTS["int8"].tolerance) is None
-    assert words in replace(GOOD, **change).wrong(VARIANTS["int8"].tolerance)
+def test_logits_decide_where_weights_are_as_they_were_and_answers_where_they_are_rounded(change, words):
+    worse = replace(GOOD, **change)
+    assert words in worse.wrong(VARIANTS["fp16"]) and words in worse.wrong(VARIANTS["fp32"])
+    assert worse.wrong(VARIANTS["int8"]) is None and worse.wrong(VARIANTS["q4"]) is None
 
 
-def test_one_wrong_answer_more_is_accepted_of_a_few():
-    assert replace(GOOD, samples=16, accuracy=0.9 - 1 / 16).wrong(VARIANTS["int8"].tolerance) is None
-    assert replace(GOOD, samples=16, accuracy=0.9 - 2 / 16).wrong(VARIANTS["int8"].tolerance) is not None
+def test_two_wrong_answers_more_are_accepted_of_a_few_where_weights_are_rounded_and_one_where_not():
+    for name, accepted in (("fp16", 1), ("int8", 2), ("q4", 2)):
+        assert replace(GOOD, samples=16, accuracy=0.9 - accepted / 16).wrong(VARIANTS[name]) is None
+        assert replace(GOOD, samples=16, accuracy=0.9 - (accepted + 1) / 16).wrong(VARIANTS[name]) is not None
 
 
 def test_an_occupied_folder_is_not_touched(tmp_path):

@@ -6,40 +6,15 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from torch import nn
+from weights import WIDTHS, Weights
 
 from slimvlm.compress.options import BLOCK, ROUNDED
 from slimvlm.compress.recovery.adapters.rounding import round_blocks
-from slimvlm.export.graphs.graph import Graph, Port
 from slimvlm.export.options import EXTERNAL_BYTES, ExportOptions
 from slimvlm.export.running.runners import SessionRunner
 from slimvlm.export.variants import VARIANTS
 from slimvlm.export.writers.onnx_writer import write_onnx
 from slimvlm.export.writers.weight_only import quantize_weights
-
-WIDTHS = ((64, 48), (37, 5), (101, 33))  # what a cut leaves is no multiple of a block
-
-
-class Weights(nn.Module):
-    """Each kind of weight, asked for itself: `width` numbers in, `count` rows."""
-
-    def __init__(self, width: int, count: int) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.flat, self.deep = nn.Linear(width, count), nn.Linear(width, count, bias=False)
-        self.table, self.patches = nn.Embedding(count, width), nn.Conv2d(3, count, 2, stride=2)
-
-    def forward(self, unit, places, pixels):
-        deep = self.deep(unit[None]).squeeze(0).T
-        return (self.flat(unit) - self.flat.bias).T, deep, self.table(places), self.patches(pixels).flatten(1).T
-
-    def graph(self, dtype: torch.dtype) -> Graph:
-        """Traced with the unit vectors, so that it gives the weights back."""
-        self.to(dtype)
-        unit, pixels = torch.eye(self.flat.in_features, dtype=dtype), torch.eye(12, dtype=dtype).view(12, 3, 2, 2)
-        given = {"unit": unit, "places": torch.arange(self.flat.out_features), "pixels": pixels}
-        ports = tuple(Port(name, sample, {0: name}) for name, sample in given.items())
-        return Graph("weights", self.eval(), ports, {name: {} for name in ("flat", "deep", "table", "patches")})
 
 
 @pytest.mark.parametrize("width, count", WIDTHS)
