@@ -7,6 +7,7 @@ What was cut stands in the config as a *record*, `config.slimvlm`, which knows n
 
     {"schema": 1,
      "shapes": {module path: [out, in] of a linear, or [n] of a norm},
+     "biases": {module path: size of the bias that a linear has, and the stock class's has not},
      "attributes": {module path: {attribute: value}},
      "forwards": {module path: {"name": key of FORWARDS, "heads": kept heads in the numbering of the dense model}},
      "per_layer_config": for the reader only: sizes per tower and layer}
@@ -44,6 +45,8 @@ def shrink(model: nn.Module, record: Record) -> None:
     for path, shape in record["shapes"].items():
         module = _submodule(model, path)
         resize(module, module.get_parameter("weight").detach()[tuple(slice(n) for n in shape)], shape)
+    for path in record.get("biases", ()):
+        give_bias(_submodule(model, path))
     for path, attributes in record["attributes"].items():
         for name, value in attributes.items():
             setattr(_submodule(model, path), name, value)
@@ -60,6 +63,13 @@ def resize(module: nn.Module, weight: Tensor, shape: list[int], bias: Tensor | N
         module.bias = nn.Parameter(bias.contiguous(), requires_grad=old_bias.requires_grad)
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = shape
+
+
+def give_bias(linear: nn.Module) -> Tensor:
+    """Gives a linear without bias one of zeros, and returns it."""
+    weight = linear.get_parameter("weight")
+    linear.bias = nn.Parameter(weight.new_zeros(weight.shape[0]), requires_grad=weight.requires_grad)
+    return linear.bias
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module:

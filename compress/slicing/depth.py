@@ -61,7 +61,7 @@ def drop_blocks(model: PreTrainedModel, tower: Tower, kept: Sequence[int], recor
         for module in block.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = index
-    for field in ("shapes", "attributes", "forwards"):
+    for field in {"shapes", "biases", "attributes", "forwards"} & record.keys():
         paths = ((moved(path, tower, kept), value) for path, value in record[field].items())
         record[field] = {path: value for path, value in paths if path is not None}
     layers = record["per_layer_config"].get(tower.name, {})

@@ -7,17 +7,19 @@ one that loses least of the dense output over the calibration tokens, min |W x -
 
 Only W_P, the cut columns, is redistributed: weight recalling (UKMP, Eq. 12) in closed form, without training, and the
 optimum that OBS (Hassibi and Stork, 1993) takes for single weights. Where the projection has a bias, C is taken about
-the mean of x, and the bias takes up the mean of what was cut. C is [I, I] per projection, so as many projections are
-read at once as a bound on memory allows.
+the mean of x, and the bias takes up the mean of what was cut; `refit+bias` gives a bias where there is none. C is
+[I, I] per projection, so as many projections are read at once as a bound on memory allows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from slimvlm.compress.data.collate import Batch
 from slimvlm.compress.data.questions import ask, stream_of
@@ -25,18 +27,20 @@ from slimvlm.compress.errors import CalibrationError
 from slimvlm.compress.models.computing import in_passes, undisturbed
 from slimvlm.compress.models.families import Family
 from slimvlm.compress.models.groups import Group, count_parameters
+from slimvlm.compress.models.modeling_slim import RECORD, give_bias
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.slicing.cuts import complement, find_cuts
-from slimvlm.compress.statistics.collector import Side
+from slimvlm.compress.statistics.collector import Collector, Side
 from slimvlm.compress.statistics.collectors.moments import DAMPING, about_mean
 from slimvlm.compress.statistics.rows import STATISTICS
 
+Batches = Sequence[Callable[[], Batch]]
 MOST, LEAST = 4 * 2**30, 128 * 2**20  # bytes of sums held at once; between them, a quarter of the fp32 weights
 
 
 @dataclass(frozen=True)
 class Refit:
-    """New weights [O, kept] and biases [O] by module path, in the model's dtype.
+    """New weights [O, kept] and biases [O] by module path, in the model's dtype; None: the module's own stays.
 
     Attributes:
         lost_by_cut, lost: share of the projections' output energy over the calibration tokens that the cut loses by
@@ -47,26 +51,32 @@ class Refit:
     lost_by_cut: float
     lost: float
 
-    def put_into(self, model: nn.Module, places: Callable[[str], str] = str) -> nn.Module:
-        """Replace the weights of the cut `model`, in place; `places`: where it has the modules of the dense one."""
+    def put_into(self, model: PreTrainedModel, places: Callable[[str], str] = str) -> PreTrainedModel:
+        """Replace the weights of the cut `model`, in place; `places`: where it has the modules of the dense one. What
+        gets its first bias is told in the model's record.
+        """
         with torch.no_grad():
             for path, (weight, bias) in self.weights.items():
-                module = model.get_submodule(places(path))
+                place = places(path)
+                module = model.get_submodule(place)
                 module.get_parameter("weight").copy_(weight)
+                if bias is not None and module.bias is None:
+                    getattr(model.config, RECORD).setdefault("biases", {})[place] = len(give_bias(module))
                 if bias is not None:
                     module.get_parameter("bias").copy_(bias)
         return model
 
 
 def refit(  # noqa: PLR0913 (the model with what is known of it, what is kept, what is read)
-    model: nn.Module,
+    model: PreTrainedModel,
     family: Family,
     groups: Sequence[Group],
     keep: Mapping[str, Sequence[int]],
-    batches: Sequence[Callable[[], Batch]],
+    batches: Batches,
     *,
     memory: int | None = None,
     progress: Progress = silent,
+    biased: bool = False,
 ) -> Refit:
     """The refit of the dense `model` for a cut that keeps `keep` (indices by group key). The model is only read.
 
@@ -74,10 +84,34 @@ def refit(  # noqa: PLR0913 (the model with what is known of it, what is kept, w
         batches: functions that make a padded training batch; called once per pass.
         memory: bound in bytes on the sums held at once (a single projection may need more); default: a quarter of the
             fp32 weights, from 128 MiB to 4 GiB.
+        biased: give a bias to projections that have none, too.
 
     Raises:
         CalibrationError: a sum is not finite, or there are no tokens.
     """
+    sides, kept = cut_projections(model, family, groups, keep)
+    weights, losses = {}, []
+    moments = STATISTICS["moments"].make()
+    passes = in_passes(sides, moments.bytes_needed, memory or min(MOST, max(LEAST, count_parameters(model))))
+    for number, chosen in enumerate(passes):
+        with moments.watch(chosen):
+            look(model, family, batches, moments, progress, (number, len(passes)))
+            seen = moments.finish(lambda moment, how: None)  # of this process alone
+        for side in chosen:
+            found = (seen.pop(key) for key in (side.path, f"{side.path}:sum", f"{side.path}:tokens"))
+            weight, bias, lost = _solve(side, kept[side.path], biased, *found)
+            weights[side.path] = (weight, bias)
+            losses.append(lost)
+    return Refit(weights, *mean_losses(losses))
+
+
+refit_with_bias = partial(refit, biased=True)
+
+
+def cut_projections(
+    model: nn.Module, family: Family, groups: Sequence[Group], keep: Mapping[str, Sequence[int]]
+) -> tuple[list[Side], dict[str, Tensor]]:
+    """(the output projections that lose columns, by path those they keep)."""
     sides: list[Side] = []
     kept: dict[str, Tensor] = {}
     for group in groups:
@@ -86,29 +120,35 @@ def refit(  # noqa: PLR0913 (the model with what is known of it, what is kept, w
                 stream = stream_of(family, group, group.members[0]) if group.modality == "language" else None
                 sides.append(Side(cut.path, model.get_submodule(cut.path), (1,), stream=stream))
                 kept[cut.path] = cut.columns
-    weights, losses = {}, []
-    moments = STATISTICS["moments"].make()
-    passes = in_passes(sides, moments.bytes_needed, memory or min(MOST, max(LEAST, count_parameters(model))))
-    for number, chosen in enumerate(passes):
-        with moments.watch(chosen), undisturbed(model), torch.no_grad():
-            for index, batch in enumerate(batches):
-                if (question := ask(model, family, batch())) is not None:
-                    moments.see(question)
-                    unread = {"logits_to_keep": 1} if "logits_to_keep" in question.inputs else {}  # as few as can be
-                    model(**{**question.inputs, **unread})
-                progress("refit", number * len(batches) + index + 1, len(passes) * len(batches))
-            seen = moments.finish(lambda moment, how: None)  # of this process alone
-        for side in chosen:
-            found = (seen.pop(key) for key in (side.path, f"{side.path}:sum", f"{side.path}:tokens"))
-            weight, bias, lost = _solve(side, kept[side.path], *found)
-            weights[side.path] = (weight, bias)
-            losses.append(lost)
-    before, after = torch.tensor(losses).mean(0).tolist() if losses else (0.0, 0.0)
-    return Refit(weights, before, after)
+    return sides, kept
+
+
+def look(
+    model: nn.Module,
+    family: Family,
+    batches: Batches,
+    collector: Collector,
+    progress: Progress,
+    turn: tuple[int, int] = (0, 1),
+) -> None:
+    """Have the model read the batches while `collector` watches; `turn`: (readings before this one, all of them)."""
+    with undisturbed(model), torch.no_grad():
+        for index, batch in enumerate(batches):
+            if (question := ask(model, family, batch())) is not None:
+                collector.see(question)
+                unread = {"logits_to_keep": 1} if "logits_to_keep" in question.inputs else {}  # as few as can be
+                model(**{**question.inputs, **unread})
+            progress("refit", turn[0] * len(batches) + index + 1, turn[1] * len(batches))
+
+
+def mean_losses(losses: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Of (by the cut alone, after all) per projection."""
+    by_cut, after = torch.tensor(losses or [(0.0, 0.0)]).mean(0).tolist()
+    return by_cut, after
 
 
 def _solve(
-    side: Side, columns: Tensor, products: Tensor, total: Tensor, count: Tensor
+    side: Side, columns: Tensor, biased: bool, products: Tensor, total: Tensor, count: Tensor
 ) -> tuple[Tensor, Tensor | None, tuple[float, float]]:
     """(weight, bias, share of the output's energy lost by the cut alone and after this), of an input's moments."""
     weight, bias, tokens = side.module.weight.detach().float(), side.module.bias, int(count)
@@ -118,7 +158,8 @@ def _solve(
     kept, dropped = (index.to(weight.device) for index in (columns, complement(columns, weight.shape[1])))
     energy = _energy(weight, products).clamp(min=1e-30)
     by_cut = _energy(weight[:, dropped], products[dropped][:, dropped]) / energy
-    if bias is not None:
+    biased |= bias is not None
+    if biased:
         products = about_mean(products, total, tokens)
     inner = products[kept][:, kept]
     inner.diagonal().add_(DAMPING * products.diagonal().mean().clamp(min=1e-30))
@@ -126,9 +167,13 @@ def _solve(
     change = weight.clone()
     change[:, kept] -= new
     lost = _energy(change, products) / energy
-    if bias is not None:
-        bias = (bias.detach().float() + weight @ mean - new @ mean[kept]).to(bias.dtype)
-    return new.to(side.module.weight.dtype), bias, (by_cut.item(), lost.item())
+    dtype, shift = side.module.weight.dtype, weight @ mean - new @ mean[kept]
+    return new.to(dtype), shifted(bias, shift, dtype) if biased else None, (by_cut.item(), lost.item())
+
+
+def shifted(bias: Tensor | None, shift: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bias (None: there is none) with `shift` added in fp32."""
+    return (shift if bias is None else shift + bias.detach().float()).to(dtype)
 
 
 def _energy(weight: Tensor, products: Tensor) -> Tensor:

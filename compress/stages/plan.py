@@ -7,6 +7,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from torch import nn
+
 from slimvlm.compress import processes
 from slimvlm.compress.allocate.budget import Budget, plan_units
 from slimvlm.compress.allocate.costs import Times
@@ -78,10 +80,11 @@ def planning_of(options: PlanOptions, times: Times | None = None) -> Planning:
     Raises:
         UnsuitableOptionError: they contradict each other.
     """
-    if options.compensate_rounds and COMPENSATIONS[options.compensation].place is None:
+    between = COMPENSATIONS[options.compensation].between if options.compensate_rounds else "none"
+    if options.compensate_rounds and between == "none":
         raise UnsuitableOptionError(
             f"--compensate-rounds does between rounds what --compensation {options.compensation} does at the end, "
-            "which is nothing; leave one of them out"
+            "which is nothing then; leave one of them out"
         )
     return Planning(
         budget=Budget(
@@ -99,7 +102,7 @@ def planning_of(options: PlanOptions, times: Times | None = None) -> Planning:
         rounds=options.rounds,
         power=1.0 if options.equal_rounds else Planning.power,
         depth=dict(options.depth_ratio),
-        between=options.compensation if options.compensate_rounds else "none",
+        between=between,
         attention_unit=options.attention_unit,
         seed=options.seed,
     )
@@ -136,6 +139,7 @@ def check_plan(options: PlanOptions) -> None:
             "choose another --criterion, or leave --depth-ratio out"
         )
     model, _ = build_meta(options.model, options.trust_remote_code)
+    _check_biases(model, planning, options)
     check_pool(planning.criterion.tokens, find_family(model.config), model.config)
     check_budget(model, planning)
 
@@ -152,6 +156,19 @@ def dense_scores(options: PlanOptions, data: Measured, progress: Progress) -> Sc
     work = (loaded.model, planning.groups(loaded.model), lambda: collated(collator, data.calibration, size))
     importance = importance_of(*work, planning, progress)
     return replace(score_units(*work, planning, progress), importance=importance)
+
+
+def _check_biases(model: nn.Module, planning: Planning, options: PlanOptions) -> None:
+    """Refuse biases that the unmodified class has not."""
+    if options.layout != "stock" or COMPENSATIONS[options.compensation].stand_in is None:
+        return
+    for group in planning.groups(model):
+        output = group.members[-1].path if group.members and group.part.fields else None
+        if output is not None and model.get_submodule(output).bias is None:
+            raise UnsuitableOptionError(
+                f"--compensation {options.compensation} gives {output} a bias, and with --layout stock the unmodified "
+                "class has none there; choose another compensation, or --layout per-layer"
+            )
 
 
 @frees_memory

@@ -5,9 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable
 
+import torch
+from transformers import PreTrainedModel
+
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import Group, count_parameters, dead_blocks, find_blocks, find_groups
 from slimvlm.compress.plan import Plan, TowerCount
+from slimvlm.compress.slicing.refit import Refit
 
 
 def make_plan(
@@ -98,3 +102,12 @@ def random_choice(seed: int) -> Callable[[Group], list[int]]:
 
 def random_plan(model, seed: int = 0, attention_unit: str = "auto") -> Plan:
     return make_plan(model, random_choice(seed), attention_unit)
+
+
+def give_biases(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """The cut `model` with another bias on every output projection, its first one where it had none."""
+    generator, weights = torch.Generator().manual_seed(seed), {}
+    for group in find_groups(model, find_family(model.config)):
+        weight = model.get_submodule(group.members[-1].path).weight.detach()
+        weights[group.members[-1].path] = weight.clone(), 0.1 * torch.randn(len(weight), generator=generator)
+    return Refit(weights, 1, 0).put_into(model)
