@@ -77,7 +77,7 @@ class Fit:
             first = f"{removed}, meets {asked} ({found.words})."
         else:
             most = bound.quantity.words(bound.amount) if bound else ""
-            best = f"The whole model in {found.backend}" if found.is_whole else removed
+            best = f"The whole model in {found.backend}" if found.is_whole else f"{removed},"
             first = (
                 f"{best} is the smallest that was found to lose at most {most}, before any training ({found.words})."
             )

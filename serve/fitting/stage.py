@@ -101,7 +101,7 @@ def measured_times(options: FitOptions, progress: Progress) -> Times:
 
 
 def _table(options: FitOptions, progress: Progress) -> CostTable:
-    bench = Workbench(options.model, workload_of(options))
+    bench = Workbench(options.model, workload_of(options), _times(options))
     return cached_table(bench, backends_of(options)[-1], progress=progress)
 
 

@@ -146,24 +146,27 @@ class CostTable:
             for phase, time in self.dense.items()
         }
 
-    @property
-    def noise(self) -> tuple[float, str]:
-        """The largest there is, and where."""
+    def noise(self, phases: Iterable[str] = ()) -> tuple[float, str]:
+        """The largest of some phases, or of all, and where."""
+        wanted = [phase for phase in self.dense if phase in set(phases)] or self.dense
         found = [
             (point.noise[phase], f"{phase} with {kind} at {point.kept:.0%}")
             for kind, points in self.points.items()
             for point in points
-            for phase in self.dense
+            for phase in wanted
         ]
         return max(found, default=(0.0, ""))
 
-    def refuse_noise(self) -> CostTable:
+    def refuse_noise(self, phases: Iterable[str] = ()) -> CostTable:
         """Itself.
+
+        Args:
+            phases: that widths are chosen by; none: all.
 
         Raises:
             UnsuitableOptionError: its times are too noisy to choose widths by.
         """
-        noise, where = self.noise
+        noise, where = self.noise(phases)
         if noise > NOISIEST:
             raise UnsuitableOptionError(
                 f"this machine is too noisy to choose widths by time: {where} is known to {noise:.0%} only, "

@@ -61,7 +61,7 @@ def cached_table(
 
     Raises:
         SlimvlmError: a copy cannot be made or run; the file of the cache cannot be read.
-        UnsuitableOptionError: the device is too noisy.
+        UnsuitableOptionError: the device is too noisy for the times that the goals of `bench` are of.
     """
     setting = setting_of(bench, backend)
     path = (folder or user_cache()) / f"{setting.digest}.json"
@@ -71,7 +71,7 @@ def cached_table(
         todo = [one for one in narrowed_copies(bench, widths) if not _holds(table, one)]
         if todo:
             table = _measured(bench, table, todo, path, progress)
-    return table.refuse_noise()
+    return table.refuse_noise(goal.name for goal in bench.goals)
 
 
 def user_cache() -> Path:
