@@ -67,6 +67,7 @@ class Study:
     Attributes:
         groups, scores: units of the dense model, and what they are worth in it.
         by: `parameters` and `milliseconds`: the orders in which units leave.
+        dense: what the whole model takes.
     """
 
     name: str
@@ -76,7 +77,7 @@ class Study:
     groups: Sequence[Group]
     scores: Scores
     by: Mapping[str, Order]
-    backend: str
+    dense: Trial
 
     def kept(self, plan: Plan) -> float:
         """Share of the importance of all units that stays."""
@@ -89,7 +90,7 @@ class Study:
 
     def trial(self, by: str, ratio: float) -> Trial:
         """What a cut takes."""
-        return self.bench.try_out(self.by[by].plan_at(ratio), ratio, self.backend, (PHASE,))
+        return self.bench.try_out(self.by[by].plan_at(ratio), ratio, self.dense.backend, (PHASE,))
 
     def as_fast(self, trial: Trial) -> Trial | None:
         """The cut of the plan by milliseconds that takes as long; None where none does."""
@@ -100,17 +101,14 @@ class Study:
         def foretell(ratio: float) -> Figures:
             return self.table.predict(order.plan_at(ratio), self.groups)
 
+        def try_out(ratio: float, _: str) -> Trial:
+            return study.trial("milliseconds", ratio) if ratio else self.dense
+
+        backend = self.dense.backend
         try:
-            found = find_cut(
-                (goal,),
-                (self.backend,),
-                lambda ratio, _: study.trial("milliseconds", ratio),
-                {self.backend: foretell},
-                order.plan.ratio,
-            )
+            return find_cut((goal,), (backend,), try_out, {backend: foretell}, order.plan.ratio).trial
         except InfeasibleBudgetError:
             return None
-        return found.trial
 
     def cut(self, by: str, ratio: float, folder: Path, samples: Sequence[Sample]) -> None:
         """The cut and refitted checkpoint `folder`."""
@@ -160,7 +158,8 @@ def prepare(name: str, model: Path, asked: argparse.Namespace) -> Study:
         budget = replace(planning.budget, times=times if ranked_by == "milliseconds" else None)
         wanted = replace(planning, budget=budget)
         by[ranked_by] = plan_in_rounds(loaded.model, always(work), wanted, on_round=first.append).order
-    return Study(name, options, bench, table, groups, first[0].scores, by, asked.backend)
+    dense = bench.try_out(by["parameters"].plan_at(0.0), 0.0, asked.backend, (PHASE,))
+    return Study(name, options, bench, table, groups, first[0].scores, by, dense)
 
 
 def always(work: Batches) -> Callable[[int], Batches]:
@@ -177,7 +176,7 @@ def pair(study: Study, ratio: float, asked: argparse.Namespace) -> dict[str, Any
     plain = study.trial("parameters", ratio)
     timed = study.as_fast(plain)
     line: dict[str, Any] = {
-        "dense_ms": study.table.dense[PHASE],
+        "dense_ms": study.dense.figures[PHASE],
         "asked_ms": plain.figures[PHASE],
         "parameters": described(study, "parameters", ratio),
     }
@@ -199,8 +198,8 @@ def side_by_side(study: Study, ratios: Mapping[str, float]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         folders = {by: Path(scratch) / by for by in ratios}
         for by, folder in folders.items():
-            study.bench.make(study.by[by].plan_at(ratios[by]), folder, study.backend)
-        cell = study.bench.compare(folders["milliseconds"], study.backend, folders["parameters"])
+            study.bench.make(study.by[by].plan_at(ratios[by]), folder, study.dense.backend)
+        cell = study.bench.compare(folders["milliseconds"], study.dense.backend, folders["parameters"])
     runs = {"parameters": cell.runs["dense"], "milliseconds": cell.runs["slim"]}
     return {"ms": {by: 1000 * run.medians[PHASE] for by, run in runs.items()}, "faster": asdict(cell.ratios[PHASE])}
 
@@ -283,9 +282,9 @@ def main() -> None:
     parser.add_argument("--backend", default="onnx:fp32")
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.2, 0.35, 0.5], help="Of the plan by parameters.")
     parser.add_argument("--widths", nargs="+", type=float, default=[0.75, 0.5, 0.25], help="Of the table of times.")
-    parser.add_argument("--layers", type=int, default=4, help="Of the medium decoder.")
+    parser.add_argument("--layers", type=int, default=2, help="Of the medium decoder.")
     parser.add_argument("--cell-seconds", type=float, default=4.0)
-    parser.add_argument("--questions", type=int, default=1680)
+    parser.add_argument("--questions", type=int, default=840)
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=8)
     asked = parser.parse_args()

@@ -32,6 +32,7 @@ from slimvlm.serve.fitting.trials import Workbench
 from slimvlm.serve.measuring.device import describe_device
 from slimvlm.serve.profile import Cell
 
+TAKEN_BY = {"vision": "vision", "tpot": "language"}  # times that the blocks of one modality alone take
 TIMES = ("vision", "text", "prefill", "ttft", "tpot")
 WIDTHS = (0.75, 0.5, 0.25)  # of the dense units; a floor of a tenth lies below, and costs as much as the smallest
 
@@ -98,11 +99,12 @@ def setting_of(bench: Workbench, backend: str) -> Setting:
 
 
 def narrowed_copies(bench: Workbench, widths: Sequence[float] = WIDTHS) -> Iterator[Narrowed]:
-    """One per kind and width, each width once."""
+    """One per width, each once, and kind of block, of those that take some of the times that the goals are of."""
     model, family = build_meta(bench.model, bench.workload.trust_remote_code)
     groups = find_groups(model, family)
     facts, random = facts_of(model, groups), score_groups(groups, CRITERIA["random"])
-    for kind in dict.fromkeys(map(kind_of, groups)):
+    taken = {TAKEN_BY.get(goal.name) for goal in bench.goals} or {None}  # None: blocks of both
+    for kind in dict.fromkeys(kind_of(group) for group in groups if taken & {group.modality, None}):
         members, seen = [group for group in groups if kind_of(group) == kind], {1.0}
         for width in widths:
             gone = {group.key: group.num_units - max(1, round(width * group.num_units)) for group in members}

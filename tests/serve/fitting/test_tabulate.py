@@ -1,5 +1,7 @@
 """Tables that are measured: which copies are made, and that an interrupted one goes on. No time is judged."""
 
+from dataclasses import replace
+
 import pytest
 from plans import make_plan
 from profiling import save_pair
@@ -9,6 +11,7 @@ from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import count_parameters, find_groups
 from slimvlm.compress.slicing.apply import apply_plan
+from slimvlm.serve.fitting.goals import read_goals
 from slimvlm.serve.fitting.table import CostTable, Point, kind_of
 from slimvlm.serve.fitting.tabulate import cached_table, narrowed_copies, setting_of
 from slimvlm.serve.fitting.trials import Workbench
@@ -30,6 +33,8 @@ def test_the_copies_narrow_one_kind_each_and_every_model_can_be_cut_so(name, tmp
     bench = Workbench(str(tmp_path), ProfileOptions(slim=""))
     copies = list(narrowed_copies(bench))
     assert {copy.kind for copy in copies} == {kind_of(group) for group in _groups(model)}
+    later = list(narrowed_copies(replace(bench, goals=read_goals(["tpot=1ms"])), (0.5,)))  # images were seen before
+    assert {copy.kind for copy in later} == {kind_of(one) for one in _groups(model) if one.modality == "language"}
     for copy in copies:
         narrower = {key for key, kept in copy.plan.keep.items() if len(kept) < copy.plan.sizes[key]}
         assert narrower == {group.key for group in _groups(model) if kind_of(group) == copy.kind}
