@@ -113,28 +113,31 @@ def as_stored(model: PreTrainedModel) -> PreTrainedModel:
     return cast(model, stored)
 
 
-class ComputedInFloat32(TorchFunctionMode):
-    """Within `with`, every operation on half precision is done in fp32 and gives fp32: one weight at a time is widened.
+class ComputedIn(TorchFunctionMode):
+    """Within `with`, operations on narrower floats are done in `dtype` and give it: one weight at a time is widened.
 
-    What a model computes so is what the whole model in fp32 computes, in the memory of the half-precision one. For
-    forward passes alone: what is written into a half-precision tensor in place is lost.
+    What a model computes so is what the whole model in that dtype computes, in the memory of the narrower one. For
+    forward passes alone: what is written into a narrower tensor in place is lost.
     """
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.dtype, self.narrower = dtype, (*HALVES, *((torch.float32,) if dtype == torch.float64 else ()))
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """The call with wide arguments; attributes are read as they are, but a dtype as the one computed in."""
         if getattr(func, "__name__", "") in ("__get__", "__set__"):
-            return _wide(func(*args, **(kwargs or {})))
-        if func in (Tensor.half, Tensor.bfloat16):
-            func = Tensor.float
-        return func(*tree_map(_wide, tuple(args)), **tree_map(_wide, dict(kwargs or {})))
+            return self._wide(func(*args, **(kwargs or {})))
+        if func in (Tensor.half, Tensor.bfloat16, Tensor.float):
+            return args[0].to(self.dtype)
+        return func(*tree_map(self._wide, tuple(args)), **tree_map(self._wide, dict(kwargs or {})))
 
-
-def _wide(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.dtype in HALVES:
-        return value.float()
-    return torch.float32 if isinstance(value, torch.dtype) and value in HALVES else value
+    def _wide(self, value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dtype in self.narrower:
+            return value.to(self.dtype)
+        return self.dtype if isinstance(value, torch.dtype) and value in self.narrower else value
 
 
 def _compute_dtype(asked: str, model: PreTrainedModel) -> torch.dtype:

@@ -8,7 +8,7 @@ from plans import random_plan
 from tiny_models import FACTORIES, tiny_model
 
 from slimvlm.compress.evaluation.equality import TOLERANCE, outputs, relative_difference
-from slimvlm.compress.models.computing import ComputedInFloat32, cast
+from slimvlm.compress.models.computing import ComputedIn, cast
 from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.compress.slicing.mask import mask_plan
 from slimvlm.compress.stages.slice import masked_difference
@@ -22,7 +22,7 @@ def test_half_precision_weights_compute_what_the_model_in_fp32_computes(name: st
     tiny = tiny_model(name)
     model = cast(tiny.model.eval(), dtype)
     batch = tiny.inputs(2)
-    with ComputedInFloat32():
+    with ComputedIn():
         found = outputs(model, batch)
     assert found.dtype == torch.float32
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
@@ -39,6 +39,14 @@ def test_a_bf16_cut_equals_the_masked_model_as_closely_as_an_fp32_one(name: str)
     assert sum(parameter.numel() for parameter in model.parameters()) == plan.parameters_after
 
 
+@pytest.mark.parametrize("name", sorted(FACTORIES))
+def test_in_fp64_a_cut_differs_from_the_masked_model_by_nothing_that_counts(name: str) -> None:
+    tiny = tiny_model(name)
+    plan = random_plan(tiny.model)
+    assert masked_difference(tiny.model.eval(), plan, tiny.inputs(2), torch.float64) <= EXACT / 100
+    assert {parameter.dtype for parameter in tiny.model.parameters()} == {torch.float32}
+
+
 def test_a_fault_of_the_cut_that_bf16_rounding_would_hide_is_found() -> None:
     tiny = tiny_model("llava")
     model = cast(tiny.model.eval(), torch.bfloat16)
@@ -49,7 +57,7 @@ def test_a_fault_of_the_cut_that_bf16_rounding_would_hide_is_found() -> None:
     layer.weight.data[:, 0] *= 1.05
     rounded = relative_difference(outputs(model, half(tiny.inputs(2))), outputs(cut, half(tiny.inputs(2))))
     assert rounded <= TOLERANCE[torch.bfloat16]
-    with ComputedInFloat32():
+    with ComputedIn():
         exact = relative_difference(outputs(model, tiny.inputs(2)), outputs(cut, tiny.inputs(2)))
     assert exact > 10 * EXACT
 
