@@ -9,7 +9,7 @@ import os
 
 import click
 
-from slimvlm.console.commands import checking, comparing, cutting, delivering
+from slimvlm.console.commands import checking, comparing, cutting, delivering, studying
 from slimvlm.console.group import Commands
 from slimvlm.console.printing import print_warning
 from slimvlm.console.progress import print_anything
@@ -34,6 +34,7 @@ def main() -> None:
 for command in (  # the most wanted first
     cutting.compress,
     comparing.frontier,
+    studying.study,
     cutting.demo,
     cutting.plan,
     cutting.apply,

@@ -59,6 +59,10 @@ class OutputError(SlimvlmError):
     """The output folder cannot be written, is not empty, or the disk is full."""
 
 
+class InUseError(OutputError):
+    """Another process writes there."""
+
+
 class CheckFailedError(SlimvlmError):
     """A result was made but a check on it failed; the files are kept. `result`: what was made, if complete."""
 

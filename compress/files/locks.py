@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from slimvlm.compress.errors import OutputError
+from slimvlm.compress.errors import InUseError
 from slimvlm.compress.files.decoding import MisfitError, decode, parse
 from slimvlm.compress.files.writing import reported_as_output_errors
 
@@ -47,7 +47,8 @@ def locked_folder(folder: Path, what: Path | None = None) -> Iterator[None]:
         what: named in messages instead of `folder`.
 
     Raises:
-        OutputError: another process holds it (named), or nothing can be written there.
+        InUseError: another process holds it (named).
+        OutputError: nothing can be written there.
     """
     folder = Path(os.path.realpath(folder))
     with reported_as_output_errors(folder):
@@ -96,8 +97,9 @@ def _acquire(lock: Path, what: Path) -> int:
             if error.errno not in NO_LOCKS:
                 said = os.pread(descriptor, LONGEST, 0)
                 os.close(descriptor)
-                raise OutputError(
-                    f"{what} is in use by {_holder(said)}; wait until it is done, or choose another name"
+                holder = _holder(said) or "another process"
+                raise InUseError(
+                    f"{what} is in use by {holder}; wait until it is done, or choose another name"
                 ) from None
         if lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat()):
             break
@@ -108,8 +110,15 @@ def _acquire(lock: Path, what: Path) -> int:
     return descriptor
 
 
-def _holder(said: bytes) -> str:
+def holder_of(folder: Path) -> int | None:
+    """The process id in the lock of a folder, also where that process was killed; None where nobody holds it."""
+    lock = folder / LOCK
+    holder = _holder(lock.read_bytes()[:LONGEST]) if lock.is_file() else None
+    return None if holder is None else holder.pid
+
+
+def _holder(said: bytes) -> Holder | None:
     try:
-        return str(decode(parse(said), Holder))
+        return decode(parse(said), Holder)
     except MisfitError:
-        return "another process"
+        return None

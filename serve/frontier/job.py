@@ -27,9 +27,8 @@ from slimvlm.compress.processes import pick_device
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.recovery.checks import check_models, recipe_of
 from slimvlm.compress.runs import AGAIN, CUTS, EXPORT, FRONTIER, MODEL, PLAN, RunFolder
+from slimvlm.compress.stages.cut import cut_by_plan
 from slimvlm.compress.stages.plan import check_plan, chosen_criterion, plan_stage, read_plan
-from slimvlm.compress.stages.recover import recover_stage
-from slimvlm.compress.stages.slice import slice_stage
 from slimvlm.export import export_checkpoint
 from slimvlm.export.packages import require_packages
 from slimvlm.export.running import manifest
@@ -196,15 +195,9 @@ class _Exploration:
 
     def _cut(self, ratio: float, folder: Path) -> float:
         """Cut, fit and train; what an earlier process finished is kept."""
-        asked = replace(self.options.cut, out=folder, ratio=ratio, resume=True, overwrite=False)
-        run = RunFolder(folder, asked.identity(), resume=True)
         plan = read_plan(self.options.out / PLAN, ratio)
-        with run.begun():
-            if not run.finished("plan"):
-                with run.stage("plan"):
-                    write_text(folder / PLAN, plan.to_json())
-            slice_stage(run, asked, plan, self.data, self.progress)
-            recover_stage(run, asked, plan, self.data, cache(partial(read_trained, asked, self.data)), self.progress)
+        training = cache(partial(read_trained, self.options.cut, self.data))
+        cut_by_plan(folder, replace(self.options.cut, ratio=ratio), plan, self.data, training, self.progress)
         return plan.removed_fraction
 
     def _quality(self, folder: Path, variant: str) -> Quality:

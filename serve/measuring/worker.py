@@ -46,10 +46,10 @@ class Worker:
     """
 
     def __init__(self, model: str, source: Source) -> None:
-        self.model, context = model, _context()
+        self.model, context = model, clean_server()
         self._connection, other = context.Pipe()
         self._process = context.Process(target=_serve, args=(other, source), daemon=True)
-        with _nameless_main():
+        with nameless_main():
             self._process.start()
         other.close()
 
@@ -96,7 +96,7 @@ class Worker:
 
 
 @contextmanager
-def _nameless_main() -> Iterator[None]:
+def nameless_main() -> Iterator[None]:
     """Without it every worker would run the caller's script again (as `__mp_main__`), which then needs a guard."""
     before = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
@@ -107,8 +107,8 @@ def _nameless_main() -> Iterator[None]:
 
 
 @cache
-def _context() -> ForkServerContext:
-    """Starts the server, which must not look for modules in the current folder."""
+def clean_server() -> ForkServerContext:
+    """What starts processes: its server is begun here, and must not look for modules in the current folder."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
     before = os.environ.get("PYTHONSAFEPATH")

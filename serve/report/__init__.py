@@ -20,7 +20,10 @@ from slimvlm.serve.report.sections.frontier import frontier_said, frontier_secti
 from slimvlm.serve.report.sections.quality import quality_section
 from slimvlm.serve.report.sections.removed import removed_section, scores_section
 from slimvlm.serve.report.sections.running import running_section
+from slimvlm.serve.report.sections.study import study_said
 from slimvlm.serve.report.sections.training import recovery_section
+from slimvlm.serve.study.choosing import CHOSEN_BY
+from slimvlm.serve.study.study import RESULTS, read_rows
 
 SECTIONS = (  # key, title, what says it
     ("frontier", "Prune or quantise", frontier_section),
@@ -40,11 +43,13 @@ def write_report(run: Path) -> Path:
     """Write both files into the folder `run` of a compression, and give the page.
 
     They hold no date: the same run gives the same bytes. Stages that are not finished are named as missing. Of many
-    cuts (`slimvlm frontier`) they are the frontier's.
+    cuts (`slimvlm frontier`, `slimvlm study`) they are the frontier's, or the study's.
 
     Raises:
         OutputError: `run` holds no run, a file of it is damaged, or the folder cannot be written.
     """
+    if (run / RESULTS).is_file():
+        return write_study_report(run)
     if (run / CUTS).is_dir():
         return write_frontier_report(run)
     with locked_file(run / PAGE):
@@ -63,9 +68,26 @@ def write_frontier_report(folder: Path) -> Path:
     with locked_file(folder / PAGE):
         frontier = read(folder / FRONTIER, Frontier, OutputError, AGAIN)
         section = Section.of("frontier", "Prune or quantise", frontier_said(frontier))
-        for chart in (part for part in section.parts if isinstance(part, Chart)):
-            write_text(folder / f"{chart.name}.svg", picture(chart))
+        _write_charts(folder, section)
         return _write(folder, Report(f"What {frontier.source} can do, over what it costs", (section,)))
+
+
+def write_study_report(folder: Path, chosen_by: str = CHOSEN_BY[0]) -> Path:
+    """The same of a study: both files beside `results.jsonl`, and its charts as `study-*.svg`.
+
+    Raises:
+        OutputError: it is damaged, or the folder cannot be written.
+    """
+    with locked_file(folder / PAGE):
+        rows = read_rows(folder)
+        section = Section.of("study", "Methods side by side", study_said(rows, chosen_by))
+        _write_charts(folder, section)
+        return _write(folder, Report("What each way of compressing costs in quality", (section,)))
+
+
+def _write_charts(folder: Path, section: Section) -> None:
+    for chart in (part for part in section.parts if isinstance(part, Chart)):
+        write_text(folder / f"{chart.name}.svg", picture(chart))
 
 
 def _write(folder: Path, report: Report) -> Path:

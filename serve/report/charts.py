@@ -104,35 +104,35 @@ class Mark:
 
 def kept_bars(name: str, title: str, layers: Sequence[int], kept: Sequence[int], sizes: Sequence[int]) -> Chart:
     """A bar per layer: what it keeps, before what it had."""
-    with _drawn(name, title, 1.9) as (figure, charts):
+    with drawn(name, title, 1.9) as (figure, charts):
         axes = figure.subplots()
         axes.bar(layers, sizes, color=WHOLE, width=0.8, label="dense")
         axes.bar(layers, kept, color=SLIM, width=0.8, label="kept")
         axes.set(xlabel="layer", ylim=(0, max(sizes) * 1.02), xlim=(min(layers) - 0.6, max(layers) + 0.6))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
-        _finish(axes, "y")
-        _legend(axes, 2)
+        finish(axes, "y")
+        legend(axes, 2)
     return charts[0]
 
 
 def size_bars(name: str, title: str, parts: Sequence[str], before: Sequence[int], after: Sequence[int]) -> Chart:
     """Two lying bars per part of the model, in millions."""
-    with _drawn(name, title, 0.6 + 0.36 * len(parts)) as (figure, charts):
+    with drawn(name, title, 0.6 + 0.36 * len(parts)) as (figure, charts):
         axes = figure.subplots()
         places = np.arange(len(parts))
         axes.barh(places, np.array(before) / 1e6, color=WHOLE, height=0.7, label="before")
         axes.barh(places, np.array(after) / 1e6, color=SLIM, height=0.7, label="after")
         _name_rows(axes, parts)
         axes.set_xlabel("million parameters")
-        _finish(axes, "x")
-        _legend(axes, 2)
+        finish(axes, "x")
+        legend(axes, 2)
     return charts[0]
 
 
 def memory_bars(name: str, title: str, rows: Mapping[str, Mapping[str, tuple[float, float]]]) -> Chart:
     """A pair of lying bars per row and one per model: bytes after loading, and at the peak (the paler end)."""
-    with _drawn(name, title, 0.75 + 0.42 * len(rows)) as (figure, charts):
+    with drawn(name, title, 0.75 + 0.42 * len(rows)) as (figure, charts):
         axes = figure.subplots()
         models = list(dict.fromkeys(model for found in rows.values() for model in found))
         for side, behind in ((0, 2), (1, 1)):
@@ -146,14 +146,14 @@ def memory_bars(name: str, title: str, rows: Mapping[str, Mapping[str, tuple[flo
         _name_rows(axes, list(rows))
         axes.set_xlabel("MiB after loading, and at the peak")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
-        _finish(axes, "x")
-        _legend(axes, 3)
+        finish(axes, "x")
+        legend(axes, 3)
     return charts[0]
 
 
 def score_steps(name: str, title: str, by_modality: Mapping[str, np.ndarray]) -> Chart:
     """Distribution of positive scores per modality, on a logarithmic axis."""
-    with _drawn(name, title, 2.1) as (figure, charts):
+    with drawn(name, title, 2.1) as (figure, charts):
         axes = figure.subplots()
         logs = {modality: np.log10(scores[scores > 0].astype(np.float64)) for modality, scores in by_modality.items()}
         found = np.concatenate(list(logs.values()))
@@ -170,14 +170,14 @@ def score_steps(name: str, title: str, by_modality: Mapping[str, np.ndarray]) ->
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
         axes.xaxis.set_major_formatter(lambda value, _: f"1e{value:.0f}")
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        _finish(axes, "y")
-        _legend(axes, 2)
+        finish(axes, "y")
+        legend(axes, 2)
     return charts[0]
 
 
 def training_curve(name: str, title: str, curve: Curve) -> Chart:
     """Loss over steps, broken at stage boundaries (their losses are different sums), and the validations below."""
-    with _drawn(name, title, 3.3 if curve.validations else 2.2) as (figure, charts):
+    with drawn(name, title, 3.3 if curve.validations else 2.2) as (figure, charts):
         if curve.validations:
             upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 2))
             _draw_validations(lower, curve)
@@ -195,7 +195,7 @@ def training_curve(name: str, title: str, curve: Curve) -> Chart:
         for axes in dict.fromkeys((upper, lower)):
             for first, _ in curve.stages[1:]:
                 axes.axvline(first - 0.5, color=QUIET, linewidth=0.6, linestyle=":")
-            _finish(axes, "y")
+            finish(axes, "y")
         _number_stages(upper, curve.stages)
         upper.set_ylabel("loss")
         lower.set_xlabel("optimiser step")
@@ -205,7 +205,7 @@ def training_curve(name: str, title: str, curve: Curve) -> Chart:
 
 def task_dots(name: str, title: str, tasks: Mapping[str, Mapping[str, Estimate]], unit: str) -> Chart:
     """A row per task: the value of every model with its interval, 0 to 1."""
-    with _drawn(name, title, 0.75 + 0.32 * len(tasks)) as (figure, charts):
+    with drawn(name, title, 0.75 + 0.32 * len(tasks)) as (figure, charts):
         axes = figure.subplots()
         _draw_dots(axes, tasks, 100)
         axes.set(xlim=(-2, 102), xlabel=unit)
@@ -214,7 +214,7 @@ def task_dots(name: str, title: str, tasks: Mapping[str, Mapping[str, Estimate]]
 
 def time_dots(name: str, title: str, phases: Mapping[str, Mapping[str, Estimate]]) -> Chart:
     """A row per phase: the median of every model, in seconds, with the range of its samples; logarithmic."""
-    with _drawn(name, title, 0.75 + 0.32 * len(phases)) as (figure, charts):
+    with drawn(name, title, 0.75 + 0.32 * len(phases)) as (figure, charts):
         axes = figure.subplots()
         axes.set_xscale("log")
         _draw_dots(axes, phases, 1000)
@@ -225,7 +225,7 @@ def time_dots(name: str, title: str, phases: Mapping[str, Mapping[str, Estimate]
 
 def speedup_dots(name: str, title: str, workloads: Mapping[str, Mapping[str, Estimate]]) -> Chart:
     """A row per workload: dense / slim of the phases with their intervals; left of the line slim is slower."""
-    with _drawn(name, title, 0.95 + 0.4 * len(workloads)) as (figure, charts):
+    with drawn(name, title, 0.95 + 0.4 * len(workloads)) as (figure, charts):
         axes = figure.subplots()
         axes.axvline(1, color=QUIET, linewidth=0.9)
         _draw_dots(axes, workloads, 1)
@@ -240,7 +240,7 @@ def speedup_dots(name: str, title: str, workloads: Mapping[str, Mapping[str, Est
 
 def trade_dots(name: str, title: str, marks: Sequence[Mark], axis: str, bounds: Sequence[float] = ()) -> Chart:
     """Quality over cost (logarithmic), a mark per artefact; the best are joined and named, bounds of the cost lines."""
-    with _drawn(name, title, 2.6) as (figure, charts):
+    with drawn(name, title, 2.6) as (figure, charts):
         axes = figure.subplots()
         axes.set_xscale("log")
         best = sorted((mark.cost, 100 * mark.quality.value) for mark in marks if mark.is_best)
@@ -263,8 +263,8 @@ def trade_dots(name: str, title: str, marks: Sequence[Mark], axis: str, bounds: 
             axes.axvline(bound, color=CUT, linewidth=0.8, linestyle=":")
         axes.set(xlabel=f"{axis} (logarithmic)", ylabel="quality, %")
         _plain_logarithms(axes)
-        _finish(axes, "y")
-        _legend(axes, 3)
+        finish(axes, "y")
+        legend(axes, 3)
     return charts[0]
 
 
@@ -281,8 +281,8 @@ def _draw_dots(axes: Axes, rows: Mapping[str, Mapping[str, Estimate]], times: fl
             marker=MARKERS[label], color=COLOURS[label], label=label,
         )  # fmt: skip
     _name_rows(axes, list(rows))
-    _finish(axes, "x")
-    _legend(axes, len(labels) if len(labels) <= 3 else 2)
+    finish(axes, "x")
+    legend(axes, len(labels) if len(labels) <= 3 else 2)
 
 
 def _name_rows(axes: Axes, names: Sequence[str]) -> None:
@@ -343,17 +343,19 @@ def _short(name: str) -> str:
     return text if len(text) <= TICK_LETTERS else text[: TICK_LETTERS - 1] + "…"
 
 
-def _finish(axes: Axes, grid: Literal["x", "y"]) -> None:
+def finish(axes: Axes, grid: Literal["x", "y"]) -> None:
+    """A grid across the figures, and short ticks."""
     axes.grid(axis=grid)
     axes.tick_params(length=2)
 
 
-def _legend(axes: Axes, columns: int) -> None:
+def legend(axes: Axes, columns: int) -> None:
+    """Above the chart."""
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2, handlelength=1.6)
 
 
 @contextmanager
-def _drawn(name: str, title: str, height: float) -> Iterator[tuple[Figure, list[Chart]]]:
+def drawn(name: str, title: str, height: float) -> Iterator[tuple[Figure, list[Chart]]]:
     """A figure to draw in; the list holds the chart afterwards."""
     charts: list[Chart] = []
     with warnings.catch_warnings(), matplotlib.style.context(["default", STYLE | {"svg.hashsalt": name}]):

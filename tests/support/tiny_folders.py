@@ -13,12 +13,14 @@ from slimvlm.compress.models.saving import save_checkpoint
 ANSWERS = ("red fox", "blue cat", "a green bird", "two dogs", "house", "tree")
 
 
-def write_tiny(folder: Path, name: str = "llava", samples: int = 24) -> tuple[Path, Path]:
-    """`my-vlm`, the tiny model of the family `name`, and `samples.jsonl` with its images, in `folder`."""
+def write_tiny(folder: Path, name: str = "llava", samples: int = 24, first: int = 0) -> tuple[Path, Path]:
+    """`my-vlm`, the tiny model of the family `name`, and `samples.jsonl` with its images, in `folder`; `first` is the
+    number of the first image, whose picture no other number has.
+    """
     model, data = folder / "my-vlm", folder / "samples.jsonl"
     save_checkpoint(model, tiny_model(name).model, tiny_processor(name), None)
     rows = []
-    for index in range(samples):
+    for index in range(first, first + samples):
         tiny_image(seed=index).save(folder / f"{index}.png")
         row = {"image": f"{index}.png", "question": "what is it ?", "answer": ANSWERS[index % len(ANSWERS)]}
         rows.append(json.dumps(row))

@@ -1,0 +1,216 @@
+"""The file of a study: beds, and rows whose options are those of `slimvlm compress`, a list of values for an axis.
+
+Values are read as the command line reads them, so whatever is a choice there is one here, and nothing is listed twice.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from itertools import product
+from pathlib import Path
+from typing import Any  # what a TOML or JSON file holds, and what options of all types become
+
+import click
+
+from slimvlm.compress.errors import UnsuitableOptionError
+from slimvlm.compress.files.decoding import MisfitError, content_of, parse, refused_as, shown
+from slimvlm.compress.options import ComputeOptions, CutOptions
+from slimvlm.console.commands.cutting import compress
+from slimvlm.console.options import FILE_OR_FOLDER, NAME, POSITIVE, TEXT
+from slimvlm.serve.study.study import BLIND, DENSE, Bed, Cell, said_of
+
+ADVICE = "write it as docs/study.md shows"
+PLACES = ("model", "data", "val", "test")
+TIMED = ("evaluate", "cut", "round", "step")
+OPTIONS = {str(one.name): one for one in reversed(compress.params) if isinstance(one, click.Option)}
+OF_BEDS = {*(field.name for field in fields(ComputeOptions)), "eval_samples", "max_bad_samples", "prefix_split"}
+NOT_STUDIED = {"model", "data", "eval_data", "out", "resume", "overwrite", "cost"}
+STUDIED = {field.name for field in fields(CutOptions)} - NOT_STUDIED - OF_BEDS
+OF_ROWS = {"bed", "one_plan"}  # besides options
+
+
+def read_cells(path: Path) -> list[Cell]:
+    """All cells of the study in the TOML or JSON file `path`, in the order they are written down.
+
+    Raises:
+        UnsuitableOptionError: the file cannot be read; or the place in it that says what nothing can take.
+    """
+    with refused_as(path, UnsuitableOptionError, ADVICE):
+        content = content_of(path)
+        tables = _known(parse(content) if path.suffix == ".json" else _toml(content), {"bed", "all", "row"})
+        beds, cells = list[Bed](), list[Cell]()
+        for name, table in _table(tables.get("bed", {})).items():
+            with _inside(f"bed {name}"):
+                beds.append(_bed(path.parent, name, table))
+        with _inside("all"):
+            common = _known(tables.get("all", {}), STUDIED | OF_ROWS)
+        for number, row in enumerate(_list(tables.get("row", [])), start=1):
+            with _inside(f"row {number}"):
+                cells += _cells(path.parent, beds, common, row)
+        return _distinct(cells)
+
+
+def _toml(content: bytes) -> Any:
+    try:
+        return tomllib.loads(content.decode())
+    except UnicodeDecodeError as error:
+        raise MisfitError(f"it is not UTF-8 (byte {error.start})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise MisfitError(f"it is not TOML ({error})") from None
+
+
+def _bed(folder: Path, name: str, table: object) -> Bed:
+    told = _known(table, {*PLACES, "seconds", *OF_BEDS})
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}", name):
+        raise MisfitError("its name is of letters, digits, dots and dashes")
+    if absent := [place for place in PLACES[:3] if place not in told]:
+        raise MisfitError(f"key {absent[0]!r} is missing")
+    samples, seconds = dict[str, Path](), dict[str, float]()
+    for place in PLACES[1:]:
+        if place in told:
+            with _inside(place):
+                samples[place] = _converted(FILE_OR_FOLDER, _there(folder, told[place]))
+    for step, value in _known(told.get("seconds", {}), set(TIMED)).items():
+        with _inside(step):
+            seconds[step] = _converted(POSITIVE, value)
+    with _inside("model"):
+        model = _converted(NAME, _there(folder, told["model"]))
+    options = {name: _value(folder, name, told[name]) for name in OF_BEDS if name in told}
+    return Bed(name, model, **samples, options=options, seconds=seconds)
+
+
+def _cells(folder: Path, beds: list[Bed], common: Mapping[str, Any], row: object) -> Iterator[Cell]:
+    own = _known(row, STUDIED | OF_ROWS | {"name"})
+    told = {**common, **own}
+    template, one_plan = _converted(TEXT, told.pop("name", "")), told.pop("one_plan", False)
+    if not isinstance(one_plan, bool):
+        raise MisfitError(f"one-plan: {shown(one_plan)} is not true or false")
+    chosen = _chosen(beds, told.pop("bed", [bed.name for bed in beds]))
+    axes = {name: [_value(folder, name, one) for one in _values(name, told[name])] for name in told}
+    ratios, seeds = axes.pop("ratio", [CutOptions.ratio]), axes.pop("seed", [CutOptions.seed])
+    for bed, *values in product(chosen, *axes.values()):
+        given = {**bed.options, **dict(zip(axes, values, strict=True))}
+        if one_plan and len(ratios) > 1:
+            given["equal_rounds"] = True
+        for seed, ratio in product(seeds, ratios):
+            options = CutOptions(
+                model=bed.model, data=bed.data, eval_data=bed.val, out=Path(), ratio=ratio, seed=seed, **given
+            ).resolved()
+            largest = max(ratios) if one_plan else ratio
+            name = _named(template, options, [axis for axis in axes if axis in own], axes)
+            yield Cell(bed, name, options, largest, said_of(options, largest, folder))
+
+
+def _named(template: str, options: CutOptions, own: list[str], axes: Mapping[str, list[Any]]) -> str:
+    """What a row is called: by its template, and by what it varies that the template does not say."""
+    try:
+        name = template.format_map(vars(options))
+    except (KeyError, ValueError, IndexError, AttributeError):
+        raise MisfitError(f"name: {shown(template)} is no name with options as {{criterion}} in it") from None
+    unsaid = [axis for axis in own if f"{{{axis}}}" not in template and (len(axes[axis]) > 1 or not template)]
+    words = [name, *(f"{axis.replace('_', '-')} {getattr(options, axis)}" for axis in unsaid)]
+    return ", ".join(word for word in words if word) or "default"
+
+
+def _distinct(cells: list[Cell]) -> list[Cell]:
+    """The cells, if no two are called the same."""
+    found: dict[tuple[object, ...], Cell] = {}
+    for cell in cells:
+        if cell.method in (DENSE, BLIND):
+            raise MisfitError(f"row {cell.method}: that is what the model without a cut is called")
+        key = cell.bed.name, cell.method, cell.options.ratio, cell.options.seed
+        if found.setdefault(key, cell) is not cell:
+            raise MisfitError(f"two rows are called {shown(cell.method)}; give them names")
+    return cells
+
+
+def _chosen(beds: list[Bed], names: object) -> list[Bed]:
+    known = {bed.name: bed for bed in beds}
+    names = [names] if isinstance(names, str) else _list(names)
+    if unknown := [name for name in names if name not in known]:
+        raise MisfitError(f"bed: {shown(unknown[0])} is unknown; known are {', '.join(known)}")
+    return [known[name] for name in names]
+
+
+def _values(name: str, told: object) -> list[Any]:
+    """The values along the axis of an option; of one that is a list itself those are lists of lists."""
+    if OPTIONS[name].multiple and not isinstance(told, Mapping):
+        nested = isinstance(told, list) and told and all(isinstance(one, list | Mapping) for one in told)
+        return told if nested and isinstance(told, list) else [told]
+    if told == []:
+        raise MisfitError(f"{name.replace('_', '-')}: it has no value")
+    return told if isinstance(told, list) else [told]
+
+
+def _value(folder: Path, name: str, told: object) -> Any:
+    """A value of an option as the command line reads it."""
+    option, value = OPTIONS[name], told
+    if isinstance(told, Mapping):
+        value = [f"{key}={one}" for key, one in told.items()]
+    elif option.type in (FILE_OR_FOLDER, NAME):
+        value = _there(folder, told)
+
+    with _inside(name.replace("_", "-")), _refused(told), click.Context(compress) as context:
+        if isinstance(told, bool) and not option.is_flag:
+            raise MisfitError(f"{shown(told)} is no value of it")
+        return option.process_value(context, value)
+
+
+def _converted(kind: click.ParamType, told: object) -> Any:
+    with _refused(told):
+        return kind.convert(told, None, None)
+
+
+@contextmanager
+def _refused(told: object) -> Iterator[None]:
+    """What click has against a value, as what does not fit the file."""
+    try:
+        yield
+    except click.BadParameter as wrong:
+        raise MisfitError(wrong.message) from None
+    except (TypeError, AttributeError):
+        raise MisfitError(f"{shown(told)} is no value of it") from None
+
+
+def _there(folder: Path, told: object) -> object:
+    """A path as seen from the file's folder; a name that is none there stays a name."""
+    if not isinstance(told, str):
+        return told
+    path = Path(os.path.normpath(folder / told))
+    return str(path) if told and path.exists() else told
+
+
+def _known(table: object, names: set[str]) -> dict[str, Any]:
+    """A table with its keys as Python writes them, if all are known."""
+    found = {name.replace("-", "_"): value for name, value in _table(table).items()}
+    if misplaced := sorted((found.keys() - names) & {*PLACES, *OF_BEDS}):
+        raise MisfitError(f"key {shown(misplaced[0].replace('_', '-'))} is for [bed.NAME]: it is the same for all rows")
+    if unknown := sorted(found.keys() - names):
+        known = ", ".join(sorted(name.replace("_", "-") for name in names))
+        raise MisfitError(f"key {shown(unknown[0].replace('_', '-'))} is unknown; known are {known}")
+    return found
+
+
+def _table(value: object) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise MisfitError(f"{shown(value)} is not a table")
+    return value
+
+
+def _list(value: object) -> list[Any]:
+    if not isinstance(value, list):
+        raise MisfitError(f"{shown(value)} is not a list")
+    return value
+
+
+@contextmanager
+def _inside(step: str) -> Iterator[None]:
+    try:
+        yield
+    except MisfitError as error:
+        raise error.inside(f".{step}") from None
