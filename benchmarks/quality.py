@@ -63,6 +63,10 @@ METHODS: dict[str, tuple[str, CompressOptions]] = {
     ),
     "gate-4": ("Gates, 4 rounds, refitted between them", replace(DEFAULT, rounds=4, compensate_rounds=True)),
     "gate-8": ("Gates, 8 rounds, refitted between them", replace(DEFAULT, compensate_rounds=True)),
+    "ukmi-4": (
+        "UKMI, 4 rounds, refitted between them",
+        replace(DEFAULT, criterion="ukmi", allocator="balanced", rounds=4, compensate_rounds=True),
+    ),
     "magnitude-refit": ("Magnitude, per layer, refitted", replace(LOCAL, criterion="magnitude", compensation="refit")),
     "random-refit": ("Random, refitted", replace(ONE_SHOT, criterion="random", compensation="refit")),
     "no-refit": ("slimvlm default, without the refit", replace(DEFAULT, compensation="none")),
