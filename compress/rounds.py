@@ -34,7 +34,7 @@ from slimvlm.compress.slicing.compensation import COMPENSATIONS
 from slimvlm.compress.slicing.cuts import matching_groups
 from slimvlm.compress.slicing.depth import place
 from slimvlm.compress.statistics.collect import Batch, collect
-from slimvlm.compress.statistics.rows import STATISTICS, CalibrationOptions
+from slimvlm.compress.statistics.rows import ALL, STATISTICS, CalibrationOptions
 
 Value = TypeVar("Value")
 Batches = Sequence[Batch | Callable[[], Batch]]
@@ -101,7 +101,9 @@ class Planning:
             towers = {**dict.fromkeys(dense.towers, 0.0), **self.depth}
             whole = sum(share * dense.towers.get(tower, 0) for tower, share in towers.items()) / dense.parameters
             budget = Budget(whole, towers, allocator="global", layout=self.budget.layout)
-            return replace(self, budget=budget, criterion=CRITERIA["influence"], rounds=1, depth={}, known=None)
+            tokens = self.criterion.tokens if self.criterion.tokens.pool != ALL.pool else ALL
+            influence = replace(CRITERIA["influence"], tokens=tokens)
+            return replace(self, budget=budget, criterion=influence, rounds=1, depth={}, known=None)
         share = round_share(number - bool(self.depth), self.rounds, self.power)
         known = self.known if number == 1 else None
         return replace(self, budget=self.budget.scaled(share, begun), rounds=1, depth={}, known=known)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from slimvlm.compress.plan import Plan
 from slimvlm.compress.rounds import Planned, Planning, check_budget, plan_in_rounds
 from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.compress.slicing.mask import mask_plan
+from slimvlm.compress.statistics.rows import token_rule
 
 
 def planning_for(model, between: str = "none", allocator: str = "global") -> Planning:
@@ -83,6 +85,15 @@ def test_its_beginnings_are_blocks_alone_until_all_of_them_left(tmp_path: Path):
         assert any(key.endswith(".mlp") for key in plan.keep) == widths
         model = apply_plan(tiny_model("llava").model, plan)
         assert count_parameters(model) == plan.parameters_after
+
+
+def test_blocks_are_judged_by_the_tokens_of_the_criterion():
+    model = tiny_model("llava").model
+    dense = facts_of(model, ())
+    for name, tokens, expected in (("obs", token_rule("text"), "text"), ("ukmi", CRITERIA["ukmi"].tokens, "all")):
+        planning = Planning(Budget(0.4), replace(CRITERIA[name], tokens=tokens), depth={"language": 0.45})
+        step = planning.step(1, dense, None)
+        assert (step.criterion.name, step.criterion.tokens.name) == ("influence", expected)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import find_blocks
 from slimvlm.compress.slicing.mask import mask_plan
 from slimvlm.compress.statistics.collect import collect
-from slimvlm.compress.statistics.rows import CalibrationOptions
+from slimvlm.compress.statistics.collector import Side
+from slimvlm.compress.statistics.rows import STATISTICS, CalibrationOptions
 
 
 def turning(model, *batches) -> dict[str, float]:
@@ -50,3 +51,17 @@ def test_it_is_one_minus_the_cosine_over_the_tokens_that_are_no_padding_however_
         assert found[f"model.language_model.layers.{layer}"] == pytest.approx(expected.item(), abs=1e-6)
     single = [{name: value[index : index + 1] for name, value in batch.items()} for index in (2, 0, 1)]
     assert turning(tiny.model, *single) == pytest.approx(found, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tokens_too_large_to_multiply_in_half_precision_are_judged_like_others(dtype):
+    block = torch.nn.Linear(8, 8, bias=False).to(dtype)
+    block.weight.data.copy_(torch.eye(8) + 0.25 * torch.eye(8).roll(1, 0))
+    tokens = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    found = []
+    for scale in (1, 512):  # products of norms above 65504 overflow in fp16
+        collector = STATISTICS["turning"].make()
+        with collector.watch([Side("block", block, ())]):
+            block((scale * tokens).to(dtype))
+            found.append(collector.finish(lambda tensor, how: None)["block"].item())
+    assert 0.01 < found[1] == pytest.approx(found[0], rel=1e-3)
