@@ -64,14 +64,15 @@ def test_the_composed_plan_meets_the_ratio_and_is_the_dense_model_with_all_of_it
     assert (logits(model, batch) - masked).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["llava", "blip2_t5"])
-def test_a_killed_plan_goes_on_to_the_same_bytes_from_every_step(name):
-    for between, allocator in (("none", "ecoflap"), ("refit", "global")):
-        found = planned(name, between, allocator=allocator)
-        assert [len(one.order.rounds) for one in found] == [1, 2, 3]
-        for step in (0, 1):
-            again = planned(name, between, found[step].order, allocator)
-            assert again[-1].order.digest == found[-1].order.digest
+@pytest.mark.parametrize(
+    ("name", "between", "allocator"), [("llava", "none", "ecoflap-first"), ("blip2_t5", "refit", "global")]
+)
+def test_a_killed_plan_goes_on_to_the_same_bytes_from_every_step(name, between, allocator):
+    found = planned(name, between, allocator=allocator)
+    assert [len(one.order.rounds) for one in found] == [1, 2, 3]
+    for step in (0, 1):
+        again = planned(name, between, found[step].order, allocator)
+        assert again[-1].order.digest == found[-1].order.digest
 
 
 def test_its_beginnings_are_blocks_alone_until_all_of_them_left(tmp_path: Path):
