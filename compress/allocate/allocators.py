@@ -51,6 +51,7 @@ ALLOCATORS: Mapping[str, Allocator] = {
         ),
         Allocator("global", "One ranking of all scores as they are.", ("balanced", "order_global")),
         Allocator("local", "The same share of every group.", ("local", "order_local")),
+        Allocator("llm-pruner", "The same, first and last blocks spared.", ("local", "order_llm_pruner")),
         Allocator(
             "paper", "UKMP's loop to the letter: balanced, in whole steps.", ("paper", "order_paper"), floors=False
         ),

@@ -110,9 +110,25 @@ def pool_of(
         channels=np.concatenate([line.channels for line in lines]),
         modality=np.repeat(modality, counts),
         size=np.array([sum(dense_sizes[group.key] * group.head_dim for group in line.groups) for line in lines]),
+        place=np.concatenate(_places(lines)),
         importance=None if lines[0].importance is None else np.array([line.importance for line in lines]),
         **asked,
     )
+
+
+def _places(lines: Sequence[Line]) -> list[Floats]:
+    """Per line the parts of the tower that are before a bundle's block, and behind it; of several the least."""
+    places, depths = [], dict[str, int]()
+    for group in (group for line in lines for group in line.groups):
+        depths[group.tower] = max(depths.get(group.tower, 0), group.size if group.blocks else group.layer + 1)
+    for line in lines:
+        found = []
+        for group, order in zip(line.groups, line.ranks, strict=True):
+            numbers = np.array([block.index for block in group.blocks] or [group.layer] * group.num_units)
+            before = numbers[order][line.bounds[:-1]] / depths[group.tower]
+            found.append(np.stack([before, 1 - before - 1 / depths[group.tower]], axis=1))
+        places.append(np.min(found, axis=0))
+    return places
 
 
 def _line(groups: tuple[Group, ...], scores: Scores, round_channels: int) -> Line:

@@ -29,6 +29,7 @@ class Pool:
         modality: modality number. [units]
         size: channels of each group in the dense model. [groups]
         floor: fraction of `size` every group keeps (and at least one unit).
+        place: parts of a unit's tower that are before its block, and behind it; None: nobody says. [units, 2]
         importance: of each group as a whole, finite and >= 0; None: nobody asked. [groups]
         steps: units per step of a loop, before and after 90 % of the target; None: the allocator's own.
         ratio: the fraction of the model that was asked for, which the target is what is left of.
@@ -41,6 +42,7 @@ class Pool:
     modality: Integers
     size: Integers
     floor: float = 0.1
+    place: Floats | None = None
     importance: Floats | None = None
     steps: tuple[int, int] | None = None
     ratio: float = 1.0

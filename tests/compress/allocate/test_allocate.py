@@ -18,8 +18,9 @@ def pool_of(*groups: tuple[int, list[float], int, int], floor: float = 0.1) -> P
     rows = [(s, g, cost, c, m) for g, (m, scores, cost, c) in enumerate(groups) for s in scores]
     scores, group, cost, channels, modality = (np.array(column) for column in zip(*rows, strict=True))
     size = np.array([len(scores) * c for _, scores, _, c in groups])
+    place = np.stack([group, len(groups) - 1 - group], axis=1) / len(groups)  # a block each
     importance = np.arange(len(groups), dtype=float)
-    return Pool(scores.astype(float), group, cost, channels, modality, size, floor, importance)
+    return Pool(scores.astype(float), group, cost, channels, modality, size, floor, place, importance)
 
 
 G7 = pool_of((0, [1, 2, 6, 7], 1, 1), (1, [0.1, 0.2, 0.3, 3.4], 1, 1))
@@ -236,6 +237,14 @@ def test_global_ignores_modality_and_local_takes_the_same_share_of_every_group()
     pool = pool_of((0, [10, 20, 30, 40], 1, 1), (1, [1, 2, 3, 4], 1, 1))
     assert np.flatnonzero(allocate_global(pool, 3)).tolist() == [4, 5, 6]
     assert np.flatnonzero(allocate_local(pool, 4)).tolist() == [0, 1, 4, 5]
+
+
+def test_llm_pruner_takes_the_same_share_of_all_blocks_but_the_first_and_last_and_of_these_when_nothing_else_is_left():
+    pool = pool_of(*((0, [*range(10)], 1, 1) for _ in range(32)))
+    gone = ALLOCATORS["llm-pruner"].flags(pool, 26 * 6).reshape(32, 10).sum(1)
+    assert gone.tolist() == [0] * 4 + [6] * 26 + [0] * 2  # LLaMA's 4 to 29
+    gone = ALLOCATORS["llm-pruner"].flags(pool, 26 * 9 + 6 * 2).reshape(32, 10).sum(1)
+    assert gone.tolist() == [2] * 4 + [9] * 26 + [2] * 2
 
 
 def test_ties_go_by_group_then_position():

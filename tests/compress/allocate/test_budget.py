@@ -300,3 +300,18 @@ def test_the_paper_s_loop_says_how_much_it_can_remove():
     groups, scores, facts = single_mlp([1, 2, 3, 4, 5, 6], unprunable=54)
     with pytest.raises(InfeasibleBudgetError, match=r"ratio 0\.9 cannot be reached: .* the paper's loop.* at most 54"):
         plan_units(groups, scores, Budget(0.9, allocator="paper"), facts)
+
+
+@pytest.mark.parametrize("name", sorted(FACTORIES))
+def test_llm_pruner_leaves_the_ends_of_every_tower_whole_while_the_middle_can_give(name: str) -> None:
+    model, groups, scores = prepared(name)
+    depths = {
+        tower: 1 + max(group.layer for group in groups if group.tower == tower) for tower in {g.tower for g in groups}
+    }
+    middle = [group for group in groups if 0 < group.layer < depths[group.tower] - 1]
+    facts = facts_of(model, groups)
+    share = sum(group.parameters.sum() for group in middle) / facts.parameters
+    plan = plan_units(groups, scores, Budget(share / 2, allocator="llm-pruner"), facts)
+    whole = {group.key for group in groups if len(plan.keep[group.key]) == group.size}
+    assert whole >= {group.key for group in groups} - {group.key for group in middle}
+    assert bool(middle) == (len(whole) < len(groups))
