@@ -39,6 +39,7 @@ for command in (  # the most wanted first
     cutting.plan,
     cutting.apply,
     cutting.recover,
+    cutting.sparsify,
     comparing.evaluate,
     checking.inspect,
     delivering.export,

@@ -71,6 +71,28 @@ class EvaluateOptions(ComputeOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SparsifyOptions(EvaluateOptions):
+    """Which single weights become zero, in a model of the same shapes.
+
+    Attributes:
+        out: the checkpoint that is written.
+        sparsity: `unstructured`, or `2:4`: two of every four neighbours in a row.
+        ratio: fraction of ALL parameters that become zero, 0.35 where none is given; of 2:4 it is half of what the
+            attentions and MLPs hold, and none can be given.
+        rule: which weights of a matrix: `wanda` or `sparsegpt`.
+        allocator: how many of each group: `local`, the same share of all, `ecoflap` or `ecoflap-first`.
+        samples: to calibrate on.
+    """
+
+    out: Path
+    sparsity: str = "unstructured"
+    ratio: float | None = None
+    rule: str = "wanda"
+    allocator: str = "local"
+    samples: int = 128
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanOptions(EvaluateOptions):
     """What is cut, how that is decided, and how what is left is fitted.
 

@@ -33,11 +33,10 @@ from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.compress.slicing.compensation import COMPENSATIONS
 from slimvlm.compress.slicing.cuts import matching_groups
 from slimvlm.compress.slicing.depth import place
-from slimvlm.compress.statistics.collect import Batch, collect
-from slimvlm.compress.statistics.rows import ALL, STATISTICS, CalibrationOptions
+from slimvlm.compress.statistics.collect import Batches, collect, importance_of
+from slimvlm.compress.statistics.rows import ALL, CalibrationOptions
 
 Value = TypeVar("Value")
-Batches = Sequence[Batch | Callable[[], Batch]]
 
 
 @dataclass(frozen=True)
@@ -123,10 +122,10 @@ class Planning:
         return self.criterion.calibration(grad_memory_bytes=self.grad_memory_bytes, host_sums=self.host_sums)
 
     @property
-    def importance(self) -> CalibrationOptions | None:
+    def asks(self) -> CalibrationOptions | None:
         """What the allocator asks of the data, once, of the dense model; None: nothing."""
-        asks = ALLOCATORS[self.budget.allocator].asks
-        return None if asks is None else CalibrationOptions((asks,), host_sums=self.host_sums, seed=self.seed)
+        name = ALLOCATORS[self.budget.allocator].asks
+        return None if name is None else CalibrationOptions((name,), host_sums=self.host_sums, seed=self.seed)
 
     def groups(self, model: nn.Module) -> tuple[Group, ...]:
         """What of `model` (the meta device is enough) is chosen among: what the criterion can judge."""
@@ -220,7 +219,9 @@ def plan_in_rounds(
     order, first = done, len(done.rounds) if done else 0
     known = planning.known
     groups = planning.groups(model)
-    importance = known.importance if known else importance_of(model, groups, partial(batches, 0), planning, progress)
+    importance = (
+        known.importance if known else importance_of(model, groups, partial(batches, 0), planning.asks, progress)
+    )
     if order is not None:
         _redo(model, order, batches, planning, progress)
     for number in range(first + 1, planning.steps + 1):
@@ -230,7 +231,7 @@ def plan_in_rounds(
         if scores is None:
             told = _over_rounds(progress, number, first, planning.steps)
             scores = score_units(model, groups, partial(batches, number - 1), step, told)
-            if importance is not None and step.importance is not None:
+            if importance is not None and step.asks is not None:
                 scores = replace(scores, importance=_named(importance, begun))
         later = order_units(groups, scores, step.budget, _facts(model, groups, dense if order else None, begun))
         plan = replace(
@@ -288,27 +289,6 @@ def score_units(
         family = find_family(model.config)
         calibration = collect(model, family, groups, batches(), planning.calibration, progress)
     return score_groups(groups, planning.criterion, calibration, model, planning.seed)
-
-
-def importance_of(
-    model: nn.Module,
-    groups: Sequence[Group],
-    batches: Callable[[], Batches],
-    planning: Planning,
-    progress: Progress = silent,
-) -> dict[str, float] | None:
-    """What the allocator asks of each group (by key) of the dense `model`; None: it asks nothing."""
-    options = planning.importance
-    if options is None:
-        return None
-    (name,) = options.statistics
-    read = batches()[: STATISTICS[name].draws or None]
-
-    def told(stage: str, done: int, total: int, _: str = "", /) -> None:
-        progress(stage, done, total, "what groups are worth")
-
-    seen = collect(model, find_family(model.config), groups, read, options, told).seen
-    return {key: value.item() for key, value in seen[name].items()}
 
 
 def _over_rounds(progress: Progress, number: int, first: int, rounds: int) -> Progress:

@@ -19,9 +19,11 @@ from slimvlm.compress.options import (
     SCHEDULES,
     TRAINED,
     CompressOptions,
+    SparsifyOptions,
 )
 from slimvlm.compress.recovery.distillation.recipe import LOSSES, PROGRESSIONS
 from slimvlm.compress.slicing.compensation import COMPENSATIONS
+from slimvlm.compress.sparsity.rules import PATTERNS, RULES
 from slimvlm.compress.statistics.rows import POOLS
 from slimvlm.console.values import (
     MOST,
@@ -59,8 +61,8 @@ def defaulting_to(options: type[Any]) -> Callable[..., Callable[[Any], Any]]:
     return option
 
 
-option, export_option, profile_option, frontier_option = map(
-    defaulting_to, (CompressOptions, ExportOptions, ProfileOptions, FrontierOptions)
+option, export_option, profile_option, frontier_option, sparsify_option = map(
+    defaulting_to, (CompressOptions, ExportOptions, ProfileOptions, FrontierOptions, SparsifyOptions)
 )
 
 
@@ -274,6 +276,22 @@ apply_options = together(
     click.option("--ratio", type=RATIO, help="Remove only so much of ALL parameters; else what the plan does."),
     click.option("--data", type=FILE_OR_FOLDER, help="The samples the plan was made with, to refit what is left."),
     click.option("--eval-data", type=FILE_OR_FOLDER, help="As given to plan: its images are left out."),
+    model_options,
+    output_options,
+)
+sparsify_options = together(
+    click.argument("model", type=NAME),
+    click.argument("out", type=PATH),
+    sample_options,
+    sparsify_option("--sparsity", type=click.Choice(list(PATTERNS)), help="Where zeros may be."),
+    sparsify_option("--ratio", type=RATIO, help="Fraction of ALL parameters that become zero; else 0.35."),
+    sparsify_option("--rule", type=click.Choice(list(RULES)), help="Which weights of a matrix become zero."),
+    sparsify_option(
+        "--allocator",
+        type=click.Choice([name for name, row in ALLOCATORS.items() if name == "local" or row.asks]),
+        help="How many of each attention and MLP.",
+    ),
+    sparsify_option("--samples", type=COUNT, help="Calibration samples."),
     model_options,
     output_options,
 )

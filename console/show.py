@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from slimvlm.compress.evaluation.quality import Comparison, Quality
     from slimvlm.compress.models.inspection import Inspection
     from slimvlm.compress.plan import Plan
+    from slimvlm.compress.sparsity.sparsify import Sparsified
     from slimvlm.export.checks.verification import Verification
     from slimvlm.export.job import ExportResult
     from slimvlm.kernels.bench import Report as KernelReport
@@ -152,6 +153,18 @@ def show_plan(plan: Plan, written: Path, *, as_json: bool) -> None:
         return
     print_table(("", "before", "after", "change"), _size_rows(plan))
     _print_removed(plan)
+    print_line(f"written  {written}")
+
+
+def show_sparsified(done: Sparsified, written: Path, *, as_json: bool) -> None:
+    """How much of every group became zero, of all, and what that is good for."""
+    if as_json:
+        print_json({**asdict(done), "out": str(written)})
+        return
+    print_table(("group", "zeros"), [(key, percent(share)) for key, share in done.groups.items()])
+    print_line()
+    print_line(f"zeros    {100 * done.zeros:.2f} % of all parameters ({done.pattern}, {done.rule}, {done.allocator})")
+    print_line("times    those of the dense model: zeros are stored and multiplied as any other number")
     print_line(f"written  {written}")
 
 

@@ -22,14 +22,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimvlm.compress.data.collate import Batch
-from slimvlm.compress.data.questions import ask, stream_of
+from slimvlm.compress.data.questions import stream_of
 from slimvlm.compress.errors import CalibrationError
-from slimvlm.compress.models.computing import in_passes, undisturbed
+from slimvlm.compress.models.computing import in_passes
 from slimvlm.compress.models.families import Family
 from slimvlm.compress.models.groups import Group, count_parameters
 from slimvlm.compress.models.modeling_slim import RECORD, give_bias
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.slicing.cuts import complement, find_cuts
+from slimvlm.compress.statistics.collect import read_forward
 from slimvlm.compress.statistics.collector import Collector, Side
 from slimvlm.compress.statistics.collectors.moments import DAMPING, about_mean
 from slimvlm.compress.statistics.rows import STATISTICS
@@ -132,13 +133,11 @@ def look(
     turn: tuple[int, int] = (0, 1),
 ) -> None:
     """Have the model read the batches while `collector` watches; `turn`: (readings before this one, all of them)."""
-    with undisturbed(model), torch.no_grad():
-        for index, batch in enumerate(batches):
-            if (question := ask(model, family, batch())) is not None:
-                collector.see(question)
-                unread = {"logits_to_keep": 1} if "logits_to_keep" in question.inputs else {}  # as few as can be
-                model(**{**question.inputs, **unread})
-            progress("refit", turn[0] * len(batches) + index + 1, turn[1] * len(batches))
+
+    def told(done: int) -> None:
+        progress("refit", turn[0] * len(batches) + done, turn[1] * len(batches))
+
+    read_forward(model, family, batches, collector, told)
 
 
 def mean_losses(losses: Sequence[tuple[float, float]]) -> tuple[float, float]:

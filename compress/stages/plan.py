@@ -29,10 +29,10 @@ from slimvlm.compress.options import PlanOptions
 from slimvlm.compress.plan import BLOCK, Compensating, Plan
 from slimvlm.compress.processes import pick_device
 from slimvlm.compress.progress import Progress
-from slimvlm.compress.rounds import Planned, Planning, check_budget, importance_of, plan_in_rounds, score_units
+from slimvlm.compress.rounds import Planned, Planning, check_budget, plan_in_rounds, score_units
 from slimvlm.compress.runs import AGAIN, ORDER, PLAN, ROUNDS, SCORES, RunFolder
 from slimvlm.compress.slicing.compensation import COMPENSATIONS
-from slimvlm.compress.statistics.collect import calibration_batch
+from slimvlm.compress.statistics.collect import calibration_batch, importance_of
 from slimvlm.compress.statistics.pools import check_pool
 from slimvlm.compress.statistics.rows import ALL, POORLY_FITTED, token_rule
 
@@ -154,7 +154,7 @@ def dense_scores(options: PlanOptions, data: Measured, progress: Progress) -> Sc
     check_computes(loaded.model, collator, data.calibration[0], options.model)
     size = calibration_batch(loaded, collator, data.calibration, planning.calibration, options.batch_size)
     work = (loaded.model, planning.groups(loaded.model), lambda: collated(collator, data.calibration, size))
-    importance = importance_of(*work, planning, progress)
+    importance = importance_of(*work, planning.asks, progress)
     return replace(score_units(*work, planning, progress), importance=importance)
 
 

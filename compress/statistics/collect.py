@@ -20,7 +20,7 @@ from slimvlm.compress.data.samples import Sample
 from slimvlm.compress.errors import CalibrationError
 from slimvlm.compress.models.checkpoint import Loaded
 from slimvlm.compress.models.computing import in_passes, undisturbed
-from slimvlm.compress.models.families import Family, Tower
+from slimvlm.compress.models.families import Family, Tower, find_family
 from slimvlm.compress.models.groups import Group, Member, count_parameters, find_groups, live_blocks
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.statistics.collector import Collector, Side
@@ -34,6 +34,7 @@ LEAST = 128 * 2**20  # bytes of activations that are never too many
 ACTIVATIONS = 1  # bytes of activations per parameter: a quarter of the fp32 weights
 
 Batch = Mapping[str, Tensor]
+Batches = Sequence[Batch | Callable[[], Batch]]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -62,7 +63,7 @@ def collect(
     model: nn.Module,
     family: Family,
     groups: Sequence[Group],
-    batches: Sequence[Batch | Callable[[], Batch]],
+    batches: Batches,
     options: CalibrationOptions,
     progress: Progress = silent,
 ) -> Calibration:
@@ -114,6 +115,49 @@ def collect(
                 for collector in reading:
                     seen[collector.statistic.name] |= collector.finish(run.reduce)
     return Calibration(seen=seen, passes=readings, **counts)
+
+
+def importance_of(
+    model: nn.Module,
+    groups: Sequence[Group],
+    batches: Callable[[], Batches],
+    options: CalibrationOptions | None,
+    progress: Progress = silent,
+) -> dict[str, float] | None:
+    """What each group (by key) of the dense `model` is worth as a whole, by the statistic that an allocator asks for;
+    None: it asks for none.
+    """
+    if options is None:
+        return None
+    (name,) = options.statistics
+    read = batches()[: STATISTICS[name].draws or None]
+
+    def told(stage: str, done: int, total: int, _: str = "", /) -> None:
+        progress(stage, done, total, "what groups are worth")
+
+    seen = collect(model, find_family(model.config), groups, read, options, told).seen
+    return {key: value.item() for key, value in seen[name].items()}
+
+
+def read_forward(
+    model: nn.Module,
+    family: Family,
+    batches: Batches,
+    collector: Collector,
+    told: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Have the model read the batches, in forward passes alone and in this process alone, while `collector` watches.
+
+    Args:
+        told: after every batch how many are done.
+    """
+    with undisturbed(model), torch.no_grad():
+        for done, batch in enumerate(batches, start=1):
+            if (question := ask(model, family, batch() if callable(batch) else batch)) is not None:
+                collector.see(question)
+                unread = {"logits_to_keep": 1} if "logits_to_keep" in question.inputs else {}  # as few as can be
+                model(**{**question.inputs, **unread})
+            told(done)
 
 
 def calibration_batch(

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from slimvlm.compress.options import CompressOptions
+from slimvlm.compress.options import CompressOptions, SparsifyOptions
 from slimvlm.console import show
 from slimvlm.console.options import (
     FOLDER,
@@ -28,6 +28,7 @@ from slimvlm.console.options import (
     quality_limit,
     recover_options,
     sample_options,
+    sparsify_options,
     target_options,
 )
 from slimvlm.console.printing import print_warning
@@ -152,3 +153,22 @@ def recover(run: Path, as_json: bool, quiet: bool, **values: Any) -> None:
     from slimvlm import pipeline
 
     show_job(partial(pipeline.recover_run, run, values), partial(show.show_compression, as_json=as_json), quiet)
+
+
+@click.command()
+@sparsify_options
+def sparsify(as_json: bool, quiet: bool, **values: Any) -> None:
+    """Make single weights of MODEL zero; shapes stay.
+
+    What ECoFLaP, Wanda and SparseGPT do. OUT is a dense checkpoint with zeros, neither smaller nor faster, unless a
+    runtime of your own makes something of them:
+
+        slimvlm sparsify ./my-vlm sparse --data samples.jsonl --ratio 0.35 --allocator ecoflap
+        slimvlm sparsify ./my-vlm sparse --data samples.jsonl --sparsity 2:4 --rule sparsegpt
+    """
+    from slimvlm.compress.stages.sparsify import sparsify_model
+
+    options = SparsifyOptions(**values)
+    with progress(quiet) as report:
+        done = sparsify_model(options, report)
+    show.show_sparsified(done, options.out, as_json=as_json)

@@ -23,8 +23,8 @@ from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.criteria.scoring import Scores, score_groups
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import Group, find_units
-from slimvlm.compress.rounds import Planning, importance_of
-from slimvlm.compress.statistics.collect import collect
+from slimvlm.compress.rounds import Planning
+from slimvlm.compress.statistics.collect import collect, importance_of
 from slimvlm.compress.statistics.rows import STATISTICS
 
 NAMES = ("llava", "blip2_t5")
@@ -60,7 +60,7 @@ once = cache(scored)
 def importance(name: str, allocator: str, criterion: str) -> dict[str, float] | None:
     tiny, groups = tiny_groups(name, criterion)
     planning = Planning(Budget(0.3, allocator=allocator), CRITERIA[criterion])
-    return importance_of(tiny.model, groups, lambda: [tiny.inputs(2)], planning)
+    return importance_of(tiny.model, groups, lambda: [tiny.inputs(2)], planning.asks)
 
 
 def ordered(name: str, allocator: str, scores: Scores) -> Order:

@@ -1,0 +1,136 @@
+"""Make weights zero block by block, each looked at with the zeros of those before it (Wanda, SparseGPT, ECoFLaP).
+
+The inputs of a block are collected anew by the whole model, as it is by then. So every block is run as the model runs
+it, with its own masks, positions and biases; published code replays blocks with what the first was given, and
+calibrates T5 without its position bias and M-RoPE with plain positions. It costs a forward of the samples per block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from slimvlm.compress.allocate.allocators import ALLOCATORS
+from slimvlm.compress.data.questions import stream_of
+from slimvlm.compress.models.families import Family
+from slimvlm.compress.models.groups import Group, count_parameters, find_groups
+from slimvlm.compress.progress import Progress, silent
+from slimvlm.compress.sparsity.counts import linears_of, patterned_zeros, zeros_of
+from slimvlm.compress.sparsity.rules import PATTERNS, RULES, Zeros
+from slimvlm.compress.statistics.collect import Batch, importance_of, read_forward
+from slimvlm.compress.statistics.collector import Side
+from slimvlm.compress.statistics.rows import STATISTICS, CalibrationOptions
+
+Batches = Sequence[Batch | Callable[[], Batch]]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to become zero.
+
+    Attributes:
+        pattern: of PATTERNS.
+        ratio: fraction of ALL parameters; of a pattern with a size of its own it says nothing.
+        rule: of RULES.
+        allocator: `local`, the same share of every group, or one of ALLOCATORS that asks for their importance.
+        seed: of what is drawn.
+    """
+
+    pattern: str = "unstructured"
+    ratio: float = 0.5
+    rule: str = "wanda"
+    allocator: str = "local"
+    seed: int = 0
+
+    def zeros(
+        self, model: nn.Module, groups: Sequence[Group], importance: Mapping[str, float] | None
+    ) -> dict[str, Zeros]:
+        """By path of the linear; see `counts`."""
+        pattern = PATTERNS[self.pattern]
+        if pattern is not None:
+            return patterned_zeros(model, groups, pattern)
+        return zeros_of(model, groups, self.ratio, importance)
+
+
+@dataclass(frozen=True)
+class Sparsified:
+    """What was done, as the config of the checkpoint records it.
+
+    Attributes:
+        pattern, rule, allocator: that were asked for.
+        zeros: share of ALL parameters that were made zero.
+        groups: group key -> share of its weights.
+        importance: of the groups, where the allocator asked.
+    """
+
+    pattern: str
+    rule: str
+    allocator: str
+    zeros: float
+    groups: Mapping[str, float]
+    importance: Mapping[str, float] | None = None
+
+
+def sparsify(
+    model: PreTrainedModel, family: Family, batches: Batches, asked: Asked, progress: Progress = silent
+) -> Sparsified:
+    """Make weights of the linears of all attentions and MLPs of `model` zero, in place.
+
+    Args:
+        batches: padded training batches, or functions that make one.
+
+    Raises:
+        InfeasibleBudgetError, UnsuitableOptionError: see `counts`; found before the data is read.
+        CalibrationError: what a linear reads is not finite.
+    """
+    groups, rule = find_groups(model, family), RULES[asked.rule]
+    asked.zeros(model, groups, {group.key: 1.0 for group in groups})
+    importance = None
+    if (asks := ALLOCATORS[asked.allocator].asks) is not None:
+        importance = importance_of(
+            model, groups, lambda: batches, CalibrationOptions((asks,), seed=asked.seed), progress
+        )
+    zeros = asked.zeros(model, groups, importance)
+    blocks = [list(inside) for _, inside in groupby(groups, key=lambda group: (group.tower, group.layer))]
+    collector = STATISTICS[rule.statistic].make()
+    for number, block in enumerate(blocks, start=1):
+        sides = _sides(model, family, block)
+        with collector.watch(sides):
+            read_forward(model, family, batches, collector)
+            seen = collector.finish(lambda moment, how: None)  # of this process alone
+        with torch.no_grad():
+            for side in sides:
+                weight = side.module.weight
+                read = seen.pop(side.path).to(weight.device)
+                weight.copy_(rule.prune(weight.float(), read, zeros[side.path]))
+        progress("sparsify", number, len(blocks))
+    return _counted(model, groups, asked, importance)
+
+
+def _sides(model: nn.Module, family: Family, groups: Sequence[Group]) -> list[Side]:
+    """Every linear of the groups, as something that is read."""
+    sides = {}
+    for group in groups:
+        for member in group.members:
+            if not member.norm:
+                stream = stream_of(family, group, member) if group.modality == "language" else None
+                sides[member.path] = Side(member.path, model.get_submodule(member.path), (1,), stream=stream)
+    return list(sides.values())
+
+
+def _counted(
+    model: nn.Module, groups: Sequence[Group], asked: Asked, importance: Mapping[str, float] | None
+) -> Sparsified:
+    zeros, shares = 0, {}
+    for group in groups:
+        weights = [linear.weight for linear in linears_of(model, group).values()]
+        found = sum(int((weight == 0).sum()) for weight in weights)
+        zeros += found
+        shares[group.key] = found / sum(weight.numel() for weight in weights)
+    share = zeros / count_parameters(model)
+    return Sparsified(asked.pattern, asked.rule, asked.allocator, share, shares, importance)
