@@ -95,6 +95,7 @@ class Subject:
         layout: `dense`, `per-layer` or `stock`.
         kv_bytes_per_token: keys and values that one more token leaves in the cache; 0 for a dual encoder.
         digest: identity of the weights.
+        zeros: share of the parameters that `slimvlm sparsify` made zero.
     """
 
     source: str
@@ -104,6 +105,7 @@ class Subject:
     weight_bytes: int
     kv_bytes_per_token: int | None
     digest: str
+    zeros: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

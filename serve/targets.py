@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slimvlm.compress.data.collate import Collator
 from slimvlm.compress.errors import CheckpointError, MissingDependencyError, UnsuitableOptionError
-from slimvlm.compress.files.decoding import read
+from slimvlm.compress.files.decoding import content_of, parse, read
 from slimvlm.compress.models.checkpoint import PLAN, locate, weight_files
 from slimvlm.compress.models.loaders import load_processor, read_config
 from slimvlm.compress.plan import Plan
+from slimvlm.compress.sparsity.rules import RECORD
 from slimvlm.export import ExportOptions, export_checkpoint
 from slimvlm.export.options import FORMATS
 from slimvlm.export.running.exported import Exported, is_export
@@ -123,6 +125,7 @@ class Target:
             weight_bytes=sum(path.stat().st_size for path in self._weight_files()),
             kv_bytes_per_token=kv_bytes_per_token(self.shapes, dtype) if self.shapes else None,
             digest=self.digest,
+            zeros=_zeros(self.checkpoint or self.folder(ONNX)),
         )
 
     def _weight_files(self) -> list[Path]:
@@ -133,6 +136,14 @@ class Target:
         names = [artifact.file for artifact in export.graphs[export.named(self.backend)]]
         beside = [f"{name}_data" for name in names if f"{name}_data" in export.manifest.files]
         return [inside(export.folder, name) for name in (*names, *beside)]
+
+
+def _zeros(folder: Path) -> float:
+    """Share of the parameters that were made zero, as the config in `folder` records it."""
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        share = parse(content_of(folder / "config.json"))[RECORD]["zeros"]
+        return share if isinstance(share, float) and 0 < share < 1 else 0.0
+    return 0.0
 
 
 def find_target(name: str, trust_remote_code: bool = False) -> Target:

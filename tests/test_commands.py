@@ -119,9 +119,9 @@ def test_apply_with_the_samples_of_the_plan_gives_what_compress_gives(tmp_path: 
     other = run("apply", MODEL, out / "plan.json", tmp_path / "never", "--data", SAMPLES / "val.jsonl")
     assert other.exit_code == 3 and "calibrated on other samples than" in other.stderr
     unknown = tmp_path / "unknown.json"
-    unknown.write_text((out / "plan.json").read_text().replace('"name": "refit"', '"name": "bias"'))
+    unknown.write_text((out / "plan.json").read_text().replace('"name": "refit"', '"name": "unheard-of"'))
     refused = run("apply", MODEL, unknown, tmp_path / "never", "--data", SAMPLES / "train.jsonl")
-    assert refused.exit_code == 3 and "compensation 'bias', and this version knows only none" in refused.stderr
+    assert refused.exit_code == 3 and "compensation 'unheard-of', and this version knows only none" in refused.stderr
     assert not (tmp_path / "never").exists()
 
 

@@ -11,6 +11,7 @@ from slimvlm.compress.allocate.allocators import ALLOCATORS
 from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.recovery.distillation.recipe import LOSSES, PROGRESSIONS
 from slimvlm.compress.slicing.compensation import COMPENSATIONS
+from slimvlm.compress.sparsity.rules import RULES
 from slimvlm.compress.statistics.rows import POOLS
 from slimvlm.export.variants import VARIANTS
 
@@ -23,6 +24,7 @@ ROWS = {
     "Compensation": COMPENSATIONS,
     "Recovery": (*PROGRESSIONS, *LOSSES),
     "Variants": VARIANTS,
+    "Zeros": RULES,
 }
 
 

@@ -163,6 +163,11 @@ def nothing_faster(profile: Profile) -> str | None:
 
 
 def _reason(profile: Profile) -> str:
+    if zeros := profile.models["slim"].zeros:
+        return (
+            f"{_percent(zeros)} of the slim model's parameters are zeros, which are stored and multiplied as any other "
+            "number: no less work is left."
+        )
     if not profile.verdicts:
         return "The work of the models is not compared (unknown shapes, or two backends), so the reason is not known."
     ideal = median(verdict.ideal for verdict in profile.verdicts)

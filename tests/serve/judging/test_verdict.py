@@ -112,6 +112,11 @@ def test_when_nothing_got_faster_the_reason_is_given() -> None:
     models = judged((1e6, LARGE))
     same = judge_cell(cell, {"dense": models["slim"], "slim": models["slim"]}, DEVICE)
     assert "left almost all work of these phases in place" in nothing_faster(replace(slow, verdicts=same))
+    sparse = {**slow.models, "slim": replace(slow.models["slim"], zeros=0.458)}
+    assert nothing_faster(replace(slow, models=sparse)).endswith(
+        "46 % of the slim model's parameters are zeros, which are stored and multiplied as any other number: no less "
+        "work is left."
+    )
     assert nothing_faster(replace(profile, cells=(replace(cell, ratios={}),))) is None
     loud = replace(profile, cells=(cell_of(1.0, 0.5, "too noisy"),))
     assert nothing_faster(loud).endswith("of 1 phases 1 too noisy. Measure on a quiet machine.")
