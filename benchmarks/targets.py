@@ -41,9 +41,10 @@ from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.progress import silent
-from slimvlm.compress.rounds import Batches, Planned, plan_in_rounds
+from slimvlm.compress.rounds import Planned, plan_in_rounds
 from slimvlm.compress.stages.plan import planning_of
 from slimvlm.compress.stages.slice import save_cut
+from slimvlm.compress.statistics.collect import Batches
 from slimvlm.demo import MODEL, SAMPLES
 from slimvlm.export.running import manifest
 from slimvlm.serve.fitting.goals import Goal
