@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from slimvlm.compress.models.checkpoint import load
 
 __all__ = ["load"]
+
+# Where torchao is installed transformers imports it, and it tells of its kernels for other devices.
+logging.getLogger("torchao").setLevel(logging.ERROR)
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:

@@ -43,6 +43,7 @@ for command in (  # the most wanted first
     comparing.evaluate,
     checking.inspect,
     delivering.export,
+    delivering.quantize,
     comparing.profile,
     delivering.chat,
     delivering.report,

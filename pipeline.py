@@ -38,10 +38,10 @@ from slimvlm.serve.fitting.record import Fit
 from slimvlm.serve.fitting.stage import check_targets, delivered, fit_stage, fit_whole, measured_times
 from slimvlm.serve.frontier.frontier import Frontier
 from slimvlm.serve.frontier.stage import frontier_stage
-from slimvlm.serve.options import TORCH, split_backend
+from slimvlm.serve.options import split_backend
 from slimvlm.serve.profile import Profile
 from slimvlm.serve.stage import profile_stage
-from slimvlm.serve.targets import what_runs
+from slimvlm.serve.targets import is_torch, what_runs
 
 READ = ("model", "data", "eval_data", "recover_data", "teacher")  # options that name what is not in the run folder
 
@@ -206,10 +206,11 @@ def _qualities(
 ) -> tuple[Quality, Quality | None]:
     """Of what is called `name`: seeing, and with the images shuffled where that is asked for and there are several."""
     folder, backend = what_runs(name, trust_remote_code=options.trust_remote_code)
-    if backend == TORCH and blind:
-        return evaluate_seeing_and_blind(options, folder, samples, progress)
-    if backend == TORCH:
-        return evaluate_model(options, folder, samples, progress), None
+    if is_torch(backend):
+        form = split_backend(backend)[1]
+        if blind:
+            return evaluate_seeing_and_blind(options, folder, samples, progress, form)
+        return evaluate_model(options, folder, samples, progress, form), None
     asked = partial(evaluate_export, Path(folder).expanduser(), backend, samples, options, progress)
     several = len({sample.image_key for sample in samples}) > 1
     return asked(), asked(options.seed) if blind and several else None

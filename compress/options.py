@@ -23,6 +23,8 @@ SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("no", "bf16", "fp16")  # or auto
 ROUNDED = {"q8": 8, "q4": 4, "q2": 2}  # variants that only round weights -> bits of one: what can be trained for
 BLOCK = 32  # weights of a row that share a scale there
+# How torchao holds weights of a checkpoint -> the dtype they compute in, where there is only one.
+IN_TORCH: Mapping[str, str | None] = {"int8": None, "int4": "bfloat16"}
 NOT_IDENTITY = (  # not what the model is made of
     "out", "device", "resume", "overwrite", "max_quality_drop", "export", "variants", "profile", "trust_remote_code",
     "target", "backend",

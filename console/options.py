@@ -241,7 +241,7 @@ export_options = together(
 profile_options = together(
     profile_option("--against", type=NAME, metavar="MODEL", help="The dense model; else SLIM is measured alone."),
     profile_option(
-        "--backend", type=Names(), metavar="NAMES", help="torch, onnx, torchscript; a variant as onnx:int8."
+        "--backend", type=Names(), metavar="NAMES", help="torch, onnx, torchscript; a variant as onnx:int8, torch:int4."
     ),
     profile_option("--device", type=Device(), metavar="DEVICE", help="auto, cpu, cuda or cuda:N."),
     profile_option("--provider", type=click.Choice(PROVIDERS), help="Of ONNX Runtime; auto is the device's own."),

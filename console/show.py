@@ -12,6 +12,7 @@ from slimvlm.console.printing import print_json, print_line, print_table, print_
 if TYPE_CHECKING:
     from slimvlm.compress.evaluation.quality import Comparison, Quality
     from slimvlm.compress.models.inspection import Inspection
+    from slimvlm.compress.models.saving import Quantized
     from slimvlm.compress.plan import Plan
     from slimvlm.compress.sparsity.sparsify import Sparsified
     from slimvlm.export.checks.verification import Verification
@@ -231,6 +232,17 @@ def show_export(result: ExportResult, *, as_json: bool) -> None:
         )
         print_line(f"{check['format']} {check['variant']}: {equal}")
     print_line(f"written  {result.out}, {len(manifest.files)} files named in manifest.json, {result.seconds:.0f} s")
+
+
+def show_quantized(made: Quantized, *, as_json: bool) -> None:
+    """Sizes, and what became of the linears."""
+    if as_json:
+        print_json({**asdict(made), "out": str(made.out)})
+        return
+    print_line(f"{made.out}  {made.bytes / 1e6:.2f} MB, {made.bytes_before / 1e6:.2f} MB before")
+    print_line(", ".join(f"{number} linears in {form}" for form, number in sorted(made.linears.items())))
+    if made.linears.get("int8") and made.form != "int8":
+        print_line("8 bits where a row is no multiple of 32 weights; --round-channels 32 makes plans whose rows are")
 
 
 def show_verification(verification: Verification, *, as_json: bool) -> None:

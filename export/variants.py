@@ -29,6 +29,14 @@ class Tolerance:
 
 
 @dataclass(frozen=True, slots=True)
+class TorchForm:
+    """How torchao holds the linears of a checkpoint: `name`, of IN_TORCH, is said behind `torch:`."""
+
+    name: str
+    tolerance: Tolerance
+
+
+@dataclass(frozen=True, slots=True)
 class Variant:
     """How the numbers of a graph are kept.
 
@@ -39,6 +47,7 @@ class Variant:
         writer: of ONNX graphs alone, `module:function`: (traced graph's file, file to be, the variant, bytes from
             which weights stand apart); none where the graph is written as it was traced.
         bits: of a weight, for writers that can be told.
+        torch: what a checkpoint has instead of graphs; None where there is no such thing.
     """
 
     name: str
@@ -48,6 +57,7 @@ class Variant:
     tolerance: Tolerance
     writer: str | None = None
     bits: int = 8
+    torch: TorchForm | None = None
 
     @property
     def is_rounded(self) -> bool:
@@ -70,6 +80,7 @@ _ROWS = (
     Variant(
         *("int8", "_int8", "float32", 1, Tolerance(0.5, 0.98, 1.0, 0.4, right=0.05)),
         writer="slimvlm.export.writers.onnx_rewriting:quantize_int8",
+        torch=TorchForm("int8", Tolerance(0.1, 0.998, 0.01, 0.75)),
     ),
     Variant(
         "q8",
@@ -80,11 +91,16 @@ _ROWS = (
         WEIGHT_ONLY,
         bits=ROUNDED["q8"],
     ),
-    Variant("q4", "_q4", "float32", 0.625, Tolerance(0.6, 0.9, 2.0, 0.3, right=0.15), WEIGHT_ONLY, bits=ROUNDED["q4"]),
+    Variant(
+        *("q4", "_q4", "float32", 0.625, Tolerance(0.6, 0.9, 2.0, 0.3, right=0.15), WEIGHT_ONLY),
+        bits=ROUNDED["q4"],
+        torch=TorchForm("int4", Tolerance(0.6, 0.9, 0.2, 0.3)),
+    ),
     Variant("q4f16", "_q4f16", "float16", 0.5625, Tolerance(0.6, 0.9, 2.0, 0.3, right=0.15), WEIGHT_ONLY, bits=4),
     Variant("q2", "_q2", "float32", 0.375, Tolerance(3.0, 0.1, 5.0, 0.0, right=0.3), WEIGHT_ONLY, bits=ROUNDED["q2"]),
 )
 VARIANTS = {row.name: row for row in _ROWS}
 FULL = "fp32"  # the variant that needs no name
 TRACED = {row.dtype: row.name for row in _ROWS if row.writer is None}  # dtype -> the variant that is written so
+TORCH_VARIANTS = {row.torch.name: row.torch for row in _ROWS if row.torch is not None}
 QUANTIZED = tuple(row.name for row in _ROWS if row.is_rounded)

@@ -29,8 +29,8 @@ from slimvlm.compress.processes import pick_device
 from slimvlm.export.running.exported import Exported
 from slimvlm.export.running.generation import steps
 from slimvlm.export.running.names import DECODER, EMBED, ENCODER, VISION
-from slimvlm.serve.options import TORCH
-from slimvlm.serve.targets import what_runs
+from slimvlm.serve.options import split_backend
+from slimvlm.serve.targets import is_torch, what_runs
 
 ANSWERING = {VISION, EMBED, ENCODER, DECODER}  # graphs of an answer
 Theirs = Any  # a model or a tokenizer of transformers: its families have no common type
@@ -129,14 +129,15 @@ def open_chat(name: str, *, backend: str | None = None, device: str = "auto", tr
     """
     where, runs_on = what_runs(name, backend, trust_remote_code)
     folder = Path(where).expanduser()
-    if runs_on != TORCH:
+    if not is_torch(runs_on):
         return _open_export(name, Exported.open(folder), runs_on, "cpu" if device == "auto" else device)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise CheckpointError(
             f"{name} is neither a checkpoint (config.json) nor an export (manifest.json); give a folder that "
             "slimvlm compress or slimvlm export wrote"
         )
-    loaded = load_model(where, device=pick_device(device), trust_remote_code=trust_remote_code)
+    form = split_backend(runs_on)[1]
+    loaded = load_model(where, device=pick_device(device), trust_remote_code=trust_remote_code, form=form)
     if loaded.family.contrastive:
         raise _answers_nothing(name)
     collator = collator_of(loaded)

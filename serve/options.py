@@ -10,7 +10,7 @@ from pathlib import Path
 from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.runs import PROFILE
 from slimvlm.export.running.sessions import PROVIDERS as KNOWN_PROVIDERS
-from slimvlm.export.variants import VARIANTS
+from slimvlm.export.variants import TORCH_VARIANTS, VARIANTS
 
 BACKENDS = TORCH, ONNX, TORCHSCRIPT = ("torch", "onnx", "torchscript")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -34,7 +34,7 @@ class ProfileOptions:
     Attributes:
         slim: checkpoint folder, run folder, or export folder; followed by `:BACKEND[:VARIANT]`, run on that alone.
         against: the dense model it is compared with, named alike; None: `slim` is measured alone.
-        backend: of BACKENDS, with the variant of an export behind a colon (`onnx:int8`).
+        backend: of BACKENDS, with a variant behind a colon (`onnx:int8`, `torch:int4`).
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         provider: execution provider of ONNX Runtime; `auto` is the device's own.
         threads: of one operation on the CPU; None: the physical cores this process may use, or OMP_NUM_THREADS.
@@ -122,13 +122,14 @@ def _flag(name: str) -> str:
 
 
 def split_backend(backend: str) -> tuple[str, str | None]:
-    """`onnx:int8` -> (`onnx`, `int8`); no variant: None.
+    """`onnx:int8` -> (`onnx`, `int8`); no variant: None. Of torch, variants have the names of torchao's forms.
 
     Raises:
         UnsuitableOptionError: an unknown backend.
     """
     name, _, variant = backend.partition(":")
-    if name not in BACKENDS or (variant and (name == TORCH or variant not in VARIANTS)):
-        known = f"{', '.join(BACKENDS)}, or a variant of an export as onnx:int8"
+    if name not in BACKENDS or (variant and variant not in (TORCH_VARIANTS if name == TORCH else VARIANTS)):
+        of_torch = " or ".join(f"{TORCH}:{form}" for form in TORCH_VARIANTS)
+        known = f"{', '.join(BACKENDS)}, a variant of an export as onnx:int8, or {of_torch}"
         raise UnsuitableOptionError(f"--backend {backend} is unknown; choose from {known}")
     return name, variant or None

@@ -14,6 +14,7 @@ from slimvlm.compress.errors import CheckFailedError, DeviceError, OutputError, 
 from slimvlm.compress.files.decoding import read
 from slimvlm.compress.files.locks import locked_file
 from slimvlm.compress.files.writing import VERSIONED, check_writable, installed_versions, write_text
+from slimvlm.compress.models.quantized import check_dtype
 from slimvlm.compress.processes import pick_device
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.export.running import manifest
@@ -30,7 +31,7 @@ from slimvlm.serve.measuring.memory import gpu_name
 from slimvlm.serve.measuring.workload import InputMaker, Inputs, grid
 from slimvlm.serve.options import TORCH, TORCHSCRIPT, ProfileOptions, split_backend
 from slimvlm.serve.profile import MEASURED, Cell, Device, Profile, Verdict
-from slimvlm.serve.targets import Target, check_installed, find_target, with_graphs
+from slimvlm.serve.targets import Target, check_installed, find_target, is_torch, with_graphs
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -132,6 +133,8 @@ def _prepare(options: ProfileOptions, device: torch.device, scratch: Path, progr
     for done, model in enumerate(targets):
         asked, _ = _measurable(own.get(model, backends), device)
         check_installed(asked)
+        for name in asked:
+            check_dtype(split_backend(name)[1] if is_torch(name) else None, options.dtype)
         progress("export", done, len(targets), model)
         targets[model] = with_graphs(targets[model], asked, scratch / model)
     progress("export", len(targets), len(targets))

@@ -1,6 +1,7 @@
 """What a name stands for: a checkpoint, the run it belongs to, or an export; and which of its backends is meant.
 
 `FOLDER[:BACKEND[:VARIANT]]`, as `out:onnx:int8`; a variant alone (`out:int8`) is that of the first backend that has it.
+Of a checkpoint `torch:int8` and `torch:int4` are weights that torchao quantizes when they are loaded, or has quantized.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from slimvlm.compress.errors import CheckpointError, MissingDependencyError, Uns
 from slimvlm.compress.files.decoding import content_of, parse, read
 from slimvlm.compress.models.checkpoint import PLAN, locate, weight_files
 from slimvlm.compress.models.loaders import load_processor, read_config
+from slimvlm.compress.models.quantized import held_form, require_torchao
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.sparsity.rules import RECORD
 from slimvlm.export import ExportOptions, export_checkpoint
@@ -23,13 +25,13 @@ from slimvlm.export.options import FORMATS
 from slimvlm.export.running.exported import Exported, is_export
 from slimvlm.export.running.manifest import Manifest, inside
 from slimvlm.export.running.sessions import NO_RUNTIME
-from slimvlm.export.variants import FULL, VARIANTS
+from slimvlm.export.variants import FULL, TORCH_VARIANTS, VARIANTS
 from slimvlm.serve.judging.roofline import Shapes, kv_bytes_per_token
 from slimvlm.serve.judging.shapes import checkpoint_shapes
 from slimvlm.serve.options import ONNX, TORCH, split_backend
 from slimvlm.serve.profile import Subject
 
-WORDS = {TORCH, *FORMATS, "aoti", *VARIANTS}
+WORDS = {TORCH, *FORMATS, "aoti", *VARIANTS, *TORCH_VARIANTS}
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -46,7 +48,8 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def what_runs(name: str, backend: str | None = None, trust_remote_code: bool = False) -> tuple[str, str]:
-    """The folder (or hub name) that is run for `name`, and on which backend: `torch`, or one that the export has.
+    """The folder (or hub name) that is run for `name`, and on which backend: `torch`, `torch:int8`, or one that the
+    export has.
 
     Args:
         backend: instead of the words in the name.
@@ -58,16 +61,32 @@ def what_runs(name: str, backend: str | None = None, trust_remote_code: bool = F
     folder, words = split_name(name)
     words = backend or words
     path = Path(folder).expanduser()
-    if is_export(path) and words != TORCH:
+    of_torch = is_torch(words)
+    if is_export(path) and not of_torch:
         return folder, Exported.open(path).named(words)
-    if not words or (words == TORCH and not path.is_dir()):
-        return folder, TORCH
+    if not words or (of_torch and not path.is_dir()):
+        return folder, _as_held(path, words or TORCH)
     target = _found(name, folder, trust_remote_code)
-    if words == TORCH:
-        return str(target.folder(TORCH)), TORCH
+    if of_torch:
+        return str(checkpoint := target.folder(TORCH)), _as_held(checkpoint, words)
     if target.export is None:
         raise UnsuitableOptionError(f"{folder} is a checkpoint, which runs on {TORCH} only; export it for {words}")
     return str(target.export), Exported.open(target.export).named(words)
+
+
+def is_torch(backend: str | None) -> bool:
+    """Whether a backend, with or without a variant, is the model itself.
+
+    Raises:
+        UnsuitableOptionError: it is, in a form that there is not.
+    """
+    return (backend or "").partition(":")[0] == TORCH and split_backend(backend or "")[0] == TORCH
+
+
+def _as_held(folder: Path, backend: str) -> str:
+    """Quantized weights run in the form they are in."""
+    form = held_form(folder)
+    return f"{TORCH}:{form}" if form and backend == TORCH else backend
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +117,7 @@ class Target:
         Raises:
             UnsuitableOptionError: there is no checkpoint for torch.
         """
-        found = self.checkpoint if backend == TORCH else self.export
+        found = self.checkpoint if is_torch(backend) else self.export
         if found is None:
             raise UnsuitableOptionError(
                 f"{self.given} is an export, which holds no torch checkpoint; leave torch out of --backend or give the "
@@ -110,7 +129,7 @@ class Target:
         """Makes its inputs."""
         if self.checkpoint is None:
             return Exported.open(self.folder(ONNX)).collator()
-        config, family = read_config(self.checkpoint, trust_remote_code)
+        config, family = read_config(self.checkpoint, trust_remote_code, held_form(self.checkpoint))
         return Collator(load_processor(self.checkpoint, trust_remote_code), family, config)
 
     def subject(self, dtype: str) -> Subject:
@@ -130,7 +149,7 @@ class Target:
 
     def _weight_files(self) -> list[Path]:
         """Of the checkpoint, or of the graphs that are meant: the first variant in an export."""
-        if self.checkpoint is not None and self.backend in (None, TORCH):
+        if self.checkpoint is not None and (self.backend is None or is_torch(self.backend)):
             return weight_files(self.checkpoint)
         export = Exported.open(self.folder(ONNX))
         names = [artifact.file for artifact in export.graphs[export.named(self.backend)]]
@@ -156,13 +175,15 @@ def find_target(name: str, trust_remote_code: bool = False) -> Target:
     """
     folder, words = split_name(name)
     target = _found(name, folder, trust_remote_code)
+    if target.checkpoint is not None and held_form(target.checkpoint) and (not words or words == TORCH):
+        words = _as_held(target.checkpoint, TORCH)
     return replace(target, backend=_meant(target, words)) if words else target
 
 
 def _meant(target: Target, words: str) -> str:
     """The backend that the words behind a name mean."""
     exported = None if target.export is None else Exported.open(target.export)
-    if words == TORCH or (exported is not None and (words := exported.find(words) or words) in exported.graphs):
+    if is_torch(words) or (exported is not None and (words := exported.find(words) or words) in exported.graphs):
         return words
     if exported is not None and target.checkpoint is None:
         return exported.named(words)  # which says what there is instead
@@ -182,7 +203,7 @@ def _found(given: str, name: str, trust_remote_code: bool) -> Target:
         )
     checkpoint, digest = locate(folder / "model" if run else name)
     beside = (run or checkpoint.parent) / "export"
-    _, family = read_config(checkpoint, trust_remote_code)
+    _, family = read_config(checkpoint, trust_remote_code, held_form(checkpoint))
     export = beside if is_export(beside) and Manifest.read(beside).model.get("digest") == digest else None
     return Target(given, checkpoint, export, digest, family.name, checkpoint_shapes(checkpoint, trust_remote_code))
 
@@ -200,8 +221,11 @@ def _export_target(name: str, folder: Path, trust_remote_code: bool) -> Target:
 
 def check_installed(backends: Sequence[str]) -> None:
     """Raises MissingDependencyError if a backend's runtime is not here."""
-    if any(split_backend(backend)[0] == ONNX for backend in backends) and not importlib.util.find_spec("onnxruntime"):
+    wanted = [split_backend(backend) for backend in backends]
+    if any(name == ONNX for name, _ in wanted) and not importlib.util.find_spec("onnxruntime"):
         raise MissingDependencyError(NO_RUNTIME)
+    if any(name == TORCH and variant for name, variant in wanted):
+        require_torchao()
 
 
 def has_graphs(target: Target, backend: str) -> bool:
@@ -216,7 +240,7 @@ def with_graphs(target: Target, backends: Sequence[str], scratch: Path) -> Targe
         CheckpointError: there are none, and no checkpoint to make them of.
         SlimvlmError: they cannot be made.
     """
-    wanted = [backend for backend in backends if backend != TORCH]
+    wanted = [backend for backend in backends if not is_torch(backend)]
     missing = [backend for backend in wanted if not has_graphs(target, backend)]
     if not missing:
         return target

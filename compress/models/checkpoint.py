@@ -17,7 +17,7 @@ from typing import TypedDict
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
-from slimvlm.compress.errors import CheckpointError, one_line
+from slimvlm.compress.errors import CheckpointError, UnsuitableOptionError, one_line
 from slimvlm.compress.files.decoding import read
 from slimvlm.compress.files.folders import MANIFEST, Listing
 from slimvlm.compress.files.writing import file_digest
@@ -31,6 +31,7 @@ from slimvlm.compress.models.loaders import (
     refuse_adapter,
     stored_weights,
 )
+from slimvlm.compress.models.quantized import held_form, pack, quantize, require_torchao
 
 PLAN = "plan.json"
 SINGLE = "model.safetensors"
@@ -69,7 +70,7 @@ def load(folder: str | os.PathLike[str]) -> tuple[PreTrainedModel, ProcessorMixi
         CheckpointError: the folder is not a complete, unchanged checkpoint.
         UnsupportedModelError: its model type has no row in the family table.
     """
-    loaded = load_model(folder)
+    loaded = load_model(folder, form=held_form(Path(folder).expanduser()))
     return loaded.model, loaded.processor
 
 
@@ -80,6 +81,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     attention: str | None = None,
+    form: str | None = None,
 ) -> Loaded:
     """Loads a dense, per-layer or stock checkpoint. The model is built on the meta device and its weights stream in.
 
@@ -88,26 +90,45 @@ def load_model(
         trust_remote_code: whether code inside the checkpoint may run. slimvlm's own checkpoints do not need it.
         dtype: of the floating weights; None keeps what was saved.
         attention: implementation (`sdpa`, `eager`); None is the default of transformers.
+        form: of IN_TORCH, to run alone: float weights are put in it, and a folder that holds it is accepted.
 
     Raises:
         CheckpointError, UnsupportedModelError: as `load`.
+        UnsuitableOptionError: the folder holds weights of another form.
+        MissingDependencyError: a form, and no torchao.
     """
     folder, digest = locate(name)
-    config, family = read_config(folder, trust_remote_code)
+    held = held_form(folder)
+    if form is not None and held not in (None, form):
+        raise UnsuitableOptionError(
+            f"{folder} holds {held} weights, which run as torch:{held}; for torch:{form} give the model it was made of"
+        )
+    if form is not None:
+        require_torchao()
+    config, family = read_config(folder, trust_remote_code, form)
     options = {"dtype": dtype or "auto", "device_map": {"": device}, "attn_implementation": attention}
     _check_room(folder, build_empty(folder, config, family))
     model = build_loaded(folder, config, family, options)
+    if form is not None:
+        if held is None:
+            quantize(model, form)
+        pack(model)
     return Loaded(model.eval(), load_processor(folder, trust_remote_code), family, digest, folder)
 
 
-def build_meta(name: str | os.PathLike[str], trust_remote_code: bool = False) -> tuple[PreTrainedModel, Family]:
+def build_meta(
+    name: str | os.PathLike[str], trust_remote_code: bool = False, form: str | None = None
+) -> tuple[PreTrainedModel, Family]:
     """The model of a checkpoint on the meta device and its family, from the config alone: no weights are read.
+
+    Args:
+        form: as of `load_model`; the model is that of float weights.
 
     Raises:
         CheckpointError, UnsupportedModelError: as `load`.
     """
     folder = _local_folder(os.fspath(name), ("config.json",))
-    config, family = read_config(folder, trust_remote_code)
+    config, family = read_config(folder, trust_remote_code, form)
     return build_empty(folder, config, family), family
 
 
@@ -134,7 +155,8 @@ def check_weights(folder: Path) -> str:
     for path in files:
         if not path.is_file():
             raise CheckpointError(f"{folder}: weight file {path.name} is missing; copy or download it again")
-        check_types(path)
+        if held_form(folder) is None:
+            check_types(path)
         digest = file_digest(path)
         if path.name in listed and listed[path.name]["sha256"] != digest:
             raise CheckpointError(

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from slimvlm.compress import processes
 from slimvlm.compress.models.checkpoint import Loaded, load_model
+from slimvlm.compress.models.quantized import check_dtype, typed
 from slimvlm.compress.options import ComputeOptions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -42,17 +43,27 @@ def frees_memory(stage: Callable[Given, Made]) -> Callable[Given, Made]:
     return run
 
 
-def load_to_compute(options: ComputeOptions, name: str, attention: str | None = None) -> Loaded:
+def load_to_compute(
+    options: ComputeOptions, name: str, attention: str | None = None, form: str | None = None
+) -> Loaded:
     """The model in the dtype to compute in, and the dtype it is stored in as `config.dtype`.
 
     What earlier models have left is given back to the system first.
+
+    Args:
+        form: as of `load_model`.
+
+    Raises:
+        UnsuitableOptionError: a form that computes in another dtype than the options ask for.
     """
+    check_dtype(form, options.dtype)
     give_back_memory()
     loaded = load_model(
         name,
         trust_remote_code=options.trust_remote_code,
         device=processes.pick_device(options.device),
         attention=attention,
+        form=form,
     )
     cast(loaded.model, _compute_dtype(options.dtype, loaded.model))
     return loaded
@@ -103,7 +114,7 @@ def give_back_memory() -> None:
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Cast the weights in place, but no buffer: rotary frequencies must stay in the fp32 transformers made them in."""
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+        parameter.data = typed(parameter.data, dtype)
     return model
 
 

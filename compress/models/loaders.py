@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from slimvlm.compress.errors import CheckpointError, MissingDependencyError, UnsupportedModelError, foreign
 from slimvlm.compress.models.families import Family, find_family
 from slimvlm.compress.models.modeling_slim import RECORD, slim_class
+from slimvlm.compress.models.quantized import held_form
 
 PROCESSOR = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
@@ -33,8 +34,13 @@ SIZES = ("num_", "hidden_size", "intermediate_size", "image_size", "patch_size",
 MOST_MODULES = 1024  # eight times the deepest model there is; building more takes minutes
 
 
-def read_config(folder: Path, trust_remote_code: bool = False) -> tuple[transformers.PreTrainedConfig, Family]:
+def read_config(
+    folder: Path, trust_remote_code: bool = False, form: str | None = None
+) -> tuple[transformers.PreTrainedConfig, Family]:
     """The config of a folder and the row of its family.
+
+    Args:
+        form: of torchao's weights, which are accepted besides floating-point ones.
 
     Raises:
         CheckpointError: config.json cannot be read, or asks for what no model has; an adapter lies beside it, or its
@@ -46,6 +52,8 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> tuple[transfor
     refuse_adapter(folder)
     with foreign(f"{folder}: config.json cannot be read"), _quiet():
         document, _ = transformers.PreTrainedConfig.get_config_dict(folder)
+    if form is not None and held_form(folder) == form:
+        document.pop("quantization_config")
     _check_numbers(folder, document, "")  # first: a config may make lists as long as it has layers
     with foreign(f"{folder}: config.json cannot be read"), _quiet():
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -215,7 +223,9 @@ def _check_finite(folder: Path, model: PreTrainedModel) -> None:
     GPU is waited for once.
     """
     names = [name for name, weight in model.named_parameters() if weight.numel()]
-    extremes = (torch.stack(torch.aminmax(model.get_parameter(name).detach())) for name in names)
+    # What torchao holds is as finite as its scales.
+    numbers = (getattr(weight := model.get_parameter(name).detach(), "scale", weight) for name in names)
+    extremes = (torch.stack(torch.aminmax(one)) for one in numbers)
     finite = torch.stack([found.isfinite().all() for found in extremes]).tolist()
     wrong = [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
     if wrong:

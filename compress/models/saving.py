@@ -9,6 +9,8 @@ import copy
 import json
 import os
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 
@@ -18,12 +20,21 @@ from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from slimvlm.compress.errors import CheckpointError
-from slimvlm.compress.files.folders import MANIFEST, list_files, written_folder
+from slimvlm.compress.files.decoding import read
+from slimvlm.compress.files.folders import (
+    MANIFEST,
+    list_files,
+    refuse_inside,
+    require_free,
+    reserved,
+    written_folder,
+)
 from slimvlm.compress.files.writing import write_text
-from slimvlm.compress.models.checkpoint import CARRIED, PLAN
+from slimvlm.compress.models.checkpoint import CARRIED, PLAN, load_model, weight_files
 from slimvlm.compress.models.families import Family, find_family
 from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.models.modeling_slim import RECORD
+from slimvlm.compress.models.quantized import quantize, require_torchao
 from slimvlm.compress.options import LAYOUTS
 from slimvlm.compress.plan import Plan
 
@@ -60,6 +71,43 @@ def save_checkpoint(
             write_text(partial / PLAN, plan.to_json())
         _write_manifest(partial)
     return folder
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """A checkpoint that was put in a form of IN_TORCH: bytes of its weight files and of those it was made of, and how
+    many linears are held as what (`int8`, `int4`); a row that 4 bits do not fit is in 8.
+    """
+
+    out: Path
+    form: str
+    bytes: int
+    bytes_before: int
+    linears: Mapping[str, int]
+
+
+def quantize_checkpoint(
+    name: str | os.PathLike[str], out: str | os.PathLike[str], form: str, trust_remote_code: bool = False
+) -> Quantized:
+    """Writes a float checkpoint (dense, per-layer or stock layout) anew, its linears in `form`, as `from_pretrained` of
+    transformers loads it where torchao is installed.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: it cannot be loaded, or is quantized already.
+        MissingDependencyError: no torchao.
+        OutputError: the folder `out` is not empty, or cannot be written.
+    """
+    require_torchao()
+    out = Path(out)
+    refuse_inside(out, {"model": os.fspath(name)})
+    require_free(out)
+    with reserved(out):
+        loaded = load_model(name, trust_remote_code=trust_remote_code)
+        linears = quantize(loaded.model, form)
+        plan = read(loaded.folder / PLAN, Plan) if (loaded.folder / PLAN).is_file() else None
+        save_checkpoint(out, loaded.model, loaded.processor, plan)
+    after, before = (sum(path.stat().st_size for path in weight_files(one)) for one in (out, loaded.folder))
+    return Quantized(out, form, after, before, linears)
 
 
 def _save_processor(folder: Path, processor: ProcessorMixin | None, source: Path) -> None:

@@ -59,19 +59,21 @@ def evaluate_stage(run: RunFolder, options: LearnOptions, data: Measured, progre
 
 
 def evaluate_seeing_and_blind(
-    options: EvaluateOptions, name: str, samples: Sequence[Sample], progress: Progress
+    options: EvaluateOptions, name: str, samples: Sequence[Sample], progress: Progress, form: str | None = None
 ) -> tuple[Quality, Quality | None]:
     """Quality of the checkpoint `name` on `samples`, and with the images shuffled among them: what needs no image.
 
-    None where all samples show one image.
+    None where all samples show one image; `form` is as of `load_model`.
     """
-    seeing, *blind = _qualities(options, name, samples, progress, (None, options.seed))
+    seeing, *blind = _qualities(options, name, samples, progress, (None, options.seed), form)
     return seeing, blind[0] if blind else None
 
 
-def evaluate_model(options: EvaluateOptions, name: str, samples: Sequence[Sample], progress: Progress) -> Quality:
-    """Quality of the checkpoint `name` on `samples`."""
-    return _qualities(options, name, samples, progress, (None,))[0]
+def evaluate_model(
+    options: EvaluateOptions, name: str, samples: Sequence[Sample], progress: Progress, form: str | None = None
+) -> Quality:
+    """Quality of the checkpoint `name` on `samples`; `form` is as of `load_model`."""
+    return _qualities(options, name, samples, progress, (None,), form)[0]
 
 
 def _evaluate_rounded(options: LearnOptions, name: str, samples: Sequence[Sample], progress: Progress) -> Quality:
@@ -85,10 +87,15 @@ def _evaluate_rounded(options: LearnOptions, name: str, samples: Sequence[Sample
 
 
 def _qualities(
-    options: EvaluateOptions, name: str, samples: Sequence[Sample], progress: Progress, seeds: Sequence[int | None]
+    options: EvaluateOptions,
+    name: str,
+    samples: Sequence[Sample],
+    progress: Progress,
+    seeds: Sequence[int | None],
+    form: str | None,
 ) -> list[Quality]:
     """One evaluation per seed of `evaluate`, with the model loaded once."""
-    loaded = load_to_compute(options, name)
+    loaded = load_to_compute(options, name, form=form)
     collator = collator_of(loaded)
     check_computes(loaded.model, collator, samples[0], name)
     alone = len({sample.image_key for sample in samples}) < 2

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from slimvlm.compress.options import IN_TORCH
 from slimvlm.console import show
 from slimvlm.console.group import Interrupted
 from slimvlm.console.options import (
@@ -19,6 +20,7 @@ from slimvlm.console.options import (
     again_options,
     export_options,
     output_options,
+    remote_code,
 )
 from slimvlm.console.printing import typed_lines
 from slimvlm.console.progress import show_job
@@ -49,12 +51,34 @@ def export(model: str, out: Path | None, verify: bool, as_json: bool, quiet: boo
 
 
 @click.command()
+@click.argument("model", type=NAME)
+@click.argument("out", type=PATH)
+@click.option("--as", "form", type=click.Choice(tuple(IN_TORCH)), default="int8", help="What its linears become.")
+@remote_code
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def quantize(model: str, out: Path, form: str, trust_remote_code: bool, as_json: bool) -> None:
+    """Write MODEL with weights in 8 or 4 bits, for torch.
+
+    Through torchao; `from_pretrained` of transformers loads OUT again, and so does every command that runs a model. A
+    name as MODEL:torch:int8 does the same without writing it:
+
+        slimvlm quantize out/model out-int8 --as int8
+    """
+    from slimvlm.compress.models.saving import quantize_checkpoint
+
+    show.show_quantized(quantize_checkpoint(model, out, form, trust_remote_code), as_json=as_json)
+
+
+@click.command()
 @click.argument("folder", type=NAME)
 @click.argument("image", type=PATH)
 @click.argument("question", type=TEXT, required=False)
 @click.option("--against", type=NAME, metavar="MODEL", help="Show the answers of this checkpoint or export too.")
 @click.option(
-    "--backend", type=TEXT, metavar="NAME", help="Of an export: onnx, onnx:int8, torchscript; else its first."
+    "--backend",
+    type=TEXT,
+    metavar="NAME",
+    help="As onnx:int8 of an export (else its first), or torch:int8.",
 )
 @click.option("--max-new-tokens", type=COUNT, default=64, help="Longest answer.")
 @again_options

@@ -30,7 +30,11 @@ VISION, PROJECTOR, LANGUAGE, ATTENTION, CACHE, EMBEDDINGS, HEAD = PARTS = (
 # only: `context` a decoder's past and present, `source` all encoder states.
 
 # Bytes of a weight and of a value in the cache: of what exports are written in, and of what torch computes in besides.
-ELEMENT_BYTES = {name: (row.weight_bytes, row.value_bytes) for name, row in VARIANTS.items()} | {"bf16": (2, 2)}
+ELEMENT_BYTES = {
+    **{name: (row.weight_bytes, row.value_bytes) for name, row in VARIANTS.items()},
+    "bf16": (2, 2),
+    "int4": (VARIANTS["q4"].weight_bytes, 2),
+}
 
 ONE_PASS = ("vision", "text", "prefill", "tpot")  # phases that are one pass over the weights; the others add them up
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
@@ -11,6 +12,7 @@ from torch import nn
 from slimvlm.compress.models.checkpoint import build_meta
 from slimvlm.compress.models.families import Attention, Family, Tower
 from slimvlm.compress.models.groups import Group, count_parameters, find_groups
+from slimvlm.compress.models.quantized import held_form
 from slimvlm.serve.judging.roofline import EMBEDDINGS, HEAD, LANGUAGE, PROJECTOR, VISION, Attended, Product, Shapes
 
 Config = Any  # of transformers: which fields it has depends on the family
@@ -19,12 +21,12 @@ CLASS_TOKENS = ("class_embedding", "cls_token")
 
 
 def checkpoint_shapes(folder: str | os.PathLike[str], trust_remote_code: bool = False) -> Shapes:
-    """The shapes of a checkpoint (dense, per-layer or stock), from its config.
+    """The shapes of a checkpoint (dense, per-layer or stock; float or quantized), from its config.
 
     Raises:
         CheckpointError, UnsupportedModelError: as `build_meta`.
     """
-    return model_shapes(*build_meta(folder, trust_remote_code))
+    return model_shapes(*build_meta(folder, trust_remote_code, held_form(Path(folder))))
 
 
 def model_shapes(model: nn.Module, family: Family) -> Shapes:

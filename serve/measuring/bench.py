@@ -141,9 +141,10 @@ class Bench:
 
 def _import_all(source: Source) -> None:
     """What code takes is not the model's: import it before memory is counted."""
-    if split_backend(source.backend)[0] == TORCH:
-        build_meta(source.folder, source.trust_remote_code)
-    elif split_backend(source.backend)[0] == ONNX:
+    name, variant = split_backend(source.backend)
+    if name == TORCH:
+        build_meta(source.folder, source.trust_remote_code, variant)
+    elif name == ONNX:
         with suppress(ImportError):  # refused with a sentence when a session is opened
             import onnxruntime  # noqa: F401
 
@@ -157,11 +158,11 @@ def open_backend(source: Source) -> tuple[Backend, bool, str]:
     device, (name, variant) = torch.device(source.device), split_backend(source.backend)
     if name == TORCH:
         dtype = None if source.dtype == "auto" else DTYPES[source.dtype]
-        loaded = load_model(source.folder, device=device, trust_remote_code=source.trust_remote_code)
+        loaded = load_model(source.folder, device=device, trust_remote_code=source.trust_remote_code, form=variant)
         if dtype is None and device.type == "cpu" and loaded.model.dtype == torch.float16:
             dtype = torch.float32  # which is what fp16 weights are computed in on a CPU
         model: Model = loaded.model if dtype is None else cast(loaded.model, dtype)
-        return TorchBackend(model, loaded.family), loaded.family.contrastive, NAMES[model.dtype]
+        return TorchBackend(model, loaded.family), loaded.family.contrastive, variant or NAMES[model.dtype]
     export = Exported.open(Path(source.folder))
     key = export.backend(name, variant)
     if key is None:
