@@ -1,10 +1,11 @@
-"""What every variant of an export costs the demo model, and what other weight-only quantizers would have cost.
+"""What every variant of an export or of the model in torch costs the demo, and what other quantizers would have cost.
 
-    python benchmarks/variants.py [--split val] [--samples 1680] [--model DIR]
+    python benchmarks/variants.py [--split val] [--samples 1680] [--model DIR] [--part graphs,torch,rivals]
 
 Own variants are written and judged by the product's export check: right answers, KL from torch's next token, torch's
 tokens that are their own choice. The rivals quantize the matrices of the same fp32 graphs in the same blocks of 32 and
-are judged alike: ONNX Runtime's other methods, and NNCF where it is installed (`pip install nncf`). Prints JSON lines.
+are judged alike: ONNX Runtime's other methods, and NNCF where it is installed (`pip install nncf`). In torch, KL and
+tokens are those of the right answers. Prints JSON lines.
 """
 
 from __future__ import annotations
@@ -20,10 +21,18 @@ from pathlib import Path
 import onnx
 import torch
 from onnxruntime.quantization import matmul_nbits_quantizer as rivals
+from torch.nn.functional import kl_div
+from transformers import PreTrainedModel
 
-from slimvlm.compress.data.collate import collator_of
+from slimvlm.compress.data.collate import IGNORED, collator_of
+from slimvlm.compress.data.questions import ask
+from slimvlm.compress.data.samples import batches
 from slimvlm.compress.errors import CheckFailedError
-from slimvlm.compress.models.checkpoint import load_model
+from slimvlm.compress.evaluation.evaluate import evaluate
+from slimvlm.compress.models.checkpoint import load_model, weight_files
+from slimvlm.compress.models.computing import load_to_compute
+from slimvlm.compress.models.saving import quantize_checkpoint
+from slimvlm.compress.options import IN_TORCH, ComputeOptions
 from slimvlm.demo import MODEL, SAMPLES
 from slimvlm.export import ExportOptions, export_checkpoint
 from slimvlm.export.checks.reference import check_tokens, export_samples, first_batch, make_reference
@@ -35,7 +44,7 @@ from slimvlm.export.running.runners import SessionRunner
 from slimvlm.export.variants import VARIANTS
 from slimvlm.export.writers.onnx_writer import write_onnx
 
-BLOCK = 32
+BLOCK, ROWS = 32, 50
 Rewrite = Callable[[onnx.ModelProto], onnx.ModelProto]
 
 
@@ -112,19 +121,54 @@ def judged_rivals(name: str, options: ExportOptions) -> Iterator[dict[str, objec
             yield {"rival": what, "bytes without embeddings": size, **found}
 
 
+def of_torch(name: str, options: ExportOptions) -> Iterator[dict[str, object]]:
+    """The model itself in every form of torchao, as it computes on this device; bytes of its checkpoint."""
+    compute = ComputeOptions(device="cpu")
+    full = load_to_compute(compute, name)
+    collator = collator_of(full)
+    samples = export_samples(collator, full.model, options)
+
+    def said(model: PreTrainedModel) -> tuple[torch.Tensor, float]:
+        """Log-probabilities at the tokens of the right answers, and how many questions are answered right."""
+        found = []
+        with torch.inference_mode():
+            for batch in batches(samples, ROWS):
+                question = ask(model, collator.family, collator.training(batch, last_turn=True))
+                assert question is not None and question.labels is not None
+                logits = question.chosen(model(**question.inputs).logits)
+                found.append(logits[question.labels != IGNORED].float().log_softmax(-1))
+        return torch.cat(found), evaluate(model, collator, samples).score
+
+    wanted, right = said(full.model)
+    stored = {"variant": "torch", "bytes": sum(path.stat().st_size for path in weight_files(full.folder))}
+    yield {**stored, "accuracy": right, "samples": len(samples)}
+    for form in IN_TORCH:
+        with tempfile.TemporaryDirectory() as scratch:
+            made = quantize_checkpoint(name, Path(scratch) / form, form)
+            log, right = said(load_to_compute(compute, str(made.out), form=form).model)
+        divergence = kl_div(log, wanted, log_target=True, reduction="none").sum(-1).mean().item()
+        share = (log.argmax(-1) == wanted.argmax(-1)).float().mean().item()
+        found = {"accuracy": right, "divergence": divergence, "token_share": share, "samples": len(samples)}
+        yield {"variant": f"torch:{form}", "bytes": made.bytes, "linears": made.linears, **found}
+
+
+PARTS = {"graphs": own, "torch": of_torch, "rivals": judged_rivals}
+
+
 def main() -> None:
     """Parse, judge, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(MODEL))
     parser.add_argument("--split", default="val")
     parser.add_argument("--samples", type=int, default=1680)
+    parser.add_argument("--part", default=",".join(PARTS))
     given = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable(logging.INFO)
     data = SAMPLES / f"{given.split}.jsonl"
     options = ExportOptions(variants=tuple(VARIANTS), data=data, samples=given.samples, max_new_tokens=12)
-    for part in (own, judged_rivals):
-        for line in part(given.model, options):
+    for part in given.part.split(","):
+        for line in PARTS[part](given.model, options):
             sys.stdout.write(json.dumps(line) + "\n")
             sys.stdout.flush()
 

@@ -36,8 +36,10 @@ def require_torchao() -> None:
 
 def held_form(folder: Path) -> str | None:
     """Of IN_TORCH what the weights of a checkpoint folder are in; None: floating point, or somebody else's form."""
-    path = folder / "config.json"
-    config = parse(content_of(path)) if path.is_file() else None
+    try:
+        config = parse(content_of(folder / "config.json"))
+    except (OSError, ValueError):  # refused by whoever needs it
+        return None
     asked = config.get("quantization_config") if isinstance(config, dict) else None
     if not isinstance(asked, dict) or asked.get("quant_method") != "torchao":
         return None
@@ -55,7 +57,7 @@ def check_dtype(form: str | None, dtype: str) -> None:
         )
 
 
-def quantize(model: PreTrainedModel, form: str) -> Counter[str]:
+def quantize(model: PreTrainedModel, form: str) -> dict[str, int]:
     """Puts linears of a float model into 8 bits (a scale per output) or 4 (a scale and a zero per 32 weights of a row),
     in place, and prepares the model to be saved so. A row whose length is no multiple of 32 is kept in 8 bits.
 
@@ -87,7 +89,7 @@ def quantize(model: PreTrainedModel, form: str) -> Counter[str]:
     settings, prepared = TorchAoConfig(CONFIGS[form](), modules_to_not_convert=others), cast("Any", model)
     prepared.config.quantization_config = settings
     prepared.hf_quantizer = Quantizer(settings)
-    return Counter(names.values())
+    return dict(Counter(names.values()))
 
 
 def quantizable(model: PreTrainedModel) -> dict[str, nn.Linear]:

@@ -76,7 +76,10 @@ def backends_of(options: FitOptions) -> tuple[str, ...]:
     """The precisions to choose among, the most exact first."""
     if options.backend == TORCH:
         if options.variants:
-            raise UnsuitableOptionError("--variants are of exported graphs; leave it out, or use --backend onnx")
+            raise UnsuitableOptionError(
+                "--variants are of exported graphs, and in torch only float weights are fitted to targets; leave it "
+                "out and put the result in 8 or 4 bits by slimvlm quantize, or use --backend onnx"
+            )
         return (TORCH,)
     if unknown := [name for name in options.variants if name not in VARIANTS]:
         raise UnsuitableOptionError(f"--variants {unknown[0]} is unknown; choose from {', '.join(VARIANTS)}")
