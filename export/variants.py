@@ -102,5 +102,5 @@ _ROWS = (
 VARIANTS = {row.name: row for row in _ROWS}
 FULL = "fp32"  # the variant that needs no name
 TRACED = {row.dtype: row.name for row in _ROWS if row.writer is None}  # dtype -> the variant that is written so
-TORCH_VARIANTS = {row.torch.name: row.torch for row in _ROWS if row.torch is not None}
+TORCH_FORMS = {row.torch.name: row.torch for row in _ROWS if row.torch is not None}
 QUANTIZED = tuple(row.name for row in _ROWS if row.is_rounded)

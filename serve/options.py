@@ -10,7 +10,7 @@ from pathlib import Path
 from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.runs import PROFILE
 from slimvlm.export.running.sessions import PROVIDERS as KNOWN_PROVIDERS
-from slimvlm.export.variants import TORCH_VARIANTS, VARIANTS
+from slimvlm.export.variants import TORCH_FORMS, VARIANTS
 
 BACKENDS = TORCH, ONNX, TORCHSCRIPT = ("torch", "onnx", "torchscript")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -128,8 +128,8 @@ def split_backend(backend: str) -> tuple[str, str | None]:
         UnsuitableOptionError: an unknown backend.
     """
     name, _, variant = backend.partition(":")
-    if name not in BACKENDS or (variant and variant not in (TORCH_VARIANTS if name == TORCH else VARIANTS)):
-        of_torch = " or ".join(f"{TORCH}:{form}" for form in TORCH_VARIANTS)
+    if name not in BACKENDS or (variant and variant not in (TORCH_FORMS if name == TORCH else VARIANTS)):
+        of_torch = " or ".join(f"{TORCH}:{form}" for form in TORCH_FORMS)
         known = f"{', '.join(BACKENDS)}, a variant of an export as onnx:int8, or {of_torch}"
         raise UnsuitableOptionError(f"--backend {backend} is unknown; choose from {known}")
     return name, variant or None

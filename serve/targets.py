@@ -25,13 +25,13 @@ from slimvlm.export.options import FORMATS
 from slimvlm.export.running.exported import Exported, is_export
 from slimvlm.export.running.manifest import Manifest, inside
 from slimvlm.export.running.sessions import NO_RUNTIME
-from slimvlm.export.variants import FULL, TORCH_VARIANTS, VARIANTS
+from slimvlm.export.variants import FULL, TORCH_FORMS, VARIANTS
 from slimvlm.serve.judging.roofline import Shapes, kv_bytes_per_token
 from slimvlm.serve.judging.shapes import checkpoint_shapes
 from slimvlm.serve.options import ONNX, TORCH, split_backend
 from slimvlm.serve.profile import Subject
 
-WORDS = {TORCH, *FORMATS, "aoti", *VARIANTS, *TORCH_VARIANTS}
+WORDS = {TORCH, *FORMATS, "aoti", *VARIANTS, *TORCH_FORMS}
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -169,8 +169,8 @@ def test_text_alone_has_no_vision_and_one_token_no_later_one() -> None:
 
 def test_unknown_dtypes_and_shapes_are_refused() -> None:
     model, inputs = model_of("llava", False)
-    with pytest.raises(ValueError, match="dtype is 'int4'"):
-        costs_of(model, sizes_of(inputs), "int4")
+    with pytest.raises(ValueError, match="dtype is 'int5'"):
+        costs_of(model, sizes_of(inputs), "int5")
     with pytest.raises(ValueError, match=r"pixels have shape \(1, 2, 3\)"):
         costs_of(model, replace(sizes_of(inputs), pixels=(1, 2, 3)))
 
