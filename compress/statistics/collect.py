@@ -197,7 +197,7 @@ def bytes_kept(
     sides = _sides(model, family, groups)
     with _frozen(model), ExitStack() as stack, torch.enable_grad():
         for collector in learning:
-            stack.enter_context(collector.watch(sides))
+            stack.enter_context(collector.differentiated(sides))
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             value, _ = loss(model, question, options.tokens.threshold)
         del value  # until here nothing was freed, so no address came twice

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any  # a linear or a block; torch types what a block has as tensors or modules
 
@@ -66,6 +66,10 @@ class Collector:
             self._handles.clear()
             self._made = None
             self.stop()
+
+    def differentiated(self, sides: Sequence[Side]) -> AbstractContextManager[None]:
+        """A with-block in which a forward keeps what the backward pass of this reading needs; nothing is collected."""
+        return self.watch(sides)
 
     def start(self) -> None:
         """Begin with empty sums, and watch `self.sides`."""

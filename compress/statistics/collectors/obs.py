@@ -16,7 +16,7 @@ and so on until none is left: of two units that say the same the first costs not
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -81,6 +81,9 @@ class GatedSurgeon(Surgeon):
     def watch(self, sides: Sequence[Side]) -> Iterator[None]:
         with self._gates.watch(sides), super().watch(sides):
             yield
+
+    def differentiated(self, sides: Sequence[Side]) -> AbstractContextManager[None]:
+        return self._gates.watch(sides)
 
     def see(self, question: Question) -> None:
         super().see(question)

@@ -19,6 +19,7 @@ from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.statistics import collect
 from slimvlm.compress.statistics.collect import bytes_kept
+from slimvlm.compress.statistics.rows import STATISTICS
 
 GATE = CRITERIA["gate"].calibration()
 GENERATIVE = [name for name in FACTORIES if name not in ("clip", "siglip")]
@@ -51,6 +52,17 @@ def test_what_a_forward_keeps_is_counted_and_leaves_no_trace(name: str) -> None:
     assert [parameter.requires_grad for parameter in tiny.model.parameters()] == asked
     assert all(parameter.grad is None for parameter in tiny.model.parameters())
     assert not any(module._forward_pre_hooks for module in tiny.model.modules())
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_what_a_forward_keeps_is_known_of_every_criterion(criterion: str) -> None:
+    tiny, options = tiny_model("llava"), CRITERIA[criterion].calibration()
+    family = find_family(tiny.model.config)
+    gate, kept = (
+        bytes_kept(tiny.model, family, find_groups(tiny.model, family), tiny.inputs(3), one) for one in (GATE, options)
+    )
+    learns = any(STATISTICS[name].reads == "backward" for name in options.statistics)
+    assert kept > 0.9 * gate if learns else kept == 0
 
 
 @pytest.mark.parametrize("name", GENERATIVE)
