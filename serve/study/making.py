@@ -85,7 +85,9 @@ class Makings:
     def _scores(self, cell: Cell) -> tuple[Scores | None, float]:
         """Of the dense model, and the seconds they took; none by a criterion that asks no data."""
         criterion = planning_of(cell.options).criterion
-        if not criterion.calibration().statistics:
+        if (
+            cell.options.depth_ratio or not criterion.calibration().statistics
+        ):  # blocks leave first: others are looked at
             return None, 0.0
         asked = {name: value for name, value in cell.options.identity().items() if name not in AFTER_SCORES}
         asked["asks"] = ALLOCATORS[cell.options.allocator].asks
