@@ -42,6 +42,7 @@ for command in (  # the most wanted first
     cutting.sparsify,
     comparing.evaluate,
     checking.inspect,
+    studying.advise,
     delivering.export,
     delivering.quantize,
     comparing.profile,

@@ -8,10 +8,12 @@ from typing import Any
 import click
 
 from slimvlm.console.commands.study_file import read_cells
-from slimvlm.console.options import COUNT, FILE, PATH, TEXT, output_options
+from slimvlm.console.options import COUNT, FILE, NAME, PATH, RATIO, TEXT, option, output_options, remote_code
 from slimvlm.console.printing import print_json
 from slimvlm.console.progress import progress
-from slimvlm.console.show_study import show_study, work_words
+from slimvlm.console.show_study import show_advice, show_study, work_words
+from slimvlm.console.values import Count
+from slimvlm.serve.advising.rules import WANTS
 from slimvlm.serve.study.choosing import CHOSEN_BY
 from slimvlm.serve.study.options import StudyOptions
 
@@ -52,3 +54,23 @@ def study(config: Path, out: Path | None, dry_run: bool, as_json: bool, quiet: b
     with progress(quiet) as report:
         rows = run_study(options, report)
     show_study(rows, options.best_by, write_study_report(options.out, options.best_by), as_json=as_json)
+
+
+@click.command()
+@click.argument("model", type=NAME)
+@option("--ratio", type=RATIO, help="Fraction of ALL parameters to remove.")
+@click.option("--samples", type=Count(0), required=True, help="That there are to train with; 0: none, or no time to.")
+@click.option("--want", type=click.Choice(WANTS), default=WANTS[0], help="What counts most at this size.")
+@remote_code
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def advise(model: str, as_json: bool, **values: Any) -> None:
+    """Say which method to use on MODEL, and why.
+
+    The decision rules of VLMCompression with what its study measured, and our own figures beside them. Reads the
+    model's config, no weights:
+
+        slimvlm advise ./my-vlm --ratio 0.3 --samples 50000
+    """
+    from slimvlm.serve.advising.advising import advise_model
+
+    show_advice(advise_model(model, **values), as_json=as_json)

@@ -153,7 +153,12 @@ def read_rows(folder: Path) -> list[Row]:
     Raises:
         OutputError: a line is none of ours.
     """
-    path, rows = folder / RESULTS, []
+    return rows_in(folder / RESULTS)
+
+
+def rows_in(path: Path) -> list[Row]:
+    """The rows of a results file, as `read_rows`."""
+    rows = []
     with refused_as(path, OutputError, f"mend or remove it; {AGAIN}"):
         for number, line in enumerate(read_lines(path), start=1):
             try:
