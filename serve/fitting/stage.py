@@ -123,8 +123,9 @@ def fit_whole(run: RunFolder, options: FitOptions, data: Measured, progress: Pro
     if not options.target:
         _back_to_the_ratio(run)
         return None
-    if run.writer and not _is_fitted(run, options):
-        run.forget("slice")
+    if is_open := not _is_fitted(run, options):
+        run.forget("slice")  # by all processes: what follows is decided by each of them
+    if run.writer and is_open:
         digest = locate(options.model)[1]
         with run.stage("fit", **_asked(options)) as facts:
             plan = whole_plan(options, digest)
@@ -175,9 +176,9 @@ def _is_fitted(run: RunFolder, options: FitOptions) -> bool:
 
 def _back_to_the_ratio(run: RunFolder) -> None:
     """An earlier command had targets, this one has none: the plan is the one that was made."""
-    if run.writer and run.facts("fit"):
+    if run.facts("fit"):
         run.forget("fit")
-        if run.finished("plan"):
+        if run.writer and run.finished("plan"):
             write_text(run.path / PLAN, Order.read(run.path / ORDER, OutputError, AGAIN).plan.to_json())
     processes.wait_for_all()
 
