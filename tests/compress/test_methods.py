@@ -22,7 +22,7 @@ from slimvlm.compress.allocate.order import Order
 from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.criteria.scoring import Scores, score_groups
 from slimvlm.compress.models.families import find_family
-from slimvlm.compress.models.groups import Group, find_units
+from slimvlm.compress.models.groups import Group, find_groups, find_units
 from slimvlm.compress.rounds import Planning
 from slimvlm.compress.statistics.collect import collect, importance_of
 from slimvlm.compress.statistics.rows import STATISTICS
@@ -147,3 +147,25 @@ def test_what_bundles_cost_is_above_nothing_and_together_what_their_kind_costs(c
 def test_the_same_data_and_seed_give_the_same_scores_again(criterion: str) -> None:
     again = scored("llava", criterion)
     assert all(torch.equal(again.values[key], values) for key, values in once("llava", criterion).values.items())
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize(
+    "criterion", [name for name, row in CRITERIA.items() if row.units == "width" and name != "random"]
+)
+def test_where_all_weight_is_in_one_group_of_queries_its_unit_is_the_important_one(criterion: str, name: str) -> None:
+    tiny, row = tiny_model(name), CRITERIA[criterion]
+    family = find_family(tiny.model.config)
+    groups = [group for group in find_groups(tiny.model, family, "kv-group") if group.unit == "kv-group"]
+    with torch.no_grad():
+        for group in groups:
+            for member in (member for member in group.members if not member.norm):
+                weight = tiny.model.get_submodule(member.path).weight
+                half = weight.shape[member.dim] // 2  # of two KV heads, with their query heads
+                weight.narrow(member.dim, 0 if group.layer else half, half).mul_(0.01)
+    calibration = None
+    if row.statistics:
+        calibration = collect(tiny.model, family, groups, [tiny.inputs(4)], row.calibration())
+    for group in groups:
+        first, second = score_groups(groups, row, calibration, tiny.model).values[group.key].tolist()
+        assert (first < second) == bool(group.layer), group.key

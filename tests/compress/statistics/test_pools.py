@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from tiny_models import FACTORIES, IMAGE_TOKEN, Tiny, tiny_model
 from torch import Tensor, nn
 
 from slimvlm.compress.criteria.criterion import CRITERIA
+from slimvlm.compress.criteria.scoring import score_groups
 from slimvlm.compress.data.questions import TEXT, Question, stream_through
 from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.models.families import find_family
-from slimvlm.compress.models.groups import find_blocks, find_groups
+from slimvlm.compress.models.groups import find_blocks, find_groups, find_units
 from slimvlm.compress.options import PlanOptions
 from slimvlm.compress.stages.plan import chosen_criterion
 from slimvlm.compress.statistics.collect import collect
@@ -288,3 +290,18 @@ def test_how_far_a_block_turns_the_image_tokens_is_told_apart_from_the_text_for_
         found[tokens] = {path: value.item() for path, value in seen["turning"].items() if "language" in path}
     for path, mean in found["all"].items():
         assert mean == pytest.approx((9 * found["text"][path] + 4 * found["image"][path]) / 13, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_every_criterion_without_gradients_tells_the_units_of_every_family_apart_by_a_pool(name: str) -> None:
+    tiny = tiny_model(name)
+    family = find_family(tiny.model.config)
+    for row in (row for row in CRITERIA.values() if row.statistics and not row.learns):
+        criterion, values = replace(row, tokens=token_rule("atv")), {}
+        groups = find_units(tiny.model, family, row.units)
+        for pool in (row, criterion):
+            seen = collect(tiny.model, family, groups, [tiny.inputs(2)], pool.calibration())
+            values[pool] = score_groups(groups, pool, seen, tiny.model).values
+        for key, found in values[criterion].items():
+            assert found.isfinite().all() and len(set(found.tolist())) > len(found) // 2, (row.name, key)
+        assert any(not found.equal(values[row][key]) for key, found in values[criterion].items()), row.name
