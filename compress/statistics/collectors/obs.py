@@ -28,7 +28,7 @@ from slimvlm.compress.statistics.collectors.gates import GateSquares
 from slimvlm.compress.statistics.collectors.moments import DAMPING, Moments, about_mean
 from slimvlm.compress.statistics.rows import Statistic
 
-FOLDED = 64  # columns that leave between two updates of whole matrices
+FOLDED = 128  # columns that leave between two updates of whole matrices
 APART = 2.0**-22  # one unit's value is above the last one's by this share at least: fp32 can tell them apart
 
 
@@ -117,7 +117,7 @@ def removal(second: Tensor, gram: Tensor, width: int, worth: Tensor) -> tuple[Te
     left, order, costs = torch.arange(len(worth), device=worth.device), [], []
     while len(left):
         step = _Step(inverse, gram, width, worth[left])
-        gone, spent = step.take(max(1, FOLDED // width))
+        gone, spent = step.take()
         order.append(left[gone])
         costs.append(spent)
         stay = torch.ones(len(left), dtype=torch.bool, device=left.device)
@@ -135,14 +135,15 @@ class _Step:
     def __init__(self, inverse: Tensor, gram: Tensor, width: int, worth: Tensor) -> None:
         self.inverse, self.gram, self.width, self.worth = inverse, gram, width, worth
         self.blocks, self.grams = _blocks(inverse, width).clone(), _blocks(gram, width).clone()
-        empty = inverse.new_empty(0, len(inverse))
-        self.read, self.moved, self.shifted = empty, empty, empty  # inverse -= read^T moved, and see `_leave`
+        self.units = min(max(1, FOLDED // width), len(worth))  # that leave
+        self.rows = inverse.new_empty(3, self.units * width, len(inverse))  # read, moved and shifted, see `_leave`
+        self.known = 0  # rows of each
 
-    def take(self, most: int) -> tuple[Tensor, Tensor]:
+    def take(self) -> tuple[Tensor, Tensor]:
         """The units that leave now, in their order, and their costs."""
         gone, costs = [], []
         present = torch.zeros_like(self.worth)
-        for _ in range(min(most, len(self.worth))):
+        for _ in range(self.units):
             inverted = 1 / self.blocks if self.width == 1 else torch.linalg.inv(self.blocks)
             spent = (self.grams * inverted).sum((1, 2)).clamp(min=0) * self.worth
             unit = int((spent + present).argmin())
@@ -153,24 +154,26 @@ class _Step:
         return torch.tensor(gone, device=present.device), torch.stack(costs)
 
     def _leave(self, unit: int, inverted: Tensor) -> None:
-        """Of W - W_c moved, which is what W becomes, the Gram matrix is gram - moved^T shifted - shifted^T moved."""
+        """Of W - W_c moved, which is what W becomes, the Gram matrix is gram - moved^T shifted - shifted^T moved; the
+        inverse becomes inverse - read^T moved.
+        """
         place = slice(unit * self.width, (unit + 1) * self.width)
-        read = self.inverse[place] - self.read[:, place].T @ self.moved
+        all_read, all_moved, all_shifted = self.rows[:, : self.known]
+        read = self.inverse[place] - all_read[:, place].T @ all_moved
         moved = inverted @ read
-        gram = self.gram[place] - self.moved[:, place].T @ self.shifted - self.shifted[:, place].T @ self.moved
+        gram = self.gram[place] - all_moved[:, place].T @ all_shifted - all_shifted[:, place].T @ all_moved
         shifted = gram - gram[:, place] @ moved / 2
         units = [rows.view(self.width, -1, self.width) for rows in (read, moved, shifted)]
         self.blocks -= torch.einsum("aui,auj->uij", units[0], units[1])
         cross = torch.einsum("aui,auj->uij", units[1], units[2])
         self.grams -= cross + cross.mT
         self.blocks[unit] = torch.eye(self.width).to(read)  # it has left: nothing is asked of it again
-        self.read, self.moved, self.shifted = (
-            torch.cat(pair) for pair in ((self.read, read), (self.moved, moved), (self.shifted, shifted))
-        )
+        self.rows[:, self.known : self.known + self.width] = torch.stack((read, moved, shifted))
+        self.known += self.width
 
     def without(self, stay: Tensor) -> tuple[Tensor, Tensor]:
         """The inverse and the Gram matrix of the columns that `stay`, bool [I]."""
-        read, moved, shifted = self.read[:, stay], self.moved[:, stay], self.shifted[:, stay]
+        read, moved, shifted = self.rows[:, :, stay]
         cross = moved.T @ shifted
         return self.inverse[stay][:, stay] - read.T @ moved, self.gram[stay][:, stay] - cross - cross.T
 

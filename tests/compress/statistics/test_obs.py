@@ -48,7 +48,7 @@ def removed(second: np.ndarray, weight: np.ndarray, width: int, worth: np.ndarra
     return order.tolist(), costs.tolist()
 
 
-@pytest.mark.parametrize("folded", [64, 4, 1])
+@pytest.mark.parametrize("folded", [128, 4, 1])
 @pytest.mark.parametrize(("width", "units"), [(1, 17), (3, 6)])
 def test_every_step_takes_the_unit_whose_loss_the_others_can_make_up_for_most(
     monkeypatch: pytest.MonkeyPatch, width: int, units: int, folded: int
