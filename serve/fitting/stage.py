@@ -46,7 +46,7 @@ from slimvlm.serve.options import TORCH, ProfileOptions, split_backend
 from slimvlm.serve.targets import graph_options
 
 Options = TypeVar("Options", bound=FitOptions)
-CUTS = 1  # that a precision is tried with, as a rule: for the time that is left
+HALVINGS = 6  # until the largest cut is known, as a rule: for the time that is left
 CELL_SECONDS = 6.0  # of measuring a candidate, as the profile stage takes
 
 
@@ -197,7 +197,8 @@ def _candidates(
     device = f"{describe_device(pick_device(options.device))['name']}, {torch.get_num_threads()} threads"
     fit = Fit(digest, data.digest, device, goals)
     fit = replace(fit, trials=_earlier(out / FIT, fit))
-    expected = (1 + CUTS) * len(backends_of(options))
+    wholes = len(backends_of(options))
+    expected = wholes + (wholes if bench.goals else HALVINGS)
     return Candidates(out / FIT, plan_at, bench, fit, expected, progress)
 
 

@@ -172,23 +172,24 @@ class Workbench:
                 figures["memory"] = float(peak)
             starts = {phase: [median(rounds) for rounds in run.seconds[phase]] for phase in run.medians}
             spread = {phase: (max(each) - min(each)) / 2 / run.medians[phase] for phase, each in starts.items()}
-            found.append((self._doubt(figures, spread), figures, spread))
-        doubt, figures, spread = min(found, key=lambda one: one[0])
-        if doubt > WILDEST:
+            found.append((doubt(self.goals, figures, spread), figures, spread))
+        worst, figures, spread = min(found, key=lambda one: one[0])
+        if worst > WILDEST:
             raise UnsuitableOptionError(
-                f"this machine is too noisy to fit to times: restarts of one process differ by {doubt:.0%} to either "
+                f"this machine is too noisy to fit to times: restarts of one process differ by {worst:.0%} to either "
                 f"side, {WILDEST:.0%} is accepted; let it do nothing else meanwhile, or fit to size or params"
             )
         return figures, spread
 
-    def _doubt(self, figures: Figures, spread: Figures) -> float:
-        """The largest spread of a time that lies so near to its target that the spread decides whether it is met."""
-        near = [
-            spread[goal.name]
-            for goal in self.goals
-            if goal.name in spread and abs(goal.excess(figures[goal.name]) - 1) <= WITHIN + 2 * spread[goal.name]
-        ]
-        return max(near, default=0.0)
+
+def doubt(goals: Sequence[Goal], figures: Figures, spread: Figures) -> float:
+    """The largest spread of a time that lies so near to its target that the spread decides whether it is met."""
+    near = [
+        spread[goal.name]
+        for goal in goals
+        if goal.name in spread and abs(goal.excess(figures[goal.name]) - 1) <= WITHIN + 2 * spread[goal.name]
+    ]
+    return max(near, default=0.0)
 
 
 def bytes_on_disk(folder: Path, backend: str) -> int:

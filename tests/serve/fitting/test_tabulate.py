@@ -14,7 +14,7 @@ from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.serve.fitting.goals import read_goals
 from slimvlm.serve.fitting.table import CostTable, Point, kind_of
 from slimvlm.serve.fitting.tabulate import cached_table, narrowed_copies, setting_of
-from slimvlm.serve.fitting.trials import Workbench
+from slimvlm.serve.fitting.trials import Workbench, doubt
 from slimvlm.serve.options import ProfileOptions
 
 QUICK = {"device": "cpu", "threads": 1, "batch_sizes": (1,), "new_tokens": (3,), "warmup": 1, "starts": 1, "rounds": 2}
@@ -87,3 +87,11 @@ def test_a_trial_makes_no_more_than_its_targets_need(bench):
     assert set(stored.figures) == {"params", "size"} and not stored.spread
     measured = bench.try_out(plan, 0.3, "torch", ["memory"])
     assert {"memory", "ttft", "tpot", "vision"} <= set(measured.figures) and "tpot" in measured.spread
+
+
+def test_a_spread_matters_only_where_it_decides_whether_a_target_is_met():
+    goals = read_goals(["tpot=10ms", "ttft=100ms", "size=1MB"])
+    figures = {"tpot": 14.0, "ttft": 97.0, "vision": 3.0}
+    assert doubt(goals, figures, {"tpot": 0.08, "ttft": 0.01, "vision": 0.5}) == 0.01
+    assert doubt(goals, figures, {"tpot": 0.25, "ttft": 0.0, "vision": 0.5}) == 0.25
+    assert doubt([], figures, {"tpot": 0.5}) == 0
