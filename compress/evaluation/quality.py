@@ -18,6 +18,7 @@ RECALLS = (1, 5, 10)
 UNNAMED_TASK = "all"
 MOST_RESAMPLES = 10**6
 RESAMPLED_AT_ONCE = 2**22
+LEVEL, NORMAL_QUANTILE = 0.95, 1.959964  # of intervals; the standard normal's (1 + LEVEL) / 2 quantile
 ARTICLES = frozenset(("a", "an", "the"))
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 DIGITS = {word: str(value) for value, word in enumerate(NUMBERS)} | {"none": "0"}
@@ -306,6 +307,18 @@ def compare(
         images=int(images.max()) + 1,
         tasks=tasks,
     )
+
+
+def wilson(mean: float, count: float) -> tuple[float, float]:
+    """Wilson's score interval (1927) at LEVEL of a mean of zeros and ones; for values between them it is too wide.
+
+    Args:
+        count: how many independent values the mean is of, or worth.
+    """
+    z = NORMAL_QUANTILE
+    centre = (mean + z * z / (2 * count)) / (1 + z * z / count)
+    arm = z / (1 + z * z / count) * math.sqrt(mean * (1 - mean) / count + z * z / (4 * count * count))
+    return max(0.0, min(mean, centre - arm)), min(1.0, max(mean, centre + arm))
 
 
 def untold(dense: Quality, blind: Quality | None, slim: Quality | None = None, seed: int = 0) -> tuple[str, ...]:

@@ -32,6 +32,7 @@ from slimvlm.compress.recovery.distillation.distiller import Distiller
 from slimvlm.compress.recovery.distillation.recipe import Recipe, make_stages, match_blocks
 from slimvlm.compress.recovery.distillation.teacher_cache import TeacherCache
 from slimvlm.compress.recovery.distillation.teacher_checks import check_family
+from slimvlm.compress.recovery.training.choice import Validation, as_good_as, validation_of
 from slimvlm.compress.recovery.training.history import History
 from slimvlm.compress.recovery.training.state import load_best
 from slimvlm.compress.recovery.training.stepping import Task
@@ -83,7 +84,7 @@ def recover(
         collate=lambda indices: distiller.located(collator.training([data.training[index] for index in indices])),
         count=len(data.training),
         seed=options.seed,
-        validate=lambda: _score(options, distiller.student, collator, data.validation),
+        validate=lambda: _validate(options, distiller.student, collator, data.validation),
         cache=_cache(options, data, folder.with_name(TEACHER)),
     )
     with rounded(loaded.model, options.recover_as):
@@ -93,11 +94,11 @@ def recover(
         adapted = _prepare(options, plan, loaded)
         load_best(loaded.model, folder)
     difference = _merge(loaded, adapted, collator.training(data.training[:CHECKED_SAMPLES]))
-    if history.helped and history.first and not sharded():  # on the host it would take hours
+    if history.helped and history.first_least and not sharded():  # on the host it would take hours
         _round(loaded)
         with rounded(loaded.model, options.recover_as):
-            last = _score(options, loaded.model, collator, data.validation)
-        if last < history.first:
+            merged = _validate(options, loaded.model, collator, data.validation)
+        if not as_good_as(merged.score, history.first_least):
             loaded, history = _load_student(options, student, data), replace(history, best_step=0)
     return Recovered(loaded, history, difference)
 
@@ -222,9 +223,8 @@ def precision(asked: str, device: torch.device) -> str:
     return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no"
 
 
-def _score(
+def _validate(
     options: LearnOptions, model: PreTrainedModel, collator: Collator, samples: Sequence[Sample]
-) -> tuple[float, float]:
-    """(share of right answers, minus the loss of the right answers' tokens) on the validation samples."""
+) -> Validation:
     quality = evaluate(model, collator, samples, batch_size=evaluation_batch(model.device, options.batch_size))
-    return quality.score, -quality.scores.get("token_loss", 0.0)
+    return validation_of(quality)

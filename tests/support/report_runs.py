@@ -17,6 +17,7 @@ from slimvlm.compress.evaluation.quality import Row, compare, exact_match, summa
 from slimvlm.compress.files.writing import write_text
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan, TowerCount
+from slimvlm.compress.recovery.training.choice import Validation
 from slimvlm.compress.recovery.training.history import History, Journal
 from slimvlm.compress.runs import RunFolder
 from slimvlm.serve.profile import Profile
@@ -149,11 +150,8 @@ def _train(out: Path, story: Story) -> dict[str, Any]:
             journal.write({"step": step, "stage": stage, "lr": 1e-3} | found | {"tokens_per_second": 200.0})
         if step in story.validations:
             score = story.validations[step]
-            better = facts.best is None or score > facts.best
-            facts.first, facts.last = facts.first or score, score
-            if better:
-                facts.best, facts.best_step = score, step
-            journal.write({"step": step, "validation": list(score), "best": better, "seconds": 0.1})
+            keep = facts.add_validation(Validation(score, score), last_stage=False)
+            journal.write({"step": step, "validation": list(score), "best": keep, "seconds": 0.1})
     journal.close()
     return facts.to_dict()
 

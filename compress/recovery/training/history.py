@@ -14,11 +14,11 @@ from typing import IO
 import torch
 
 from slimvlm.compress.files.writing import reported_as_output_errors
+from slimvlm.compress.recovery.training.choice import Score, Validation, as_good_as, least_of_both
 from slimvlm.compress.run_record import Training
 from slimvlm.compress.runs import JOURNAL
 
-Score = tuple[float, float]  # larger is better, compared one after the other
-TO_GO_ON = ("stepping_seconds", "streak", "stale", "validated", "best_file", "journal_bytes")  # not of the result
+TO_GO_ON = ("stepping_seconds", "streak", "stale", "validated", "least", "first_least", "best_file", "journal_bytes")
 
 
 @dataclass
@@ -31,14 +31,15 @@ class History:
         stepping_seconds: of them those of the steps alone.
         tokens: input tokens without padding, over all processes.
         skipped: steps left out because loss or gradient was not finite; `streak` of them in a row.
-        best_step: whose weights are the best, in `best_file`; 0: the starting ones.
+        best_step: whose weights are kept, in `best_file`; 0: the starting ones.
         best, first, last: validation (score, -loss) at `best_step`, before training, and at the end; None without one,
             or if it was no number.
         peak_memory_bytes: of this process: resident memory on a CPU (since it started), allocated on a GPU.
         stages: of each stage that was reached.
         validations, validation_seconds: how many there were (before, during and at the end), and how long they took.
         validated: step of the last one.
-        stale: validations of the last stage since the best.
+        stale: validations of the last stage since the last gain.
+        least, first_least: what a state must reach not to be worse than any before it, or than the starting one.
         journal_bytes: length of `recovery.jsonl`.
     """
 
@@ -60,6 +61,8 @@ class History:
     validation_seconds: float = 0.0
     validated: int = -1
     stale: int = 0
+    least: Score | None = None
+    first_least: Score | None = None
     journal_bytes: int = 0
 
     @property
@@ -69,13 +72,33 @@ class History:
 
     @property
     def helped(self) -> bool:
-        """Whether training improved the validation; if not, the student has its starting weights again."""
+        """Whether a trained state was kept; if not, the student has its starting weights again."""
         return self.best_step > 0
 
     def to_dict(self) -> dict[str, object]:
         """What the record of a run says."""
         facts = {name: value for name, value in asdict(self).items() if name not in TO_GO_ON}
         return {**facts, "tokens_per_second": self.tokens_per_second, "helped": self.helped}
+
+    def add_validation(self, found: Validation | None, last_stage: bool) -> bool:
+        """Note a validation of the student as it is, None if it was no number; whether this state is to be kept.
+
+        Args:
+            last_stage: earlier ones teach what the score does not show yet.
+        """
+        score, least = found or (None, None)
+        keep = self.validations == 0 or (score is not None and as_good_as(score, self.least))
+        if self.validations == 0:
+            self.first, self.first_least = score, least
+        if keep:
+            self.best, self.best_step = score, self.steps
+        before, self.last = self.least, score
+        if least is not None:
+            self.least = least_of_both(self.least, least)
+        self.stale = self.stale + last_stage if self.least == before else 0
+        self.validated = self.steps
+        self.validations += 1
+        return keep
 
     def add_step(self, stage: str, loss: float | None, tokens: int, seconds: float) -> None:
         """Count a step; no loss if it was skipped."""

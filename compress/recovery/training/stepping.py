@@ -15,7 +15,7 @@ from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.options import TrainOptions
 from slimvlm.compress.recovery.distillation.recipe import Stage
 from slimvlm.compress.recovery.distillation.teacher_cache import TeacherCache, batch_key
-from slimvlm.compress.recovery.training.history import Score
+from slimvlm.compress.recovery.training.choice import Validation
 from slimvlm.compress.recovery.training.order import batch_indices, divide
 from slimvlm.compress.recovery.training.schedule import Schedule
 from slimvlm.compress.recovery.training.workers import Workers
@@ -32,9 +32,9 @@ class Task:
         collate: a padded training batch, on the CPU, of samples by number; every process asks for its part of a step.
         count: samples there are.
         seed: of the order of the data and of dropout.
-        validate: (score, -loss) of the student, larger is better; called by all processes, with the student in
-            evaluation mode, before the first step, every `validate_every` steps and after the last. Without it the
-            student keeps its last weights.
+        validate: what held-out samples say of the student; called by all processes, with the student in evaluation
+            mode, before the first step, every `validate_every` steps and after the last. Without it the student keeps
+            its last weights.
         cache: where the teacher's outputs are kept between epochs, in a folder of this teacher, these samples and this
             collation alone; not used with sharded weights.
     """
@@ -43,7 +43,7 @@ class Task:
     collate: Callable[[list[int]], Batch]
     count: int
     seed: int = 0
-    validate: Callable[[], Score] | None = None
+    validate: Callable[[], Validation] | None = None
     cache: TeacherCache | None = None
 
 

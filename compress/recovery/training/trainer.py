@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from slimvlm.compress.errors import OutputError, RecoveryError, UnsuitableOption
 from slimvlm.compress.options import TrainOptions
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.recovery.distillation.distiller import Distiller
+from slimvlm.compress.recovery.training.choice import Validation
 from slimvlm.compress.recovery.training.history import History, Journal, peak_memory
 from slimvlm.compress.recovery.training.schedule import Schedule, check_training
 from slimvlm.compress.recovery.training.state import WEIGHT, StateFolder, moments, restore, set_moments, whole
@@ -39,7 +41,7 @@ TERMINATED = 128 + signal.SIGTERM  # exit code
 def train(
     distiller: Distiller, task: Task, options: TrainOptions, folder: Path, progress: Progress = silent
 ) -> History:
-    """Train `distiller.student` in place; afterwards it has its best weights, or its starting ones if none were better.
+    """Train `distiller.student` in place; afterwards it has its best weights (see `choice`), be they the starting ones.
 
     Runs in one process or several (`torchrun`, `accelerate launch`; FSDP 2 by accelerate's configuration). With sharded
     weights the student stays sharded: `state.load_best` puts the result into a whole one. The distiller is left in
@@ -150,29 +152,23 @@ class _Training:
         return outcome.told_to_stop
 
     def _validate_if_due(self) -> None:
-        """Score the student, unless it was done before an interruption; keep its weights if it was never better."""
+        """Score the student, unless it was done before an interruption; keep its weights unless they are worse."""
         facts, validate = self.facts, self.task.validate
         due = facts.steps % self.options.validate_every == 0 or facts.steps == self.options.steps
         if validate is None or not due or facts.validated >= facts.steps:
             return
         began = time.perf_counter()
         with self.workers.usable_student():
-            told = self.workers.first_says(validate())
-        score = (told[0], told[1]) if all(map(math.isfinite, told)) else None
-        better = facts.validations == 0 or (score is not None and (facts.best is None or score > facts.best))
-        facts.validated, facts.last = facts.steps, score
-        facts.first = score if facts.validations == 0 else facts.first
-        if better:
-            facts.best, facts.best_step = score, facts.steps
+            told = self.workers.first_says([*chain(*validate())])
+        found = Validation((told[0], told[1]), (told[2], told[3])) if all(map(math.isfinite, told)) else None
+        last_stage = facts.steps > 0 and self.schedule.index(facts.steps - 1) == len(self.task.stages) - 1
+        keep = facts.add_validation(found, last_stage)
+        if keep:
             with self._together():
                 facts.best_file = self.files.save_best(self._weights(), facts.steps)
-        # Earlier stages teach what the score does not show yet.
-        last_stage = facts.steps > 0 and self.schedule.index(facts.steps - 1) == len(self.task.stages) - 1
-        facts.stale = 0 if better else facts.stale + last_stage
         seconds = round(time.perf_counter() - began, 6)
-        facts.validations += 1
         facts.validation_seconds += seconds
-        line = {"step": facts.steps, "validation": score or (None, None), "best": better, "seconds": seconds}
+        line = {"step": facts.steps, "validation": facts.last or (None, None), "best": keep, "seconds": seconds}
         self.journal.write(line)
 
     def _checkpoint(self) -> None:

@@ -10,6 +10,7 @@ from itertools import product
 import numpy as np
 
 from slimvlm.compress.evaluation.quality import (
+    LEVEL,
     METRICS,
     PRIMARY,
     Comparison,
@@ -18,13 +19,13 @@ from slimvlm.compress.evaluation.quality import (
     compare,
     image_numbers,
     untold,
+    wilson,
 )
 from slimvlm.compress.runs import QUALITY
 from slimvlm.serve.report.charts import Estimate, task_dots
 from slimvlm.serve.report.document import Chart, Finding, Said, Table, figure, percent, points, share, shown, whole
 from slimvlm.serve.report.files import RunFiles
 
-LEVEL, NORMAL_QUANTILE = 0.95, 1.959964  # of the intervals; the standard normal's (1 + LEVEL) / 2 quantile
 CHARTED = 24  # tasks; the table has all
 
 
@@ -186,21 +187,10 @@ def _points_interval(change: Comparison) -> str:
 # ------------------------------------------------------------------ charts and tables
 
 
-def wilson(values: Sequence[float], count: float | None = None) -> Estimate:
-    """Mean of values in 0..1 and Wilson's score interval (1927) at LEVEL; for values between 0 and 1 it is too wide.
-
-    Args:
-        count: how many independent values they are worth; default: all.
-    """
-    count, mean, z = count or len(values), math.fsum(values) / len(values), NORMAL_QUANTILE
-    centre = (mean + z * z / (2 * count)) / (1 + z * z / count)
-    arm = z / (1 + z * z / count) * math.sqrt(mean * (1 - mean) / count + z * z / (4 * count * count))
-    return Estimate(mean, max(0.0, min(mean, centre - arm)), min(1.0, max(mean, centre + arm)))
-
-
 def _estimate(quality: Quality) -> Estimate:
     values = [right(row, quality.kind) for row in quality.rows]
-    return wilson(values, worth(values, image_numbers(quality.rows)))
+    mean = math.fsum(values) / len(values)
+    return Estimate(mean, *wilson(mean, worth(values, image_numbers(quality.rows))))
 
 
 def worth(values: Sequence[float], images: np.ndarray) -> float:

@@ -32,8 +32,8 @@ def recovery_section(files: RunFiles) -> Iterator[Said]:
     )
     if validations:
         yield (
-            "The validation samples were held out of the training, by image. The state that scored best on them was "
-            "kept (ringed); step 0 is the cut model before any training."
+            "The validation samples were held out of the training, by image. The last state that was not measurably "
+            "worse on them than one before it was kept (ringed); step 0 is the cut model before any training."
         )
     if any(line["loss"] is not None for line in steps):
         yield _chart(steps, validations, stage.get("best_step"))
@@ -49,13 +49,13 @@ def recovery_section(files: RunFiles) -> Iterator[Said]:
 def _findings(stage: Facts) -> Iterator[Finding]:
     if not stage["helped"]:
         text = (
-            f"The recovery did not help: no state of {whole(stage['steps'])} steps was better on the validation "
-            "samples than the cut model, which is kept as it was."
+            f"The recovery did not help: what {whole(stage['steps'])} steps gave was measurably worse on the "
+            "validation samples than the cut model, which is kept as it was."
         )
         yield Finding(text, f"{RECOVER}.helped, .steps", bad=True)
     elif stage["first"] and stage["best"]:
         text = (
-            f"The recovery took the validation score from {percent(stage['first'][0])} to {percent(stage['best'][0])} "
+            f"The recovery took the validation score from {_scored(stage['first'])} to {_scored(stage['best'])} "
             f"(state of step {whole(stage['best_step'])} of {whole(stage['steps'])})."
         )
         yield Finding(text, f"{RECOVER}.first, .best, .best_step, .steps")
@@ -65,12 +65,17 @@ def _findings(stage: Facts) -> Iterator[Finding]:
     if stage["skipped"]:
         text = f"{whole(stage['skipped'])} steps were skipped: their loss or gradient was not a finite number."
         yield Finding(text, f"{RECOVER}.skipped", bad=True)
-    if stage["best"] and stage["last"] and tuple(stage["last"]) < tuple(stage["best"]) and stage["helped"]:
+    if stage["helped"] and stage["best"] and stage["last"] and stage["last"] != stage["best"]:
         text = (
-            f"Training went on past its best: the last state scored {percent(stage['last'][0])}, "
-            f"the one that was kept {percent(stage['best'][0])}."
+            f"The last state was measurably worse, {_scored(stage['last'])}, so the one of step "
+            f"{whole(stage['best_step'])} was kept."
         )
-        yield Finding(text, f"{RECOVER}.last, .best")
+        yield Finding(text, f"{RECOVER}.last, .best_step")
+
+
+def _scored(validation: list[float]) -> str:
+    score, negative = validation
+    return f"{percent(score)} with a loss of {figure(-negative)}"
 
 
 def _chart(steps: list[Facts], validations: list[Facts], best_step: int | None) -> Chart:
@@ -124,7 +129,7 @@ def _validation_table(lines: list[Facts]) -> Table:
         rows.append(
             (
                 *(whole(line["step"]), shown_score, figure(None if negative is None else -negative)),
-                "best so far" if line["best"] else "",
+                "kept so far" if line["best"] else "",
             )
         )
     source = f"{JOURNAL}: step, validation (score, minus loss), best"
