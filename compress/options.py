@@ -84,6 +84,7 @@ class SparsifyOptions(EvaluateOptions):
         rule: which weights of a matrix: `wanda` or `sparsegpt`.
         allocator: how many of each group: `local`, the same share of all, `ecoflap` or `ecoflap-first`.
         samples: to calibrate on.
+        tokens: of the text model's, those that count: `all`, `text`, `image`, `atv` or `atv(ALPHA)`.
     """
 
     out: Path
@@ -92,6 +93,7 @@ class SparsifyOptions(EvaluateOptions):
     rule: str = "wanda"
     allocator: str = "local"
     samples: int = 128
+    tokens: str = "all"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -292,6 +292,7 @@ sparsify_options = together(
         help="How many of each attention and MLP.",
     ),
     sparsify_option("--samples", type=COUNT, help="Calibration samples."),
+    sparsify_option("--tokens", type=TEXT, metavar="POOL", help=f"That count: {', '.join(POOLS)} or 'atv(ALPHA)'."),
     model_options,
     output_options,
 )

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimvlm.compress.allocate.allocators import ALLOCATORS
@@ -24,7 +25,8 @@ from slimvlm.compress.sparsity.counts import linears_of, patterned_zeros, zeros_
 from slimvlm.compress.sparsity.rules import PATTERNS, RULES, Zeros
 from slimvlm.compress.statistics.collect import Batch, importance_of, read_forward
 from slimvlm.compress.statistics.collector import Side
-from slimvlm.compress.statistics.rows import STATISTICS, CalibrationOptions
+from slimvlm.compress.statistics.pools import Chosen, check_pool, counting, mixed_blocks
+from slimvlm.compress.statistics.rows import ALL, STATISTICS, CalibrationOptions, TokenRule
 
 Batches = Sequence[Batch | Callable[[], Batch]]
 
@@ -39,6 +41,7 @@ class Asked:
         rule: of RULES.
         allocator: `local`, the same share of every group, or one of ALLOCATORS that asks for their importance.
         seed: of what is drawn.
+        tokens: that count; every block's own choice is made with the zeros of those before it.
     """
 
     pattern: str = "unstructured"
@@ -46,6 +49,7 @@ class Asked:
     rule: str = "wanda"
     allocator: str = "local"
     seed: int = 0
+    tokens: TokenRule = ALL
 
     def zeros(
         self, model: nn.Module, groups: Sequence[Group], importance: Mapping[str, float] | None
@@ -62,7 +66,7 @@ class Sparsified:
     """What was done, as the config of the checkpoint records it.
 
     Attributes:
-        pattern, rule, allocator: that were asked for.
+        pattern, rule, allocator, tokens: that were asked for.
         zeros: share of ALL parameters that were made zero.
         groups: group key -> share of its weights.
         importance: of the groups, where the allocator asked.
@@ -71,6 +75,7 @@ class Sparsified:
     pattern: str
     rule: str
     allocator: str
+    tokens: str
     zeros: float
     groups: Mapping[str, float]
     importance: Mapping[str, float] | None = None
@@ -85,10 +90,11 @@ def sparsify(
         batches: padded training batches, or functions that make one.
 
     Raises:
-        InfeasibleBudgetError, UnsuitableOptionError: see `counts`; found before the data is read.
+        InfeasibleBudgetError, UnsuitableOptionError: see `counts` and `pools`; found before the data is read.
         CalibrationError: what a linear reads is not finite.
     """
     groups, rule = find_groups(model, family), RULES[asked.rule]
+    check_pool(asked.tokens, family, model.config)
     asked.zeros(model, groups, {group.key: 1.0 for group in groups})
     importance = None
     if (asks := ALLOCATORS[asked.allocator].asks) is not None:
@@ -99,10 +105,12 @@ def sparsify(
     blocks = [list(inside) for _, inside in groupby(groups, key=lambda group: (group.tower, group.layer))]
     collector = STATISTICS[rule.statistic].make()
     for number, block in enumerate(blocks, start=1):
-        sides = _sides(model, family, block)
+        sides, path = _sides(model, family, block), _path(block[0])
+        turning = [side for side in mixed_blocks(model, family) if side.path == path]
+        chosen = counting(asked.tokens, turning, partial(read_forward, model, family, batches), _alone)
         with collector.watch(sides):
-            read_forward(model, family, batches, collector)
-            seen = collector.finish(lambda moment, how: None)  # of this process alone
+            read_forward(model, family, batches, Chosen(collector, chosen))
+            seen = collector.finish(_alone)
         with torch.no_grad():
             for side in sides:
                 weight = side.module.weight
@@ -112,6 +120,15 @@ def sparsify(
     return _counted(model, groups, asked, importance)
 
 
+def _alone(value: Tensor, how: str) -> None:
+    """What is seen in this process is all there is."""
+
+
+def _path(group: Group) -> str:
+    """Of the block that a group is in."""
+    return f"{group.home.blocks}.{group.layer}"
+
+
 def _sides(model: nn.Module, family: Family, groups: Sequence[Group]) -> list[Side]:
     """Every linear of the groups, as something that is read."""
     sides = {}
@@ -119,7 +136,8 @@ def _sides(model: nn.Module, family: Family, groups: Sequence[Group]) -> list[Si
         for member in group.members:
             if not member.norm:
                 stream = stream_of(family, group, member) if group.modality == "language" else None
-                sides[member.path] = Side(member.path, model.get_submodule(member.path), (1,), stream=stream)
+                linear = model.get_submodule(member.path)
+                sides[member.path] = Side(member.path, linear, (1,), stream=stream, block=_path(group))
     return list(sides.values())
 
 
@@ -133,4 +151,4 @@ def _counted(
         zeros += found
         shares[group.key] = found / sum(weight.numel() for weight in weights)
     share = zeros / count_parameters(model)
-    return Sparsified(asked.pattern, asked.rule, asked.allocator, share, shares, importance)
+    return Sparsified(asked.pattern, asked.rule, asked.allocator, asked.tokens.name, share, shares, importance)

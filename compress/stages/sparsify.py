@@ -22,6 +22,8 @@ from slimvlm.compress.plan import Plan
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.sparsity.rules import PATTERNS, RECORD, RULES
 from slimvlm.compress.sparsity.sparsify import Asked, Sparsified, sparsify
+from slimvlm.compress.statistics.pools import check_pool
+from slimvlm.compress.statistics.rows import token_rule
 
 RATIO = 0.35  # where none is given
 
@@ -40,6 +42,7 @@ def sparsify_model(options: SparsifyOptions, progress: Progress = silent) -> Spa
     refuse_inside(options.out, {"model": options.model, "data": options.data})
     meta, _ = build_meta(options.model, options.trust_remote_code)
     groups = find_groups(meta, find_family(meta.config))
+    check_pool(asked.tokens, find_family(meta.config), meta.config)
     asked.zeros(meta, groups, dict.fromkeys((group.key for group in groups), 1.0))
     samples = read_evaluation(replace(options, eval_samples=options.samples))
     loaded = load_to_compute(options, options.model)
@@ -73,4 +76,4 @@ def asked_of(options: SparsifyOptions) -> Asked:
             "leave it out, or use --sparsity unstructured"
         )
     ratio = RATIO if options.ratio is None else options.ratio
-    return Asked(options.sparsity, ratio, options.rule, options.allocator, options.seed)
+    return Asked(options.sparsity, ratio, options.rule, options.allocator, options.seed, token_rule(options.tokens))

@@ -15,18 +15,17 @@ import torch
 from torch import Tensor, distributed, nn
 
 from slimvlm.compress.data.collate import Collator
-from slimvlm.compress.data.questions import TEXT, Question, Tally, ask, stream_of, stream_through
+from slimvlm.compress.data.questions import Question, Tally, ask, stream_of, stream_through
 from slimvlm.compress.data.samples import Sample
 from slimvlm.compress.errors import CalibrationError
 from slimvlm.compress.models.checkpoint import Loaded
 from slimvlm.compress.models.computing import in_passes, undisturbed
 from slimvlm.compress.models.families import Family, Tower, find_family
-from slimvlm.compress.models.groups import Group, Member, count_parameters, find_groups, live_blocks
+from slimvlm.compress.models.groups import Group, Member, count_parameters, find_groups
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.statistics.collector import Collector, Side
-from slimvlm.compress.statistics.collectors.drift import Drift
 from slimvlm.compress.statistics.loss import loss
-from slimvlm.compress.statistics.pools import check_pool, choice, drifting
+from slimvlm.compress.statistics.pools import check_pool, choice, counting, mixed_blocks
 from slimvlm.compress.statistics.rows import STATISTICS, CalibrationOptions
 
 CHECK_EVERY = 32  # batches between two looks at the non-finite flags: each look waits for the device
@@ -99,13 +98,8 @@ def collect(
     # What holds nothing sees all sides at once, in the first pass; the rest takes turns.
     large = [collector for collector in collectors if any(map(collector.bytes_needed, sides))]
     with _frozen(model):
-        if options.tokens.alpha:
-            drift = Drift(STATISTICS["drift"])
-            with drift.watch(_mixed_blocks(model, family)):
-                run.read([drift])
-                run.counting = drifting(options.tokens.alpha, drift.turned, drift.finish(run.reduce))
-        else:
-            run.counting = choice(options.tokens.pool)
+        blocks = mixed_blocks(model, family)
+        run.counting = counting(options.tokens, blocks, lambda drift: run.read([drift]), run.reduce)
         for index, chosen in enumerate(passes):
             reading = large if index else collectors
             with ExitStack() as stack:
@@ -345,17 +339,6 @@ def _sides(model: nn.Module, family: Family, groups: Sequence[Group]) -> list[Si
         )
         for path, (group, member) in first.items()
     ]
-
-
-def _mixed_blocks(model: nn.Module, family: Family) -> list[Side]:
-    """The blocks that image and text tokens go through in one sequence."""
-    paths = [
-        f"{tower.blocks}.{index}"
-        for tower in family.towers
-        if stream_through(family, tower) == TEXT
-        for index in range(live_blocks(model, family, tower))
-    ]
-    return [Side(path, model.get_submodule(path), (), stream=TEXT, block=path) for path in paths]
 
 
 def _stream(group: Group, name: str) -> str | None:

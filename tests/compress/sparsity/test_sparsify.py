@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from tiny_models import FACTORIES, tiny_model
+from tiny_models import FACTORIES, IMAGE_TOKEN, tiny_model
 
 from slimvlm.compress.errors import CalibrationError, InfeasibleBudgetError, UnsuitableOptionError
 from slimvlm.compress.models.families import find_family
@@ -15,6 +15,7 @@ from slimvlm.compress.sparsity import sparsegpt, wanda
 from slimvlm.compress.sparsity.counts import linears_of
 from slimvlm.compress.sparsity.rules import RULES, Zeros
 from slimvlm.compress.sparsity.sparsify import Asked, Sparsified, sparsify
+from slimvlm.compress.statistics.rows import token_rule
 
 W1 = torch.tensor([[4, -1, 2, -3], [0.5, 6, -1, 2.5], [-2, 1, 8, 0.25]])
 NORMS = torch.tensor([1, 2.5, 2, 0.5]).sqrt()  # any multiple of it ranks alike
@@ -179,3 +180,52 @@ def test_half_precision_keeps_its_zeros():
     batch["pixel_values"] = batch["pixel_values"].to(torch.bfloat16)
     done = sparsify(tiny.model, find_family(tiny.model.config), [batch], Asked(ratio=0.2, rule="sparsegpt"))
     assert done.zeros == pytest.approx(0.2, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_atv_chooses_the_tokens_of_every_block_with_the_zeros_of_those_before_it(name):
+    asked = Asked(ratio=0.3, tokens=token_rule("atv(0.5)"))
+    done, _ = sparsified(name, asked)
+    other, _ = sparsified(name, Asked(ratio=0.3))
+    tiny = tiny_model(name)
+    heard, path, block = {}, "model.language_model.layers.1.mlp.down_proj", "model.language_model.layers.1"
+    state = {key: value for key, value in done.state_dict().items() if block not in key}
+    tiny.model.load_state_dict(state, strict=False)  # all before the last block with their zeros
+    module = tiny.model.get_submodule(path)
+    zeros = asked.zeros(tiny_model(name).model, find_groups(tiny.model, find_family(tiny.model.config)), None)[path]
+
+    def hear(_, args, kwargs, output):
+        before = args[0] if args else kwargs["hidden_states"]
+        after = output[0] if isinstance(output, tuple) else output
+        heard.setdefault("drift", []).append(1 - torch.cosine_similarity(before, after, dim=-1))
+
+    handles = [
+        tiny.model.get_submodule(block).register_forward_hook(hear, with_kwargs=True),
+        module.register_forward_pre_hook(lambda _, inputs: heard.setdefault("read", []).append(inputs[0].detach())),
+    ]
+    batches = [tiny.inputs(count) for count in (2, 3)]
+    with torch.no_grad():
+        for batch in batches:
+            tiny.model(**batch)
+    for handle in handles:
+        handle.remove()
+    images = [batch["input_ids"] == IMAGE_TOKEN for batch in batches]
+    turned = torch.cat([drift[image] for drift, image in zip(heard["drift"], images, strict=True)])
+    rho = min(1, 0.5 * turned.mean().item())
+    rows = []
+    for read, drift, image in zip(heard["read"], heard["drift"], images, strict=True):
+        for sample in range(len(read)):
+            taken = ~image[sample]
+            best = sorted(image[sample].nonzero()[:, 0].tolist(), key=lambda at: -drift[sample, at].item())
+            taken[best[: round(rho * int(taken.sum()))]] = True
+            rows.append(read[sample][taken])
+    assert sum(map(len, rows)) < sum(image.numel() for image in images)
+    expected = wanda.prune(module.weight.detach(), torch.cat(rows).norm(dim=0), zeros)
+    assert torch.equal(done.get_parameter(f"{path}.weight"), expected)
+    assert not torch.equal(other.get_parameter(f"{path}.weight"), expected)
+
+
+def test_pools_are_refused_where_images_and_text_are_read_apart():
+    tiny = tiny_model("clip")
+    with pytest.raises(UnsuitableOptionError, match="clip reads images and texts apart"):
+        sparsify(tiny.model, find_family(tiny.model.config), [tiny.inputs(2)], Asked(tokens=token_rule("text")))
