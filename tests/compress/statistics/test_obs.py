@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
-from tiny_models import tiny_model
+from tiny_models import FACTORIES, tiny_model
 
 from slimvlm.compress.criteria.criterion import CRITERIA
+from slimvlm.compress.criteria.scoring import score_groups
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.statistics.collect import collect
 from slimvlm.compress.statistics.collectors import obs
 from slimvlm.compress.statistics.collectors.obs import removal
+from slimvlm.compress.statistics.rows import CalibrationOptions
 
 
 def drawn(columns: int, rows: int, seed: int, shared: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
@@ -130,3 +134,21 @@ def test_scores_of_a_model_are_those_of_its_inputs_whatever_the_bound_on_memory(
         found = free.seen[name][side].view(count, width).sum(1)[order]
         assert torch.allclose(found.double(), costs.cummax(0).values, rtol=1e-3)
         assert (found.diff() > 0).all()
+
+
+@pytest.mark.parametrize("name", sorted(FACTORIES))
+def test_every_unit_of_every_family_leaves_at_a_time_of_its_own(name: str) -> None:
+    tiny = tiny_model(name)
+    family = find_family(tiny.model.config)
+    groups = find_groups(tiny.model, family)
+    seen = collect(tiny.model, family, groups, [tiny.inputs(3)], CalibrationOptions(("obs", "gate-obs"))).seen
+    for statistic, vectors in seen.items():
+        row = CRITERIA[statistic]
+        scores = score_groups(groups, row, SimpleNamespace(seen={statistic: vectors}))
+        for group in groups:
+            values = scores.values[group.key]
+            assert values.isfinite().all() and (values >= 0).all(), group.key
+            alive = values[values > 0].tolist()  # OPT has channels that no token of so few switches on
+            assert len(set(alive)) == len(alive) > group.num_units / 2, group.key
+    assert not any(module._forward_pre_hooks for module in tiny.model.modules())
+    assert all(parameter.grad is None for parameter in tiny.model.parameters())
