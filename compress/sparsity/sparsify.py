@@ -2,7 +2,8 @@
 
 The inputs of a block are collected anew by the whole model, as it is by then. So every block is run as the model runs
 it, with its own masks, positions and biases; published code replays blocks with what the first was given, and
-calibrates T5 without its position bias and M-RoPE with plain positions. It costs a forward of the samples per block.
+calibrates T5 without its position bias and M-RoPE with plain positions. It costs a forward of the samples per block, up
+to that block.
 """
 
 from __future__ import annotations
@@ -107,9 +108,10 @@ def sparsify(
     for number, block in enumerate(blocks, start=1):
         sides, path = _sides(model, family, block), _path(block[0])
         turning = [side for side in mixed_blocks(model, family) if side.path == path]
-        chosen = counting(asked.tokens, turning, partial(read_forward, model, family, batches), _alone)
+        look = partial(read_forward, model, family, batches, until=model.get_submodule(path))
+        chosen = counting(asked.tokens, turning, look, _alone)
         with collector.watch(sides):
-            read_forward(model, family, batches, Chosen(collector, chosen))
+            look(Chosen(collector, chosen))
             seen = collector.finish(_alone)
         with torch.no_grad():
             for side in sides:

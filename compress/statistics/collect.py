@@ -8,7 +8,7 @@ price of more passes; same result.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 
 import torch
@@ -34,6 +34,10 @@ ACTIVATIONS = 1  # bytes of activations per parameter: a quarter of the fp32 wei
 
 Batch = Mapping[str, Tensor]
 Batches = Sequence[Batch | Callable[[], Batch]]
+
+
+class _SeenAllError(Exception):
+    """Ends a forward; never leaves this module."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -139,18 +143,27 @@ def read_forward(
     batches: Batches,
     collector: Collector,
     told: Callable[[int], None] = lambda done: None,
+    until: nn.Module | None = None,
 ) -> None:
     """Have the model read the batches, in forward passes alone and in this process alone, while `collector` watches.
 
     Args:
         told: after every batch how many are done.
+        until: a pass ends once this module has run.
     """
-    with undisturbed(model), torch.no_grad():
+
+    def end(*_: object) -> None:
+        raise _SeenAllError
+
+    with ExitStack() as stack, undisturbed(model), torch.no_grad():
+        if until is not None:
+            stack.enter_context(until.register_forward_hook(end))
         for done, batch in enumerate(batches, start=1):
             if (question := ask(model, family, batch() if callable(batch) else batch)) is not None:
                 collector.see(question)
                 unread = {"logits_to_keep": 1} if "logits_to_keep" in question.inputs else {}  # as few as can be
-                model(**{**question.inputs, **unread})
+                with suppress(_SeenAllError):
+                    model(**{**question.inputs, **unread})
             told(done)
 
 

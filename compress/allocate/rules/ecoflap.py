@@ -32,9 +32,9 @@ def order_ecoflap(pool: Pool, target: float) -> Integers:
     dense = present * pool.size / np.bincount(pool.group, pool.channels, minlength=pool.groups)
     sparsity = max(0.0, 1 - (present.sum() - target) / dense.sum())
     sizes = np.rint(dense * (PARTS / dense.sum())).astype(np.int64)
-    kept = water_filling(sizes, pool.importance, sparsity, min(1, sparsity + BEYOND)) / sizes * dense
-    goes = np.maximum(1 - kept / present, LAST)
-    return order_global(replace(pool, scores=ranks(pool) / goes[pool.group]), target)
+    goes = 1 - water_filling(sizes, pool.importance, sparsity, min(1, sparsity + BEYOND)) / sizes
+    gone = 1 - (1 - ranks(pool)) * (present / dense)[pool.group]  # of its dense group, once a unit leaves
+    return order_global(replace(pool, scores=gone / np.maximum(goes, LAST)[pool.group]), target)
 
 
 def water_filling(sizes: Integers, importance: Floats, sparsity: float, cap: float) -> Integers:

@@ -15,7 +15,9 @@ from slimvlm.compress.sparsity import sparsegpt, wanda
 from slimvlm.compress.sparsity.counts import linears_of
 from slimvlm.compress.sparsity.rules import RULES, Zeros
 from slimvlm.compress.sparsity.sparsify import Asked, Sparsified, sparsify
-from slimvlm.compress.statistics.rows import token_rule
+from slimvlm.compress.statistics.collect import read_forward
+from slimvlm.compress.statistics.collector import Side
+from slimvlm.compress.statistics.rows import STATISTICS, token_rule
 
 W1 = torch.tensor([[4, -1, 2, -3], [0.5, 6, -1, 2.5], [-2, 1, 8, 0.25]])
 NORMS = torch.tensor([1, 2.5, 2, 0.5]).sqrt()  # any multiple of it ranks alike
@@ -122,8 +124,25 @@ def groups_of(model):
     return find_groups(model, find_family(model.config))
 
 
-def test_a_block_is_looked_at_with_the_zeros_of_those_before_it():
-    tiny = tiny_model("llava")
+@pytest.mark.parametrize("name", FACTORIES)
+def test_a_pass_that_ends_at_a_block_has_seen_of_it_what_a_whole_one_sees(name):
+    tiny = tiny_model(name)
+    family = find_family(tiny.model.config)
+    first = groups_of(tiny.model)[0]
+    found = []
+    for until in (None, tiny.model.get_submodule(f"{first.home.blocks}.{first.layer}")):
+        collector = STATISTICS["input-norms"].make()
+        sides = [Side(path, linear, (1,)) for path, linear in linears_of(tiny.model, first).items()]
+        with collector.watch(sides):
+            read_forward(tiny.model, family, [tiny.inputs(2)], collector, until=until)
+            found.append(collector.finish(lambda moment, how: None))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][path], found[1][path]) and found[0][path].any() for path in found[0])
+
+
+@pytest.mark.parametrize("name", ["llava", "blip2_t5", "qwen2_5_vl"])
+def test_a_block_is_looked_at_with_the_zeros_of_those_before_it_and_its_own_positions(name):
+    tiny = tiny_model(name)
     family, batches = find_family(tiny.model.config), [tiny.inputs(2)]
     read = []
     last = groups_of(tiny.model)[-1]
