@@ -209,7 +209,7 @@ def _started(job: _Job, device: Device) -> Profile:
     dtype = SHORT.get(options.dtype, "fp32")
     return Profile(
         command=(Path(sys.argv[0]).name, *sys.argv[1:]),
-        versions=installed_versions((*VERSIONED, *manifest.VERSIONED)),
+        versions=installed_versions((*VERSIONED, *manifest.VERSIONED, "torchao")),
         seed=options.seed,
         device=device,
         settings={

@@ -109,7 +109,11 @@ def pack(model: PreTrainedModel) -> None:
     alone, which has that kernel for bfloat16. Their values stay what they are; such a model cannot be saved.
     """
     for module in model.modules():
-        if isinstance(module, nn.Linear) and hasattr(module.weight, "target_dtype") and not module.weight.is_cuda:
+        if (
+            isinstance(module, nn.Linear)
+            and hasattr(module.weight, "target_dtype")
+            and module.weight.device.type == "cpu"
+        ):
             module.weight = nn.Parameter(_packed(module.weight), requires_grad=False)
 
 
