@@ -78,6 +78,7 @@ def _write_export(folder: Path) -> None:
         "format": "onnx",
         "variant": "fp32",
         "file": "graph.onnx",
+        "steps": None,
         "exporter": "dynamo",
     }
     artifact |= {"seconds": 1.0, "opset": 20, "fallback_reason": None, "fused_for": None, "ok": True}

@@ -177,7 +177,7 @@ def test_missing_graphs_are_made_and_thrown_away(pair, tmp_path):
         ({"provider": "tensorrt"}, DeviceError, "--provider tensorrt does not run on the device cpu"),
         ({"backend": ("tensorflow",)}, UnsuitableOptionError, "choose from torch, onnx, torchscript"),
         ({"backend": ()}, UnsuitableOptionError, "names none"),
-        ({"backend": ("torch:int8",)}, UnsuitableOptionError, "torch:int8 is unknown"),
+        ({"backend": ("torch:int5",)}, UnsuitableOptionError, "torch:int5 is unknown"),
         ({"batch_sizes": (0,)}, UnsuitableOptionError, "--batch-sizes 0: accepted is 1 to 2147483647"),
         ({"image_sizes": ((32, 9999),)}, UnsuitableOptionError, "--image-sizes 9999: accepted is 1 to 8192"),
         ({"threads": 10**9}, UnsuitableOptionError, "--threads 1000000000: accepted is 1 to 1024"),
