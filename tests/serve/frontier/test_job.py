@@ -132,3 +132,21 @@ def test_a_budget_leaves_out_the_cuts_that_would_end_later(asked, whole, tmp_pat
 def test_what_no_frontier_can_be_made_of_is_refused_in_a_sentence(asked, changes, said):
     with pytest.raises(UnsuitableOptionError, match=said):
         measure_frontier(replace(asked, **changes))
+
+
+@pytest.mark.parametrize("name", ("llava_next", "blip2_t5", "clip"))
+def test_a_frontier_is_made_of_families_of_every_kind(tmp_path, name):
+    """One grid for all images, an encoder and a decoder, two towers; each of the others exports and answers alike."""
+    model, data = write_tiny(tmp_path, name, samples=8)
+    sizes = {"eval_samples": 2, "samples": 2, "rounds": 1, "criterion": "magnitude", "compensation": "none"}
+    cut = CutOptions(model=str(model), data=data, out=tmp_path / "out", device="cpu", recover="none", **sizes)
+    chosen = FrontierOptions(cut=cut, ratios=(0.1,), variants=("fp32",), exporter="torchscript", times=False)
+    found = measure_frontier(chosen)
+    assert not found.skipped and [(point.ratio, point.variant) for point in found.points] == [
+        (0, "fp32"),
+        (0.1, "fp32"),
+    ]
+    dense, slim = found.points
+    assert (
+        0 < slim.bytes <= dense.bytes and slim.removed > 0
+    )  # what no output needs is in no graph and slim.quality.questions == dense.quality.questions > 0
