@@ -13,25 +13,40 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
-from recovery import Cell, make_plan, read, run
+from earlier import read
 
 from slimvlm.compress.data.collate import collator_of
 from slimvlm.compress.data.samples import Sample, load_samples
 from slimvlm.compress.evaluation.evaluate import evaluate
 from slimvlm.compress.files.writing import installed_versions
 from slimvlm.compress.models.checkpoint import Loaded
+from slimvlm.compress.models.computing import load_to_compute
+from slimvlm.compress.options import CutOptions
+from slimvlm.compress.progress import silent
 from slimvlm.compress.recovery.adapters.rounding import rounded
-from slimvlm.demo import SAMPLES
+from slimvlm.compress.runs import MODEL as RUN_MODEL
+from slimvlm.compress.stages.cut import cut_by_plan
+from slimvlm.demo import MODEL, SAMPLES
+from slimvlm.serve.study.making import Makings
+from slimvlm.serve.study.study import Bed, Cell, said_of
 
 SCORED = ("fp32", "q4", "q2")
-WAYS = {"none": "none", "lora": "lpd", "full": "full-lpd"}  # what is trained -> row of the recovery's benchmark
+BED = Bed("demo", str(MODEL), SAMPLES / "train.jsonl", SAMPLES / "val.jsonl")
+WAYS: dict[str, dict[str, Any]] = {  # what is trained -> options of the recovery
+    "none": {"recover": "none"},
+    "lora": {"learning_rate": 0.004},
+    "full": {"train": "full", "learning_rate": 0.0007, "recall": False},
+}
 
 
 @dataclass(frozen=True)
@@ -43,8 +58,25 @@ class Training:
     trained: str
     variant: str
 
-    def cell(self) -> Cell:
-        return Cell("default", self.ratio, WAYS[self.trained], "all", self.seed)
+    def cell(self, steps: int) -> Cell:
+        options = CutOptions(
+            model=BED.model, data=BED.data, eval_data=BED.val, out=Path(), device="cpu", ratio=self.ratio,
+            seed=self.seed, steps=steps, train_batch_size=32, validate_every=max(1, steps // 4),
+            recover_as=None if self.variant == "fp32" else self.variant, **WAYS[self.trained],
+        )  # fmt: skip
+        return Cell(BED, "qat", options, self.ratio, said_of(options, self.ratio, Path()))
+
+
+def run(cell: Cell, makings: Makings) -> tuple[Loaded, dict[str, Any]]:
+    """The cut and trained model, and what the training says of itself."""
+    plan, _ = makings.plan(cell)
+    with tempfile.TemporaryDirectory() as folder:
+        training = cache(partial(makings.trained, cell))
+        made = cut_by_plan(Path(folder, "run"), cell.options, plan, makings.samples(cell), training, silent)
+        loaded = load_to_compute(cell.options, str(made.path / RUN_MODEL))
+    told = ("seconds", "tokens_per_second", "best_step", "helped", "first", "best")
+    facts = {name: value for name, value in made.facts("recover").items() if name in told}
+    return loaded, {**facts, "removed": round(plan.removed_fraction, 5)}
 
 
 def trainings(arguments: argparse.Namespace) -> Iterator[Training]:
@@ -58,15 +90,13 @@ def trainings(arguments: argparse.Namespace) -> Iterator[Training]:
 def measure(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     samples = load_samples(SAMPLES / "val.jsonl", limit=arguments.limit).samples
+    makings = Makings(arguments.out.with_suffix(".plans"))
     for training in trainings(arguments):
         key = {**asdict(training), "steps": arguments.steps, "questions": len(samples)}
-        if any(all(row[name] == value for name, value in key.items()) for row in read(arguments.out)):
+        done = read(arguments.out) if arguments.out.is_file() else []
+        if any(all(row[name] == value for name, value in key.items()) for row in done):
             continue
-        cell = training.cell()
-        make_plan(arguments.out, cell)
-        as_variant = None if training.variant == "fp32" else training.variant
-        options = argparse.Namespace(**vars(arguments), cache=None, set=[f"recover_as={json.dumps(as_variant)}"])
-        loaded, facts = run(cell, options)
+        loaded, facts = run(training.cell(arguments.steps), makings)
         scores = {variant: score(loaded, variant, samples) for variant in SCORED}
         where = {"cpu": platform.machine(), "threads": arguments.threads, "versions": installed_versions()}
         with arguments.out.open("a") as file:

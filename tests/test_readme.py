@@ -2,9 +2,6 @@
 
 import importlib.util
 import re
-import sys
-from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -17,57 +14,51 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 @pytest.fixture(scope="module")
-def benchmarks() -> Iterator[dict[str, ModuleType]]:
-    """The scripts as modules; the second imports the first, and their dataclasses look themselves up."""
-    found = {}
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("quality", "recovery"):
-            spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-            found[name] = importlib.util.module_from_spec(spec)
-            patch.setitem(sys.modules, name, found[name])
-            spec.loader.exec_module(found[name])
-        yield found
+def earlier() -> ModuleType:
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("earlier", ROOT / "benchmarks" / "earlier.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def test_the_printed_tables_are_the_measured_ones(benchmarks):
-    quality = benchmarks["quality"]
-    rows = quality.read(RESULTS / "quality.jsonl")
-    assert quality.table(rows, quality.README) in (ROOT / "README.md").read_text()
-    assert quality.table(rows) in (ROOT / "demo" / "README.md").read_text()
-    prefixes = quality.table(quality.read(RESULTS / "prefix.jsonl"))
+def test_the_printed_tables_are_the_measured_ones(earlier):
+    rows = earlier.read(RESULTS / "quality.jsonl")
+    assert earlier.quality_table(rows, earlier.README) in (ROOT / "README.md").read_text()
+    assert earlier.quality_table(rows) in (ROOT / "demo" / "README.md").read_text()
+    prefixes = earlier.quality_table(earlier.read(RESULTS / "prefix.jsonl"))
     assert prefixes in (ROOT / "docs" / "choosing.md").read_text()
 
 
-def test_cells_of_one_column_removed_the_same_share(benchmarks):
+def test_cells_of_one_column_removed_the_same_share(earlier):
     """All but the loop of the paper, which says beside its cells what it removed; three calibration sets everywhere."""
-    rows = [row for row in benchmarks["quality"].read(RESULTS / "quality.jsonl") if row["score"] and row["ratio"]]
+    rows = [row for row in earlier.read(RESULTS / "quality.jsonl") if row["score"] and row["ratio"]]
     exact = [row for row in rows if not row["method"].startswith("ukmi")]
     assert len(exact) > 100
     assert all(abs(row["removed"] - row["ratio"]) <= 0.002 for row in exact)
 
 
-def test_the_printed_recovery_tables_are_the_measured_ones(benchmarks, capsys):
-    files = {"out": RESULTS / "recovery.jsonl", "dense": RESULTS / "quality.jsonl"}
-    benchmarks["recovery"].table(Namespace(**files, steps=300, seeds=3))
+def test_the_printed_recovery_tables_are_the_measured_ones(earlier, capsys):
+    earlier.print_recovery_tables(RESULTS / "recovery.jsonl", RESULTS / "quality.jsonl")
     page = (ROOT / "docs" / "recovery.md").read_text()
     tables = capsys.readouterr().out.strip().split("\n\n")
     assert [table for table in tables if table not in page] == []
     assert len(tables) == 6
 
 
-def test_every_score_of_a_recovery_says_its_split(benchmarks):
+def test_every_score_of_a_recovery_says_its_split(earlier):
     splits = {}
     for name in ("recovery", "recovery_tuning"):
-        rows = benchmarks["recovery"].read(RESULTS / f"{name}.jsonl")
+        rows = earlier.read(RESULTS / f"{name}.jsonl")
         splits[name] = {row.get("split") for row in rows if "score" in row}
     assert splits == {"recovery": {"test"}, "recovery_tuning": {"val"}}
 
 
 @pytest.mark.parametrize(("ratio", "data"), [(0.35, "all"), (0.5, "all"), (0.5, "5%"), (0.7, "5%")])
-def test_lpd_beats_full_fine_tuning_with_every_seed_where_the_page_says_so(benchmarks, ratio, data):
+def test_lpd_beats_full_fine_tuning_with_every_seed_where_the_page_says_so(earlier, ratio, data):
     asked = {"cut": "default", "ratio": ratio, "data": data, "steps": 300}
     scores = {"lpd": {}, "full": {}}
-    for row in benchmarks["recovery"].read(RESULTS / "recovery.jsonl"):
+    for row in earlier.read(RESULTS / "recovery.jsonl"):
         if row.get("recipe") in scores and all(row[name] == value for name, value in asked.items()):
             scores[row["recipe"]][row["seed"]] = row["score"]
     assert len(scores["lpd"]) == 3
