@@ -1,6 +1,7 @@
 """The tables of what was measured before there was `slimvlm study`, from the lines that were written then.
 
     python benchmarks/earlier.py quality benchmarks/results/quality.jsonl [ROW ...]
+    python benchmarks/earlier.py quality benchmarks/results/candidates.jsonl   (700 questions of the validation split)
     python benchmarks/earlier.py recovery benchmarks/results/recovery.jsonl
 
 Nothing is measured here: `slimvlm study benchmarks/studies/demo.toml OUT` and `demo-recovery.toml` measure such rows
@@ -26,6 +27,9 @@ METHODS = {
     "gate-refit": "Gates, global, one shot, refitted",
     "ukmi-refit": "UKMI, faithful, steps in proportion, refitted",
     "taylor-refit": "Taylor, global, one shot, refitted",
+    "gate-obs-refit": "Gates x greedy OBS, global, one shot, refitted",
+    "gate-obs-4": "Gates x greedy OBS, 4 rounds, refitted between them",
+    "gate-4": "Gates, 4 rounds, refitted between them",
     "magnitude-refit": "Magnitude, per layer, refitted",
     "random-refit": "Random, refitted",
     "no-refit": "slimvlm default, without the refit",
