@@ -29,7 +29,6 @@ METHODS = {
     "taylor-refit": "Taylor, global, one shot, refitted",
     "gate-obs-refit": "Gates x greedy OBS, global, one shot, refitted",
     "gate-obs-4": "Gates x greedy OBS, 4 rounds, refitted between them",
-    "gate-4": "Gates, 4 rounds, refitted between them",
     "magnitude-refit": "Magnitude, per layer, refitted",
     "random-refit": "Random, refitted",
     "no-refit": "slimvlm default, without the refit",
