@@ -98,13 +98,10 @@ def _file(form: str, graph: Graph, variant: Variant, extension: str) -> str:
 
 
 def _share_embeddings(folder: Path, artifacts: Sequence[Artifact], options: ExportOptions) -> None:
-    """Quantized graphs have no part in it: table and head are quantized along other axes."""
-    files = {
-        artifact.graph: folder / artifact.file
-        for artifact in artifacts
-        if artifact.format == "onnx" and artifact.variant in TRACED.values()
-    }
-    if (owner := files.pop(EMBED, None)) is not None:
-        from slimvlm.export.writers.sharing import share_table
+    """Of every variant; int8 has nothing to share: ONNX Runtime quantizes table and head along other axes."""
+    from slimvlm.export.writers.sharing import share_table
 
-        share_table(owner, list(files.values()), options.external_bytes)
+    onnx = [artifact for artifact in artifacts if artifact.format == "onnx"]
+    for table in (artifact for artifact in onnx if artifact.graph == EMBED):
+        readers = [folder / other.file for other in onnx if other.variant == table.variant and other is not table]
+        share_table(folder / table.file, readers, options.external_bytes)
