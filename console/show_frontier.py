@@ -23,7 +23,8 @@ def show_frontier(frontier: Frontier, written: Path, *, as_json: bool) -> None:
         return
     print_line(f"device   {frontier.device.name} ({frontier.device.kind}), {frontier.device.threads} threads")
     names = ("", "size", "quality", "points lost", "first token", "per token")
-    print_table(names, [_row(point) for point in sorted(frontier.points, key=lambda one: (one.ratio, -one.bytes))])
+    points = sorted(frontier.points, key=lambda one: (one.ratio, -one.bytes))
+    print_table(names, [_row(frontier, point) for point in points])
     for sentence in choices:
         print_line(sentence)
     for name, reason in frontier.skipped.items():
@@ -33,8 +34,8 @@ def show_frontier(frontier: Frontier, written: Path, *, as_json: bool) -> None:
     print_line(f"written  {written}")
 
 
-def _row(point: Point) -> tuple[str, ...]:
-    times = (_milliseconds(point.milliseconds(phase)) for phase in ("ttft", "tpot"))
+def _row(frontier: Frontier, point: Point) -> tuple[str, ...]:
+    times = (_milliseconds(frontier.cost(point, phase)) for phase in ("ttft", "tpot"))
     return point.name, f"{point.bytes / 1e6:.2f} MB", f"{100 * point.quality.slim:.1f} %", point.lost, *times
 
 

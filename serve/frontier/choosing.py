@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from slimvlm.serve.fitting.goals import QUANTITIES, Goal, read_goals
@@ -20,10 +19,10 @@ class Choice:
     sentence: str
 
 
-def pareto(points: Iterable[Point], cost: str) -> tuple[Point, ...]:
+def pareto(frontier: Frontier, cost: str) -> tuple[Point, ...]:
     """The points that no other one beats in quality and in `cost` (`size`, `tpot`, `ttft`), cheapest first."""
     line: list[Point] = []
-    known = [(value, point) for point in points if (value := point.cost(cost)) is not None]
+    known = [(value, point) for point in frontier.points if (value := frontier.cost(point, cost)) is not None]
     for _, point in sorted(known, key=lambda one: (one[0], one[1].drop)):
         if not line or point.drop < line[-1].drop:
             line.append(point)
@@ -45,7 +44,7 @@ def costs_of(frontier: Frontier) -> tuple[str, ...]:
 
 def _cheapest(frontier: Frontier, cost: str, within: str) -> Choice:
     """Of the points that lose at most ACCEPTED_DROP."""
-    good = [(value, one) for one in frontier.points if one.drop <= ACCEPTED_DROP and (value := one.cost(cost))]
+    good = _good(frontier, cost)
     what = COSTS.get(cost, f"lowest {cost}").capitalize()
     if not good:
         return Choice(None, f"{what} with {within}: none of the points that were measured.")
@@ -59,7 +58,8 @@ def _best(frontier: Frontier, goal: Goal) -> Choice:
         fits = [one for one in frontier.points if goal.is_met(max(one.drop, 0.0))]
         key = "size"
     else:
-        found = {"memory": lambda one: one.memory(frontier.device.kind)}.get(goal.name, lambda one: one.cost(goal.name))
+        kind = frontier.device.kind
+        found = {"memory": lambda one: one.memory(kind)}.get(goal.name, lambda one: frontier.cost(one, goal.name))
         known = [(value, one) for one in frontier.points if (value := found(one)) is not None]
         if not known:
             return Choice(None, f"Best under {goal}: it was not measured.")
@@ -67,7 +67,7 @@ def _best(frontier: Frontier, goal: Goal) -> Choice:
     if not fits:
         return Choice(None, f"Best under {goal}: none of the points that were measured meets it.")
     point = min(fits, key=lambda one: (one.bytes, one.drop) if goal.name == "drop" else (one.drop, one.bytes))
-    return Choice(point, f"Best under {goal}: {_words(point, key, point.cost(key))}.")
+    return Choice(point, f"Best under {goal}: {_words(point, key, frontier.cost(point, key))}.")
 
 
 def _words(point: Point, cost: str, value: float | None) -> str:
@@ -78,14 +78,19 @@ def _words(point: Point, cost: str, value: float | None) -> str:
 
 def _beside(frontier: Frontier, point: Point, cost: str) -> str:
     """What the best dense variant costs that loses as little, where the point is a cut; else that no cut was better."""
-    rivals = [(value, one) for one in _dense(frontier) if one.drop <= ACCEPTED_DROP and (value := one.cost(cost))]
+    rivals = [(value, one) for value, one in _good(frontier, cost) if one.is_dense]
     if point.is_dense:
         return "; no cut that was measured is better" if len(rivals) < len(frontier.points) else ""
     if not rivals:
         return "; no dense variant loses so little"
     value, rival = min(rivals, key=lambda one: one[0])
-    return f"; the best dense one is {rival.name}, {QUANTITIES[cost].words(value)}"
+    one, other = point.faster(cost), rival.faster(cost)
+    level = one is not None and other is not None and one.low <= other.high and other.low <= one.high
+    doubt = ", which its interval does not tell from it" if level else ""
+    return f"; the best dense one is {rival.name}, {QUANTITIES[cost].words(value)}{doubt}"
 
 
-def _dense(frontier: Frontier) -> Sequence[Point]:
-    return [point for point in frontier.points if point.is_dense]
+def _good(frontier: Frontier, cost: str) -> list[tuple[float, Point]]:
+    """The points that lose at most ACCEPTED_DROP, with what they cost."""
+    costs = ((frontier.cost(point, cost), point) for point in frontier.points if point.drop <= ACCEPTED_DROP)
+    return [(value, point) for value, point in costs if value is not None]

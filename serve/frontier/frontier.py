@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from statistics import median
 from typing import Any
 
 from slimvlm.compress.evaluation.quality import Comparison
-from slimvlm.export.variants import VARIANTS
+from slimvlm.export.variants import FULL, VARIANTS
 from slimvlm.serve.judging.limits import peak_memory
-from slimvlm.serve.profile import MEASURED, Cell, Device
+from slimvlm.serve.profile import MEASURED, Cell, Device, Ratio
 
 SCHEMA = 1
 ACCEPTED_DROP = 1.0  # points: what "as good as dense" means in the sentences
@@ -71,19 +72,19 @@ class Point:
         value, low, high = (round(one, 1) + 0.0 for one in (self.drop, low, high))  # no -0.0
         return f"{value:.1f} ({low:.1f} to {high:.1f})"
 
-    def milliseconds(self, phase: str) -> float | None:
-        """Median of a phase of `profile.PHASES`; None where it was not measured."""
-        run = self.cell.runs.get("slim") if self.cell is not None and self.cell.status == MEASURED else None
+    def milliseconds(self, phase: str, model: str = "slim") -> float | None:
+        """Median of a phase of `profile.PHASES`, of the artefact or of `dense`, in turns with it; None: not timed."""
+        run = self.cell.runs.get(model) if self.cell is not None and self.cell.status == MEASURED else None
         return 1000 * run.medians[phase] if run is not None and phase in run.medians else None
+
+    def faster(self, phase: str) -> Ratio | None:
+        """How many times as fast it is as the dense model in full precision, timed in turns; None where it was not."""
+        return None if self.cell is None else self.cell.ratios.get(phase)
 
     def memory(self, kind: str) -> int | None:
         """Bytes at the peak on a device of this kind."""
         run = None if self.cell is None else self.cell.runs.get("slim")
         return None if run is None else peak_memory(run.memory, kind)
-
-    def cost(self, name: str) -> float | None:
-        """A figure by the name that targets have for it: size (bytes), ttft, tpot, vision (milliseconds)."""
-        return float(self.bytes) if name == "size" else self.milliseconds(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +118,26 @@ class Frontier:
             ValueError: a figure is not finite.
         """
         return json.dumps(asdict(self), indent=1, allow_nan=False) + "\n"
+
+    def cost(self, point: Point, name: str) -> float | None:
+        """A figure by the name that targets have for it: size (bytes); ttft, tpot, vision (milliseconds).
+
+        A device is not as fast in one minute as in another. So a time is that of the dense model over the whole
+        measurement, by how many times as fast the point was in turns with it.
+        """
+        if name == "size":
+            return float(point.bytes)
+        usual, faster = self._usual(name), point.faster(name)
+        if usual is None:
+            return point.milliseconds(name)
+        if faster is not None:
+            return usual / faster.value
+        return usual if point.is_dense and point.variant == FULL else point.milliseconds(name)
+
+    def _usual(self, phase: str) -> float | None:
+        """Median of all times of the dense model in full precision; None where nothing was timed in turns with it."""
+        found = [point.milliseconds(phase, "dense") for point in self.points if point.faster(phase) is not None]
+        return median(times) if (times := [time for time in found if time is not None]) else None
 
     def find(self, ratio: float, variant: str) -> Point | None:
         """This point, if it was measured."""

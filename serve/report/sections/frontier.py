@@ -58,7 +58,7 @@ def _timed(frontier: Frontier) -> str:
 
 def _chart(frontier: Frontier, cost: str) -> Chart:
     divisor, axis, name = AXES[cost]
-    best = pareto(frontier.points, cost)
+    best = pareto(frontier, cost)
     marks = [
         Mark(
             "dense" if point.is_dense else "slim",
@@ -68,7 +68,7 @@ def _chart(frontier: Frontier, cost: str) -> Chart:
             point in best,
         )
         for point in frontier.points
-        if (value := point.cost(cost)) is not None
+        if (value := frontier.cost(point, cost)) is not None
     ]
     bounds = [goal.amount / divisor for goal in read_goals(frontier.targets) if goal.name == cost]
     return trade_dots(f"frontier-{cost}", f"Quality over {name}", marks, axis, bounds)
@@ -91,7 +91,7 @@ def _table(frontier: Frontier) -> Table:
         "per token, ms",
         "peak, MB",
     )
-    best = {cost: pareto(frontier.points, cost) for cost in ("size", "tpot")}
+    best = {cost: pareto(frontier, cost) for cost in ("size", "tpot")}
     rows = [
         (
             shown(point.name) + ("*" if any(point in line for line in best.values()) else ""),
@@ -99,8 +99,8 @@ def _table(frontier: Frontier) -> Table:
             f"{point.bytes / 1e6:.2f}",
             percent(point.quality.slim),
             point.lost,
-            _time(point, "ttft"),
-            _time(point, "tpot"),
+            _time(frontier, point, "ttft"),
+            _time(frontier, point, "tpot"),
             figure(None if (peak := point.memory(frontier.device.kind)) is None else peak / 1e6),
         )
         for point in frontier.points
@@ -113,8 +113,8 @@ def _table(frontier: Frontier) -> Table:
     )
 
 
-def _time(point: Point, phase: str) -> str:
-    """Median, and how many times as fast as the dense model in full precision, with its interval."""
-    value, ratio = point.milliseconds(phase), point.cell.ratios.get(phase) if point.cell is not None else None
+def _time(frontier: Frontier, point: Point, phase: str) -> str:
+    """The time, and how many times as fast as the dense model in full precision, with its interval."""
+    value, ratio = frontier.cost(point, phase), point.faster(phase)
     faster = "" if ratio is None else f" ({ratio.value:.2f} x, {ratio.low:.2f} to {ratio.high:.2f})"
     return "-" if value is None else f"{value:.3g}{faster}"

@@ -36,7 +36,7 @@ POINTS = st.lists(
 
 @given(POINTS)
 def test_no_point_of_the_line_is_beaten_and_every_other_point_is(points):
-    line = pareto(points, "size")
+    line = pareto(example_frontier(*points), "size")
     for one, other in itertools.pairwise(line):
         assert one.bytes < other.bytes and one.drop > other.drop
     for point in points:
@@ -48,6 +48,23 @@ def test_the_smallest_and_the_fastest_within_a_point_are_named_beside_the_best_d
     assert (smallest.point, fastest.point) == (CUTS[0], CUTS[0])
     assert "2.1 MB" in smallest.sentence and "dense q4, 2.5 MB" in smallest.sentence
     assert "1.5 ms" in fastest.sentence and "dense int8, 1.6 ms" in fastest.sentence
+
+
+def test_times_are_compared_through_the_dense_model_that_ran_in_turns():
+    """The device was half as fast when the cut was timed: it is the faster one all the same."""
+    full = example_point(0, "fp32", 900, 0.0, 5.0)
+    dense, cut = example_point(0, "q4", 800, 0.1, 2.0, 4.0), example_point(0.2, "q4", 700, 0.2, 2.5, 8.0)
+    frontier = example_frontier(full, dense, cut)
+    assert [frontier.cost(point, "tpot") for point in (full, dense, cut)] == pytest.approx([6.0, 3.0, 6 / 3.2])
+    assert [point.milliseconds("tpot") for point in (full, dense, cut)] == pytest.approx([5.0, 2.0, 2.5])
+    _, fastest = recommend(frontier)
+    assert fastest.point == cut and fastest.sentence.endswith("dense q4, 3 ms.")
+
+
+def test_a_cut_whose_speed_up_is_within_the_interval_of_a_dense_variants_is_said_to_be():
+    dense, cut = example_point(0, "q4", 800, 0.1, 2.0, 4.0), example_point(0.2, "q4", 700, 0.2, 1.99, 4.0)
+    _, fastest = recommend(example_frontier(dense, cut))
+    assert fastest.point == cut and fastest.sentence.endswith("which its interval does not tell from it.")
 
 
 def test_where_a_dense_variant_is_best_it_is_said_that_no_cut_is_better():
