@@ -158,4 +158,4 @@ def test_the_studies_of_this_project_can_be_made_and_say_how_long_they_take(path
         if cell.options.recover != "none":
             recipe_of(cell.options)
     left, seconds = StudyOptions(out=tmp_path / "out", cells=cells, processes=2).left()
-    assert left == len(cells) and 1800 < seconds < 5 * 3600
+    assert left == len(cells) and 300 < seconds < 5 * 3600
