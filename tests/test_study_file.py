@@ -121,6 +121,8 @@ WRONG = [
     ("", "the study has no cells"),
     ("[[row]]\nallocator = 'paper'", "row 'allocator paper': the allocator paper takes all in one round"),
     ("[[row]]\nrecover = 'lpd+nothing'", "row 'recover lpd+nothing': "),
+    ("[[row]]\nsparsity = '2:4'\nratio = 0.3", "--ratio has no say with --sparsity 2:4"),
+    ("[[row]]\nsparsity = 'unstructured'\nrounds = 2", "row 1: key 'rounds' is unknown"),
 ]
 
 
@@ -159,3 +161,25 @@ def test_the_studies_of_this_project_can_be_made_and_say_how_long_they_take(path
             recipe_of(cell.options)
     left, seconds = StudyOptions(out=tmp_path / "out", cells=cells, processes=2).left()
     assert left == len(cells) and 300 < seconds < 5 * 3600
+
+
+def test_a_row_that_names_a_sparsity_has_the_options_of_sparsify_and_those_of_all_that_it_knows(folder):
+    (found, other) = cells(
+        folder,
+        BED
+        + """
+        [all]
+        ratio = 0.35
+        rounds = 3
+        samples = 40
+        recover = "none"
+        [[row]]
+        name = "{rule}, {allocator}"
+        sparsity = "unstructured"
+        rule = ["wanda", "sparsegpt"]
+        allocator = "ecoflap"
+        """,
+    )
+    assert (found.method, other.method) == ("wanda, ecoflap", "sparsegpt, ecoflap")
+    assert (found.zeros.samples, found.zeros.ratio, found.options.samples) == (40, 0.35, 40)
+    assert found.said["sparsity"] == "unstructured" and "rounds" not in found.said

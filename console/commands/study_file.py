@@ -10,7 +10,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any  # what a TOML or JSON file holds, and what options of all types become
@@ -19,18 +19,22 @@ import click
 
 from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.files.decoding import MisfitError, content_of, parse, refused_as, shown
-from slimvlm.compress.options import ComputeOptions, CutOptions
-from slimvlm.console.commands.cutting import compress
+from slimvlm.compress.options import ComputeOptions, CutOptions, EvaluateOptions, SparsifyOptions
+from slimvlm.console.commands.cutting import compress, sparsify
 from slimvlm.console.options import FILE_OR_FOLDER, NAME, POSITIVE, TEXT
-from slimvlm.serve.study.study import BLIND, DENSE, Bed, Cell, said_of
+from slimvlm.serve.study.study import BLIND, DENSE, Bed, Cell, said_of, said_of_zeros
 
 ADVICE = "write it as docs/study.md shows"
 PLACES = ("model", "data", "val", "test")
 TIMED = ("evaluate", "cut", "round", "step")
-OPTIONS = {str(one.name): one for one in reversed(compress.params) if isinstance(one, click.Option)}
+OPTIONS, ZEROING = (
+    {str(one.name): one for one in reversed(command.params) if isinstance(one, click.Option)}
+    for command in (compress, sparsify)
+)
 OF_BEDS = {*(field.name for field in fields(ComputeOptions)), "eval_samples", "max_bad_samples", "prefix_split"}
 NOT_STUDIED = {"model", "data", "eval_data", "out", "resume", "overwrite", "cost"}
 STUDIED = {field.name for field in fields(CutOptions)} - NOT_STUDIED - OF_BEDS
+ZEROED = {field.name for field in fields(SparsifyOptions)} - NOT_STUDIED - OF_BEDS  # where a row names `sparsity`
 OF_ROWS = {"bed", "one_plan"}  # besides options
 
 
@@ -80,33 +84,51 @@ def _bed(folder: Path, name: str, table: object) -> Bed:
             seconds[step] = _converted(POSITIVE, value)
     with _inside("model"):
         model = _converted(NAME, _there(folder, told["model"]))
-    options = {name: _value(folder, name, told[name]) for name in OF_BEDS if name in told}
+    options = {name: _value(folder, OPTIONS[name], told[name]) for name in OF_BEDS if name in told}
     return Bed(name, model, **samples, options=options, seconds=seconds)
 
 
 def _cells(folder: Path, beds: list[Bed], common: Mapping[str, Any], row: object) -> Iterator[Cell]:
-    own = _known(row, STUDIED | OF_ROWS | {"name"})
-    told = {**common, **own}
+    zeroed = "sparsity" in _table(row)
+    known, options_of = (ZEROED | {"bed"}, ZEROING) if zeroed else (STUDIED | OF_ROWS, OPTIONS)
+    own = _known(row, known | {"name"})
+    told = {**{name: value for name, value in common.items() if name in known}, **own}
     template, one_plan = _converted(TEXT, told.pop("name", "")), told.pop("one_plan", False)
     if not isinstance(one_plan, bool):
         raise MisfitError(f"one-plan: {shown(one_plan)} is not true or false")
     chosen = _chosen(beds, told.pop("bed", [bed.name for bed in beds]))
-    axes = {name: [_value(folder, name, one) for one in _values(name, told[name])] for name in told}
+    axes = {
+        name: [_value(folder, options_of[name], one) for one in _values(options_of[name], told[name])] for name in told
+    }
     ratios, seeds = axes.pop("ratio", [CutOptions.ratio]), axes.pop("seed", [CutOptions.seed])
     for bed, *values in product(chosen, *axes.values()):
         given = {**bed.options, **dict(zip(axes, values, strict=True))}
         if one_plan and len(ratios) > 1:
             given["equal_rounds"] = True
         for seed, ratio in product(seeds, ratios):
-            options = CutOptions(
-                model=bed.model, data=bed.data, eval_data=bed.val, out=Path(), ratio=ratio, seed=seed, **given
-            ).resolved()
-            largest = max(ratios) if one_plan else ratio
-            name = _named(template, options, [axis for axis in axes if axis in own], axes)
-            yield Cell(bed, name, options, largest, said_of(options, largest, folder))
+            asked = {**given, "ratio": ratio, "seed": seed}
+            cell = (
+                _zeros_cell(bed, asked) if zeroed else _cut_cell(folder, bed, asked, max(ratios) if one_plan else ratio)
+            )
+            name = _named(template, cell.zeros or cell.options, [axis for axis in axes if axis in own], axes)
+            yield replace(cell, method=name)
 
 
-def _named(template: str, options: CutOptions, own: list[str], axes: Mapping[str, list[Any]]) -> str:
+def _cut_cell(folder: Path, bed: Bed, asked: Mapping[str, Any], largest: float) -> Cell:
+    options = CutOptions(model=bed.model, data=bed.data, eval_data=bed.val, out=Path(), **asked).resolved()
+    return Cell(bed, "", options, largest, said_of(options, largest, folder))
+
+
+def _zeros_cell(bed: Bed, asked: Mapping[str, Any]) -> Cell:
+    zeros = SparsifyOptions(model=bed.model, data=bed.data, out=Path(), **asked)
+    same = {name: value for name, value in asked.items() if name not in ("sparsity", "rule", "allocator", "tokens")}
+    options = CutOptions(
+        model=bed.model, data=bed.data, eval_data=bed.val, out=Path(), rounds=1, recover="none", **same
+    )
+    return Cell(bed, "", options, options.ratio, said_of_zeros(zeros), zeros)
+
+
+def _named(template: str, options: EvaluateOptions, own: list[str], axes: Mapping[str, list[Any]]) -> str:
     """What a row is called: by its template, and by what it varies that the template does not say."""
     try:
         name = template.format_map(vars(options))
@@ -137,28 +159,32 @@ def _chosen(beds: list[Bed], names: object) -> list[Bed]:
     return [known[name] for name in names]
 
 
-def _values(name: str, told: object) -> list[Any]:
+def _values(option: click.Option, told: object) -> list[Any]:
     """The values along the axis of an option; of one that is a list itself those are lists of lists."""
-    if OPTIONS[name].multiple and not isinstance(told, Mapping):
+    if option.multiple and not isinstance(told, Mapping):
         nested = isinstance(told, list) and told and all(isinstance(one, list | Mapping) for one in told)
         return told if nested and isinstance(told, list) else [told]
     if told == []:
-        raise MisfitError(f"{name.replace('_', '-')}: it has no value")
+        raise MisfitError(f"{_word(option)}: it has no value")
     return told if isinstance(told, list) else [told]
 
 
-def _value(folder: Path, name: str, told: object) -> Any:
+def _value(folder: Path, option: click.Option, told: object) -> Any:
     """A value of an option as the command line reads it."""
-    option, value = OPTIONS[name], told
+    value = told
     if isinstance(told, Mapping):
         value = [f"{key}={one}" for key, one in told.items()]
     elif option.type in (FILE_OR_FOLDER, NAME):
         value = _there(folder, told)
 
-    with _inside(name.replace("_", "-")), _refused(told), click.Context(compress) as context:
+    with _inside(_word(option)), _refused(told), click.Context(compress) as context:
         if isinstance(told, bool) and not option.is_flag:
             raise MisfitError(f"{shown(told)} is no value of it")
         return option.process_value(context, value)
+
+
+def _word(option: click.Option) -> str:
+    return str(option.name).replace("_", "-")
 
 
 def _converted(kind: click.ParamType, told: object) -> Any:

@@ -21,6 +21,7 @@ from slimvlm.compress.models.checkpoint import locate
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.recovery.checks import recipe_of
 from slimvlm.compress.stages.plan import planning_of
+from slimvlm.compress.stages.sparsify import asked_of
 from slimvlm.serve.measuring.device import available_cores
 from slimvlm.serve.measuring.worker import clean_server, nameless_main
 from slimvlm.serve.study.choosing import best
@@ -72,6 +73,8 @@ def _prepare(options: StudyOptions) -> None:
     for cell in {cell.method: cell for cell in options.cells}.values():
         try:
             planning_of(cell.options)
+            if cell.zeros is not None:
+                asked_of(cell.zeros)
             if cell.options.recover != "none":
                 recipe_of(cell.options)
         except SlimvlmError as wrong:

@@ -16,7 +16,7 @@ from typing import Any  # values of options of all types, as JSON has them
 from slimvlm.compress.errors import OutputError
 from slimvlm.compress.files.decoding import MisfitError, decode, dump, parse, refused_as
 from slimvlm.compress.files.lines import read_lines
-from slimvlm.compress.options import CutOptions
+from slimvlm.compress.options import NOT_IDENTITY, CutOptions, SparsifyOptions
 from slimvlm.compress.runs import AGAIN
 
 RESULTS = "results.jsonl"
@@ -56,6 +56,7 @@ class Cell:
         largest: the ratio of the plan it is cut by; above its own where all ratios of a row are cut by one plan.
         said: the options as they are written down: those of the plan, of the cut, and of the recovery where there is
             one.
+        zeros: single weights become zero instead of a cut; `options` say with which samples and questions.
     """
 
     bed: Bed
@@ -63,6 +64,7 @@ class Cell:
     options: CutOptions
     largest: float
     said: Mapping[str, Any]
+    zeros: SparsifyOptions | None = None
 
     @property
     def name(self) -> str:
@@ -84,7 +86,7 @@ class Row:
         set: the seed that drew the samples.
         options: `Cell.said`, or what the dense model and the questions are.
         status: MEASURED; MISSED: it removes another share than was asked for, and was not evaluated; FAILED.
-        removed: fraction of all parameters that is gone.
+        removed: fraction of all parameters that is gone, or zero.
         score: the figure to quote (0 to 1); `kept`: 0 for the blind model, 1 for the dense one.
         seconds: of the `plan`, the `cut`, the `recovery`, the `evaluation`; `spent`: of all that this cell took, its
             part of what it shares with others too.
@@ -140,6 +142,12 @@ def said_of(options: CutOptions, largest: float, folder: Path) -> dict[str, Any]
     else:
         said["recover"] = "none"
     return dict(parse(dump({**said, "largest": largest})))
+
+
+def said_of_zeros(options: SparsifyOptions) -> dict[str, Any]:
+    """As `said_of`, of a model whose single weights become zero."""
+    apart = {*WHERE, *NOT_IDENTITY}
+    return dict(parse(dump({name: value for name, value in vars(options).items() if name not in apart})))
 
 
 def digest(*parts: Any) -> str:

@@ -17,10 +17,12 @@ from slimvlm.compress.files.lines import add_line
 from slimvlm.compress.files.locks import locked_folder
 from slimvlm.compress.files.writing import installed_versions
 from slimvlm.compress.models.checkpoint import locate
+from slimvlm.compress.options import SparsifyOptions
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.runs import MODEL
 from slimvlm.compress.stages.cut import cut_by_plan
 from slimvlm.compress.stages.evaluate import evaluate_model, evaluate_seeing_and_blind
+from slimvlm.compress.stages.sparsify import sparsify_model
 from slimvlm.serve.study.making import Makings
 from slimvlm.serve.study.study import (
     ACCEPTED_MISS,
@@ -121,21 +123,34 @@ class Worker:
         return replace(row, seconds=_seconds(**row.seconds, spent=time.monotonic() - began))
 
     def _measured(self, cell: Cell, row: Row) -> Row:
+        if cell.zeros is not None:
+            return self._measured_zeros(cell, cell.zeros, row)
         plan, planning = self.makings.plan(cell)
         row = replace(row, removed=round(plan.removed_fraction, 6), seconds={"plan": planning})
         if abs(plan.removed_fraction - cell.options.ratio) > ACCEPTED_MISS:
             return replace(row, status=MISSED)
         folder, data = self.out / CELLS / cell.key, self.makings.samples(cell)
         run = cut_by_plan(folder, cell.options, plan, data, cache(partial(self.makings.trained, cell)), silent)
-        questions = self.makings.questions(cell.bed, row.split)
-        quality = evaluate_model(cell.options, str(run.path / MODEL), questions, silent)
-        trained = run.facts("recover")
-        seconds = {"cut": run.facts("slice")["seconds"], "evaluation": quality.seconds}
+        trained, seconds = run.facts("recover"), {**row.seconds, "cut": run.facts("slice")["seconds"]}
         if trained:
             seconds["recovery"] = trained["seconds"]
-        figures = {**_figures(quality), "kept": kept_share(quality.score, read_rows(self.out), row.bed, row.split)}
         told = {name: trained[name] for name in TRAINING if name in trained}
-        return replace(row, status=MEASURED, training=told, seconds={**row.seconds, **seconds}, **figures)
+        return self._evaluated(cell, str(run.path / MODEL), replace(row, training=told, seconds=seconds))
+
+    def _measured_zeros(self, cell: Cell, zeros: SparsifyOptions, row: Row) -> Row:
+        folder, began = self.out / CELLS / cell.key / MODEL, time.monotonic()
+        shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed at it
+        done = sparsify_model(replace(zeros, out=folder))
+        row = replace(row, removed=round(done.zeros, 6), seconds=_seconds(cut=time.monotonic() - began))
+        if abs(done.zeros - cell.options.ratio) > ACCEPTED_MISS:
+            return replace(row, status=MISSED)
+        return self._evaluated(cell, str(folder), row)
+
+    def _evaluated(self, cell: Cell, model: str, row: Row) -> Row:
+        quality = evaluate_model(cell.options, model, self.makings.questions(cell.bed, row.split), silent)
+        kept = kept_share(quality.score, read_rows(self.out), row.bed, row.split)
+        seconds = {**row.seconds, "evaluation": quality.seconds}
+        return replace(row, status=MEASURED, kept=kept, seconds=seconds, **_figures(quality))
 
 
 def _figures(quality: Quality) -> Mapping[str, Any]:

@@ -19,9 +19,12 @@ from slimvlm.cli import main
 from slimvlm.compress.errors import OutputError, SampleError, UnsuitableOptionError
 from slimvlm.compress.files.locks import holder_of, locked_folder
 from slimvlm.compress.options import CompressOptions
+from slimvlm.compress.progress import silent
+from slimvlm.compress.stages.evaluate import evaluate_model
+from slimvlm.compress.stages.sparsify import sparsify_model
 from slimvlm.console.commands.study_file import read_cells
 from slimvlm.serve.study.job import run_study
-from slimvlm.serve.study.making import CALIBRATIONS, PLANS
+from slimvlm.serve.study.making import CALIBRATIONS, PLANS, Makings
 from slimvlm.serve.study.options import StudyOptions
 from slimvlm.serve.study.study import FAILED, MEASURED, MISSED, RESULTS, TEST, VAL, missing, read_rows
 from slimvlm.serve.study.worker import CELLS
@@ -254,3 +257,15 @@ def test_a_study_is_made_of_every_family(name, tmp_path):
     )
     found = run_study(StudyOptions(out=tmp_path / "out", cells=read_cells(tmp_path / "study.toml")))
     assert [row.method for row in found][:1] == ["dense"] and "cannot" not in found[-1].reason
+
+
+def test_a_row_of_single_zeros_is_what_sparsify_makes_with_the_same_options(folder, asked, rows, tmp_path):
+    text = STUDY[: STUDY.index("[[row]]")] + '[[row]]\nname = "wanda"\nsparsity = "unstructured"\nratio = 0.2\n'
+    (folder / "zeros.toml").write_text(text)
+    (cell,) = read_cells(folder / "zeros.toml")
+    (row,) = run_study(replace(asked, out=tmp_path / "study", cells=[cell]))[2:]
+    done = sparsify_model(replace(cell.zeros, out=tmp_path / "sparse"))
+    assert (row.method, row.status, row.options["rule"]) == ("wanda", MEASURED, "wanda")
+    assert row.removed == pytest.approx(done.zeros, abs=1e-6) == pytest.approx(0.2, abs=0.002)
+    quality = evaluate_model(cell.options, str(tmp_path / "sparse"), Makings(tmp_path).questions(cell.bed, VAL), silent)
+    assert row.score == pytest.approx(quality.score, abs=1e-6) and row.token_loss == quality.scores["token_loss"]
