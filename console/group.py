@@ -1,8 +1,10 @@
-"""The group of the commands: their order, and what becomes of errors."""
+"""The group of the commands: their order, and what becomes of errors; and the panels of their help pages."""
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import click
@@ -53,3 +55,78 @@ class Commands(click.Group):
                 f"memory ended ({one_line(error)}); free some, or take less at once (--batch-size, --grad-memory, a "
                 "smaller model); what was finished is kept"
             ) from error
+
+
+class PanelOption(click.Option):
+    """An option that help pages show in the panel of this name."""
+
+    def __init__(self, *flags: Any, panel: str = "Options", **settings: Any) -> None:
+        super().__init__(*flags, **settings)
+        self.panel = panel
+
+
+class PanelCommand(click.Command):
+    """A command whose help page has its options in panels.
+
+    Args:
+        first: flags of those that most users need: `--help` shows them alone, so that it fits a terminal, and names the
+            others; `--help-all` shows all.
+    """
+
+    def __init__(self, *args: Any, first: Sequence[str] = (), **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.first = first
+        self.help_all = click.Option(
+            ["--help-all"],
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=_show_all,
+            help="Show all options.",
+        )
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Those of click, and `--help-all` where `--help` is not all."""
+        *own, asked_for_help = super().get_params(ctx)
+        return [*own, *([self.help_all] if self.first else []), asked_for_help]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """All options in their panels; or the first ones, and the names of the others."""
+        panels = dict[str, list[click.Option]]()
+        for one in self.get_params(ctx):
+            if isinstance(one, click.Option):
+                panels.setdefault(one.panel if isinstance(one, PanelOption) else "Help", []).append(one)
+        if sum(map(len, panels.values())) < _MANY:
+            panels = {"Options": [one for options in panels.values() for one in options]}
+        if not self.first or ctx.meta.get(_ALL):
+            for title, options in panels.items():
+                _write(formatter, title, [one.get_help_record(ctx) for one in options])
+            return
+        shown = [one for options in panels.values() for one in options if one.opts[0] in (*self.first, "--help-all")]
+        _write(formatter, "Most wanted options", [one.get_help_record(ctx) for one in shown])
+        left = {title: [one.opts[0] for one in options if one not in shown] for title, options in panels.items()}
+        _write(formatter, "All others", [(title, _some(flags)) for title, flags in left.items() if title != "Help"])
+
+
+_ALL = "slimvlm.help-all"
+_MANY = 14  # options; fewer are in one panel
+_NAMED = 2  # of a panel that is not shown
+
+
+def _some(flags: Sequence[str]) -> str:
+    return ", ".join(flags[:_NAMED]) + (f" and {len(flags) - _NAMED} more" if len(flags) > _NAMED else "")
+
+
+def _write(formatter: click.HelpFormatter, title: str, rows: Sequence[tuple[str, str] | None]) -> None:
+    with formatter.section(title):
+        formatter.write_dl([row for row in rows if row and row[1]])
+
+
+def _show_all(ctx: click.Context, _option: click.Parameter, asked: bool) -> None:
+    if asked:
+        ctx.meta[_ALL] = True
+        click.echo(ctx.get_help())
+        ctx.exit()
+
+
+command = partial(click.command, cls=PanelCommand)

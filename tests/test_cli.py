@@ -50,13 +50,27 @@ def parsed(*arguments: object) -> CompressOptions:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself_and_its_options(command: str) -> None:
-    code, out, _ = run(command, "--help")
+    code, out, _ = run(command, "--help-all" if main.commands[command].first else "--help")
     assert code == 0
     assert main.commands[command].help
     for parameter in main.commands[command].params:
         if isinstance(parameter, click.Option):
             assert parameter.help, parameter.name
             assert parameter.opts[0] in out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_every_command_fits_a_terminal_and_names_what_it_leaves_out(command: str) -> None:
+    code, out, _ = run(command, "--help")
+    assert code == 0 and "\x1b" not in out
+    lines = out.splitlines()
+    assert len(lines) <= 40 and max(map(len, lines)) <= 80
+    options = [one for one in main.commands[command].params if isinstance(one, click.Option)]
+    if first := main.commands[command].first:
+        assert set(first) <= {flag for one in options for flag in one.opts}
+        panels = {one.panel for one in options if one.opts[0] not in first}
+        assert panels == {line.split("  ")[1] for line in lines[lines.index("All others:") + 1 :]}
+        assert "--help-all" in out
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -72,7 +86,7 @@ def test_every_command_and_option_of_the_readme_exists() -> None:
         for parameter in command.params
         for name in (*parameter.opts, *parameter.secondary_opts)
     }
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - known == {"--help"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - known <= {"--help", "--help-all"}
 
 
 def test_help_takes_at_most_half_a_second_of_processor_time() -> None:

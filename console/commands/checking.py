@@ -7,18 +7,18 @@ import os
 import click
 
 from slimvlm.compress.errors import CheckFailedError
-from slimvlm.compress.options import ATTENTION_UNITS
 from slimvlm.console import show, show_selfcheck
-from slimvlm.console.options import NAME, option, output_options, remote_code
+from slimvlm.console.group import command
+from slimvlm.console.options.cutting import attention_option
+from slimvlm.console.options.making import NAME, device_option, json_option, output_options, remote_code
 from slimvlm.console.progress import progress
-from slimvlm.console.values import Device
 
 
-@click.command()
+@command()
 @click.argument("model", type=NAME)
-@option("--attention-unit", type=click.Choice(ATTENTION_UNITS), help="What leaves an attention together.")
+@attention_option
 @remote_code
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@json_option
 def inspect(model: str, attention_unit: str, trust_remote_code: bool, as_json: bool) -> None:
     """Show what can be removed from MODEL.
 
@@ -31,8 +31,8 @@ def inspect(model: str, attention_unit: str, trust_remote_code: bool, as_json: b
     show.show_inspection(inspect_model(model, attention_unit, trust_remote_code), as_json=as_json)
 
 
-@click.command()
-@option("--device", type=Device(), metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
+@command()
+@device_option
 @output_options
 def kernels(device: str, as_json: bool, quiet: bool) -> None:
     """Check and time the kernels on this device.
@@ -51,9 +51,9 @@ def kernels(device: str, as_json: bool, quiet: bool) -> None:
         raise CheckFailedError(f"{len(found.failures)} of {len(found.checks)} checks failed; nothing was timed")
 
 
-@click.command()
-@option("--device", type=Device(), metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@command()
+@device_option
+@json_option
 def selfcheck(device: str, as_json: bool) -> None:
     """Try everything on this device, once.
 

@@ -9,22 +9,22 @@ import click
 
 from slimvlm.compress.options import CutOptions, EvaluateOptions
 from slimvlm.console import show, show_frontier, show_profile
-from slimvlm.console.options import (
-    COUNT,
-    NAME,
-    frontier_options,
-    model_options,
-    option,
-    output_options,
-    profile_options,
-    sample_options,
-)
+from slimvlm.console.group import command
+from slimvlm.console.options.cutting import sample_options
+from slimvlm.console.options.delivering import frontier_options, samples_limit
+from slimvlm.console.options.making import DATA, NAME, model_options, option, output_options, panel
+from slimvlm.console.options.measuring import profile_options
 from slimvlm.console.progress import progress, show_job
 from slimvlm.serve.frontier.options import OWN, FrontierOptions
 from slimvlm.serve.options import ProfileOptions
 
 
-@click.command()
+@command(
+    first=(
+        *("--data", "--ratios", "--variants", "--times", "--minutes", "--target", "--recover", "--steps"),
+        *("--eval-data", "--device", "--resume"),
+    )
+)
 @frontier_options
 def frontier(as_json: bool, quiet: bool, **values: Any) -> None:
     """Measure what MODEL can do, over its size and its time, cut and quantised in many ways.
@@ -43,11 +43,11 @@ def frontier(as_json: bool, quiet: bool, **values: Any) -> None:
     show_frontier.show_frontier(found, write_frontier_report(options.out), as_json=as_json)
 
 
-@click.command()
+@command()
 @click.argument("model", type=NAME)
 @sample_options
-@option("--eval-samples", type=COUNT, help="At most so many samples.")
-@click.option("--against", type=NAME, metavar="MODEL", help="Compare with this one on the same samples.")
+@samples_limit
+@panel(DATA, option("--against", type=NAME, metavar="MODEL", help="Compare with this one on the same samples."))
 @model_options
 @output_options
 def evaluate(against: str | None, as_json: bool, quiet: bool, **values: Any) -> None:
@@ -66,7 +66,9 @@ def evaluate(against: str | None, as_json: bool, quiet: bool, **values: Any) -> 
     show.show_quality(evaluation, options.seed, as_json=as_json)
 
 
-@click.command()
+@command(
+    first=("--against", "--backend", "--device", "--batch-sizes", "--new-tokens", "--data", "--max-ttft-ms", "--out")
+)
 @click.argument("slim", type=NAME)
 @profile_options
 @output_options

@@ -11,44 +11,27 @@ import click
 
 from slimvlm.compress.options import CompressOptions, SparsifyOptions
 from slimvlm.console import show
-from slimvlm.console.options import (
-    FOLDER,
-    NAME,
-    PATH,
-    again_options,
-    apply_options,
+from slimvlm.console.group import command
+from slimvlm.console.options.cutting import apply_options, sparsify_options
+from slimvlm.console.options.delivering import (
+    compress_options,
     demo_options,
-    evaluation_options,
-    folder_options,
     formats_option,
-    model_options,
-    output_options,
     plan_options,
-    profile_stage_option,
     quality_limit,
-    recover_options,
-    sample_options,
-    sparsify_options,
-    target_options,
 )
+from slimvlm.console.options.making import FOLDER, again_options, output_options
+from slimvlm.console.options.recovering import recover_options
 from slimvlm.console.printing import print_warning
 from slimvlm.console.progress import progress, show_job
 
 
-@click.command()
-@click.argument("model", type=NAME)
-@click.argument("out", type=PATH)
-@sample_options
-@plan_options
-@recover_options
-@evaluation_options
-@quality_limit
-@target_options
-@formats_option
-@profile_stage_option
-@model_options
-@folder_options
-@output_options
+@command(
+    first=(
+        *("--data", "--ratio", "--target", "--recover", "--steps", "--eval-data", "--export", "--device", "--resume"),
+    )
+)
+@compress_options
 def compress(as_json: bool, quiet: bool, **values: Any) -> None:
     """Cut MODEL to a smaller dense checkpoint.
 
@@ -63,7 +46,7 @@ def compress(as_json: bool, quiet: bool, **values: Any) -> None:
     show_job(job, partial(show.show_compression, as_json=as_json), quiet)
 
 
-@click.command()
+@command()
 @demo_options
 def demo(as_json: bool, quiet: bool, **values: Any) -> None:
     """Compress the packaged model and images.
@@ -88,15 +71,20 @@ def demo(as_json: bool, quiet: bool, **values: Any) -> None:
     show_job(partial(pipeline.compress, options), partial(show.show_compression, as_json=as_json), quiet)
 
 
-@click.command()
-@click.argument("model", type=NAME)
-@click.argument("out", type=PATH)
-@sample_options
+@command(
+    first=(
+        "--data",
+        "--ratio",
+        "--criterion",
+        "--allocator",
+        "--rounds",
+        "--samples",
+        "--eval-data",
+        "--layout",
+        "--device",
+    )
+)
 @plan_options
-@evaluation_options
-@model_options
-@folder_options
-@output_options
 def plan(as_json: bool, quiet: bool, **values: Any) -> None:
     """Decide what to cut, and write it down.
 
@@ -114,7 +102,7 @@ def plan(as_json: bool, quiet: bool, **values: Any) -> None:
         show.print_left_out(result)
 
 
-@click.command()
+@command()
 @apply_options
 def apply(model: str, plan_file: Path, out: Path, as_json: bool, quiet: bool, **values: Any) -> None:
     """Cut MODEL as a saved PLAN says.
@@ -135,7 +123,20 @@ def apply(model: str, plan_file: Path, out: Path, as_json: bool, quiet: bool, **
     show.show_plan(plan, out, as_json=as_json)
 
 
-@click.command()
+@command(
+    first=(
+        "--recover",
+        "--steps",
+        "--train-batch-size",
+        "--learning-rate",
+        "--recover-data",
+        "--teacher",
+        "--train",
+        "--recover-as",
+        "--export",
+        "--device",
+    )
+)
 @click.argument("run", type=FOLDER)
 @recover_options
 @again_options
@@ -155,7 +156,7 @@ def recover(run: Path, as_json: bool, quiet: bool, **values: Any) -> None:
     show_job(partial(pipeline.recover_run, run, values), partial(show.show_compression, as_json=as_json), quiet)
 
 
-@click.command()
+@command(first=("--data", "--sparsity", "--ratio", "--rule", "--allocator", "--samples", "--device"))
 @sparsify_options
 def sparsify(as_json: bool, quiet: bool, **values: Any) -> None:
     """Make single weights of MODEL zero; shapes stay.

@@ -10,15 +10,17 @@ import click
 
 from slimvlm.compress.options import IN_TORCH
 from slimvlm.console import show
-from slimvlm.console.group import Interrupted
-from slimvlm.console.options import (
+from slimvlm.console.group import Interrupted, command
+from slimvlm.console.options.delivering import export_options
+from slimvlm.console.options.making import (
     COUNT,
     FOLDER,
     NAME,
     PATH,
     TEXT,
     again_options,
-    export_options,
+    json_option,
+    option,
     output_options,
     remote_code,
 )
@@ -26,11 +28,11 @@ from slimvlm.console.printing import typed_lines
 from slimvlm.console.progress import show_job
 
 
-@click.command()
+@command(first=("--format", "--dtype", "--variants", "--image-size", "--data", "--bundle", "--overwrite", "--verify"))
 @click.argument("model", type=NAME)
 @click.argument("out", type=PATH, required=False)
 @export_options
-@click.option("--verify", is_flag=True, help="Check the exported folder MODEL on this machine instead.")
+@option("--verify", is_flag=True, help="Check the exported folder MODEL on this machine instead.")
 @output_options
 def export(model: str, out: Path | None, verify: bool, as_json: bool, quiet: bool, **values: Any) -> None:
     """Write MODEL as graphs that run without torch.
@@ -50,12 +52,12 @@ def export(model: str, out: Path | None, verify: bool, as_json: bool, quiet: boo
     show_job(job, partial(show.show_export, as_json=as_json), quiet)
 
 
-@click.command()
+@command()
 @click.argument("model", type=NAME)
 @click.argument("out", type=PATH)
-@click.option("--as", "form", type=click.Choice(tuple(IN_TORCH)), default="int8", help="What its linears become.")
+@option("--as", "form", type=click.Choice(tuple(IN_TORCH)), default="int8", help="What its linears become.")
 @remote_code
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@json_option
 def quantize(model: str, out: Path, form: str, trust_remote_code: bool, as_json: bool) -> None:
     """Write MODEL with weights in 8 or 4 bits, for torch.
 
@@ -69,20 +71,20 @@ def quantize(model: str, out: Path, form: str, trust_remote_code: bool, as_json:
     show.show_quantized(quantize_checkpoint(model, out, form, trust_remote_code), as_json=as_json)
 
 
-@click.command()
+@command()
 @click.argument("folder", type=NAME)
 @click.argument("image", type=PATH)
 @click.argument("question", type=TEXT, required=False)
-@click.option("--against", type=NAME, metavar="MODEL", help="Show the answers of this checkpoint or export too.")
-@click.option(
+@option("--against", type=NAME, metavar="MODEL", help="Show the answers of this checkpoint or export too.")
+@option(
     "--backend",
     type=TEXT,
     metavar="NAME",
     help="As onnx:int8 of an export (else its first), or torch:int8.",
 )
-@click.option("--max-new-tokens", type=COUNT, default=64, help="Longest answer.")
+@option("--max-new-tokens", type=COUNT, default=64, help="Longest answer.")
 @again_options
-@click.option("--quiet", "-q", is_flag=True, help="No speed on stderr.")
+@option("--quiet", "-q", is_flag=True, help="No speed on stderr.")
 def chat(
     folder: str, image: Path, question: str | None, against: str | None, max_new_tokens: int, quiet: bool, **values: Any
 ) -> None:
@@ -111,9 +113,9 @@ def chat(
         raise Interrupted("interrupted") from None
 
 
-@click.command()
+@command()
 @click.argument("run", type=FOLDER)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@json_option
 def report(run: Path, as_json: bool) -> None:
     """Write report.html and report.md of a RUN.
 

@@ -21,7 +21,7 @@ from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.files.decoding import MisfitError, content_of, parse, refused_as, shown
 from slimvlm.compress.options import ComputeOptions, CutOptions, EvaluateOptions, SparsifyOptions
 from slimvlm.console.commands.cutting import compress, sparsify
-from slimvlm.console.options import FILE_OR_FOLDER, NAME, POSITIVE, TEXT
+from slimvlm.console.options.making import FILE_OR_FOLDER, NAME, POSITIVE, TEXT
 from slimvlm.serve.study.study import BLIND, DENSE, Bed, Cell, said_of, said_of_zeros
 
 ADVICE = "write it as docs/study.md shows"

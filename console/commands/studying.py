@@ -8,7 +8,19 @@ from typing import Any
 import click
 
 from slimvlm.console.commands.study_file import read_cells
-from slimvlm.console.options import COUNT, FILE, NAME, PATH, RATIO, TEXT, option, output_options, remote_code
+from slimvlm.console.group import command
+from slimvlm.console.options.cutting import ratio_option
+from slimvlm.console.options.making import (
+    COUNT,
+    FILE,
+    NAME,
+    PATH,
+    TEXT,
+    json_option,
+    option,
+    output_options,
+    remote_code,
+)
 from slimvlm.console.printing import print_json
 from slimvlm.console.progress import progress
 from slimvlm.console.show_study import show_advice, show_study, work_words
@@ -18,17 +30,15 @@ from slimvlm.serve.study.choosing import CHOSEN_BY
 from slimvlm.serve.study.options import StudyOptions
 
 
-@click.command()
+@command()
 @click.argument("config", type=FILE)
 @click.argument("out", type=PATH, required=False)
-@click.option("--processes", type=COUNT, default=1, help="So many measure side by side.")
-@click.option("--best-by", type=click.Choice(CHOSEN_BY), default=CHOSEN_BY[0], help="What the best rows are chosen by.")
-@click.option(
-    "--report-test", type=TEXT, multiple=True, metavar="ROW", help="Then ask this row the test questions; or best."
-)
-@click.option("--retry", is_flag=True, help="Measure again what failed or missed its ratio.")
-@click.option("--keep-models", is_flag=True, help="Leave the cut models in OUT.")
-@click.option("--dry-run", is_flag=True, help="Say what there is to do and how long it takes, and do nothing.")
+@option("--processes", type=COUNT, default=1, help="So many measure side by side.")
+@option("--best-by", type=click.Choice(CHOSEN_BY), default=CHOSEN_BY[0], help="What the best rows are chosen by.")
+@option("--report-test", type=TEXT, multiple=True, metavar="ROW", help="Then ask this row the test questions; or best.")
+@option("--retry", is_flag=True, help="Measure again what failed or missed its ratio.")
+@option("--keep-models", is_flag=True, help="Leave the cut models in OUT.")
+@option("--dry-run", is_flag=True, help="Say what there is to do and how long it takes, and do nothing.")
 @output_options
 def study(config: Path, out: Path | None, dry_run: bool, as_json: bool, quiet: bool, **values: Any) -> None:
     """Compare methods over a grid: criteria, allocators, ratios, recoveries, sets, models.
@@ -56,13 +66,13 @@ def study(config: Path, out: Path | None, dry_run: bool, as_json: bool, quiet: b
     show_study(rows, options.best_by, write_study_report(options.out, options.best_by), as_json=as_json)
 
 
-@click.command()
+@command()
 @click.argument("model", type=NAME)
-@option("--ratio", type=RATIO, help="Fraction of ALL parameters to remove.")
-@click.option("--samples", type=Count(0), required=True, help="That there are to train with; 0: none, or no time to.")
-@click.option("--want", type=click.Choice(WANTS), default=WANTS[0], help="What counts most at this size.")
+@ratio_option
+@option("--samples", type=Count(0), required=True, help="That there are to train with; 0: none, or no time to.")
+@option("--want", type=click.Choice(WANTS), default=WANTS[0], help="What counts most at this size.")
 @remote_code
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@json_option
 def advise(model: str, as_json: bool, **values: Any) -> None:
     """Say which method to use on MODEL, and why.
 
