@@ -49,7 +49,7 @@ def matching_groups(model: nn.Module, family: Family, plan: Plan) -> tuple[Group
     Raises:
         CheckpointError: the plan was made for another model.
     """
-    if plan.family != family.name:
+    if plan.family not in (family.name, *family.former):
         raise CheckpointError(f"the plan is for family {plan.family!r}, this model is {family.name!r}")
     kinds = {key.endswith(f".{BLOCK}") for key in plan.keep}
     groups = tuple(

@@ -23,7 +23,7 @@ from slimvlm.compress.files.decoding import read
 from slimvlm.compress.files.writing import write_text
 from slimvlm.compress.models.checkpoint import build_meta, locate
 from slimvlm.compress.models.computing import frees_memory
-from slimvlm.compress.models.families import FAMILIES
+from slimvlm.compress.models.families import MODALITIES
 from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.options import FitOptions
 from slimvlm.compress.plan import Plan
@@ -250,17 +250,21 @@ def _foretelling(order: Order, options: FitOptions, progress: Progress) -> Foret
     """Bytes by the parameters that are left; times by the table that units were ranked by, else by the multiplications
     that are left in the towers.
     """
-    family = next(family for family in FAMILIES if family.name == order.plan.family)
-    images = {tower.name for tower in family.towers if tower.modality == "vision"}
     table = groups = None
     if options.cost != "parameters":
         table = _table(options, progress)
-        groups = find_groups(build_meta(options.model, options.trust_remote_code)[0], family)
+        groups = find_groups(*build_meta(options.model, options.trust_remote_code))
 
     def foretell(ratio: float) -> Figures:
         plan = order.plan_at(ratio)
         seen, said = (
-            float(sum(count.macs_after for name, count in plan.towers.items() if (name in images) is of_images))
+            float(
+                sum(
+                    count.macs_after
+                    for name, count in plan.towers.items()
+                    if (MODALITIES[name] == "vision") is of_images
+                )
+            )
             for of_images in (True, False)
         )
         left = float(plan.parameters_after)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from slimvlm.compress.errors import OutputError
-from slimvlm.compress.models.families import FAMILIES
+from slimvlm.compress.models.families import MODALITIES
 from slimvlm.compress.plan import BLOCK, Plan
 from slimvlm.compress.runs import FIT, PLAN, SCORES
 from slimvlm.serve.fitting.record import Fit
@@ -51,7 +51,7 @@ def scores_section(files: RunFiles) -> Iterator[Said]:
     if files.scores is None or files.plan is None:
         yield "No scores are there: the stage `plan` is not finished."
         return
-    by_modality = _by_modality(files.plan, files.scores)
+    by_modality = _by_modality(files.scores)
     yield (
         f"One score per unit that could still be cut, by the criterion {shown(files.scores.criterion)}; the units with "
         "the lowest scores go first, within the limits of the budget."
@@ -144,13 +144,12 @@ def _layer_table(title: str, layers: Layers, source: str) -> Table:
     return Table(title, ("layer", "dense", "kept", "share kept"), rows, source)
 
 
-def _by_modality(plan: Plan, scores: Scored) -> dict[str, np.ndarray]:
+def _by_modality(scores: Scored) -> dict[str, np.ndarray]:
     """Scores of all groups of a modality, f32 [units]; a tower this version does not know stands for itself."""
-    modality = {tower.name: tower.modality for row in FAMILIES if row.name == plan.family for tower in row.towers}
     found: dict[str, list[np.ndarray]] = {}
     for key, values in sorted(scores.values.items()):
         tower = key.rsplit(".", 2)[0]
-        found.setdefault(modality.get(tower, tower), []).append(values)
+        found.setdefault(MODALITIES.get(tower, tower), []).append(values)
     return {name: np.concatenate(values) for name, values in sorted(found.items(), reverse=True)}
 
 

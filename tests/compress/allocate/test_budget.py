@@ -20,7 +20,8 @@ from slimvlm.compress.allocate.pool import proportional_steps
 from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.criteria.scoring import Scores, score_groups
 from slimvlm.compress.errors import InfeasibleBudgetError
-from slimvlm.compress.models.families import FAMILIES, GATED_MLP, LANGUAGE, find_family
+from slimvlm.compress.models.families import FAMILIES, TEXTS, find_family
+from slimvlm.compress.models.families.parts import GATED_MLP
 from slimvlm.compress.models.groups import Group, Member, count_parameters, find_groups
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.slicing.apply import apply_plan
@@ -68,7 +69,7 @@ def single_mlp(values: list[float], unprunable: int = 5) -> tuple[tuple[Group, .
     size = len(values)
     members = (Member("gate", 0, "channel"), Member("up", 0, "channel"), Member("down", 1, "channel"))
     group = Group(
-        home=LANGUAGE, layer=0, part=GATED_MLP, path="b", size=size, unit="channel", num_units=size,
+        home=TEXTS["llama"].towers[0], layer=0, part=GATED_MLP, path="b", size=size, unit="channel", num_units=size,
         weights_per_unit=9, parameters_per_unit=9, members=members,
     )  # fmt: skip
     scores = Scores(CRITERIA["taylor"], {group.key: Tensor(values)}, {group.key: torch.arange(size)[:, None]})

@@ -11,17 +11,19 @@ from slimvlm.compress.criteria.criterion import CRITERIA, Criterion
 from slimvlm.compress.criteria.scoring import score_groups
 from slimvlm.compress.errors import CalibrationError
 from slimvlm.compress.files.writing import load_tensors
-from slimvlm.compress.models.families import ENCODER, GATED_MLP, LANGUAGE
+from slimvlm.compress.models.families import TEXTS
+from slimvlm.compress.models.families.parts import ENCODER, GATED_MLP
 from slimvlm.compress.models.groups import Group, Member
 from slimvlm.compress.statistics.loss import poorly_fitted_loss
 
 TAYLOR, UKMI = CRITERIA["taylor"], CRITERIA["ukmi"]
+LLAMA = TEXTS["llama"].towers[0]
 
 
 def mlp_group(size: int, weights: int, modality: str = "language", gated: bool = True) -> Group:
     members = (Member("gate", 0, "channel"), Member("up", 0, "channel"), Member("down", 1, "channel"))
     return Group(
-        home=replace(LANGUAGE, modality=modality), layer=0, part=GATED_MLP, path="b", size=size, unit="channel",
+        home=replace(LLAMA, modality=modality), layer=0, part=GATED_MLP, path="b", size=size, unit="channel",
         num_units=size, weights_per_unit=weights, parameters_per_unit=weights,
         members=members if gated else members[1:],
     )  # fmt: skip
@@ -37,7 +39,7 @@ def attention_group(heads: int, kv_heads: int, head_dim: int, unit: str, hidden:
     owned = 2 * heads if unit == "query-slot" else 2 * heads + 2 * kv_heads
     weights = owned * head_dim * hidden // units
     return Group(
-        home=LANGUAGE, layer=0, part=ENCODER, path="b", size=heads, unit=unit, num_units=units,
+        home=LLAMA, layer=0, part=ENCODER, path="b", size=heads, unit=unit, num_units=units,
         weights_per_unit=weights, parameters_per_unit=weights, members=tuple(members), kv_heads=kv_heads,
         head_dim=head_dim,
     )  # fmt: skip

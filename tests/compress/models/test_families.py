@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import transformers as tf
+from plans import random_plan
 from tiny_models import FACTORIES, tiny_model
 
 from slimvlm.compress.errors import UnsupportedModelError
 from slimvlm.compress.models.families import FAMILIES, Attention, find_family
+from slimvlm.compress.models.groups import count_parameters
+from slimvlm.compress.slicing.apply import apply_plan
 
 NAMES = [family.name for family in FAMILIES]
 
@@ -79,12 +84,55 @@ def test_the_projector_is_there_has_weights_and_shares_none_with_a_block(name):
         assert not blocks & {id(parameter) for parameter in weights}
 
 
-def test_an_unknown_model_type_is_refused_with_the_known_ones():
-    with pytest.raises(UnsupportedModelError, match="'bert' is not supported; known families: .*llava, .*siglip"):
-        find_family(SimpleNamespace(model_type="bert"))
+def config_named(model_type, tower=None, text=None):
+    parts = {"vision_config": SimpleNamespace(model_type=tower), "text_config": SimpleNamespace(model_type=text)}
+    return SimpleNamespace(model_type=model_type, **parts)
 
 
-def test_blip2_with_another_language_model_is_refused():
-    config = SimpleNamespace(model_type="blip-2", text_config=SimpleNamespace(model_type="llama"))
-    with pytest.raises(UnsupportedModelError, match="'blip-2' with text model 'llama'"):
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (config_named("bert"), "model type 'bert' is not supported; known families: llava, .*siglip"),
+        (
+            config_named("llava", "swin", "llama"),
+            "vision tower 'swin' of a 'llava' model .* known .*: clip_vision_model,",
+        ),
+        (
+            config_named("llava", "dinov2", "mamba"),
+            "text model 'mamba' of a 'llava' model .* known text models: llama,",
+        ),
+    ],
+)
+def test_what_has_no_row_is_refused_with_the_known_ones(config, said):
+    with pytest.raises(UnsupportedModelError, match=said):
         find_family(config)
+
+
+def test_a_tower_in_an_old_file_that_bears_the_name_of_its_family_is_found():
+    config = tf.Idefics3Config(vision_config={"model_type": "idefics3"})
+    assert config.vision_config.model_type == "idefics3"
+    assert find_family(config).name == "idefics3"
+
+
+def test_a_tower_and_a_text_model_that_no_family_names_are_composed():
+    config = config_named("llava", "siglip_vision_model", "qwen2")
+    family = find_family(config)
+    assert (family.name, family.model_type, family.kind) == ("llava (siglip, qwen2)", "llava", "decoder")
+    assert [tower.blocks for tower in family.towers] == [
+        "model.vision_tower.encoder.layers",
+        "model.language_model.layers",
+    ]
+
+
+def test_a_plan_that_was_made_before_families_were_composed_still_fits():
+    """It names the family alone, whatever tower and text model it was for."""
+    model = tiny_model("llava_dinov2").model
+    plan = replace(random_plan(model), family="llava")
+    assert count_parameters(apply_plan(model, plan)) == plan.parameters_after
+
+
+def test_a_tower_whose_pooling_head_shares_the_width_of_its_blocks_has_no_stock_cut():
+    config = config_named("llava", "siglip_vision_model", "qwen2")
+    for pooled, stock in ((True, None), (False, "intermediate_size")):
+        config.vision_config.vision_use_head = pooled
+        assert find_family(config).towers[0].parts[1].stock == stock

@@ -13,7 +13,8 @@ from tiny_models import FACTORIES, tiny_model
 from torch import nn
 
 from slimvlm.compress.errors import UnsupportedModelError
-from slimvlm.compress.models.families import GQA, LANGUAGE, find_family
+from slimvlm.compress.models.families import TEXTS, find_family
+from slimvlm.compress.models.families.parts import GQA
 from slimvlm.compress.models.groups import Group, Member, count_parameters, find_groups, live_blocks
 from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.compress.slicing.cuts import kept_kv_heads, member_indices
@@ -29,7 +30,15 @@ def attention_group(heads=8, kv_heads=2, head_dim=3):
     members = (Member("q", 0, "query", head_dim), Member("k", 0, "kv", head_dim), Member("o", 1, "query", head_dim))
     sizes = {"size": heads, "kv_heads": kv_heads, "head_dim": head_dim, "members": members}
     return Group(
-        LANGUAGE, 0, GQA, "a", **sizes, unit="head", num_units=heads, weights_per_unit=1, parameters_per_unit=1
+        TEXTS["llama"].towers[0],
+        0,
+        GQA,
+        "a",
+        **sizes,
+        unit="head",
+        num_units=heads,
+        weights_per_unit=1,
+        parameters_per_unit=1,
     )
 
 

@@ -1,0 +1,84 @@
+"""From the config of a model to its family: the rows of its tower, of its text model, and of what joins them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import NoReturn
+
+from slimvlm.compress.errors import UnsupportedModelError
+from slimvlm.compress.models.families.joins import JOINS
+from slimvlm.compress.models.families.rows import Family, Mlp, Tower
+from slimvlm.compress.models.families.texts import TEXTS
+from slimvlm.compress.models.families.towers import TOWERS
+
+ENDINGS = ("_vision_model", "_vision", "_text_model", "_text")  # what a name is readable without
+
+
+def find_family(config: object) -> Family:
+    """The family of a transformers config.
+
+    Raises:
+        UnsupportedModelError: there is no row for how it is joined, for its tower or for its text model; the message
+            says which, and lists the known ones.
+    """
+    model_type, tower, text = (_model_type(config, part) for part in ("", "vision_config", "text_config"))
+    if model_type not in JOINS:
+        _refuse(f"model type {model_type!r}", "families", JOINS)
+    if tower not in TOWERS:
+        _refuse(f"vision tower {tower!r} of a {model_type!r} model", "vision towers", TOWERS)
+    if text not in TEXTS:
+        _refuse(f"text model {text!r} of a {model_type!r} model", "text models", TEXTS)
+    family = compose(model_type, tower, text)
+    vision = _without_shared(family.towers[0], getattr(config, "vision_config", None))
+    return replace(family, towers=(vision, *family.towers[1:]))
+
+
+def compose(model_type: str, tower: str, text: str) -> Family:
+    """The family of a key of JOINS, of TOWERS and of TEXTS."""
+    join, vision, language = JOINS[model_type], TOWERS[tower], TEXTS[text]
+    root = f"{join.language}.{language.base}".rstrip(".") if join.headed else join.language
+    export = replace(join.export, text=root, head=f"{join.language}.lm_head" if join.headed else "lm_head")
+    towers = (
+        replace(vision, blocks=f"{join.vision}.{vision.blocks}", states=join.states),
+        *(replace(stack, blocks=f"{root}.{stack.blocks}") for stack in language.towers),
+    )
+    return Family(
+        join.names.get((tower, text), f"{model_type} ({_readable(tower)}, {_readable(text)})"),
+        model_type,
+        "dual-encoder" if join.contrastive else language.kind,
+        towers,
+        former=tuple(join.names.values()),
+        projector=join.projector,
+        resampler=join.resampler,
+        export=export,
+    )
+
+
+def _model_type(config: object, part: str) -> str:
+    """Of the config, or of a part of it: that of its class, because old files give a tower the name of its family."""
+    found = getattr(config, part, None) if part else config
+    return str(getattr(type(found), "model_type", "") or getattr(found, "model_type", None))
+
+
+def _without_shared(tower: Tower, config: object) -> Tower:
+    """Without stock cuts that would cut a pooling head too."""
+    if tower.pooled is None or not getattr(config, tower.pooled, True):
+        return tower
+    parts = tuple(replace(part, stock=None) if isinstance(part, Mlp) else part for part in tower.parts)
+    return replace(tower, parts=parts)
+
+
+def _readable(model_type: str) -> str:
+    ending = next((ending for ending in ENDINGS if model_type.endswith(ending)), "")
+    return model_type.removesuffix(ending)
+
+
+def _refuse(asked: str, kind: str, known: Iterable[str]) -> NoReturn:
+    raise UnsupportedModelError(f"{asked} is not supported; known {kind}: {', '.join(known)}")
+
+
+FAMILIES: tuple[Family, ...] = tuple(  # those with a name of their own
+    compose(model_type, *pair) for model_type, join in JOINS.items() for pair in join.names
+)
+MODALITIES = {tower.name: tower.modality for family in FAMILIES for tower in family.towers}

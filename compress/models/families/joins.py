@@ -1,0 +1,69 @@
+"""Families, by the model type of their config: what joins a tower (towers.py) and a text model (texts.py).
+
+Where transformers builds tower and text model from whatever configs it is given, any two of the tables make a family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from slimvlm.compress.models.families.rows import Export, Join, Resampler
+
+Names = Mapping[tuple[str, str], str]
+
+PROJECTOR = ("model.multi_modal_projector",)
+SELECTED = "vision_feature_layer"
+MERGER = ("model.visual.merger",)
+
+
+def _towered(names: Names, export: Export, states: str | None = None) -> Join:
+    return Join(names, "model.vision_tower", "model.language_model", PROJECTOR, export, states=states)
+
+
+def _qwen(name: str, export: Export, *projectors: str) -> Join:
+    names = {(f"{name}_vision", f"{name}_text"): name}
+    return Join(names, "model.visual", "model.language_model", (*MERGER, *projectors), export)
+
+
+def _idefics(name: str) -> Join:
+    return Join(
+        {(f"{name}_vision", "llama"): name},
+        "model.vision_model",
+        "model.text_model",
+        ("model.connector",),
+        Export("masked_tiles"),
+    )
+
+
+def _dual(name: str, projector: tuple[str, ...], output: tuple[str, str]) -> Join:
+    names = {(f"{name}_vision_model", f"{name}_text_model"): name}
+    export = Export(image_output=output[0], text_output=output[1])
+    return Join(names, "vision_model", "text_model", projector, export, contrastive=True)
+
+
+JOINS: dict[str, Join] = {
+    "llava": _towered(
+        {("dinov2", "llama"): "llava_dinov2", ("clip_vision_model", "llama"): "llava"}, Export("select"), SELECTED
+    ),
+    "llava_next": _towered({("clip_vision_model", "llama"): "llava_next"}, Export("tiles"), SELECTED),
+    "llava_onevision": _towered({("siglip_vision_model", "qwen2"): "llava_onevision"}, Export("tiles"), SELECTED),
+    "qwen2_vl": _qwen("qwen2_vl", Export("patches", positions="mrope", flat_config=True)),
+    "qwen2_5_vl": _qwen("qwen2_5_vl", Export("patches", positions="mrope", genai="qwen2_5_vl")),
+    "qwen3_vl": _qwen(
+        "qwen3_vl", Export("patches", positions="mrope", genai="qwen3_vl"), "model.visual.deepstack_merger_list"
+    ),
+    "smolvlm": _idefics("smolvlm"),
+    "idefics3": _idefics("idefics3"),
+    "paligemma": _towered({("siglip_vision_model", "gemma"): "paligemma"}, Export(first_position=1, prefix=True)),
+    "internvl": _towered({("internvl_vision", "qwen2"): "internvl"}, Export(), SELECTED),
+    "blip-2": Join(
+        {("blip_2_vision_model", "opt"): "blip2_opt", ("blip_2_vision_model", "t5"): "blip2_t5"},
+        "vision_model",
+        "language_model",
+        ("language_projection",),
+        resampler=Resampler("qformer", "query_tokens", "crossattention"),
+        headed=True,
+    ),
+    "clip": _dual("clip", ("visual_projection", "text_projection"), ("image_embeds", "text_embeds")),
+    "siglip": _dual("siglip", ("vision_model.head", "text_model.head"), ("pooler_output", "pooler_output")),
+}

@@ -1,0 +1,221 @@
+"""What a row of the family table says: where the blocks of a model are, which projections form an attention or an MLP,
+what must be patched after a cut, and how a tower and a text model are joined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """One attention of a block. Paths are relative to the block.
+
+    Attributes:
+        key: last part of the group key (`attn`, `cross_attn`).
+        module: the attention module.
+        rows: projections that lose rows, relative to `module`: (q, k, v), or one fused qkv.
+        output: projection that loses columns, relative to `module`.
+        head_dim: attribute of `module` that holds D.
+        norms: norms over all heads of q or k (their RMS is rescaled by the cut).
+        patch: attributes of `module` to set after a cut -> `heads`, `kv_heads`, `groups` (H / K) or `width` (H * D).
+        forward: name of the replacement forward this attention needs once cut (see modeling_slim.py).
+        stock: config fields -> the same quantities, with which the unmodified class builds a uniform cut; empty: none.
+    """
+
+    module: str
+    rows: tuple[str, ...]
+    output: str
+    key: str = "attn"
+    head_dim: str = "head_dim"
+    norms: tuple[str, ...] = ()
+    patch: tuple[tuple[str, str], ...] = ()
+    forward: str | None = None
+    stock: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def fields(self) -> tuple[tuple[str, str], ...]:
+        """Config fields -> facts of a group (see `stock_fields`) from which the unmodified class builds its size."""
+        return () if self.forward else self.stock  # the replaced forward is what the unmodified class lacks
+
+    @property
+    def exit(self) -> str:
+        """Path, relative to the block, of the linear through which it adds to the residual stream."""
+        return f"{self.module}.{self.output}"
+
+
+@dataclass(frozen=True, slots=True)
+class Mlp:
+    """One MLP of a block: `rows` lose rows, `output` loses columns; `stock`: the config field of its width, if any."""
+
+    rows: tuple[str, ...]
+    output: str
+    key: str = "mlp"
+    stock: str | None = None
+
+    @property
+    def fields(self) -> tuple[tuple[str, str], ...]:
+        """As of an attention."""
+        return () if self.stock is None else ((self.stock, "size"),)
+
+    @property
+    def exit(self) -> str:
+        """As of an attention."""
+        return self.output
+
+
+@dataclass(frozen=True, slots=True)
+class Tower:
+    """One stack of blocks: a vision tower, or (one of) those of a text model.
+
+    Attributes:
+        blocks: path of its blocks, in a row of TOWERS or TEXTS from the module that its config builds, in a family from
+            the model.
+        modality: `vision` or `language`.
+        config: attribute path of its config; `depth`: the fields of it that hold the number of blocks.
+        states: field of the model's config with the index (or indices) of the hidden states that are read, 0 what goes
+            into the first block; blocks behind the last of them are dead. None: the output of the last block is.
+        listed: fields of its config with one entry per block, where the text model has them.
+        numbered: fields of its config, and attributes of the module that holds the blocks, that name some by number.
+        deepstack: where the model's config numbers the vision blocks whose outputs are added behind as many first
+            language blocks: these can leave neither here nor there.
+        first: (module, table, flag): the first block alone owns `table` of its `module`, and `flag` says that it does.
+        pooled: field of its config that, where it is set, gives it a pooling head whose MLP is as wide as those of the
+            blocks: one config field for both, so no stock cut of them.
+    """
+
+    name: str
+    modality: str
+    config: str
+    blocks: str
+    parts: tuple[Attention | Mlp, ...]
+    states: str | None = None
+    depth: tuple[str, ...] = ("num_hidden_layers",)
+    listed: tuple[str, ...] = ("layer_types", "no_rope_layers")
+    numbered: tuple[str, ...] = ()
+    deepstack: str | None = None
+    first: tuple[str, str, str] | None = None
+    pooled: str | None = None
+
+    @property
+    def fields(self) -> tuple[tuple[str, str], ...]:
+        """As of an attention."""
+        return tuple((name, "size") for name in self.depth)
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """How the parts of a model are called and fed once they are graphs (slimvlm/export).
+
+    Attributes:
+        vision: how pixels become image features, a key of export/graphs/vision.py: `pooled` (the model's own
+            `get_image_features`), `select` (a layer of the tower through the projector), `tiles` (the same on a fixed
+            set of tiles), `masked_tiles` (Idefics3) or `patches` (Qwen: one fixed grid of patches).
+        text: the module that takes `inputs_embeds`; `head` gives its logits (encoder-decoder: both inside `text`).
+        positions: `count` (1-D, from `first_position`) or `mrope` (temporal, height and width rows).
+        prefix: the prompt attends to itself in both directions, only what is generated is causal.
+        image_output, text_output: what a dual encoder's graphs call their embeddings.
+        flat_config: clients read the sizes of the text model at the top of config.json.
+        genai: the model type under which onnxruntime-genai knows this model, if it does.
+    """
+
+    vision: str = "pooled"
+    text: str = "model.language_model"
+    head: str = "lm_head"
+    positions: str = "count"
+    first_position: int = 0
+    prefix: bool = False
+    image_output: str = "image_embeds"
+    text_output: str = "text_embeds"
+    flat_config: bool = False
+    genai: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Resampler:
+    """A module whose learned queries read an image into a fixed number of features (Q-Former).
+
+    Attributes:
+        module: its path; `queries`: the parameter [1, queries, width].
+        cross: what the attention over the patches is called inside it.
+    """
+
+    module: str
+    queries: str
+    cross: str
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A text model.
+
+    Attributes:
+        towers: its stacks of blocks.
+        kind: `decoder` or `encoder-decoder`.
+        base: what the class with the language model's head calls the module that it is put on; empty: it has none.
+    """
+
+    towers: tuple[Tower, ...]
+    kind: str = "decoder"
+    base: str = "model"
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """What makes one model of a vision tower and a text model.
+
+    Attributes:
+        names: what a family of this tower and this text model (keys of TOWERS and TEXTS) is called; others are called
+            after all three, `llava (dinov2, qwen2)`.
+        vision, language: paths of the modules that are the tower and the text model.
+        projector, resampler, export: as of a family.
+        headed: the text model brings its own head.
+        contrastive: images and texts are embedded apart.
+        states: as of a tower, of the vision tower.
+    """
+
+    names: Mapping[tuple[str, str], str]
+    vision: str
+    language: str
+    projector: tuple[str, ...]
+    export: Export = Export()
+    resampler: Resampler | None = None
+    headed: bool = False
+    contrastive: bool = False
+    states: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A tower, a text model, and what joins them.
+
+    Attributes:
+        kind: `decoder`, `encoder-decoder` or `dual-encoder`; code asks for the facts below instead.
+        former: what it was called in plans that were made when its tower and its text model were not asked for.
+        projector: modules that carry what one modality's tower says into the space of the other; empty: there are none.
+    """
+
+    name: str
+    model_type: str
+    kind: str
+    towers: tuple[Tower, ...]
+    former: tuple[str, ...] = ()
+    projector: tuple[str, ...] = ()
+    resampler: Resampler | None = None
+    export: Export = Export()
+
+    @property
+    def contrastive(self) -> bool:
+        """It answers nothing: images and texts are embedded apart, and its loss compares the samples of a batch."""
+        return self.kind == "dual-encoder"
+
+    @property
+    def own_decoder(self) -> bool:
+        """The answer is not in the text that the model reads, but in a decoder of its own."""
+        return self.kind == "encoder-decoder"
+
+    @property
+    def labels_shifted(self) -> bool:
+        """The logits of a token are to give the next one, so its label is one place further on."""
+        return self.kind == "decoder"
