@@ -1,0 +1,46 @@
+"""A tiny config per text model that goes into many families, by its model type (see TEXTS in slimvlm).
+
+Grouped-query attention is real wherever the text model has it: 4 query heads on 2 key-value heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import transformers as tf
+from tiny.sizes import TEXT, VOCAB
+
+HEADS = {**TEXT, "head_dim": 8}
+
+TEXTS: dict[str, Callable[[], tf.PreTrainedConfig]] = {
+    "llama": lambda: tf.LlamaConfig(**TEXT),
+    "mistral": lambda: tf.MistralConfig(**HEADS),
+    "qwen2": lambda: tf.Qwen2Config(**TEXT),
+    "gemma": lambda: tf.GemmaConfig(**HEADS),
+    "opt": lambda: tf.OPTConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        ffn_dim=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        word_embed_proj_dim=32,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
+    "t5": lambda: tf.T5Config(
+        vocab_size=VOCAB,
+        d_model=32,
+        d_kv=8,
+        d_ff=40,
+        num_layers=2,
+        num_decoder_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        pad_token_id=0,
+        eos_token_id=2,
+        decoder_start_token_id=0,
+        tie_word_embeddings=False,
+    ),
+}
