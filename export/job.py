@@ -95,8 +95,7 @@ def export_model(
             manifest.artifacts += artifacts
             check_graphs(partial, artifacts, graphs, reference, manifest, progress)
         _write_client(partial, model, reference, options, manifest)
-        if options.bundle:
-            write_readme(partial, manifest)
+        write_readme(partial, model, collator.family, manifest)
         manifest.write(partial)
     if options.bundle:
         write_tar(out, manifest)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from pairs import assert_done, run_pair
 from run_records import edit_record
 
@@ -20,6 +21,7 @@ from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.stages.plan import planning_of
 from slimvlm.demo import MODEL, SAMPLES
+from slimvlm.export.running.manifest import check_files
 from slimvlm.pipeline import _check, apply_saved_plan, compress, evaluate_named, make_plan
 from slimvlm.serve.profile import Profile
 
@@ -72,6 +74,21 @@ def test_the_run_folder_holds_plan_scores_quality_and_the_checks_that_were_made(
     assert quality["blind"]["scores"]["exact"] == result.blind.score < result.dense.score
     assert (options.out / "scores.safetensors").is_file()
     assert "<svg" in (options.out / "report.html").read_text()
+
+
+def test_the_card_of_the_checkpoint_tells_the_quality_that_was_measured(finished):
+    options, result = finished
+    card = ModelCard.load(options.out / "model" / "README.md")
+    told = card.data.to_dict()["slimvlm"]
+    assert (told["base"], told["recovered"], told["measured"]["data"]) == ("slimvlm demo", None, "val.jsonl")
+    whole, compared = told["measured"]["whole"], result.comparison
+    assert [whole[name] for name in ("dense", "slim", "questions")] == [compared.dense, compared.slim, 24]
+    assert (whole["low"], whole["high"]) == (compared.low, compared.high)
+    assert {one["task"] for one in told["measured"]["tasks"]} == set(compared.tasks)
+    assert f"| {100 * compared.dense:.1f} % | {100 * compared.slim:.1f} % |" in card.text
+    assert (
+        check_files(options.out / "model", json.loads((options.out / "model/manifest.json").read_text())["files"]) == []
+    )
 
 
 def test_a_finished_run_resumes_to_the_same_result_without_work(finished):

@@ -20,6 +20,7 @@ from tiny_processors import tiny_image, tiny_processor
 
 import slimvlm
 from slimvlm.cli import main
+from slimvlm.compress.card import Recovered, read_card
 from slimvlm.compress.data.records import Turn
 from slimvlm.compress.data.samples import Sample
 from slimvlm.compress.data.splits import Trained, hold_out, read_measured, read_trained
@@ -76,6 +77,9 @@ def test_the_run_says_what_the_recovery_did(recovered) -> None:
     assert not (options.out / "recovery").exists()
     quality = json.loads((options.out / "quality.json").read_text())
     assert result.cut.score == quality["cut"]["scores"]["exact"]
+    told = read_card(options.out / "model").told
+    assert told.recovered == (Recovered("lpd", "lora", 8, facts["samples"]) if facts["best_step"] else None)
+    assert told.measured.whole.slim == result.comparison.slim
 
 
 def test_another_recovery_starts_from_the_same_cut_and_replaces_the_model(run: Path) -> None:

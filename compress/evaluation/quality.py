@@ -94,6 +94,10 @@ RETRIEVAL: dict[str, Metric] = {
 } | {"mean_r1": lambda row: (float(row.image_to_text <= 1) + float(row.text_to_image <= 1)) / 2}
 METRICS = {"generation": GENERATION, "retrieval": RETRIEVAL}
 PRIMARY = {"generation": "exact", "retrieval": "mean_r1"}
+COUNTED = {  # the figure to quote, in words
+    "generation": "the share of answers that equal a right answer (case, articles and punctuation aside)",
+    "retrieval": "the share of images and texts whose first match is right, both directions",
+}
 LOWER_IS_BETTER = frozenset(("token_loss",))
 
 

@@ -17,6 +17,7 @@ from typing import TypedDict
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
+from slimvlm.compress.card import BASE_CARD, CARD
 from slimvlm.compress.errors import CheckpointError, UnsuitableOptionError, one_line
 from slimvlm.compress.files.decoding import read
 from slimvlm.compress.files.folders import MANIFEST, Listing
@@ -138,7 +139,7 @@ def locate(name: str | os.PathLike[str]) -> tuple[Path, str]:
     Raises:
         CheckpointError: as `check_weights`.
     """
-    folder = _local_folder(os.fspath(name), ("*.json", "*.safetensors", *CARRIED))
+    folder = _local_folder(os.fspath(name), ("*.json", "*.safetensors", CARD, BASE_CARD, *CARRIED))
     return folder, check_weights(folder)
 
 

@@ -19,6 +19,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
+from slimvlm.compress.card import write_card
 from slimvlm.compress.errors import CheckpointError
 from slimvlm.compress.files.decoding import read
 from slimvlm.compress.files.folders import (
@@ -34,7 +35,7 @@ from slimvlm.compress.models.checkpoint import CARRIED, PLAN, load_model, weight
 from slimvlm.compress.models.families import Family, find_family
 from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.models.modeling_slim import RECORD
-from slimvlm.compress.models.quantized import quantize, require_torchao
+from slimvlm.compress.models.quantized import held_form, quantize, require_torchao
 from slimvlm.compress.options import LAYOUTS
 from slimvlm.compress.plan import Plan
 
@@ -49,7 +50,8 @@ def save_checkpoint(
     layout: str = "per-layer",
     max_shard_size: str = "5GB",
 ) -> Path:
-    """Writes a checkpoint: weights (safetensors), config, processor, plan.json, manifest.json (sizes and sha256).
+    """Writes a checkpoint: weights (safetensors), config, processor, plan.json, model card, manifest.json (sizes and
+    sha256).
 
     Args:
         plan: what was cut from the dense model; None for a model that was not cut.
@@ -66,9 +68,12 @@ def save_checkpoint(
     saved = stock_model(model) if layout == "stock" else model
     with written_folder(folder) as partial:
         saved.save_pretrained(partial, max_shard_size=max_shard_size)
-        _save_processor(partial, processor, Path(model.config.name_or_path or partial))
+        source = Path(model.config.name_or_path).expanduser() if model.config.name_or_path else None
+        _save_processor(partial, processor, source)
         if plan is not None:
             write_text(partial / PLAN, plan.to_json())
+        contrastive = find_family(model.config).contrastive
+        write_card(partial, source, plan, contrastive=contrastive, form=held_form(partial))
         _write_manifest(partial)
     return folder
 
@@ -110,10 +115,10 @@ def quantize_checkpoint(
     return Quantized(out, form, after, before, linears)
 
 
-def _save_processor(folder: Path, processor: ProcessorMixin | None, source: Path) -> None:
+def _save_processor(folder: Path, processor: ProcessorMixin | None, source: Path | None) -> None:
     if processor is not None:
         processor.save_pretrained(folder)
-    if source.is_dir():
+    if source is not None and source.is_dir():
         for pattern in CARRIED:
             for path in source.glob(pattern):
                 if not (folder / path.name).exists():

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from slimvlm.compress.card import Measured as CardQuality
+from slimvlm.compress.card import Recovered, Scored, plain, tell_quality
 from slimvlm.compress.data.collate import collator_of
 from slimvlm.compress.data.samples import Sample
 from slimvlm.compress.data.splits import Measured
 from slimvlm.compress.errors import OutputError
 from slimvlm.compress.evaluation.evaluate import compare, evaluate, evaluation_batch
-from slimvlm.compress.evaluation.quality import Quality, qualities_of
+from slimvlm.compress.evaluation.quality import COUNTED, Comparison, Quality, qualities_of
 from slimvlm.compress.evaluation.soundness import check_computes
 from slimvlm.compress.files.decoding import content_of, dump, parse, refused_as
 from slimvlm.compress.files.writing import write_text
@@ -55,7 +57,40 @@ def evaluate_stage(run: RunFolder, options: LearnOptions, data: Measured, progre
         document = {name: quality.to_dict() for name, quality in found._asdict().items() if quality is not None}
         document["comparison"] = compare(dense, found.slim, options.seed).to_dict()
         write_text(path, dump(document, indent=1, sort_keys=True) + "\n")
+        tell_quality(run.path / MODEL, _recovered(run), _measured(found, options, data))
     return found
+
+
+def _measured(found: Evaluated, options: LearnOptions, data: Measured) -> CardQuality:
+    """The figures for the model card."""
+    asked = options.eval_data or options.data
+    whole = compare(found.dense, found.slim, options.seed)
+    tasks = {
+        task: compare(found.dense.of_task(task), found.slim.of_task(task), options.seed) for task in found.dense.tasks
+    }
+    scored = [_scored(task, one) for task, one in tasks.items()]
+    return CardQuality(
+        data=plain(asked.name),
+        held_out=data.held_out,
+        images=whole.images,
+        metric=COUNTED[found.dense.kind],
+        level=whole.level,
+        blind=None if found.blind is None else found.blind.score,
+        whole=_scored("mean of tasks", whole),
+        tasks=tuple(sorted(scored, key=lambda one: one.slim - one.dense)),
+    )
+
+
+def _scored(task: str, found: Comparison) -> Scored:
+    return Scored(plain(task), found.questions, found.dense, found.slim, found.low, found.high)
+
+
+def _recovered(run: RunFolder) -> Recovered | None:
+    """The training, unless the weights from before it were kept."""
+    facts = run.facts("recover")
+    if not run.finished("recover") or not facts["best_step"]:
+        return None
+    return Recovered(facts["options"]["recover"], facts["options"]["train"], facts["steps"], facts["samples"])
 
 
 def evaluate_seeing_and_blind(

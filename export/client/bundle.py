@@ -1,21 +1,27 @@
-"""One folder, or one tar, for a device: graphs, tokenizer and processor files, run_onnx.py, manifest and a README."""
+"""The model card of an export, and the one tar for a device: all its files, with the manifest."""
 
 from __future__ import annotations
 
 import tarfile
 from pathlib import Path
 
+from slimvlm.compress.card import write_export_card
 from slimvlm.compress.files.decoding import LARGEST_FILE, decode, parse
 from slimvlm.compress.files.folders import MANIFEST
 from slimvlm.compress.files.writing import written_file
+from slimvlm.compress.models.families import Family
+from slimvlm.export.graphs.graph import Model
 from slimvlm.export.running.manifest import Document, Manifest
+from slimvlm.export.variants import QUANTIZED
 
-README = "README.md"
 
-
-def write_readme(folder: Path, manifest: Manifest) -> None:
-    """Writes how to run, check and read the folder."""
-    (folder / README).write_text("\n".join(_lines(manifest)) + "\n", encoding="utf-8")
+def write_readme(folder: Path, model: Model, family: Family, manifest: Manifest) -> None:
+    """Writes the card: how to run, check and read the folder, and what its model is."""
+    source = Path(model.config.name_or_path).expanduser() if model.config.name_or_path else None
+    formats = dict.fromkeys(artifact.format for artifact in manifest.artifacts)
+    rounded = any(artifact.variant in QUANTIZED for artifact in manifest.artifacts)
+    tags = (*formats, *(("quantization",) if rounded else ()))
+    write_export_card(folder, source, "\n".join(_lines(manifest)), contrastive=family.contrastive, tags=tags)
 
 
 def write_tar(folder: Path, manifest: Manifest) -> Path:
@@ -56,7 +62,7 @@ def _anonymous(entry: tarfile.TarInfo) -> tarfile.TarInfo:
 def _lines(manifest: Manifest) -> list[str]:
     runs = manifest.run
     lines = [
-        f"# {manifest.model['family']}, exported by slimvlm {manifest.versions.get('slimvlm', '')}".rstrip(),
+        "## Graphs",
         "",
         "| graph | format | variant | file | largest relative error |",
         "|---|---|---|---|---|",
@@ -66,6 +72,7 @@ def _lines(manifest: Manifest) -> list[str]:
         lines.append(f"| {artifact.graph} | {artifact.format} | {artifact.variant} | {artifact.file} | {error:.1e} |")
     lines += ["", "Against torch, on the samples the export was checked with:", ""]
     lines += [f"- {_check(check)}" for check in manifest.checks] or ["- every graph (see `parity` in manifest.json)"]
+    lines += [f"- **failed**: {failure}" for failure in manifest.failures]
     if "prompt" in runs:
         lines += [
             "",
@@ -84,6 +91,7 @@ def _lines(manifest: Manifest) -> list[str]:
         "## Check",
         "",
         "`slimvlm export --verify .` compares all files with manifest.json and runs its sample.",
+        "",
     ]
     return lines
 

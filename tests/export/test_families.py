@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from exports import cut_model, quality_of, size_of, tiny_samples
+from huggingface_hub import ModelCard
 from tiny_models import FACTORIES
 
 from slimvlm.compress.evaluation.evaluate import evaluate
@@ -51,6 +52,15 @@ def test_every_graph_equals_torch_at_two_sizes_of_every_axis(exported, name):
         assert all(len(seen) >= 2 for seen in sizes.values()), sizes
         if artifact.graph == "decoder_model_merged" and "past_sequence_length" in sizes:
             assert 0 in sizes["past_sequence_length"]
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_every_export_has_a_card_that_the_hub_reads(exported, name):
+    card = ModelCard.load(exported(name).out / "README.md")
+    task = "zero-shot-image-classification" if name in DUAL else "image-text-to-text"
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers.js", task)
+    assert card.data.tags == ["slimvlm", "onnx"]
+    assert all(f"| {artifact.file} |" in card.text for artifact in exported(name).manifest.artifacts)
 
 
 @pytest.mark.parametrize("name", FACTORIES)

@@ -10,6 +10,7 @@ from itertools import product
 import numpy as np
 
 from slimvlm.compress.evaluation.quality import (
+    COUNTED,
     LEVEL,
     METRICS,
     PRIMARY,
@@ -63,7 +64,7 @@ def right(row: Row, kind: str) -> float:
 def _notes(models: Mapping[str, Quality], comparison: Comparison) -> Iterator[str]:
     yield (
         f"{whole(comparison.questions)} questions, the same for every model; the figure is "
-        f"{METRIC_NAMES[models['dense'].kind]}."
+        f"{COUNTED[models['dense'].kind]}."
     )
     yield (
         "dense is the model that was given, slim the one that was made"
@@ -73,12 +74,6 @@ def _notes(models: Mapping[str, Quality], comparison: Comparison) -> Iterator[st
         f"{whole(comparison.images)} images, each with all its questions ({whole(comparison.resamples)} resamples, "
         f"seed {comparison.seed}, {share(comparison.level)}). Of many intervals some miss 0 by chance."
     )
-
-
-METRIC_NAMES = {
-    "generation": "the share of answers that equal a right answer (case, articles and punctuation aside)",
-    "retrieval": "the share of images and texts whose first match is right, both directions",
-}
 
 
 def _changes(dense: dict[str, Quality], slim: dict[str, Quality], overall: Comparison) -> dict[str, Comparison]:
