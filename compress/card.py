@@ -244,7 +244,7 @@ def _write(folder: Path, card: Card, tags: tuple[str, ...] = (), graphs: str | N
         tags=[OURS, *tags],
         slimvlm=json.loads(dump(asdict(told))),
     )
-    facts = {
+    facts: dict[str, Any] = {
         "told": told,
         "task": task,
         "graphs": graphs,

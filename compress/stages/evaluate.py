@@ -17,7 +17,7 @@ from slimvlm.compress.evaluation.soundness import check_computes
 from slimvlm.compress.files.decoding import content_of, dump, parse, refused_as
 from slimvlm.compress.files.writing import write_text
 from slimvlm.compress.models.computing import frees_memory, load_to_compute
-from slimvlm.compress.options import EvaluateOptions, LearnOptions
+from slimvlm.compress.options import CutOptions, EvaluateOptions
 from slimvlm.compress.progress import Progress
 from slimvlm.compress.runs import AGAIN, CUT, MODEL, QUALITY, RunFolder
 
@@ -34,7 +34,7 @@ class Evaluated(NamedTuple):
 
 
 @frees_memory
-def evaluate_stage(run: RunFolder, options: LearnOptions, data: Measured, progress: Progress) -> Evaluated:
+def evaluate_stage(run: RunFolder, options: CutOptions, data: Measured, progress: Progress) -> Evaluated:
     """Quality of the dense, the cut (where a recovery followed) and the slim model, of the dense one blind, and of the
     slim one rounded (where it was trained so)."""
     path = run.path / QUALITY
@@ -61,7 +61,7 @@ def evaluate_stage(run: RunFolder, options: LearnOptions, data: Measured, progre
     return found
 
 
-def _measured(found: Evaluated, options: LearnOptions, data: Measured) -> CardQuality:
+def _measured(found: Evaluated, options: CutOptions, data: Measured) -> CardQuality:
     """The figures for the model card."""
     asked = options.eval_data or options.data
     whole = compare(found.dense, found.slim, options.seed)
@@ -111,7 +111,7 @@ def evaluate_model(
     return _qualities(options, name, samples, progress, (None,), form)[0]
 
 
-def _evaluate_rounded(options: LearnOptions, name: str, samples: Sequence[Sample], progress: Progress) -> Quality:
+def _evaluate_rounded(options: CutOptions, name: str, samples: Sequence[Sample], progress: Progress) -> Quality:
     """Quality of the checkpoint `name` with the weights of the variant it was trained for; activations are whole."""
     from slimvlm.compress.recovery.adapters.rounding import rounded  # peft takes seconds to import
 
