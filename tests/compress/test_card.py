@@ -7,7 +7,7 @@ import json
 import pytest
 from huggingface_hub import ModelCard
 from plans import random_plan
-from tiny_models import tiny_model
+from tiny_models import FACTORIES, tiny_model
 
 from slimvlm.compress.card import (
     BASE_CARD,
@@ -22,6 +22,7 @@ from slimvlm.compress.card import (
 )
 from slimvlm.compress.files.folders import list_files
 from slimvlm.compress.models.checkpoint import load_model
+from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.slicing.apply import apply_plan
 
@@ -69,6 +70,21 @@ def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("secret-place")
     plan = cut(dense(root / "my-vlm"), root / "slim")
     return root, plan
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_every_family_has_a_card_that_the_hub_reads(tmp_path, name):
+    tiny = tiny_model(name)
+    plan = random_plan(tiny.model, seed=1)
+    save_checkpoint(tmp_path / "slim", apply_plan(tiny.model, plan), None, plan)
+    card = ModelCard.load(tmp_path / "slim" / CARD)
+    contrastive = find_family(tiny.model.config).contrastive
+    task = "zero-shot-image-classification" if contrastive else "image-text-to-text"
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", task)
+    assert card.data.tags == ["slimvlm", "pruning", "structured-pruning"]
+    auto = "AutoModel" if contrastive else "AutoModelForImageTextToText"
+    assert f'{auto}.from_pretrained("FOLDER", trust_remote_code=True)' in card.text
+    assert f'pipeline("{task}"' in card.text
 
 
 def test_licence_languages_and_data_sets_are_those_of_the_base_and_its_text_lies_beside(made):
