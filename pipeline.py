@@ -23,7 +23,7 @@ from slimvlm.compress.options import CompressOptions, DeliverOptions, EvaluateOp
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.recovery.checks import check_models, recipe_of
-from slimvlm.compress.run_record import options_of, read_record
+from slimvlm.compress.run_record import options_of, outputs_of, read_record
 from slimvlm.compress.runs import AGAIN, PLAN, RunFolder
 from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.compress.slicing.compensation import COMPENSATIONS
@@ -162,15 +162,11 @@ def recover_run(out: Path, changes: Mapping[str, Any], progress: Progress = sile
         SlimvlmError, CheckFailedError: as `compress`.
     """
     record = read_record(out)
-    changes = dict(changes)
-    if changes.get("export") is None and "export" in record["stages"]:
-        changes["export"] = tuple(record["stages"]["export"]["formats"])
-    if fitted := record["stages"].get("fit"):
-        names = [split_backend(backend) for backend in fitted["backends"]]
-        changes |= {"target": tuple(fitted["targets"]), "backend": names[0][0]}
-        changes |= {"variants": tuple(variant for _, variant in names if variant)}
-    changes["profile"] = bool(record["stages"].get("profile", {}).get("backends"))
-    return compress(options_of(out, record, **changes), progress)
+    outputs = {"profile": False, **outputs_of(record)}
+    if changes.get("export") is not None and not outputs.get("target"):
+        outputs = {"profile": outputs["profile"]}
+    given = {name: value for name, value in changes.items() if name != "export" or value is not None}
+    return compress(options_of(out, record, **{**outputs, **given}), progress)
 
 
 class Evaluation(NamedTuple):

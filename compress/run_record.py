@@ -204,6 +204,28 @@ def options_of(path: Path, record: Mapping[str, Any], **changes: Any) -> Compres
         return CompressOptions.of_run(path, record["options"], **changes)
 
 
+def replayed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """All that was asked of the run, by the names of the options; what was left open is absent."""
+    stages = record["stages"]
+    trained = {"recover": "none"} if "evaluate" in stages else {}
+    asked = {**record["options"], **stages.get("recover", {}).get("options", trained), **outputs_of(record)}
+    return {name: value for name, value in asked.items() if value is not None}
+
+
+def outputs_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The formats, precisions, targets and measurements that were asked of the run, as far as it came."""
+    stages, asked = record["stages"], dict[str, Any]()
+    if exported := stages.get("export"):
+        asked |= {"export": tuple(exported["formats"]), "variants": tuple(exported.get("variants", ()))}
+    if fitted := stages.get("fit"):
+        names = [name.partition(":") for name in fitted["backends"]]
+        asked |= {"target": tuple(fitted["targets"]), "backend": names[0][0]}
+        asked["variants"] = tuple(variant for _, _, variant in names if variant)
+    if "profile" in stages:
+        asked["profile"] = bool(stages["profile"]["backends"])
+    return asked
+
+
 def _digest(record: Mapping[str, Any]) -> str:
     """Of all but the digest itself."""
     rest = {name: value for name, value in record.items() if name != "digest"}

@@ -25,7 +25,7 @@ from slimvlm.serve.options import ProfileOptions
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 COMMANDS = sorted(main.commands)
-NOT_OPTIONS = {"as_json", "quiet"}
+NOT_OPTIONS = {"as_json", "quiet", "config", "write_config"}
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
@@ -87,6 +87,21 @@ def test_every_command_and_option_of_the_readme_exists() -> None:
         for name in (*parameter.opts, *parameter.secondary_opts)
     }
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - known <= {"--help", "--help-all"}
+
+
+@pytest.mark.parametrize(
+    ("shell", "shows"), [("bash", "complete -o"), ("zsh", "compdef"), ("fish", "complete --no-files")]
+)
+def test_every_shell_gets_its_completion_script(shell: str, shows: str) -> None:
+    """As docs/commands.md has it."""
+    told = {"_SLIMVLM_COMPLETE": f"{shell}_source"}
+    script = CliRunner().invoke(main, prog_name="slimvlm", env=told)
+    assert script.exit_code == 0 and shows in script.output
+    words = {"_SLIMVLM_COMPLETE": f"{shell}_complete", "COMP_WORDS": "slimvlm compress --crit", "COMP_CWORD": "2"}
+    found = CliRunner().invoke(
+        main, prog_name="slimvlm", env=words | ({"COMP_CWORD": "--crit"} if shell == "fish" else {})
+    )
+    assert "--criterion" in found.output
 
 
 def test_help_takes_at_most_half_a_second_of_processor_time() -> None:

@@ -86,6 +86,18 @@ def test_apply_replays_the_plan_of_compress(finished: tuple[Path, Result], tmp_p
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
+def test_the_record_of_a_run_is_a_recipe_that_makes_the_same_plan(
+    finished: tuple[Path, Result], tmp_path: Path
+) -> None:
+    out, _ = finished
+    again = run("compress", tmp_path / "again", "--config", out / "run.json", "--quiet")
+    assert again.exit_code == 0, again.stderr
+    for name in ("plan.json", "order.safetensors", "model/model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
+    first, second = (json.loads((folder / "run.json").read_text()) for folder in (out, tmp_path / "again"))
+    assert first["options"] == second["options"] and list(first["stages"]) == list(second["stages"])
+
+
 def test_apply_with_the_samples_of_the_plan_gives_what_compress_gives(tmp_path: Path) -> None:
     out, again = tmp_path / "out", tmp_path / "again"
     cut = run("compress", MODEL, out, *CHEAP, *ONLY_CUT[1:], "--ratio", 0.4, "--eval-samples", 12)

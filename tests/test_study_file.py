@@ -99,7 +99,7 @@ def test_what_is_written_down_names_no_folder_of_this_machine(folder):
 WRONG = [
     ("[[row]]\ncriterion = 'gait'", "row 1.criterion: 'gait' is not one of 'ukmi'"),
     ("[[row]]\nallocator = ['global', 'fair']", "row 1.allocator: 'fair' is not one of"),
-    ("[[row]]\ncriterium = 'gate'", "row 1: key 'criterium' is unknown; known are accumulate"),
+    ("[[row]]\ncriterium = 'gate'", "row 1: key 'criterium' is unknown; the nearest is criterion"),
     ("[[row]]\nratio = 1.5", "row 1.ratio: 1.5 is not in the range 0<x<1"),
     ("[[row]]\nratio = [0.2, true]", "row 1.ratio: True is no value of it"),
     ("[[row]]\nrounds = 'many'", "row 1.rounds: 'many' is not a valid integer"),
@@ -113,7 +113,7 @@ WRONG = [
     ("[[row]]\nname = 'a'\n[[row]]\nname = 'a'\nrounds = 1", "two rows are called 'a'"),
     ("[[row]]\nname = 'dense'", "row dense: that is what the model without a cut is called"),
     ("[row]\nrounds = 1", "is not a list"),
-    ("[rows]\na = 1", "key 'rows' is unknown; known are all, bed, row"),
+    ("[rows]\na = 1", "key 'rows' is unknown; the nearest is row"),
     ("[[row]\n", "it is not TOML"),
     ("[bed.other]\nmodel = 'a'\ndata = 'none.jsonl'\nval = 'val.jsonl'", "bed other.data: "),
     ("[bed.other]\nmodel = 'a'\ndata = 'train.jsonl'", "bed other: key 'val' is missing"),

@@ -28,7 +28,8 @@ from slimvlm.console.progress import progress, show_job
 
 @command(
     first=(
-        *("--data", "--ratio", "--target", "--recover", "--steps", "--eval-data", "--export", "--device", "--resume"),
+        *("--data", "--ratio", "--target", "--recover", "--eval-data", "--export", "--device", "--resume"),
+        *("--config",),
     )
 )
 @compress_options

@@ -5,11 +5,8 @@ Values are read as the command line reads them, so whatever is a choice there is
 
 from __future__ import annotations
 
-import os
 import re
-import tomllib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
@@ -18,10 +15,20 @@ from typing import Any  # what a TOML or JSON file holds, and what options of al
 import click
 
 from slimvlm.compress.errors import UnsuitableOptionError
-from slimvlm.compress.files.decoding import MisfitError, content_of, parse, refused_as, shown
+from slimvlm.compress.files.decoding import MisfitError, refused_as, shown
 from slimvlm.compress.options import ComputeOptions, CutOptions, EvaluateOptions, SparsifyOptions
 from slimvlm.console.commands.cutting import compress, sparsify
 from slimvlm.console.options.making import FILE_OR_FOLDER, NAME, POSITIVE, TEXT
+from slimvlm.console.options.reading import (
+    converted,
+    inside,
+    known_keys,
+    option_value,
+    read_document,
+    table_of,
+    there,
+    word,
+)
 from slimvlm.serve.study.study import BLIND, DENSE, Bed, Cell, said_of, said_of_zeros
 
 ADVICE = "write it as docs/study.md shows"
@@ -45,27 +52,17 @@ def read_cells(path: Path) -> list[Cell]:
         UnsuitableOptionError: the file cannot be read; or the place in it that says what nothing can take.
     """
     with refused_as(path, UnsuitableOptionError, ADVICE):
-        content = content_of(path)
-        tables = _known(parse(content) if path.suffix == ".json" else _toml(content), {"bed", "all", "row"})
+        tables = _known(read_document(path), {"bed", "all", "row"})
         beds, cells = list[Bed](), list[Cell]()
-        for name, table in _table(tables.get("bed", {})).items():
-            with _inside(f"bed {name}"):
+        for name, table in table_of(tables.get("bed", {})).items():
+            with inside(f"bed {name}"):
                 beds.append(_bed(path.parent, name, table))
-        with _inside("all"):
+        with inside("all"):
             common = _known(tables.get("all", {}), STUDIED | OF_ROWS)
         for number, row in enumerate(_list(tables.get("row", [])), start=1):
-            with _inside(f"row {number}"):
+            with inside(f"row {number}"):
                 cells += _cells(path.parent, beds, common, row)
         return _distinct(cells)
-
-
-def _toml(content: bytes) -> Any:
-    try:
-        return tomllib.loads(content.decode())
-    except UnicodeDecodeError as error:
-        raise MisfitError(f"it is not UTF-8 (byte {error.start})") from None
-    except tomllib.TOMLDecodeError as error:
-        raise MisfitError(f"it is not TOML ({error})") from None
 
 
 def _bed(folder: Path, name: str, table: object) -> Bed:
@@ -77,28 +74,29 @@ def _bed(folder: Path, name: str, table: object) -> Bed:
     samples, seconds = dict[str, Path](), dict[str, float]()
     for place in PLACES[1:]:
         if place in told:
-            with _inside(place):
-                samples[place] = _converted(FILE_OR_FOLDER, _there(folder, told[place]))
+            with inside(place):
+                samples[place] = converted(FILE_OR_FOLDER, there(folder, told[place]))
     for step, value in _known(told.get("seconds", {}), set(TIMED)).items():
-        with _inside(step):
-            seconds[step] = _converted(POSITIVE, value)
-    with _inside("model"):
-        model = _converted(NAME, _there(folder, told["model"]))
-    options = {name: _value(folder, OPTIONS[name], told[name]) for name in OF_BEDS if name in told}
+        with inside(step):
+            seconds[step] = converted(POSITIVE, value)
+    with inside("model"):
+        model = converted(NAME, there(folder, told["model"]))
+    options = {name: option_value(folder, OPTIONS[name], told[name]) for name in OF_BEDS if name in told}
     return Bed(name, model, **samples, options=options, seconds=seconds)
 
 
 def _cells(folder: Path, beds: list[Bed], common: Mapping[str, Any], row: object) -> Iterator[Cell]:
-    zeroed = "sparsity" in _table(row)
+    zeroed = "sparsity" in table_of(row)
     known, options_of = (ZEROED | {"bed"}, ZEROING) if zeroed else (STUDIED | OF_ROWS, OPTIONS)
     own = _known(row, known | {"name"})
     told = {**{name: value for name, value in common.items() if name in known}, **own}
-    template, one_plan = _converted(TEXT, told.pop("name", "")), told.pop("one_plan", False)
+    template, one_plan = converted(TEXT, told.pop("name", "")), told.pop("one_plan", False)
     if not isinstance(one_plan, bool):
         raise MisfitError(f"one-plan: {shown(one_plan)} is not true or false")
     chosen = _chosen(beds, told.pop("bed", [bed.name for bed in beds]))
     axes = {
-        name: [_value(folder, options_of[name], one) for one in _values(options_of[name], told[name])] for name in told
+        name: [option_value(folder, options_of[name], one) for one in _values(options_of[name], told[name])]
+        for name in told
     }
     ratios, seeds = axes.pop("ratio", [CutOptions.ratio]), axes.pop("seed", [CutOptions.seed])
     for bed, *values in product(chosen, *axes.values()):
@@ -165,78 +163,19 @@ def _values(option: click.Option, told: object) -> list[Any]:
         nested = isinstance(told, list) and told and all(isinstance(one, list | Mapping) for one in told)
         return told if nested and isinstance(told, list) else [told]
     if told == []:
-        raise MisfitError(f"{_word(option)}: it has no value")
+        raise MisfitError(f"{word(option)}: it has no value")
     return told if isinstance(told, list) else [told]
 
 
-def _value(folder: Path, option: click.Option, told: object) -> Any:
-    """A value of an option as the command line reads it."""
-    value = told
-    if isinstance(told, Mapping):
-        value = [f"{key}={one}" for key, one in told.items()]
-    elif option.type in (FILE_OR_FOLDER, NAME):
-        value = _there(folder, told)
-
-    with _inside(_word(option)), _refused(told), click.Context(compress) as context:
-        if isinstance(told, bool) and not option.is_flag:
-            raise MisfitError(f"{shown(told)} is no value of it")
-        return option.process_value(context, value)
-
-
-def _word(option: click.Option) -> str:
-    return str(option.name).replace("_", "-")
-
-
-def _converted(kind: click.ParamType, told: object) -> Any:
-    with _refused(told):
-        return kind.convert(told, None, None)
-
-
-@contextmanager
-def _refused(told: object) -> Iterator[None]:
-    """What click has against a value, as what does not fit the file."""
-    try:
-        yield
-    except click.BadParameter as wrong:
-        raise MisfitError(wrong.message) from None
-    except (TypeError, AttributeError):
-        raise MisfitError(f"{shown(told)} is no value of it") from None
-
-
-def _there(folder: Path, told: object) -> object:
-    """A path as seen from the file's folder; a name that is none there stays a name."""
-    if not isinstance(told, str):
-        return told
-    path = Path(os.path.normpath(folder / told))
-    return str(path) if told and path.exists() else told
-
-
-def _known(table: object, names: set[str]) -> dict[str, Any]:
-    """A table with its keys as Python writes them, if all are known."""
-    found = {name.replace("-", "_"): value for name, value in _table(table).items()}
-    if misplaced := sorted((found.keys() - names) & {*PLACES, *OF_BEDS}):
+def _known(told: object, names: set[str]) -> dict[str, Any]:
+    """As `known_keys`; of what is for another table it says where that is."""
+    found = {name.replace("-", "_") for name in table_of(told)}
+    if misplaced := sorted((found - names) & {*PLACES, *OF_BEDS}):
         raise MisfitError(f"key {shown(misplaced[0].replace('_', '-'))} is for [bed.NAME]: it is the same for all rows")
-    if unknown := sorted(found.keys() - names):
-        known = ", ".join(sorted(name.replace("_", "-") for name in names))
-        raise MisfitError(f"key {shown(unknown[0].replace('_', '-'))} is unknown; known are {known}")
-    return found
-
-
-def _table(value: object) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise MisfitError(f"{shown(value)} is not a table")
-    return value
+    return known_keys(told, names)
 
 
 def _list(value: object) -> list[Any]:
     if not isinstance(value, list):
         raise MisfitError(f"{shown(value)} is not a list")
     return value
-
-
-@contextmanager
-def _inside(step: str) -> Iterator[None]:
-    try:
-        yield
-    except MisfitError as error:
-        raise error.inside(f".{step}") from None

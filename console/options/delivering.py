@@ -36,6 +36,7 @@ from slimvlm.console.options.making import (
     remote_code,
     together,
 )
+from slimvlm.console.options.recipe import recipe_options
 from slimvlm.console.options.recovering import recover_option, recover_options, steps_option, train_batch_option
 from slimvlm.console.values import Count, ImageSize, Listed, Names, Number
 from slimvlm.export.options import DTYPES as EXPORTED_DTYPES
@@ -153,6 +154,7 @@ plan_options = together(
 )
 compress_options = together(
     cut_options,
+    recipe_options,
     target_option,
     removal_options,
     ranking_options,

@@ -37,9 +37,10 @@ Decorator = Callable[..., Any]  # of a command's function; takes the panel the o
 
 def option(*flags: str, **settings: Any) -> Decorator:
     """As `click.option`, for a panel."""
+    settings = {"cls": PanelOption, **settings}
 
     def decorate(command: Any, **panel: str) -> Any:
-        return click.option(*flags, cls=PanelOption, **settings, **panel)(command)
+        return click.option(*flags, **settings, **panel)(command)
 
     return decorate
 
