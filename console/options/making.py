@@ -37,9 +37,9 @@ Decorator = Callable[..., Any]  # of a command's function; takes the panel the o
 
 def option(*flags: str, **settings: Any) -> Decorator:
     """As `click.option`, for a panel."""
-    settings = {"cls": PanelOption, **settings}
+    settings.setdefault("cls", PanelOption)
 
-    def decorate(command: Any, **panel: str) -> Any:
+    def decorate(command: Any, **panel: Any) -> Any:
         return click.option(*flags, **settings, **panel)(command)
 
     return decorate
