@@ -241,6 +241,7 @@ class Logits(TypedDict, total=False):
     max_relative: float | None
     cosine: float | None
     long_prompt: int
+    window: int
 
 
 class Check(Logits):

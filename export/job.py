@@ -28,7 +28,7 @@ from slimvlm.export.client.genai import genai_graphs, write_genai
 from slimvlm.export.client.preprocessing import write_example
 from slimvlm.export.graphs.build import build_graphs
 from slimvlm.export.graphs.graph import Graph, Model
-from slimvlm.export.graphs.windows import refuse_windows
+from slimvlm.export.graphs.windows import refuse_unknown_windows
 from slimvlm.export.options import ExportOptions
 from slimvlm.export.packages import require_packages
 from slimvlm.export.running.manifest import Document, Manifest
@@ -60,11 +60,9 @@ def export_checkpoint(
     refuse_occupied(out, options.overwrite)
     if options.bundle:
         refuse_occupied(tar_name(out), options.overwrite)
-    refuse_windows(build_meta(checkpoint, options.trust_remote_code)[0].config)
+    refuse_unknown_windows(build_meta(checkpoint, options.trust_remote_code)[0].config)
     with reserved(out):
-        loaded = load_model(
-            checkpoint, trust_remote_code=options.trust_remote_code, dtype=torch.float32, attention="sdpa"
-        )
+        loaded = load_model(checkpoint, trust_remote_code=options.trust_remote_code, dtype=torch.float32)
         collator = collator_of(loaded)
         origin = {"source": checkpoint, "digest": loaded.digest, "family": loaded.family.name}
         return export_model(loaded.model, collator, out, options, progress, origin)

@@ -20,7 +20,8 @@ from slimvlm.export.graphs.graph import Model
 from slimvlm.export.running.generation import Arrays, Prompting, Runner, divergences, steps, token_losses, until_end
 from slimvlm.export.running.names import DECODER
 
-LONG = 1024  # tokens of the longest prompt that is tried, where the model can take it
+LONG = 1024  # tokens of the longest prompt that is tried, where the model can take it; beyond its widest window, if any
+WIDEST = 8192  # a prompt beyond a wider window is not tried: minutes and gigabytes for every variant
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +77,18 @@ def retell(runner: Runner, prompting: Prompting, answers: Answers, what: str) ->
     return Retold(choices, losses, torch_losses, apart, measure(case, {"logits": np.concatenate(found)}))
 
 
-def long_prompt(collator: Collator, sample: Sample, most: int) -> Mapping[str, torch.Tensor]:
+def long_prompt(collator: Collator, sample: Sample, most: int, window: int) -> Mapping[str, torch.Tensor]:
     """A sample whose question is repeated up to LONG tokens, or as many as the model takes besides its answer.
 
     What a model sees only part of (a window, a table of positions) differs in long prompts alone.
+
+    Args:
+        most: tokens of the answer.
+        window: the widest that the model attends through, which the prompt exceeds by LONG; 0: none.
     """
     turn = sample.turns[-1]
-    room = min(LONG, collator.max_text_tokens - most) - collator.prompts([sample])["input_ids"].shape[1]
+    wanted = LONG + (window if window <= WIDEST else 0)
+    room = min(wanted, collator.max_text_tokens - most) - collator.prompts([sample])["input_ids"].shape[1]
     each = len(collator.tokenizer(f"{turn.prompt} ", add_special_tokens=False)["input_ids"]) + 1
     asked = f"{turn.prompt} " * max(0, room // each) + turn.prompt
     return collator.prompts([replace(sample, turns=(replace(turn, prompt=asked),))])

@@ -67,7 +67,8 @@ class TokenCheck:
         token_share: of the tokens.
         loss, torch_loss: mean cross-entropy of torch's answers in the runtime and in torch, nats a token.
         divergence: mean KL(torch || runtime) of the next token's probabilities along these answers, nats a token.
-        max_relative, cosine: worst logits of a step, see Difference; `long_prompt` tokens have the longest prompt.
+        max_relative, cosine: worst logits of a step, see Difference.
+        long_prompt: tokens of the longest prompt; `window`: of the widest window that the model attends through, or 0.
         accuracy: right answers by the runtime's own tokens.
     """
 
@@ -80,6 +81,7 @@ class TokenCheck:
     max_relative: float
     cosine: float
     long_prompt: int
+    window: int
     accuracy: float | None
     torch_accuracy: float | None
 

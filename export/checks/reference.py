@@ -20,6 +20,7 @@ from slimvlm.compress.evaluation.quality import exact_match
 from slimvlm.export.checks.answers import Answers, long_prompt, retell, shares, torch_answers
 from slimvlm.export.checks.parity import Case, TokenCheck
 from slimvlm.export.graphs.graph import Graph, Model
+from slimvlm.export.graphs.windows import widest_window
 from slimvlm.export.options import ExportOptions
 from slimvlm.export.running.generation import Arrays, PortInfo, Prompting, Runner, generate, until_end
 from slimvlm.export.running.names import VISION
@@ -36,6 +37,7 @@ class Reference:
 
     Attributes:
         answers: batch by batch, last of all to one long prompt, which is not one of the samples.
+        window: of the widest that the language model attends through, in tokens, or 0.
         tokens: of the answers to the samples, up to their end; `accuracy`: how many of them are right.
         first: the batch that is stored beside the files, with what torch gives for it.
     """
@@ -46,6 +48,7 @@ class Reference:
     cases: Sequence[Case]
     prompting: Prompting | None
     answers: Sequence[Answers]
+    window: int
     tokens: Sequence[Sequence[int]]
     accuracy: float | None
     first: Arrays
@@ -164,7 +167,8 @@ def make_reference(
             f"--max-new-tokens {most}: after a prompt of {longest} tokens this model takes at most "
             f"{max(0, collator.max_text_tokens - longest)}; ask for fewer, or give shorter --data"
         )
-    prompts.append(_arrays(long_prompt(collator, samples[0], most)))
+    window = widest_window(model.get_submodule(collator.family.export.text).config)
+    prompts.append(_arrays(long_prompt(collator, samples[0], most, window)))
     answers = [torch_answers(model, collator, prompt, prompting, most) for prompt in prompts]
     tokens = [until_end(row, prompting.end) for one in answers[:-1] for row in one.tokens]
     texts = [collator.decode(torch.tensor([row]))[0] for row in tokens]
@@ -185,7 +189,7 @@ def make_reference(
     stored = torch_answers(model, collator, single, prompting, most)
     losses = retell(runner, prompting, stored, "stored").torch_losses[0]
     expected = {"tokens": stored.tokens, "first_logits": stored.logits[:, 0], "losses": losses}
-    return Reference(collator, most, samples, cases, prompting, answers, tokens, accuracy, single, expected)
+    return Reference(collator, most, samples, cases, prompting, answers, window, tokens, accuracy, single, expected)
 
 
 def prompting_of(model: Model, collator: Collator) -> Prompting:
@@ -222,6 +226,7 @@ def check_tokens(runner: Runner, reference: Reference) -> TokenCheck:
         max_relative=max(one.max_relative for one in worst),
         cosine=min(one.cosine for one in worst),
         long_prompt=reference.answers[-1].prompts["input_ids"].shape[1],
+        window=reference.window,
         accuracy=_accuracy(runner, prompting, reference, equal),
         torch_accuracy=reference.accuracy,
     )
@@ -257,7 +262,7 @@ def _embeddings(runner: TorchRunner, collator: Collator, samples: Sequence[Sampl
     first = _arrays(parts["one sample"])
     last = [case for case in cases if case.what == "one sample"]
     expected = {f"{case.graph}.{name}": array for case in last for name, array in case.outputs.items()}
-    return Reference(collator, 0, samples, cases, None, [], [], None, first, expected)
+    return Reference(collator, 0, samples, cases, None, [], 0, [], None, first, expected)
 
 
 def _random_cases(runner: TorchRunner, graphs: Sequence[Graph]) -> list[Case]:

@@ -13,7 +13,7 @@ from slimvlm.export.graphs.dual import dual_encoder
 from slimvlm.export.graphs.graph import BATCH, PATCHES, Graph, Model, Port
 from slimvlm.export.graphs.seq2seq import encoder_decoder_graphs
 from slimvlm.export.graphs.vision import Patches, vision_encoder
-from slimvlm.export.graphs.windows import refuse_windows
+from slimvlm.export.graphs.windows import refuse_unknown_windows
 from slimvlm.export.running.names import VISION
 
 # Per kind of vision graph: the axes of its inputs, and the first axis of its features.
@@ -32,7 +32,7 @@ def build_graphs(model: Model, family: Family, batch: Mapping[str, Tensor]) -> t
     Raises:
         UnsupportedModelError: the model has a part that cannot be exported (named).
     """
-    refuse_windows(model.config)
+    refuse_unknown_windows(model.config)
     if family.contrastive:
         return dual_encoder(model, family, batch)
     first = (vision_graph(model, family, batch), embed_graph(model, embedding_width(model)))

@@ -27,10 +27,11 @@ from slimvlm.export.graphs.graph import (
     Port,
     cache_ports,
     cached_tensors,
-    causal_mask,
     filled_cache,
     present,
 )
+from slimvlm.export.graphs.masks import attention_masks
+from slimvlm.export.graphs.windows import reaches
 from slimvlm.export.running.names import DECODER, EMBED
 
 
@@ -56,14 +57,19 @@ class Decoder(nn.Module):
     features in the place of image tokens therefore needs to know nothing of it.
 
     Args:
-        text: takes `inputs_embeds`, `attention_mask` (4-D, additive), `position_ids`, `past_key_values`.
+        text: takes `inputs_embeds`, `attention_mask` (4-D, additive, or one for each of its config's `layer_types`),
+            `position_ids`, `past_key_values`.
         prefix: the new tokens attend to each other in both directions.
         deepstack: number of layers that features are added to.
+        cap: logits are cap * tanh(logits / cap); None: they are as the head gives them.
     """
 
-    def __init__(self, text: Model, head: Model, prefix: bool = False, deepstack: int = 0) -> None:
+    def __init__(
+        self, text: Model, head: Model, prefix: bool = False, deepstack: int = 0, cap: float | None = None
+    ) -> None:
         super().__init__()
         self.text, self.head, self.prefix, self.deepstack = text, head, prefix, deepstack
+        self.reaches, self.cap = reaches(text.config), cap
         if deepstack:
             text._deepstack_process = partial(_add_deepstack, text._deepstack_process)
 
@@ -83,13 +89,16 @@ class Decoder(nn.Module):
         cache = filled_cache(past)
         hidden = self.text(
             inputs_embeds=inputs_embeds,
-            attention_mask=causal_mask(attention_mask, inputs_embeds, self.prefix),
+            attention_mask=attention_masks(attention_mask, inputs_embeds, self.reaches, self.prefix),
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=True,
             **extra,
         ).last_hidden_state
-        return (self.head(hidden).float(), *cached_tensors(cache))
+        logits = self.head(hidden).float()
+        if self.cap is not None:
+            logits = self.cap * torch.tanh(logits / self.cap)
+        return (logits, *cached_tensors(cache))
 
 
 def _add_deepstack(stock: Model, hidden: Tensor, positions: Tensor, features: Tensor) -> Tensor:
@@ -119,7 +128,8 @@ def decoder_graph(model: Model, family: Family) -> Graph:
     """`decoder_model_merged`: embeddings and a cache, which may be empty, -> logits and the cache grown."""
     text, head = model.get_submodule(family.export.text), model.get_submodule(family.export.head)
     layers = deepstack_layers(model)
-    module = Decoder(text, head, family.export.prefix, layers).eval()
+    cap = getattr(text.config, "final_logit_softcapping", None) if family.export.capped else None
+    module = Decoder(text, head, family.export.prefix, layers, cap).eval()
     generator = torch.Generator().manual_seed(1)
     embeds = torch.randn(SAMPLE_BATCH, SAMPLE_SEQUENCE, embedding_width(model), generator=generator)
     positions = torch.arange(SAMPLE_PAST, SAMPLE_PAST + SAMPLE_SEQUENCE).expand(SAMPLE_BATCH, -1).clone()

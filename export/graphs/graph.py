@@ -64,20 +64,6 @@ def cached_tensors(cache: DynamicCache) -> list[Tensor]:
     return [tensor for layer in layers for tensor in (layer.keys, layer.values)]
 
 
-def causal_mask(attention_mask: Tensor, queries: Tensor, prefix: bool = False) -> Tensor:
-    """Additive mask [B, 1, S, T] of the last S of T positions; `attention_mask` [B, T] is 0 at padding.
-
-    Padding attends to itself, so that no row is empty: a softmax over nothing is NaN, and NaN spreads through values.
-    """
-    total, count = attention_mask.shape[1], queries.shape[1]
-    columns = torch.arange(total, device=queries.device)[None, None, None, :]
-    rows = torch.arange(count, device=queries.device)[None, None, :, None] + (total - count)
-    seen = attention_mask[:, None, None, :].bool()
-    allowed = (seen if prefix else seen & (columns <= rows)) | (columns == rows)
-    lowest = torch.full((), torch.finfo(queries.dtype).min, dtype=queries.dtype, device=queries.device)
-    return torch.where(allowed, torch.zeros_like(lowest), lowest)
-
-
 def present(past: Sequence[Port], length: str) -> dict[str, Mapping[int, str]]:
     """The outputs that become the inputs `past` of the next step."""
     return {port.name.replace("past_key_values", "present"): {0: BATCH, 2: length} for port in past}

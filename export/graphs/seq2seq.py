@@ -18,10 +18,10 @@ from slimvlm.export.graphs.graph import (
     Port,
     cache_ports,
     cached_tensors,
-    causal_mask,
     filled_cache,
     present,
 )
+from slimvlm.export.graphs.masks import causal_mask
 from slimvlm.export.running.names import DECODER, ENCODER
 
 ENCODED = "encoder_sequence_length"

@@ -138,7 +138,7 @@ def _by_torchscript(graph: Graph, opset: int) -> onnx_ir.Model:
     axes |= {name: dict(axis) for name, axis in graph.outputs.items()}
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "graph.onnx"  # a file: above 2 GB this exporter puts the weights beside it
-        with _AdditiveMasks():
+        with _Writable():
             torch.onnx.export(
                 graph.module,
                 graph.samples,
@@ -154,8 +154,15 @@ def _by_torchscript(graph: Graph, opset: int) -> onnx_ir.Model:
     return model
 
 
-class _AdditiveMasks(TorchFunctionMode):
-    """Masks of attention as numbers of the queries' dtype: TorchScript's exporter writes boolean ones in fp32."""
+REPEATS = (torch.repeat_interleave, Tensor.repeat_interleave)
+
+
+class _Writable(TorchFunctionMode):
+    """What TorchScript's exporter writes wrong or not at all, said in another way.
+
+    Masks of attention become numbers of the queries' dtype: boolean ones are written in fp32. What is repeated along
+    the last axis is stacked.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -164,6 +171,8 @@ class _AdditiveMasks(TorchFunctionMode):
             dtype = args[0].dtype
             added = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
             kwargs = {**kwargs, "attn_mask": added}
+        if func in REPEATS and len(args) == 2 and isinstance(args[1], int) and kwargs == {"dim": -1}:
+            return torch.stack([args[0]] * args[1], dim=-1).flatten(-2)
         return func(*args, **kwargs)
 
 

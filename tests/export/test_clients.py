@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from exports import answer_of, export_tiny
 from plans import random_plan
+from windowed import WINDOW, export_windowed, long_samples, windowed_model
 
 from slimvlm.compress.data.samples import load_samples, open_image
 from slimvlm.compress.errors import CheckFailedError
@@ -19,6 +20,7 @@ from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.demo import MODEL, SAMPLES
 from slimvlm.export import ExportOptions, export_checkpoint
+from slimvlm.export.checks.answers import torch_answers
 from slimvlm.export.checks.reference import generated_sample
 from slimvlm.export.checks.sample import read_sample
 from slimvlm.export.job import ExportResult
@@ -126,7 +128,7 @@ def in_genai(folder: Path, given: dict, image_token: int, most: int, scratch: Pa
     tensors = [tensor for tensor in tensors_of(given) if tensor["name"] in GENAI_TENSORS]
     images = int((given["input_ids"] == image_token).sum())
     tensors.append({"name": "num_image_tokens", "dims": [1], "data": [images]})
-    request = {"max_new_tokens": most, "max_length": 64, "tensors": tensors}
+    request = {"max_new_tokens": most, "max_length": 96, "tensors": tensors}
     (scratch / "request.json").write_text(json.dumps(request))
     script = Path(__file__).with_name("client_genai.py")
     command = [str(PYTHON), str(script), str(folder), str(scratch / "request.json")]
@@ -151,6 +153,30 @@ def test_onnxruntime_genai_runs_the_variant_that_its_config_names(tmp_path, name
     given, prompting = read_sample(result.out)[0], result.manifest.generation
     found = in_genai(result.out, given, prompting.image_token, 6, tmp_path)
     assert [ended(found, prompting.end)] == own_tokens(result, variant, given, 6)
+
+
+def beyond_a_window(kind: str, folder: Path) -> tuple[ExportResult, dict, list[int]]:
+    """The export of a model with windows, a prompt two times as long as they are, and torch's answer."""
+    model, collator = windowed_model(kind)
+    result = export_windowed(model, collator, folder)
+    prompts = collator.prompts(long_samples(collator, 2 * WINDOW + 3, 1))
+    given = {name: tensor.numpy() for name, tensor in prompts.items()}
+    return result, given, torch_answers(model, collator, given, result.manifest.generation, 6).tokens[0].tolist()
+
+
+@pytest.mark.parametrize("kind", ("llava, mistral", "qwen2_vl"))
+def test_transformers_js_answers_beyond_a_window_as_torch(tmp_path, kind):
+    result, given, expected = beyond_a_window(kind, tmp_path / "export")
+    request = {"max_new_tokens": 6, "tensors": tensors_of(given)}
+    end = result.manifest.generation.end
+    assert [ended(row, end) for row in in_node(result.out, request, tmp_path)] == [ended(expected, end)]
+
+
+def test_onnxruntime_genai_answers_beyond_a_window_as_torch(tmp_path):
+    result, given, expected = beyond_a_window("qwen2_5_vl", tmp_path / "export")
+    prompting = result.manifest.generation
+    found = in_genai(result.out, given, prompting.image_token, 6, tmp_path)
+    assert ended(found, prompting.end) == ended(expected, prompting.end)
 
 
 @pytest.mark.parametrize("name", ("llava", "qwen2_vl", "paligemma", "internvl", "blip2_t5"))

@@ -54,7 +54,9 @@ JOINS: dict[str, Join] = {
     ),
     "smolvlm": _idefics("smolvlm"),
     "idefics3": _idefics("idefics3"),
-    "paligemma": _towered({("siglip_vision_model", "gemma"): "paligemma"}, Export(first_position=1, prefix=True)),
+    "paligemma": _towered(
+        {("siglip_vision_model", "gemma"): "paligemma"}, Export(first_position=1, prefix=True, capped=True)
+    ),
     "internvl": _towered({("internvl_vision", "qwen2"): "internvl"}, Export(), SELECTED),
     "blip-2": Join(
         {("blip_2_vision_model", "opt"): "blip2_opt", ("blip_2_vision_model", "t5"): "blip2_t5"},

@@ -115,6 +115,7 @@ class Export:
         text: the module that takes `inputs_embeds`; `head` gives its logits (encoder-decoder: both inside `text`).
         positions: `count` (1-D, from `first_position`) or `mrope` (temporal, height and width rows).
         prefix: the prompt attends to itself in both directions, only what is generated is causal.
+        capped: its logits are capped as the text model's config says (`final_logit_softcapping`).
         image_output, text_output: what a dual encoder's graphs call their embeddings.
         flat_config: clients read the sizes of the text model at the top of config.json.
         genai: the model type under which onnxruntime-genai knows this model, if it does.
@@ -126,6 +127,7 @@ class Export:
     positions: str = "count"
     first_position: int = 0
     prefix: bool = False
+    capped: bool = False
     image_output: str = "image_embeds"
     text_output: str = "text_embeds"
     flat_config: bool = False
