@@ -48,6 +48,7 @@ for command in (  # the most wanted first
     comparing.profile,
     delivering.chat,
     delivering.report,
+    delivering.push,
     checking.kernels,
     checking.selfcheck,
 ):

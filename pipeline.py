@@ -24,7 +24,7 @@ from slimvlm.compress.plan import Plan
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.recovery.checks import check_models, recipe_of
 from slimvlm.compress.run_record import options_of, outputs_of, read_record
-from slimvlm.compress.runs import AGAIN, PLAN, RunFolder
+from slimvlm.compress.runs import AGAIN, MODEL, PLAN, RunFolder
 from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.compress.slicing.compensation import COMPENSATIONS
 from slimvlm.compress.stages.evaluate import evaluate_model, evaluate_seeing_and_blind, evaluate_stage
@@ -33,6 +33,7 @@ from slimvlm.compress.stages.recover import recover_stage
 from slimvlm.compress.stages.slice import save_cut, slice_stage
 from slimvlm.export import ExportOptions, evaluate_export
 from slimvlm.export.packages import require_packages
+from slimvlm.export.push import Pushed, check_hub, push_folder
 from slimvlm.export.stage import export_stage
 from slimvlm.serve.fitting.record import Fit
 from slimvlm.serve.fitting.stage import check_targets, delivered, fit_stage, fit_whole, measured_times
@@ -65,6 +66,7 @@ class Result:
     fit: Fit | None = None  # what was found for the targets
     frontier: Frontier | None = None  # dense and slim in every exported precision
     comparison: Comparison | None = None
+    pushed: Pushed | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -93,6 +95,10 @@ def _joined(options: CompressOptions, progress: Progress, plan_only: bool) -> Re
     ExportOptions(variants=options.variants).checked()
     if options.export:
         require_packages(ExportOptions(formats=options.export).checked())
+    if options.push_to_hub is not None:
+        check_hub(options.push_to_hub)
+    elif options.private:
+        raise UnsuitableOptionError("--private is about the repository of --push-to-hub; give both, or none")
     refuse_inside(options.out, {name: getattr(options, name) for name in READ})
     with processes.joined(), locked_folder(options.out) if processes.rank() == 0 else nullcontext():
         return _compress(options, progress, plan_only)
@@ -260,6 +266,9 @@ def _delivered(run: RunFolder, options: CompressOptions, result: Result, data: M
 
     write_report(options.out)
     _check(options, result)
+    if options.push_to_hub is not None:
+        pushed = push_folder(run.path / MODEL, options.push_to_hub, progress, private=options.private)
+        result = replace(result, pushed=pushed)
     return result
 
 

@@ -63,6 +63,10 @@ class InUseError(OutputError):
     """Another process writes there."""
 
 
+class HubError(SlimvlmError):
+    """The Hub refuses, cannot be reached, or asks for a token that is not there."""
+
+
 class CheckFailedError(SlimvlmError):
     """A result was made but a check on it failed; the files are kept. `result`: what was made, if complete."""
 

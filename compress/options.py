@@ -27,7 +27,7 @@ BLOCK = 32  # weights of a row that share a scale there
 IN_TORCH: Mapping[str, str | None] = {"int8": None, "int4": "bfloat16"}
 NOT_IDENTITY = (  # not what the model is made of
     "out", "device", "resume", "overwrite", "max_quality_drop", "export", "variants", "profile", "trust_remote_code",
-    "target", "backend",
+    "target", "backend", "push_to_hub", "private",
 )  # fmt: skip
 # Any in this file: values of options of all types, as JSON has them.
 NOT_GIVEN: Any = None  # an option that was not given has the value of one of these, by `faithful`
@@ -303,12 +303,16 @@ class DeliverOptions(EvaluateOptions):
         variants: precisions of the ONNX graphs; none: fp32. With a target one of them is chosen.
         profile: measure latency and memory of the dense and the slim model.
         max_quality_drop: largest accepted loss in points of the mean metric; crossing it is a failed check.
+        push_to_hub: repository on the Hub that the checkpoint goes to, if no check failed; None: none.
+        private: it is made as a private one.
     """
 
     export: tuple[str, ...] | None = None
     variants: tuple[str, ...] = ()
     profile: bool = True
     max_quality_drop: float | None = None
+    push_to_hub: str | None = None
+    private: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from slimvlm.compress.sparsity.sparsify import Sparsified
     from slimvlm.export.checks.verification import Verification
     from slimvlm.export.job import ExportResult
+    from slimvlm.export.push import Pushed
     from slimvlm.kernels.bench import Report as KernelReport
     from slimvlm.pipeline import Evaluation, Result
     from slimvlm.serve.profile import Cell
@@ -68,6 +69,7 @@ def show_compression(result: Result, *, as_json: bool) -> None:
                 ],
                 "bad_samples": result.bad_samples,
                 "left_out_samples": result.left_out_samples,
+                "pushed": asdict(result.pushed) if result.pushed else None,
                 "seconds": result.seconds,
             }
         )
@@ -89,6 +91,11 @@ def show_compression(result: Result, *, as_json: bool) -> None:
         print_line(f"skipped  {result.bad_samples} unreadable samples, named in {result.out / 'run.json'}")
     print_left_out(result)
     print_line("seconds  " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result.seconds.items()))
+    _print_made(result)
+
+
+def _print_made(result: Result) -> None:
+    """Where everything is, and what was measured of it."""
     print_line(f"model    {result.out / 'model'}")
     if result.export.get("formats"):
         print_line(f"export   {_exported(result)}")
@@ -96,6 +103,8 @@ def show_compression(result: Result, *, as_json: bool) -> None:
         print_line(f"speed    {cell.backend}, {cell.workload}: {_speed(cell)}")
     for sentence in _choices(result):
         print_line(f"choose   {sentence}")
+    if result.pushed:
+        show_pushed(result.pushed, as_json=False)
     print_line(f"report   {result.out / 'report.html'}, report.md; every figure in the .json files beside it")
 
 
@@ -271,6 +280,14 @@ def show_written(path: Path, *, as_json: bool) -> None:
         print_json({"written": str(path)})
     else:
         print_line(f"written  {path}")
+
+
+def show_pushed(pushed: Pushed, *, as_json: bool) -> None:
+    """Where a folder is on the Hub."""
+    if as_json:
+        print_json(asdict(pushed))
+    else:
+        print_line(f"pushed   {pushed.url} ({pushed.files} files)")
 
 
 def _warn_of_plan(plan: Plan) -> None:

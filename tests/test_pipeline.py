@@ -8,12 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub import running_hub, use
 from huggingface_hub import ModelCard
 from pairs import assert_done, run_pair
 from run_records import edit_record
 
 import slimvlm
-from slimvlm.compress.errors import CheckFailedError, CheckpointError, InfeasibleBudgetError, UnsuitableOptionError
+from slimvlm.compress.errors import (
+    CheckFailedError,
+    CheckpointError,
+    HubError,
+    InfeasibleBudgetError,
+    UnsuitableOptionError,
+)
 from slimvlm.compress.files.decoding import read
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import find_groups
@@ -89,6 +96,25 @@ def test_the_card_of_the_checkpoint_tells_the_quality_that_was_measured(finished
     assert (
         check_files(options.out / "model", json.loads((options.out / "model/manifest.json").read_text())["files"]) == []
     )
+
+
+def test_a_run_is_pushed_at_its_end_and_again_where_that_failed(finished, monkeypatch):
+    options, _ = finished
+    asked = replace(options, resume=True, push_to_hub="me/slim", private=True)
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE is set"):
+        compress(asked)
+    with running_hub() as hub:
+        use(hub, monkeypatch)
+        hub.large, hub.refused = ("nothing",), {"/commit/": "closed today"}
+        with pytest.raises(HubError, match=r"did not get to me/slim .*closed today"):
+            compress(asked)
+        hub.refused = {}
+        result = compress(asked)
+        assert (result.pushed.repo, hub.private) == ("me/slim", {"me/slim"})
+        model = options.out / "model"
+        assert hub.repos["me/slim"] == {path.name: path.read_bytes() for path in model.iterdir()}
+    with pytest.raises(UnsuitableOptionError, match="--private is about"):
+        compress(replace(asked, push_to_hub=None))
 
 
 def test_a_finished_run_resumes_to_the_same_result_without_work(finished):

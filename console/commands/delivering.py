@@ -11,7 +11,7 @@ import click
 from slimvlm.compress.options import IN_TORCH
 from slimvlm.console import show
 from slimvlm.console.group import Interrupted, command
-from slimvlm.console.options.delivering import export_options
+from slimvlm.console.options.delivering import export_options, private_option
 from slimvlm.console.options.making import (
     COUNT,
     FOLDER,
@@ -126,3 +126,22 @@ def report(run: Path, as_json: bool) -> None:
     from slimvlm.serve.report import write_report
 
     show.show_written(write_report(run), as_json=as_json)
+
+
+@command()
+@click.argument("folder", type=FOLDER)
+@click.argument("repo", type=TEXT)
+@private_option
+@output_options
+def push(folder: Path, repo: str, private: bool, as_json: bool, quiet: bool) -> None:
+    """Upload FOLDER to the Hub as REPO.
+
+    FOLDER is a checkpoint or an export that slimvlm wrote, REPO is OWNER/NAME; the token is that of HF_TOKEN or of
+    `hf auth login`. An upload that was interrupted goes on with the same command:
+
+        slimvlm push out/model me/my-vlm-slim --private
+    """
+    from slimvlm.export.push import push_folder
+
+    job = partial(push_folder, folder, repo, private=private)
+    show_job(job, partial(show.show_pushed, as_json=as_json), quiet)

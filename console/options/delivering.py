@@ -76,6 +76,14 @@ precision_options = panel(
 profile_stage_option = panel(
     OUTPUTS, option("--profile/--no-profile", default=True, help="Measure latency and memory at the end.")
 )
+private_option = panel(OUTPUTS, option("--private", is_flag=True, help="Make the repository on the Hub a private one."))
+push_options = together(
+    panel(
+        OUTPUTS,
+        option("--push-to-hub", type=TEXT, metavar="REPO", help="Upload the checkpoint as OWNER/NAME at the end."),
+    ),
+    private_option,
+)
 folder_options = panel(
     OUTPUTS,
     option("--resume", is_flag=True, help="Go on after the last finished stage of a run."),
@@ -165,6 +173,7 @@ compress_options = together(
     formats_option,
     precision_options,
     profile_stage_option,
+    push_options,
     folder_options,
     output_options,
 )
