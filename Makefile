@@ -2,7 +2,7 @@
 # make test: linters, import rules, types and the tests.
 # make fuzz: more than 2,000 hostile command lines; counts of tracebacks, hangs and changed inputs (up to 15 minutes).
 # make portable: the tests again under other instruction sets, thread counts and orders.
-# make readme: the README's tables of criteria, families, commands and extras anew, from the code.
+# make readme: the tables of the README and of docs/families.md anew, from the code and the records.
 # make clients: programs of others on exported folders: transformers.js under Node, onnxruntime-genai, a Python without torch.
 # All need only python3 (3.11 or newer) and make; everything else goes into .venv.
 

@@ -5,8 +5,10 @@ A page names its table in a comment, `[[[cog print(tables.commands()) ]]]`, and 
 
 from __future__ import annotations
 
+import json
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
@@ -20,7 +22,8 @@ from slimvlm.compress.models.families import FAMILIES
 from slimvlm.compress.statistics.rows import STATISTICS
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md",)
+PAGES = ("README.md", "docs/families.md")
+TYPES = ROOT / "benchmarks" / "results" / "types.json"
 ADVICE = "a table is not what the registries say; run make readme"
 
 
@@ -62,6 +65,33 @@ def extras() -> str:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     purposes = project["tool"]["slimvlm"]["extras"]
     return table(("extra", "for"), ((f"`[{n}]`", purposes[n]) for n in project["project"]["optional-dependencies"]))
+
+
+def counts() -> str:
+    """How many model types come how far, by benchmarks/breadth.py."""
+    found = Counter(reached(record) for record in json.loads(TYPES.read_text(encoding="utf-8")).values())
+    works = found["works"] + found["works, no export"]
+    return (
+        f"**Of {found.total()} types {works} work** (inspect, cut, reload in three ways, evaluate), {found['works']} "
+        f"of them also export to ONNX with equal tokens; {found['cut only']} are cut only, {found['refused']} refused."
+    )
+
+
+def types() -> str:
+    """The records of benchmarks/breadth.py: a type, how far the job comes with it, what is cut, and why no more."""
+    rows = []
+    for name, record in json.loads(TYPES.read_text(encoding="utf-8")).items():
+        cut = ", ".join(record.get("cut", ()))
+        why = record.get("why", "").partition("; known")[0].replace("|", "\\|")
+        rows.append((f"`{name}`", reached(record), cut, why))
+    return table(("type", "how far", "is cut", "why no further"), rows)
+
+
+def reached(record: dict[str, dict[str, str]]) -> str:
+    """How far a type comes, in words."""
+    done = [stage for stage, said in record["stages"].items() if said == "ok"]
+    words = {"export": "works", "evaluate": "works, no export", "reload": "cut only", "cut": "cut only"}
+    return words.get(done[-1] if done else "", "refused")
 
 
 def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

@@ -270,9 +270,9 @@ def _attention_group(
     tower, layer, attention = where
     path = f"{tower.blocks}.{layer}.{attention.module}"
     module = resolve(model, path, family)
-    head_dim = getattr(module, attention.head_dim)
     rows = [resolve(module, name, family) for name in attention.rows]
     fused = len(rows) == 1
+    head_dim = _head_dim(module, attention, rows[0].weight.shape[0] // (3 if fused else 1))
     heads = rows[0].weight.shape[0] // head_dim // (3 if fused else 1)
     kv_heads = heads if fused else rows[1].weight.shape[0] // head_dim
     if fused:
@@ -290,6 +290,14 @@ def _attention_group(
     owned = [m for m in members if unit != "query-slot" or m.heads == "query"]
     sizes = (heads, unit, num_units, *_owned(model, family, owned, num_units))
     return Group(tower, layer, attention, path, *sizes, tuple(members), kv_heads, head_dim)
+
+
+def _head_dim(module: nn.Module, attention: Attention, width: int) -> int:
+    """D, of queries of H * D = `width`."""
+    if attention.head_dim:
+        return int(getattr(module, attention.head_dim))
+    heads = next(name for name, fact in attention.patch if fact == "heads")
+    return width // int(getattr(module, heads))
 
 
 def _attention_unit(heads: int, kv_heads: int, asked: str) -> str:

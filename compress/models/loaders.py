@@ -125,6 +125,8 @@ def build_loaded(
         CheckpointError: it cannot be built, a weight is missing, left over, of another size, or not finite.
     """
     model_class = _model_class(config, family)
+    if options.get("attn_implementation") == "sdpa" and not model_class._supports_sdpa:
+        options = {**options, "attn_implementation": None}
     with foreign(f"{folder}: the model cannot be built"), _quiet():
         loaded: tuple[PreTrainedModel, dict[str, Any]] = model_class.from_pretrained(
             folder,

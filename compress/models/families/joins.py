@@ -13,6 +13,7 @@ Names = Mapping[tuple[str, str], str]
 
 PROJECTOR = ("model.multi_modal_projector",)
 SELECTED = "vision_feature_layer"
+POOLED = Export()
 MERGER = ("model.visual.merger",)
 
 
@@ -33,6 +34,15 @@ def _idefics(name: str) -> Join:
         ("model.connector",),
         Export("masked_tiles"),
     )
+
+
+def _joined(vision: str, projector: str, export: Export = POOLED) -> Join:
+    return Join({}, vision, "model.language_model", (projector,), export)
+
+
+def _queried(names: Names) -> Join:
+    resampler = Resampler("qformer", "query_tokens", "crossattention")
+    return Join(names, "vision_model", "language_model", ("language_projection",), resampler=resampler, headed=True)
 
 
 def _dual(name: str, projector: tuple[str, ...], output: tuple[str, str]) -> Join:
@@ -58,14 +68,33 @@ JOINS: dict[str, Join] = {
         {("siglip_vision_model", "gemma"): "paligemma"}, Export(first_position=1, prefix=True, capped=True)
     ),
     "internvl": _towered({("internvl_vision", "qwen2"): "internvl"}, Export(), SELECTED),
-    "blip-2": Join(
-        {("blip_2_vision_model", "opt"): "blip2_opt", ("blip_2_vision_model", "t5"): "blip2_t5"},
-        "vision_model",
-        "language_model",
-        ("language_projection",),
-        resampler=Resampler("qformer", "query_tokens", "crossattention"),
-        headed=True,
+    "blip-2": _queried({("blip_2_vision_model", "opt"): "blip2_opt", ("blip_2_vision_model", "t5"): "blip2_t5"}),
+    "instructblip": _queried({}),
+    "aya_vision": _towered({}, Export(), SELECTED),
+    "cohere2_vision": _towered({}, Export()),
+    "vipllava": _towered({}, Export(), SELECTED),
+    "llava_next_video": _towered({}, Export("tiles"), SELECTED),
+    "mistral3": _towered({}, Export(), SELECTED),
+    "gemma3": _towered({}, Export()),
+    "got_ocr2": _towered({}, Export()),
+    "pp_chart2table": _towered({}, Export()),
+    "qianfan_ocr": _towered({}, Export(), SELECTED),
+    "ovis2": _joined("model.vision_tower", "model.visual_embeddings_table"),
+    "deepseek_vl": _joined("model.vision_model", "model.aligner"),
+    "janus": _joined("model.vision_model", "model.aligner"),
+    "lighton_ocr": _joined("model.vision_encoder", "model.vision_projection"),
+    "paddleocr_vl": _joined("model.visual", "model.projector"),
+    "hyperclovax_vision_v2": _joined("model.vision_model", "model.projector", Export("patches")),
+    "cosmos3_omni": Join(
+        {},
+        "model.visual",
+        "model.language_model",
+        (*MERGER, "model.visual.deepstack_merger_list"),
+        Export("patches", positions="mrope"),
     ),
+    "cosmos3_edge": _joined("model.visual", "model.projector"),
+    "video_llama_3": _joined("model.vision_model", "model.projector"),
+    "granite_docling": Join({}, "model.vision_model", "model.text_model", ("model.vision_model.connector",), Export()),
     "clip": _dual("clip", ("visual_projection", "text_projection"), ("image_embeds", "text_embeds")),
     "siglip": _dual("siglip", ("vision_model.head", "text_model.head"), ("pooler_output", "pooler_output")),
 }

@@ -17,7 +17,7 @@ class Attention:
         module: the attention module.
         rows: projections that lose rows, relative to `module`: (q, k, v), or one fused qkv.
         output: projection that loses columns, relative to `module`.
-        head_dim: attribute of `module` that holds D.
+        head_dim: attribute of `module` that holds D; empty: it holds the number of heads only, as `patch` says.
         norms: norms over all heads of q or k (their RMS is rescaled by the cut).
         patch: attributes of `module` to set after a cut -> `heads`, `kv_heads`, `groups` (H / K) or `width` (H * D).
         forward: name of the replacement forward this attention needs once cut (see modeling_slim.py).

@@ -51,6 +51,26 @@ QWEN3 = replace(
     numbered=("deepstack_visual_indexes",),
     deepstack="vision_config.deepstack_visual_indexes",
 )
+PIXTRAL = _vision(
+    "transformer.layers",
+    Attention("attention", SEPARATE, "o_proj", patch=HEADS),
+    Mlp(("feed_forward.gate_proj", "feed_forward.up_proj"), "feed_forward.down_proj", stock="intermediate_size"),
+)
+OVIS2 = _vision(
+    "transformer.encoder.layers",
+    Attention("attention", SEPARATE, "out_proj", patch=HEADS),
+    Mlp(("ffn.gate_proj", "ffn.up_proj"), "ffn.down_proj", stock="intermediate_size"),
+)
+JANUS = _vision(
+    "encoder.layers",
+    Attention("self_attn", SEPARATE, "projection_layer", patch=(*HEADS, ("embed_dim", "width"))),
+    UNSIZED_MLP,
+)
+GOT_OCR2 = _vision(
+    "layers",
+    Attention("attn", ("qkv",), "proj", head_dim="", patch=(("num_attention_heads", "heads"),)),
+    Mlp(("mlp.lin1",), "mlp.lin2", stock="mlp_dim"),
+)
 
 TOWERS: dict[str, Tower] = {
     "clip_vision_model": CLIP,
@@ -63,4 +83,19 @@ TOWERS: dict[str, Tower] = {
     "qwen2_vl_vision": QWEN2,
     "qwen2_5_vl_vision": QWEN2_5,
     "qwen3_vl_vision": QWEN3,
+    "pixtral": PIXTRAL,
+    "idefics2_vision": CLIP,
+    "ovis2_vision": OVIS2,
+    "janus_vision_model": JANUS,
+    "got_ocr2_vision": GOT_OCR2,
+    "pp_chart2table_vision": GOT_OCR2,
+    "qianfan_ocr_vision": replace(INTERNVL, blocks="layers"),
+    "paddleocr_vl_vision": replace(CLIP, blocks="vision_model.encoder.layers"),
+    "instructblip_vision_model": BLIP2,
+    "cosmos3_edge_vision": CLIP,
+    "video_llama_3_vision": CLIP,
+    "granite_docling_vision": CLIP,
+    "qwen2_5_omni_vision_encoder": replace(
+        QWEN2_5, parts=(Attention("attn", ("q", "k", "v"), "proj", patch=HEADS), GATED_MLP)
+    ),
 }
