@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from slimvlm.compress.files.decoding import decode_fields
 
+TRUST_DISCOVERED = "SLIMVLM_TRUST_DISCOVERED"  # of the environment: --trust-discovered, for all processes of a run
 STAGES = ("plan", "fit", "slice", "recover", "evaluate", "export", "profile", "frontier")
 ATTENTION_UNITS = ("auto", "kv-group", "query-slot")
 KINDS = ("attention", "mlp")

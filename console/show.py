@@ -11,7 +11,7 @@ from slimvlm.console.printing import print_json, print_line, print_table, print_
 
 if TYPE_CHECKING:
     from slimvlm.compress.evaluation.quality import Comparison, Quality
-    from slimvlm.compress.models.inspection import Inspection
+    from slimvlm.compress.models.inspection import Discovered, Inspection
     from slimvlm.compress.models.saving import Quantized
     from slimvlm.compress.plan import Plan
     from slimvlm.compress.sparsity.sparsify import Sparsified
@@ -199,11 +199,25 @@ def show_quality(evaluation: Evaluation, seed: int, *, as_json: bool) -> None:
         _print_blind(blind, untold)
 
 
+def show_discovered(found: Discovered, *, as_json: bool) -> None:
+    """The prunable parts that were proved, and the rows that say so."""
+    if as_json:
+        print_json(found.to_dict())
+        return
+    _print_inspection(found.inspection)
+    print_line()
+    print_line(found.rows or "The family table has rows for all of it.")
+
+
 def show_inspection(inspection: Inspection, *, as_json: bool) -> None:
     """Family, parameters, and the prunable parts of every tower."""
     if as_json:
         print_json(inspection.to_dict())
         return
+    _print_inspection(inspection)
+
+
+def _print_inspection(inspection: Inspection) -> None:
     share = inspection.prunable_parameters / inspection.parameters
     print_line(f"family      {inspection.family} ({inspection.model_class})")
     print_line(f"parameters  {count(inspection.parameters)}, {percent(share)} of them prunable")

@@ -128,9 +128,18 @@ def build_meta(
     Raises:
         CheckpointError, UnsupportedModelError: as `load`.
     """
-    folder = _local_folder(os.fspath(name), ("config.json",))
+    folder = config_folder(name)
     config, family = read_config(folder, trust_remote_code, form)
     return build_empty(folder, config, family), family
+
+
+def config_folder(name: str | os.PathLike[str]) -> Path:
+    """Where the config of a checkpoint is.
+
+    Raises:
+        CheckpointError: there is no such checkpoint.
+    """
+    return _local_folder(os.fspath(name), ("config.json",))
 
 
 def locate(name: str | os.PathLike[str]) -> tuple[Path, str]:

@@ -187,13 +187,14 @@ def find_groups(
 
 
 def find_blocks(model: nn.Module, family: Family) -> tuple[Group, ...]:
-    """The blocks of every tower as units, one group per tower. Dead ones are none, nor those that must stay.
+    """The blocks of every tower as units, one group per tower. Dead ones are none, nor those that
+    must stay, nor any of a tower whose depth no field of its config says.
 
     Raises:
         UnsupportedModelError: as `find_groups`.
     """
     groups = []
-    for tower in family.towers:
+    for tower in (tower for tower in family.towers if tower.depth):
         live = live_blocks(model, family, tower)
         fixed: list[int] = attrgetter(tower.deepstack)(model.config) if tower.deepstack else []
         stays = set(fixed if tower.modality == "vision" else range(len(fixed)))

@@ -6,8 +6,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from slimvlm.compress.models.checkpoint import build_meta
+from transformers import PreTrainedModel
+
+from slimvlm.compress.models.checkpoint import build_meta, config_folder
+from slimvlm.compress.models.discovery.discover import Discovery
+from slimvlm.compress.models.discovery.rows import as_rows
+from slimvlm.compress.models.families import Family
 from slimvlm.compress.models.groups import Dead, Group, count_parameters, dead_blocks, find_groups
+from slimvlm.compress.models.loaders import read_to_discover
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +54,38 @@ def inspect_model(
         CheckpointError: no readable config.
         UnsupportedModelError: its model type has no row in the family table.
     """
-    model, family = build_meta(name, trust_remote_code)
+    return _inspect(*build_meta(name, trust_remote_code), attention_unit)
+
+
+@dataclass(frozen=True, slots=True)
+class Discovered:
+    """What experiments say of a model: its parts as far as they are understood, the rows that the family table lacks,
+    and what was not understood.
+    """
+
+    inspection: Inspection
+    rows: str
+    discovery: Discovery
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain JSON types."""
+        return {**self.inspection.to_dict(), "rows": self.rows, "unknown": list(self.discovery.unknown)}
+
+
+def discover_model(
+    name: str | os.PathLike[str], attention_unit: str = "auto", trust_remote_code: bool = False
+) -> Discovered:
+    """Find by experiment what the family table does not say of the checkpoint `name` (a folder or a hub name).
+
+    Raises:
+        CheckpointError: no readable config.
+        UnsupportedModelError: there is nothing to discover.
+    """
+    model, found = read_to_discover(config_folder(name), trust_remote_code)
+    return Discovered(_inspect(model, found.family, attention_unit), as_rows(found), found)
+
+
+def _inspect(model: PreTrainedModel, family: Family, attention_unit: str) -> Inspection:
     groups = find_groups(model, family, attention_unit)
     parts = [
         _summarise([group for group in groups if (group.tower, group.kind, group.unit) == key])

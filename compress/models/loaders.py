@@ -8,9 +8,11 @@ refused before they are called.
 from __future__ import annotations
 
 import importlib.util
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any  # classes and options of transformers' loaders
 
@@ -20,9 +22,11 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from slimvlm.compress.errors import CheckpointError, MissingDependencyError, UnsupportedModelError, foreign
-from slimvlm.compress.models.families import Family, find_family
+from slimvlm.compress.models.discovery.discover import Discovery, discover
+from slimvlm.compress.models.families import CARRIED, Family, find_family
 from slimvlm.compress.models.modeling_slim import RECORD, slim_class
 from slimvlm.compress.models.quantized import held_form
+from slimvlm.compress.options import TRUST_DISCOVERED
 
 PROCESSOR = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
@@ -37,7 +41,8 @@ MOST_MODULES = 1024  # eight times the deepest model there is; building more tak
 def read_config(
     folder: Path, trust_remote_code: bool = False, form: str | None = None
 ) -> tuple[transformers.PreTrainedConfig, Family]:
-    """The config of a folder and the row of its family.
+    """The config of a folder, and its family. A family that was discovered goes on in the config, and with it into
+    every checkpoint that is made of it.
 
     Args:
         form: of torchao's weights, which are accepted besides floating-point ones.
@@ -45,8 +50,34 @@ def read_config(
     Raises:
         CheckpointError: config.json cannot be read, or asks for what no model has; an adapter lies beside it, or its
             weights are quantized.
-        UnsupportedModelError: its model type has no row in the family table.
+        UnsupportedModelError: its model type has no row in the family table and, where TRUST_DISCOVERED says that one
+            may be discovered, was not understood.
     """
+    config = _read_config(folder, trust_remote_code, form)
+    try:
+        return config, find_family(config)
+    except UnsupportedModelError:
+        if not os.environ.get(TRUST_DISCOVERED):
+            raise
+    family = discover(build_empty(folder, config)).trusted()
+    setattr(config, CARRIED, asdict(family))
+    return config, family
+
+
+def read_to_discover(folder: Path, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Discovery]:
+    """The model of a folder on the meta device, and the rows of its family as far as they are found by experiment.
+
+    Raises:
+        CheckpointError: as `read_config`.
+        UnsupportedModelError: there is nothing to discover.
+    """
+    model = build_empty(folder, _read_config(folder, trust_remote_code))
+    return model, discover(model)
+
+
+def _read_config(
+    folder: Path, trust_remote_code: bool = False, form: str | None = None
+) -> transformers.PreTrainedConfig:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json, so it is not a checkpoint folder")
     refuse_adapter(folder)
@@ -56,8 +87,10 @@ def read_config(
         document.pop("quantization_config")
     _check_numbers(folder, document, "")  # first: a config may make lists as long as it has layers
     with foreign(f"{folder}: config.json cannot be read"), _quiet():
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    return config, find_family(config)
+        config: transformers.PreTrainedConfig = transformers.AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code
+        )
+    return config
 
 
 def refuse_adapter(folder: Path) -> None:
@@ -104,8 +137,9 @@ def check_types(path: Path) -> None:
         )
 
 
-def build_empty(folder: Path, config: transformers.PreTrainedConfig, family: Family) -> PreTrainedModel:
-    """The model of a config on the meta device: no weight takes memory.
+def build_empty(folder: Path, config: transformers.PreTrainedConfig, family: Family | None = None) -> PreTrainedModel:
+    """The model of a config on the meta device: no weight takes memory. Without a family, the one that answers, if
+    there is one.
 
     Raises:
         CheckpointError: it cannot be built.
@@ -180,12 +214,13 @@ def _quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(verbosity)
 
 
-def _model_class(config: transformers.PreTrainedConfig, family: Family) -> Any:
-    answers = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    mapping = transformers.MODEL_MAPPING if family.contrastive else answers
-    base = mapping.get(type(config), None)
+def _model_class(config: transformers.PreTrainedConfig, family: Family | None) -> Any:
+    answers, embeds = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, transformers.MODEL_MAPPING
+    mappings = (answers, embeds) if family is None else (embeds if family.contrastive else answers,)
+    base = next((mapping[type(config)] for mapping in mappings if type(config) in mapping), None)
     if base is None:
-        raise UnsupportedModelError(f"transformers {transformers.__version__} has no model for a {family.name} config")
+        name = config.model_type if family is None else family.name
+        raise UnsupportedModelError(f"transformers {transformers.__version__} has no model for a {name} config")
     return slim_class(base) if getattr(config, RECORD, None) else base
 
 

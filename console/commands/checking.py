@@ -10,25 +10,31 @@ from slimvlm.compress.errors import CheckFailedError
 from slimvlm.console import show, show_selfcheck
 from slimvlm.console.group import command
 from slimvlm.console.options.cutting import attention_option
-from slimvlm.console.options.making import NAME, device_option, json_option, output_options, remote_code
+from slimvlm.console.options.making import NAME, device_option, json_option, option, output_options, remote_code
 from slimvlm.console.progress import progress
 
 
 @command()
 @click.argument("model", type=NAME)
 @attention_option
+@option("--discover", is_flag=True, help="Find by experiment what no row says, and print the rows to add.")
 @remote_code
 @json_option
-def inspect(model: str, attention_unit: str, trust_remote_code: bool, as_json: bool) -> None:
+def inspect(model: str, attention_unit: str, discover: bool, trust_remote_code: bool, as_json: bool) -> None:
     """Show what can be removed from MODEL.
 
     Reads its config, no weights:
 
         slimvlm inspect ./my-vlm
     """
-    from slimvlm.compress.models.inspection import inspect_model
+    from slimvlm.compress.models.inspection import discover_model, inspect_model
 
-    show.show_inspection(inspect_model(model, attention_unit, trust_remote_code), as_json=as_json)
+    if not discover:
+        show.show_inspection(inspect_model(model, attention_unit, trust_remote_code), as_json=as_json)
+        return
+    found = discover_model(model, attention_unit, trust_remote_code)
+    show.show_discovered(found, as_json=as_json)
+    found.discovery.trusted()
 
 
 @command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
@@ -9,7 +10,7 @@ from typing import Any
 
 import click
 
-from slimvlm.compress.options import ComputeOptions
+from slimvlm.compress.options import TRUST_DISCOVERED, ComputeOptions
 from slimvlm.console.group import PanelOption
 from slimvlm.console.values import Count, Device, Location, Name, Number, Text
 from slimvlm.serve.options import DTYPES
@@ -76,7 +77,25 @@ def panel(title: str, *options: Decorator) -> Decorator:
 
 compute_option = defaulting_to(ComputeOptions)
 device_option = compute_option("--device", type=Device(), metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
-remote_code = option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint brings.")
+
+
+def _trust_discovered(context: click.Context, _option: click.Parameter, asked: bool) -> None:
+    """For as long as the command runs, here and in the processes that it starts."""
+    if asked and TRUST_DISCOVERED not in os.environ:
+        os.environ[TRUST_DISCOVERED] = "1"
+        context.call_on_close(partial(os.environ.pop, TRUST_DISCOVERED))
+
+
+remote_code = together(
+    option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint brings."),
+    option(
+        "--trust-discovered",
+        is_flag=True,
+        expose_value=False,
+        callback=_trust_discovered,
+        help="Of a model type without a row, cut what `inspect --discover` finds.",
+    ),
+)
 json_option = panel(OUTPUTS, option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."))
 output_options = together(
     json_option, panel(OUTPUTS, option("--quiet", "-q", is_flag=True, help="No progress on stderr."))

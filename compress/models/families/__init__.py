@@ -4,13 +4,14 @@ It is split as transformers splits its models: vision towers (towers.py), text m
 (joins.py); `find_family` puts the rows of a config together. How one is added: CONTRIBUTING.md. No torch is imported.
 """
 
-from slimvlm.compress.models.families.compose import FAMILIES, MODALITIES, compose, find_family
+from slimvlm.compress.models.families.compose import CARRIED, FAMILIES, MODALITIES, compose, find_family
 from slimvlm.compress.models.families.joins import JOINS
 from slimvlm.compress.models.families.rows import Attention, Export, Family, Join, Mlp, Resampler, Text, Tower
 from slimvlm.compress.models.families.texts import TEXTS
 from slimvlm.compress.models.families.towers import TOWERS
 
 __all__ = [
+    "CARRIED",
     "FAMILIES",
     "JOINS",
     "MODALITIES",

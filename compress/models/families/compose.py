@@ -7,22 +7,26 @@ from dataclasses import replace
 from typing import NoReturn
 
 from slimvlm.compress.errors import UnsupportedModelError
+from slimvlm.compress.files.decoding import MisfitError, decode
 from slimvlm.compress.models.families.joins import JOINS
-from slimvlm.compress.models.families.rows import Family, Mlp, Tower
+from slimvlm.compress.models.families.rows import Family, Join, Mlp, Text, Tower
 from slimvlm.compress.models.families.texts import TEXTS
 from slimvlm.compress.models.families.towers import TOWERS
 
+CARRIED = "slimvlm_family"  # field of a config: the family of a model that has no row, found by experiment
 ENDINGS = ("_vision_model", "_vision", "_text_model", "_text")  # what a name is readable without
 
 
 def find_family(config: object) -> Family:
-    """The family of a transformers config.
+    """The family of a transformers config: the one that it carries, or that of the table.
 
     Raises:
         UnsupportedModelError: there is no row for how it is joined, for its tower or for its text model; the message
             says which, and lists the known ones.
     """
-    model_type, tower, text = (_model_type(config, part) for part in ("", "vision_config", "text_config"))
+    if carried := getattr(config, CARRIED, None):
+        return _carried_by(carried)
+    model_type, tower, text = (model_type_of(config, part) for part in ("", "vision_config", "text_config"))
     if model_type not in JOINS:
         _refuse(f"model type {model_type!r}", "families", JOINS)
     if tower not in TOWERS:
@@ -36,7 +40,12 @@ def find_family(config: object) -> Family:
 
 def compose(model_type: str, tower: str, text: str) -> Family:
     """The family of a key of JOINS, of TOWERS and of TEXTS."""
-    join, vision, language = JOINS[model_type], TOWERS[tower], TEXTS[text]
+    return join_rows(model_type, JOINS[model_type], (tower, TOWERS[tower]), (text, TEXTS[text]))
+
+
+def join_rows(model_type: str, join: Join, vision_row: tuple[str, Tower], text_row: tuple[str, Text]) -> Family:
+    """The family of three rows; those of the tower and of the text model with their keys."""
+    (tower, vision), (text, language) = vision_row, text_row
     root = f"{join.language}.{language.base}".rstrip(".") if join.headed else join.language
     export = replace(join.export, text=root, head=f"{join.language}.lm_head" if join.headed else "lm_head")
     towers = (
@@ -55,10 +64,19 @@ def compose(model_type: str, tower: str, text: str) -> Family:
     )
 
 
-def _model_type(config: object, part: str) -> str:
+def model_type_of(config: object, part: str) -> str:
     """Of the config, or of a part of it: that of its class, because old files give a tower the name of its family."""
     found = getattr(config, part, None) if part else config
     return str(getattr(type(found), "model_type", "") or getattr(found, "model_type", None))
+
+
+def _carried_by(value: object) -> Family:
+    try:
+        return decode(value, Family)
+    except MisfitError as error:
+        raise UnsupportedModelError(
+            f"{CARRIED} of the config does not fit ({error}); delete it, and discover the family anew"
+        ) from error
 
 
 def _without_shared(tower: Tower, config: object) -> Tower:
@@ -75,7 +93,10 @@ def _readable(model_type: str) -> str:
 
 
 def _refuse(asked: str, kind: str, known: Iterable[str]) -> NoReturn:
-    raise UnsupportedModelError(f"{asked} is not supported; known {kind}: {', '.join(known)}")
+    raise UnsupportedModelError(
+        f"{asked} is not supported; known {kind}: {', '.join(known)}. `slimvlm inspect --discover` looks for "
+        "what it consists of"
+    )
 
 
 FAMILIES: tuple[Family, ...] = tuple(  # those with a name of their own

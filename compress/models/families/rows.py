@@ -73,7 +73,8 @@ class Tower:
         blocks: path of its blocks, in a row of TOWERS or TEXTS from the module that its config builds, in a family from
             the model.
         modality: `vision` or `language`.
-        config: attribute path of its config; `depth`: the fields of it that hold the number of blocks.
+        config: attribute path of its config; `depth`: the fields of it that hold the number of blocks (empty: unknown,
+            so none can leave).
         states: field of the model's config with the index (or indices) of the hidden states that are read, 0 what goes
             into the first block; blocks behind the last of them are dead. None: the output of the last block is.
         listed: fields of its config with one entry per block, where the text model has them.
