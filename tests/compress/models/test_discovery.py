@@ -6,7 +6,7 @@ import transformers as tf
 from click.testing import CliRunner
 from plans import random_plan
 from tiny_folders import write_tiny
-from tiny_models import FACTORIES, IMAGE_TOKEN, TEXT, VISION, tiny_model
+from tiny_models import FACTORIES, IMAGE_TOKEN, TEXT, VISION, add_noise, tiny_model
 
 from slimvlm.cli import main
 from slimvlm.compress.errors import UnsupportedModelError
@@ -54,9 +54,7 @@ UNKNOWN = {"aya_vision": aya_vision, "mistral3": mistral3, "ovis2": ovis2, "vipl
 def built(config):
     torch.manual_seed(0)
     model = tf.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)](config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # large enough for a wrong cut to show
-            parameter.copy_(torch.randn(parameter.shape) / max(parameter.shape[-1], 4) ** 0.5)
+    add_noise(model)  # large enough for a wrong cut to show
     return model
 
 
