@@ -7,7 +7,7 @@ import os
 import click
 
 from slimvlm.compress.errors import CheckFailedError
-from slimvlm.console import show, show_selfcheck
+from slimvlm.console import show, show_inspection, show_selfcheck
 from slimvlm.console.group import command
 from slimvlm.console.options.cutting import attention_option
 from slimvlm.console.options.making import NAME, device_option, json_option, option, output_options, remote_code
@@ -30,10 +30,10 @@ def inspect(model: str, attention_unit: str, discover: bool, trust_remote_code: 
     from slimvlm.compress.models.inspection import discover_model, inspect_model
 
     if not discover:
-        show.show_inspection(inspect_model(model, attention_unit, trust_remote_code), as_json=as_json)
+        show_inspection.show_inspection(inspect_model(model, attention_unit, trust_remote_code), as_json=as_json)
         return
     found = discover_model(model, attention_unit, trust_remote_code)
-    show.show_discovered(found, as_json=as_json)
+    show_inspection.show_discovered(found, as_json=as_json)
     found.discovery.trusted()
 
 
