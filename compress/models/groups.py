@@ -38,7 +38,8 @@ class Member:
         heads: `query`, `kv`, or `channel`: which index list selects.
         width: rows or columns per index (D for heads, 1 for channels).
         part, parts: a fused qkv is `parts` = 3 row blocks, one member each.
-        norm: a norm over all heads: its weight loses entries and is rescaled, it carries no score.
+        norm: a norm of the heads, which carries no score. One over all of them loses entries and is rescaled; one with
+            a row per head (of width 1) loses rows.
     """
 
     path: str
@@ -283,7 +284,8 @@ def _attention_group(
     members = [Member(f"{path}.{name}", 0, kind, head_dim, part, parts) for name, part, parts, kind in names]
     for norm, kind in zip(attention.norms, ("query", "kv"), strict=False):
         if getattr(getattr(module, norm, None), "weight", None) is not None:
-            members.append(Member(f"{path}.{norm}", 0, kind, head_dim, norm=True))
+            wide = getattr(module, norm).weight.ndim == 1
+            members.append(Member(f"{path}.{norm}", 0, kind, head_dim if wide else 1, norm=True))
     members.append(Member(f"{path}.{attention.output}", 1, "query", head_dim))
     unit = _attention_unit(heads, kv_heads, attention_unit)
     num_units = {"head": heads, "kv-group": kv_heads, "query-slot": heads // kv_heads}[unit]

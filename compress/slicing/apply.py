@@ -7,6 +7,7 @@ was cut before, and on the meta device.
 from __future__ import annotations
 
 import copy
+from typing import Any  # norms of transformers
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,8 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     for cut in cuts:
         _cut(model.get_submodule(cut.path), cut)
         record["shapes"][cut.path] = list(model.get_parameter(f"{cut.path}.weight").shape)
+        if cut.scale != 1.0:
+            record["attributes"][cut.path] = _widen_epsilon(model.get_submodule(cut.path), cut.scale)
     for group in groups:
         _record_sizes(record, group, kept[group.key])
         if isinstance(group.part, Attention) and len(kept[group.key]) < group.size:
@@ -83,6 +86,12 @@ def _cut(module: nn.Module, cut: Cut) -> None:
         weight = weight * cut.scale
     bias = getattr(module, "bias", None)
     resize(module, weight, list(weight.shape), None if bias is None else _take(bias.detach(), cut.rows, None))
+
+
+def _widen_epsilon(norm: Any, scale: float) -> dict[str, float]:
+    """What an RMS norm adds to the mean square grows with that, or the norm would not be that of the masked model."""
+    norm.variance_epsilon = float(f"{norm.variance_epsilon * scale**2:.9g}")  # digits that two cuts and one agree in
+    return {"variance_epsilon": norm.variance_epsilon}
 
 
 def _take(tensor: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:

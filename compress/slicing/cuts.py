@@ -40,7 +40,7 @@ def find_cuts(group: Group, kept: Tensor) -> Iterator[Cut]:
         else:
             full = (group.kv_heads if first.heads == "kv" else group.size) * first.width
             # The RMS of the removed entries is zero: the mean over fewer entries is larger by full / kept.
-            yield Cut(path, rows=index, scale=(full / len(index)) ** 0.5 if first.norm else 1.0)
+            yield Cut(path, rows=index, scale=(full / len(index)) ** 0.5 if first.norm and first.width > 1 else 1.0)
 
 
 def matching_groups(model: nn.Module, family: Family, plan: Plan) -> tuple[Group, ...]:

@@ -24,10 +24,10 @@ VISION, PROJECTOR, LANGUAGE, ATTENTION, CACHE, EMBEDDINGS, HEAD = PARTS = (
     *("vision tower", "projector", "language model", "attention over the context", "key-value cache"),
     *("embeddings", "output head"),
 )
-# Kinds of tokens: `pixel` patches as they come in, `patch` with the class token, `feature` what the projector gives,
-# `query` of a resampler, `image` one per image; `encoder`, `decoder`, `text` of language models, `head` those that get
-# logits, `pooled` one per text, `memory` encoder states where a decoder makes keys of them. Kinds that are attended to
-# only: `context` a decoder's past and present, `source` all encoder states.
+# Kinds of tokens: `pixel` patches as they come in, `patch` with the tokens before them, `feature` what the projector
+# gives, `query` of a resampler, `beside` patches and queries, `image` one per image; `encoder`, `decoder`, `text` of
+# language models, `head` those that get logits, `pooled` one per text, `memory` encoder states of which a decoder makes
+# keys. Those attended to only: `context` a decoder's past and present, `source` all encoder states.
 
 # Bytes of a weight and of a value in the cache: of what exports are written in, and of what torch computes in besides.
 ELEMENT_BYTES = {
@@ -187,6 +187,7 @@ def _image_tokens(shapes: Shapes, sizes: Sizes) -> Tokens:
         "patch": (images, patches + shapes.class_tokens),
         "feature": (images, patches // shapes.merged + shapes.class_features),
         "query": (images, shapes.queries),
+        "beside": (images, patches + shapes.class_tokens + shapes.queries),
         "image": (images, 1),
     }
 

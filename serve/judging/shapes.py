@@ -10,14 +10,13 @@ from typing import Any, TypeVar
 from torch import nn
 
 from slimvlm.compress.models.checkpoint import build_meta
-from slimvlm.compress.models.families import Attention, Family, Tower
+from slimvlm.compress.models.families import Attention, Family, Resampler, Tower
 from slimvlm.compress.models.groups import Group, count_parameters, find_groups
 from slimvlm.compress.models.quantized import held_form
 from slimvlm.serve.judging.roofline import EMBEDDINGS, HEAD, LANGUAGE, PROJECTOR, VISION, Attended, Product, Shapes
 
 Config = Any  # of transformers: which fields it has depends on the family
 Kind = TypeVar("Kind", bound=nn.Module)
-CLASS_TOKENS = ("class_embedding", "cls_token")
 
 
 def checkpoint_shapes(folder: str | os.PathLike[str], trust_remote_code: bool = False) -> Shapes:
@@ -36,11 +35,11 @@ def model_shapes(model: nn.Module, family: Family) -> Shapes:
     products = [found for path, module in model.named_modules() for found in _products(path, module, places, family)]
     attended = [_tower_attention(group, model, family) for group in groups if group.kind == "attention"]
     convolution = next(_placed(model, places, nn.Conv2d, nn.Conv3d))  # makes patches of pixels
-    classes = sum(name.rpartition(".")[2] in CLASS_TOKENS for name, _ in model.named_parameters())
-    queries = 0
+    classes = sum(_rows(model.get_parameter(name)) for tower in family.towers for name in tower.before)
+    queries = getattr(model.config, family.features) if family.features else 0
     if family.resampler is not None:
-        attended += _resampler_attention(model, family.resampler.module, family.resampler.cross)
-        queries = model.get_parameter(family.resampler.queries).shape[1]
+        attended += _resampler_attention(model, family.resampler)
+        queries = _rows(model.get_parameter(family.resampler.queries))
     attended += [
         Attended("image", "patch", module.embed_dim) for module in _placed(model, places, nn.MultiheadAttention)
     ]
@@ -55,7 +54,7 @@ def model_shapes(model: nn.Module, family: Family) -> Shapes:
         merged=_merged(model, family, convolution.out_channels),
         queries=queries,
         widths=tuple(group.size * group.head_dim for group in groups),
-        class_features=classes * (getattr(model.config, "vision_feature_select_strategy", "") == "full"),
+        class_features=classes - (getattr(model.config, family.cropped, family.cropped) == "default"),
     )
 
 
@@ -71,17 +70,17 @@ def _places(family: Family) -> Iterator[Place]:
     if family.contrastive:
         yield from zip(family.projector, (PROJECTOR, PROJECTOR), ("image", "pooled"), strict=True)
     else:
+        fixed = "query" if family.resampler or family.features else "feature"
         for path in family.projector:
-            yield path, PROJECTOR, "query" if family.resampler else "feature"
+            yield path, PROJECTOR, "patch" if family.resampler and family.resampler.projected else fixed
     if family.resampler:
         yield family.resampler.module, PROJECTOR, "query"
     for tower in family.towers:
         yield _parent(tower.blocks), VISION if tower.modality == "vision" else LANGUAGE, _kind(tower, family)
     for tower in family.towers:  # what lies beside the encoder of a tower: embeddings, norms
-        root = _parent(_parent(tower.blocks))
         others = (other for other in family.towers if other is not tower)
-        if root and _parent(tower.blocks).endswith("encoder") and not any(_inside(o.blocks, root) for o in others):
-            yield root, VISION if tower.modality == "vision" else LANGUAGE, _kind(tower, family)
+        if not any(_inside(other.blocks, tower.root) for other in others):
+            yield tower.root, VISION if tower.modality == "vision" else LANGUAGE, _kind(tower, family)
 
 
 def _kind(tower: Tower, family: Family) -> str:
@@ -127,17 +126,30 @@ def _products(path: str, module: nn.Module, places: tuple[Place, ...], family: F
         third = module.in_proj_weight.numel() // 3
         yield Product(part, "image", third, own // 3)
         yield Product(part, "patch", 2 * third, own - own // 3)
+    elif part == PROJECTOR and not family.contrastive and (matrices := _matrices(module)):
+        yield Product(part, kind, sum(matrices), own)
     elif isinstance(module, nn.Embedding) and part == LANGUAGE:
         yield Product(EMBEDDINGS, kind, looked_up=module.embedding_dim)
     else:
         yield Product(EMBEDDINGS if isinstance(module, nn.Embedding) else part, kind, parameters=own)
 
 
+def _matrices(module: nn.Module) -> list[int]:
+    """Weights of what the module itself multiplies with (Gemma 3's projector)."""
+    own = module.named_parameters(recurse=False)
+    return [weight.numel() for name, weight in own if weight.ndim == 2 and name.endswith("weight")]
+
+
+def _rows(tokens: nn.Parameter) -> int:
+    """How many tokens a parameter [..., C] has."""
+    return tokens.numel() // tokens.shape[-1]
+
+
 def _seen(path: str, kind: str, family: Family) -> str:
     """Keys and values of cross attention are made of other tokens than its queries."""
     if family.resampler and _inside(path, family.resampler.module):
         is_cross = f".{family.resampler.cross}." in path
-        return "patch" if is_cross and path.endswith((".key", ".value")) else kind
+        return family.resampler.reads if is_cross and path.rpartition(".")[2] in family.resampler.rows[1:] else kind
     for tower in family.towers:
         for part in tower.parts:
             if isinstance(part, Attention) and part.key == "cross_attn" and _inside(path, tower.blocks):
@@ -149,7 +161,7 @@ def _seen(path: str, kind: str, family: Family) -> str:
 
 def _merged(model: nn.Module, family: Family, hidden_size: int) -> int:
     """Patches that become one feature: the projector's first matrix takes them side by side."""
-    if family.contrastive or family.resampler:
+    if family.contrastive or family.resampler or family.features:
         return 1
     first = next(one for one in model.get_submodule(family.projector[0]).modules() if isinstance(one, nn.Linear))
     layers = getattr(model.config, "vision_feature_layer", 0)  # states of several layers are put side by side as well
@@ -164,23 +176,25 @@ def _tower_attention(group: Group, model: nn.Module, family: Family) -> Attended
     width, kept = group.size * group.head_dim, 2 * group.kv_heads * group.head_dim
     kind = _kind(tower, family)
     if kind == "patch":
-        return Attended(kind, kind, width, window=_window(getattr(model.config, tower.config), group.layer))
+        return Attended(kind, kind, width, window=_window(getattr(model.config, tower.config), tower, group.layer))
     if kind != "decoder":
         return Attended(kind, kind, width)
     return Attended(kind, "source" if group.key.endswith("cross_attn") else "context", width, kept)
 
 
-def _window(config: Config, layer: int) -> int | None:
-    """Patches of one window of a layer that attends within windows (Qwen2.5-VL); None: all of an image."""
-    side, full = getattr(config, "window_size", None), getattr(config, "fullatt_block_indexes", None)
-    if side is None or full is None or layer in full:
+def _window(config: Config, tower: Tower, layer: int) -> int | None:
+    """Patches of one window of a layer that attends within windows; None: all of an image."""
+    if tower.windows is None:
         return None
-    return int(side // config.patch_size) ** 2
+    side, whole = (getattr(config, field) for field in tower.windows)
+    return None if layer in whole else int(side // config.patch_size) ** 2
 
 
-def _resampler_attention(model: nn.Module, root: str, cross: str) -> list[Attended]:
-    return [
-        Attended("query", "patch" if f".{cross}." in f".{path}." else "query", module.query.out_features)
-        for path, module in model.get_submodule(root).named_modules()
-        if isinstance(getattr(module, "query", None), nn.Linear)
-    ]
+def _resampler_attention(model: nn.Module, resampler: Resampler) -> list[Attended]:
+    found = []
+    for path, module in model.get_submodule(resampler.module).named_modules():
+        query = getattr(module, resampler.rows[0], None)
+        if isinstance(query, nn.Linear):
+            read = resampler.reads if f".{resampler.cross}." in f".{path}." else "query"
+            found.append(Attended("query", read, query.out_features))
+    return found

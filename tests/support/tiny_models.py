@@ -13,9 +13,21 @@ from functools import cache
 
 import torch
 from tiny.families import FACTORIES
+from tiny.joins import COVERING
 from tiny.sizes import IMAGE_TOKEN, TEXT, VISION, VOCAB
 
-__all__ = ["FACTORIES", "IMAGE_TOKEN", "TEXT", "VISION", "VOCAB", "Tiny", "add_noise", "reading", "tiny_model"]
+__all__ = [
+    "COVERING",
+    "FACTORIES",
+    "IMAGE_TOKEN",
+    "TEXT",
+    "VISION",
+    "VOCAB",
+    "Tiny",
+    "add_noise",
+    "reading",
+    "tiny_model",
+]
 
 
 @dataclass(frozen=True)
@@ -27,7 +39,7 @@ class Tiny:
 
 
 def tiny_model(name: str, attention: str = "eager") -> Tiny:
-    """A seeded tiny model of the family `name`, in eval mode, fp32; norms and biases have noise: zeros hide bugs."""
+    """A seeded tiny model of a family, in eval mode, fp32; norms and biases have noise: zeros hide bugs."""
     built, state = _built(name, attention)
     torch.set_rng_state(state)  # as if it had just been built
     return Tiny(copy.deepcopy(built.model), built.inputs)
@@ -37,9 +49,10 @@ def tiny_model(name: str, attention: str = "eager") -> Tiny:
 def _built(name: str, attention: str) -> tuple[Tiny, torch.Tensor]:
     """The model to copy, which takes half the time, and the state in which it leaves the generator."""
     torch.manual_seed(0)
-    model, inputs = FACTORIES[name]()
+    model, inputs = {**FACTORIES, **COVERING}[name]()
     add_noise(model)
-    model.set_attn_implementation(attention)
+    if attention != "sdpa" or model._supports_sdpa:
+        model.set_attn_implementation(attention)
     return Tiny(model.eval(), inputs), torch.get_rng_state()
 
 

@@ -49,8 +49,8 @@ def join_rows(model_type: str, join: Join, vision_row: tuple[str, Tower], text_r
     root = f"{join.language}.{language.base}".rstrip(".") if join.headed else join.language
     export = replace(join.export, text=root, head=f"{join.language}.lm_head" if join.headed else "lm_head")
     towers = (
-        replace(vision, blocks=f"{join.vision}.{vision.blocks}", states=join.states),
-        *(replace(stack, blocks=f"{root}.{stack.blocks}") for stack in language.towers),
+        _placed(replace(vision, states=join.states), join.vision),
+        *(_placed(stack, root) for stack in language.towers),
     )
     return Family(
         join.names.get((tower, text), f"{model_type} ({_readable(tower)}, {_readable(text)})"),
@@ -60,8 +60,15 @@ def join_rows(model_type: str, join: Join, vision_row: tuple[str, Tower], text_r
         former=tuple(join.names.values()),
         projector=join.projector,
         resampler=join.resampler,
+        cropped=join.cropped,
+        features=join.features,
         export=export,
     )
+
+
+def _placed(tower: Tower, root: str) -> Tower:
+    before = tuple(f"{root}.{name}" for name in tower.before)
+    return replace(tower, root=root, blocks=f"{root}.{tower.blocks}", before=before)
 
 
 def model_type_of(config: object, part: str) -> str:

@@ -6,19 +6,34 @@ Where transformers builds tower and text model from whatever configs it is given
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
+from slimvlm.compress.models.families.parts import SEPARATE
 from slimvlm.compress.models.families.rows import Export, Join, Resampler
 
 Names = Mapping[tuple[str, str], str]
 
 PROJECTOR = ("model.multi_modal_projector",)
 SELECTED = "vision_feature_layer"
+CROPPED = "vision_feature_select_strategy"
 POOLED = Export()
+PERCEIVER = Resampler(
+    "model.connector.perceiver_resampler",
+    "model.connector.perceiver_resampler.latents",
+    "self_attn",
+    SEPARATE,
+    beside=True,
+    projected=True,
+)
 MERGER = ("model.visual.merger",)
 
 
-def _towered(names: Names, export: Export, states: str | None = None) -> Join:
-    return Join(names, "model.vision_tower", "model.language_model", PROJECTOR, export, states=states)
+def _towered(names: Names, export: Export) -> Join:
+    return Join(names, "model.vision_tower", "model.language_model", PROJECTOR, export)
+
+
+def _selecting(names: Names, export: Export, cropped: str = CROPPED) -> Join:
+    return replace(_towered(names, export), states=SELECTED, cropped=cropped)
 
 
 def _qwen(name: str, export: Export, *projectors: str) -> Join:
@@ -52,11 +67,12 @@ def _dual(name: str, projector: tuple[str, ...], output: tuple[str, str]) -> Joi
 
 
 JOINS: dict[str, Join] = {
-    "llava": _towered(
-        {("dinov2", "llama"): "llava_dinov2", ("clip_vision_model", "llama"): "llava"}, Export("select"), SELECTED
+    "llava": _selecting(
+        {("dinov2", "llama"): "llava_dinov2", ("clip_vision_model", "llama"): "llava"},
+        Export("select"),
     ),
-    "llava_next": _towered({("clip_vision_model", "llama"): "llava_next"}, Export("tiles"), SELECTED),
-    "llava_onevision": _towered({("siglip_vision_model", "qwen2"): "llava_onevision"}, Export("tiles"), SELECTED),
+    "llava_next": _selecting({("clip_vision_model", "llama"): "llava_next"}, Export("tiles")),
+    "llava_onevision": _selecting({("siglip_vision_model", "qwen2"): "llava_onevision"}, Export("tiles")),
     "qwen2_vl": _qwen("qwen2_vl", Export("patches", positions="mrope", flat_config=True)),
     "qwen2_5_vl": _qwen("qwen2_5_vl", Export("patches", positions="mrope", genai="qwen2_5_vl")),
     "qwen3_vl": _qwen(
@@ -64,21 +80,29 @@ JOINS: dict[str, Join] = {
     ),
     "smolvlm": _idefics("smolvlm"),
     "idefics3": _idefics("idefics3"),
+    "idefics2": replace(
+        _idefics("idefics2"),
+        names={("idefics2_vision", "mistral"): "idefics2"},
+        projector=("model.connector.modality_projection",),
+        resampler=PERCEIVER,
+    ),
     "paligemma": _towered(
         {("siglip_vision_model", "gemma"): "paligemma"}, Export(first_position=1, prefix=True, capped=True)
     ),
-    "internvl": _towered({("internvl_vision", "qwen2"): "internvl"}, Export(), SELECTED),
+    "vipllava": _selecting({("clip_vision_model", "llama"): "vipllava"}, Export(), "default"),
+    "aya_vision": _selecting({("siglip_vision_model", "cohere2"): "aya_vision"}, Export()),
+    "cohere2_vision": _towered({("siglip_vision_model", "cohere2"): "cohere2_vision"}, Export()),
+    "mistral3": _selecting({("pixtral", "mistral"): "mistral3"}, Export()),
+    "gemma3": replace(
+        _towered({("siglip_vision_model", "gemma3_text"): "gemma3"}, Export()), features="mm_tokens_per_image"
+    ),
+    "internvl": _selecting({("internvl_vision", "qwen2"): "internvl"}, Export()),
     "blip-2": _queried({("blip_2_vision_model", "opt"): "blip2_opt", ("blip_2_vision_model", "t5"): "blip2_t5"}),
     "instructblip": _queried({}),
-    "aya_vision": _towered({}, Export(), SELECTED),
-    "cohere2_vision": _towered({}, Export()),
-    "vipllava": _towered({}, Export(), SELECTED),
-    "llava_next_video": _towered({}, Export("tiles"), SELECTED),
-    "mistral3": _towered({}, Export(), SELECTED),
-    "gemma3": _towered({}, Export()),
+    "llava_next_video": _selecting({}, Export("tiles")),
     "got_ocr2": _towered({}, Export()),
     "pp_chart2table": _towered({}, Export()),
-    "qianfan_ocr": _towered({}, Export(), SELECTED),
+    "qianfan_ocr": _selecting({}, Export()),
     "ovis2": _joined("model.vision_tower", "model.visual_embeddings_table"),
     "deepseek_vl": _joined("model.vision_model", "model.aligner"),
     "janus": _joined("model.vision_model", "model.aligner"),

@@ -84,6 +84,10 @@ class Tower:
         first: (module, table, flag): the first block alone owns `table` of its `module`, and `flag` says that it does.
         pooled: field of its config that, where it is set, gives it a pooling head whose MLP is as wide as those of the
             blocks: one config field for both, so no stock cut of them.
+        before: parameters of the module with the tokens that stand before those of the patches.
+        windows: fields of its config with the side in pixels of the windows in which a block attends, and with the
+            numbers of the blocks that attend to all of an image.
+        root: path of the module in the model; in a row of its own, empty.
     """
 
     name: str
@@ -98,6 +102,9 @@ class Tower:
     deepstack: str | None = None
     first: tuple[str, str, str] | None = None
     pooled: str | None = None
+    before: tuple[str, ...] = ()
+    windows: tuple[str, str] | None = None
+    root: str = ""
 
     @property
     def fields(self) -> tuple[tuple[str, str], ...]:
@@ -137,16 +144,26 @@ class Export:
 
 @dataclass(frozen=True, slots=True)
 class Resampler:
-    """A module whose learned queries read an image into a fixed number of features (Q-Former).
+    """A module whose learned queries read an image into a fixed number of features (Q-Former, perceiver).
 
     Attributes:
-        module: its path; `queries`: the parameter [1, queries, width].
-        cross: what the attention over the patches is called inside it.
+        module: its path; `queries`: the parameter [..., queries, width].
+        cross: what the attention over the patches is called inside it; `rows`: the projections of an attention.
+        beside: the queries attend to themselves beside the patches.
+        projected: it reads what has been through the projector, and not the other way round.
     """
 
     module: str
     queries: str
     cross: str
+    rows: tuple[str, str, str] = ("query", "key", "value")
+    beside: bool = False
+    projected: bool = False
+
+    @property
+    def reads(self) -> str:
+        """The kind of tokens that it attends to, as serve/judging/roofline.py counts them."""
+        return "beside" if self.beside else "patch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +189,7 @@ class Join:
         names: what a family of this tower and this text model (keys of TOWERS and TEXTS) is called; others are called
             after all three, `llava (dinov2, qwen2)`.
         vision, language: paths of the modules that are the tower and the text model.
-        projector, resampler, export: as of a family.
+        projector, resampler, cropped, features, export: as of a family.
         headed: the text model brings its own head.
         contrastive: images and texts are embedded apart.
         states: as of a tower, of the vision tower.
@@ -184,6 +201,8 @@ class Join:
     projector: tuple[str, ...]
     export: Export = Export()
     resampler: Resampler | None = None
+    cropped: str = ""
+    features: str | None = None
     headed: bool = False
     contrastive: bool = False
     states: str | None = None
@@ -197,6 +216,8 @@ class Family:
         kind: `decoder`, `encoder-decoder` or `dual-encoder`; code asks for the facts below instead.
         former: what it was called in plans that were made when its tower and its text model were not asked for.
         projector: modules that carry what one modality's tower says into the space of the other; empty: there are none.
+        cropped: `default` where the first token of the tower is no feature, or the field of the config that says so.
+        features: field of the config with the number of features of an image, whatever the number of its patches.
     """
 
     name: str
@@ -206,6 +227,8 @@ class Family:
     former: tuple[str, ...] = ()
     projector: tuple[str, ...] = ()
     resampler: Resampler | None = None
+    cropped: str = ""
+    features: str | None = None
     export: Export = Export()
 
     @property

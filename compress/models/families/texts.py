@@ -11,8 +11,8 @@ from slimvlm.compress.models.families.parts import ENCODER, GATED_MLP, GQA, GQA_
 from slimvlm.compress.models.families.rows import Attention, Mlp, Text, Tower
 
 
-def _language(blocks: str, *parts: Attention | Mlp) -> Tower:
-    return Tower("language", "language", "text_config", blocks, parts)
+def _decoder(attention: Attention, mlp: Mlp, blocks: str = "layers", deepstack: str | None = None) -> Text:
+    return Text((Tower("language", "language", "text_config", blocks, (attention, mlp), deepstack=deepstack),))
 
 
 def _t5_attention(module: str, key: str) -> Attention:
@@ -32,11 +32,19 @@ def _t5_mlp(layer: int) -> Mlp:
     return Mlp((f"{inner}.wi_0", f"{inner}.wi_1"), f"{inner}.wo", stock="d_ff")
 
 
-LLAMA = _language("layers", GQA, GATED_MLP)
-QWEN2_VL = _language("layers", GQA_HIDDEN, GATED_MLP)
-OPT = _language(
-    "decoder.layers", Attention("self_attn", SEPARATE, "out_proj", patch=HEADS), Mlp(("fc1",), "fc2", stock="ffn_dim")
-)
+NORMS = ("q_norm", "k_norm")
+UP_MLP = Mlp(("mlp.up_proj",), "mlp.down_proj", stock="intermediate_size")
+CONV_MLP = Mlp(("mlp.c_fc",), "mlp.c_proj", stock="intermediate_size")
+OPT_ATTENTION = Attention("self_attn", SEPARATE, "out_proj", patch=HEADS)
+OPT_MLP = Mlp(("fc1",), "fc2", stock="ffn_dim")
+
+LLAMA = _decoder(GQA, GATED_MLP)
+UNGATED = _decoder(GQA, UP_MLP)
+COHERE = _decoder(replace(GQA, norms=NORMS), GATED_MLP)  # its norms, if it has them, have a row per head
+# The epsilon of a norm over all heads is another one when they are fewer: no stock head cut.
+OLMO2 = _decoder(replace(GQA, norms=NORMS, stock=()), GATED_MLP)
+QWEN2_VL = _decoder(GQA_HIDDEN, GATED_MLP)
+CLIP_TEXT = _decoder(ENCODER, PLAIN_MLP, "encoder.layers")
 T5_BIAS = ("layer.0.SelfAttention", "relative_attention_bias", "has_relative_attention_bias")
 T5_ENCODER = Tower(
     "encoder",
@@ -59,30 +67,45 @@ T5_DECODER = Tower(
     depth=("num_decoder_layers", "decoder_layers"),  # the second sizes the cache, else as long as the encoder
     first=T5_BIAS,
 )
-CLIP_TEXT = _language("encoder.layers", ENCODER, PLAIN_MLP)
 
 TEXTS: dict[str, Text] = {
-    "llama": Text((LLAMA,)),
-    "mistral": Text((LLAMA,)),
-    "qwen2": Text((LLAMA,)),
-    "gemma": Text((LLAMA,)),
-    "cohere2": Text((LLAMA,)),
-    "gemma3_text": Text((LLAMA,)),
-    "hyperclovax": Text((LLAMA,)),
-    "paddleocr_vl_text": Text((LLAMA,)),
-    "exaone4": Text((LLAMA,)),
-    "qwen3": Text((LLAMA,)),
-    "cosmos3_edge_text": Text((_language("layers", GQA, PLAIN_MLP),)),
-    "qwen2_5_omni_text": Text((QWEN2_VL,)),
-    "granite_docling_text": Text((LLAMA,)),
-    "granite4_vision_text": Text((LLAMA,)),
-    "hunyuan_vl_text": Text((LLAMA,)),
-    "cohere_compass_text": Text((LLAMA,)),
-    "opt": Text((OPT,)),
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "ministral3": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "gemma": LLAMA,
+    "gemma2": LLAMA,
+    "gemma3_text": LLAMA,
+    "granite": LLAMA,
+    "smollm3": LLAMA,
+    "cohere": COHERE,
+    "cohere2": LLAMA,
+    "olmo": LLAMA,
+    "olmo2": OLMO2,
+    "olmo3": OLMO2,
+    "ernie4_5": LLAMA,
+    "exaone4": LLAMA,
+    "helium": LLAMA,
+    "hunyuan_v1_dense": LLAMA,
+    "seed_oss": LLAMA,
+    "arcee": UNGATED,
+    "nemotron": UNGATED,
+    "phi": _decoder(replace(GQA, output="dense"), PLAIN_MLP),
+    "starcoder2": _decoder(GQA, CONV_MLP),
+    "opt": _decoder(OPT_ATTENTION, OPT_MLP, "decoder.layers"),
+    "hyperclovax": LLAMA,
+    "paddleocr_vl_text": LLAMA,
+    "granite_docling_text": LLAMA,
+    "granite4_vision_text": LLAMA,
+    "hunyuan_vl_text": LLAMA,
+    "cohere_compass_text": LLAMA,
+    "cosmos3_edge_text": _decoder(GQA, PLAIN_MLP),
+    "qwen2_5_omni_text": QWEN2_VL,
     "t5": Text((T5_ENCODER, T5_DECODER), "encoder-decoder", base=""),
-    "qwen2_vl_text": Text((QWEN2_VL,)),
-    "qwen2_5_vl_text": Text((QWEN2_VL,)),
-    "qwen3_vl_text": Text((replace(LLAMA, deepstack="vision_config.deepstack_visual_indexes"),)),
-    "clip_text_model": Text((CLIP_TEXT,)),
-    "siglip_text_model": Text((CLIP_TEXT,)),
+    "qwen2_vl_text": QWEN2_VL,
+    "qwen2_5_vl_text": QWEN2_VL,
+    "qwen3_vl_text": _decoder(GQA, GATED_MLP, deepstack="vision_config.deepstack_visual_indexes"),
+    "clip_text_model": CLIP_TEXT,
+    "siglip_text_model": CLIP_TEXT,
 }

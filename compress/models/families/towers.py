@@ -19,16 +19,31 @@ from slimvlm.compress.models.families.parts import (
 from slimvlm.compress.models.families.rows import Attention, Mlp, Tower
 
 
-def _vision(blocks: str, *parts: Attention | Mlp) -> Tower:
-    return Tower("vision", "vision", "vision_config", blocks, parts)
+def _vision(blocks: str, *parts: Attention | Mlp, before: tuple[str, ...] = ()) -> Tower:
+    return Tower("vision", "vision", "vision_config", blocks, parts, before=before)
 
 
-CLIP = _vision("encoder.layers", ENCODER, PLAIN_MLP)
-SIGLIP = replace(CLIP, pooled="vision_use_head")
+CLASS = ("embeddings.class_embedding",)
+CLS = ("embeddings.cls_token",)
+
+VIT = _vision("encoder.layers", ENCODER, PLAIN_MLP)
+CLIP = replace(VIT, before=CLASS)
+SIGLIP = replace(VIT, pooled="vision_use_head")
 DINOV2 = _vision(
     "encoder.layer",
     Attention("attention", SEPARATE, "o_proj", patch=(("num_attention_heads", "heads"),)),
     UNSIZED_MLP,
+    before=CLS,
+)
+PIXTRAL = _vision(
+    "transformer.layers",
+    Attention("attention", SEPARATE, "o_proj", patch=HEADS),
+    Mlp(("feed_forward.gate_proj", "feed_forward.up_proj"), "feed_forward.down_proj", stock="intermediate_size"),
+)
+AIMV2 = _vision(
+    "encoder.layers",
+    Attention("attention", SEPARATE, "out_proj", patch=HEADS),
+    Mlp(("ffn.gate_proj", "ffn.up_proj"), "ffn.down_proj", stock="intermediate_size"),
 )
 INTERNVL = _vision(
     "encoder.layer",
@@ -40,26 +55,24 @@ INTERNVL = _vision(
         patch=(*HEADS, ("embed_dim", "width")),
     ),
     PLAIN_MLP,
+    before=CLS,
 )
 BLIP2 = _vision(
-    "encoder.layers", Attention("self_attn", ("qkv",), "projection", patch=HEADS, forward="blip2_vision"), PLAIN_MLP
+    "encoder.layers",
+    Attention("self_attn", ("qkv",), "projection", patch=HEADS, forward="blip2_vision"),
+    PLAIN_MLP,
+    before=CLASS,
 )
 QWEN2 = _vision("blocks", FUSED, UNSIZED_MLP)
-QWEN2_5 = replace(_vision("blocks", FUSED, GATED_MLP), numbered=("fullatt_block_indexes",))
+QWEN2_5 = replace(
+    _vision("blocks", FUSED, GATED_MLP),
+    numbered=("fullatt_block_indexes",),
+    windows=("window_size", "fullatt_block_indexes"),
+)
 QWEN3 = replace(
     _vision("blocks", FUSED, Mlp(("mlp.linear_fc1",), "mlp.linear_fc2", stock="intermediate_size")),
     numbered=("deepstack_visual_indexes",),
     deepstack="vision_config.deepstack_visual_indexes",
-)
-PIXTRAL = _vision(
-    "transformer.layers",
-    Attention("attention", SEPARATE, "o_proj", patch=HEADS),
-    Mlp(("feed_forward.gate_proj", "feed_forward.up_proj"), "feed_forward.down_proj", stock="intermediate_size"),
-)
-OVIS2 = _vision(
-    "transformer.encoder.layers",
-    Attention("attention", SEPARATE, "out_proj", patch=HEADS),
-    Mlp(("ffn.gate_proj", "ffn.up_proj"), "ffn.down_proj", stock="intermediate_size"),
 )
 JANUS = _vision(
     "encoder.layers",
@@ -75,27 +88,30 @@ GOT_OCR2 = _vision(
 TOWERS: dict[str, Tower] = {
     "clip_vision_model": CLIP,
     "siglip_vision_model": SIGLIP,
+    "mlcd_vision_model": CLIP,
+    "aimv2_vision_model": AIMV2,
+    "pixtral": PIXTRAL,
     "dinov2": DINOV2,
+    "dinov2_with_registers": replace(DINOV2, before=(*CLS, "embeddings.register_tokens")),
     "internvl_vision": INTERNVL,
-    "idefics3_vision": CLIP,
-    "smolvlm_vision": CLIP,
+    "idefics2_vision": VIT,
+    "idefics3_vision": VIT,
+    "smolvlm_vision": VIT,
     "blip_2_vision_model": BLIP2,
+    "instructblip_vision_model": BLIP2,
     "qwen2_vl_vision": QWEN2,
     "qwen2_5_vl_vision": QWEN2_5,
+    "qwen2_5_omni_vision_encoder": replace(
+        QWEN2_5, parts=(Attention("attn", ("q", "k", "v"), "proj", patch=HEADS), GATED_MLP)
+    ),
     "qwen3_vl_vision": QWEN3,
-    "pixtral": PIXTRAL,
-    "idefics2_vision": CLIP,
-    "ovis2_vision": OVIS2,
+    "ovis2_vision": replace(AIMV2, blocks="transformer.encoder.layers"),
     "janus_vision_model": JANUS,
     "got_ocr2_vision": GOT_OCR2,
     "pp_chart2table_vision": GOT_OCR2,
     "qianfan_ocr_vision": replace(INTERNVL, blocks="layers"),
-    "paddleocr_vl_vision": replace(CLIP, blocks="vision_model.encoder.layers"),
-    "instructblip_vision_model": BLIP2,
-    "cosmos3_edge_vision": CLIP,
-    "video_llama_3_vision": CLIP,
-    "granite_docling_vision": CLIP,
-    "qwen2_5_omni_vision_encoder": replace(
-        QWEN2_5, parts=(Attention("attn", ("q", "k", "v"), "proj", patch=HEADS), GATED_MLP)
-    ),
+    "paddleocr_vl_vision": replace(VIT, blocks="vision_model.encoder.layers"),
+    "cosmos3_edge_vision": VIT,
+    "video_llama_3_vision": VIT,
+    "granite_docling_vision": VIT,
 }

@@ -9,14 +9,16 @@ from types import SimpleNamespace
 import pytest
 import transformers as tf
 from plans import random_plan
-from tiny_models import FACTORIES, tiny_model
+from tiny.texts import TEXTS as tiny_texts
+from tiny.towers import TOWERS as tiny_towers
+from tiny_models import COVERING, FACTORIES, tiny_model
 
 from slimvlm.compress.errors import UnsupportedModelError
-from slimvlm.compress.models.families import FAMILIES, Attention, find_family
+from slimvlm.compress.models.families import FAMILIES, TEXTS, TOWERS, Attention, find_family
 from slimvlm.compress.models.groups import count_parameters
 from slimvlm.compress.slicing.apply import apply_plan
 
-NAMES = [family.name for family in FAMILIES]
+NAMES = [*FACTORIES, *COVERING]
 
 
 def config_of(model, tower):
@@ -27,9 +29,18 @@ def first_of(config, *names):
     return next(getattr(config, name) for name in names if getattr(config, name, None) is not None)
 
 
-def test_every_family_has_a_tiny_model_and_no_name_comes_twice():
-    assert sorted(NAMES) == sorted(FACTORIES)
+def test_every_named_family_has_a_tiny_model_and_no_name_comes_twice():
+    named = [family.name for family in FAMILIES]
+    assert len(set(named)) == len(named)
+    assert set(named) <= set(NAMES)
     assert len(set(NAMES)) == len(NAMES)
+
+
+def test_every_tower_and_text_model_that_goes_into_many_families_is_in_one_of_them():
+    configs = [tiny_model(name).model.config for name in NAMES]
+    for part, made, table in (("vision_config", tiny_towers, TOWERS), ("text_config", tiny_texts, TEXTS)):
+        assert set(made) <= {getattr(config, part).model_type for config in configs}
+        assert set(made) <= set(table)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -25,7 +25,8 @@ from slimvlm.compress.slicing.mask import mask_plan
 
 SELECTING = [family.name for family in FAMILIES if any(tower.states for tower in family.towers)]
 LIVE = {-1: 3, -2: 2, -3: 1, 3: 3, 2: 2, (-2, 1): 2, (0, -3): 1, (-1, -2): 3}  # of three blocks, by what is read
-CASES = [(name, read) for name in SELECTING for read in LIVE if name != "internvl" or isinstance(read, int)]
+SINGLE = ("internvl", "aya_vision", "mistral3")  # their projectors take the states of one block
+CASES = [(name, read) for name in SELECTING for read in LIVE if name not in SINGLE or isinstance(read, int)]
 
 
 def features(tiny: Tiny) -> torch.Tensor:

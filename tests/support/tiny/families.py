@@ -75,17 +75,6 @@ def _qwen3_vl() -> Built:
     return tf.Qwen3VLForConditionalGeneration(config), _qwen_inputs
 
 
-def _idefics_like(model_class: type, config_class: type) -> Built:
-    config = config_class(
-        vision_config=VISION,
-        text_config=tf.LlamaConfig(**TEXT),
-        image_token_id=IMAGE_TOKEN,
-        scale_factor=2,
-        pad_token_id=0,
-    )
-    return model_class(config), lambda b: decoder_batch(b, 4, {"pixel_values": pixels(b)[:, None]})
-
-
 QFORMER = {
     "hidden_size": 16,
     "num_hidden_layers": 2,
@@ -143,8 +132,8 @@ FACTORIES: dict[str, Callable[[], Built]] = {
     "qwen2_vl": _qwen2_vl,
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,
-    "smolvlm": lambda: _idefics_like(tf.SmolVLMForConditionalGeneration, tf.SmolVLMConfig),
-    "idefics3": lambda: _idefics_like(tf.Idefics3ForConditionalGeneration, tf.Idefics3Config),
+    "smolvlm": lambda: JOINS["smolvlm"]("smolvlm_vision", "llama"),
+    "idefics3": lambda: JOINS["idefics3"]("idefics3_vision", "llama"),
     "paligemma": lambda: JOINS["paligemma"]("siglip_vision_model", "gemma"),
     "internvl": lambda: JOINS["internvl"]("internvl_vision", "qwen2"),
     "blip2_opt": lambda: _blip2("opt"),

@@ -12,11 +12,33 @@ from tiny.sizes import TEXT, VOCAB
 
 HEADS = {**TEXT, "head_dim": 8}
 
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+
 TEXTS: dict[str, Callable[[], tf.PreTrainedConfig]] = {
     "llama": lambda: tf.LlamaConfig(**TEXT),
     "mistral": lambda: tf.MistralConfig(**HEADS),
+    "ministral3": lambda: tf.Ministral3Config(**HEADS),
     "qwen2": lambda: tf.Qwen2Config(**TEXT),
+    "qwen3": lambda: tf.Qwen3Config(**HEADS),
     "gemma": lambda: tf.GemmaConfig(**HEADS),
+    "gemma2": lambda: tf.Gemma2Config(**HEADS, query_pre_attn_scalar=8),
+    "gemma3_text": lambda: tf.Gemma3TextConfig(**HEADS, query_pre_attn_scalar=8),
+    "granite": lambda: tf.GraniteConfig(**TEXT),
+    "smollm3": lambda: tf.SmolLM3Config(**TEXT),
+    "olmo": lambda: tf.OlmoConfig(**TEXT),
+    "olmo2": lambda: tf.Olmo2Config(**TEXT),
+    "olmo3": lambda: tf.Olmo3Config(**TEXT),
+    "ernie4_5": lambda: tf.Ernie4_5Config(**HEADS),
+    "exaone4": lambda: tf.Exaone4Config(**HEADS),
+    "helium": lambda: tf.HeliumConfig(**HEADS),
+    "hunyuan_v1_dense": lambda: tf.HunYuanDenseV1Config(**HEADS, rope_parameters=ROPE),
+    "seed_oss": lambda: tf.SeedOssConfig(**HEADS),
+    "cohere": lambda: tf.CohereConfig(**TEXT, use_qk_norm=True),
+    "cohere2": lambda: tf.Cohere2Config(**HEADS),
+    "arcee": lambda: tf.ArceeConfig(**TEXT),
+    "nemotron": lambda: tf.NemotronConfig(**TEXT),
+    "phi": lambda: tf.PhiConfig(**TEXT),
+    "starcoder2": lambda: tf.Starcoder2Config(**TEXT),
     "opt": lambda: tf.OPTConfig(
         vocab_size=VOCAB,
         hidden_size=32,
