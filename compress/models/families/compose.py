@@ -34,8 +34,10 @@ def find_family(config: object) -> Family:
     if text not in TEXTS:
         _refuse(f"text model {text!r} of a {model_type!r} model", "text models", TEXTS)
     family = compose(model_type, tower, text)
-    vision = _without_shared(family.towers[0], getattr(config, "vision_config", None))
-    return replace(family, towers=(vision, *family.towers[1:]))
+    vision, *language = family.towers
+    if vision.pooled and getattr(getattr(config, "vision_config", None), vision.pooled, True):
+        vision = _without_stock_mlp(vision)
+    return replace(family, towers=(vision, *language))
 
 
 def compose(model_type: str, tower: str, text: str) -> Family:
@@ -50,7 +52,7 @@ def join_rows(model_type: str, join: Join, vision_row: tuple[str, Tower], text_r
     export = replace(join.export, text=root, head=f"{join.language}.lm_head" if join.headed else "lm_head")
     towers = (
         _placed(replace(vision, states=join.states), join.vision),
-        *(_placed(stack, root) for stack in language.towers),
+        *(_placed(_without_stock_mlp(stack) if join.shared else stack, root) for stack in language.towers),
     )
     return Family(
         join.names.get((tower, text), f"{model_type} ({_readable(tower)}, {_readable(text)})"),
@@ -86,10 +88,8 @@ def _carried_by(value: object) -> Family:
         ) from error
 
 
-def _without_shared(tower: Tower, config: object) -> Tower:
-    """Without stock cuts that would cut a pooling head too."""
-    if tower.pooled is None or not getattr(config, tower.pooled, True):
-        return tower
+def _without_stock_mlp(tower: Tower) -> Tower:
+    """Something else has the width of its MLPs, of the same config field."""
     parts = tuple(replace(part, stock=None) if isinstance(part, Mlp) else part for part in tower.parts)
     return replace(tower, parts=parts)
 

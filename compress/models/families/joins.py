@@ -85,6 +85,7 @@ JOINS: dict[str, Join] = {
         names={("idefics2_vision", "mistral"): "idefics2"},
         projector=("model.connector.modality_projection",),
         resampler=PERCEIVER,
+        shared=True,
     ),
     "paligemma": _towered(
         {("siglip_vision_model", "gemma"): "paligemma"}, Export(first_position=1, prefix=True, capped=True)

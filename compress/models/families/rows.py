@@ -193,6 +193,8 @@ class Join:
         headed: the text model brings its own head.
         contrastive: images and texts are embedded apart.
         states: as of a tower, of the vision tower.
+        shared: the projector is as wide inside as the MLPs of the text model, by the same config field: these have no
+            stock cut.
     """
 
     names: Mapping[tuple[str, str], str]
@@ -206,6 +208,7 @@ class Join:
     headed: bool = False
     contrastive: bool = False
     states: str | None = None
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
