@@ -28,7 +28,7 @@ from slimvlm.compress.models.computing import give_back_memory
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import Group, find_blocks, find_units
 from slimvlm.compress.plan import BLOCK, Plan
-from slimvlm.compress.progress import Progress, silent
+from slimvlm.compress.progress import Progress, part, silent
 from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.compress.slicing.compensation import COMPENSATIONS
 from slimvlm.compress.slicing.cuts import matching_groups
@@ -247,7 +247,7 @@ def plan_in_rounds(
         if on_round is not None:
             on_round(planned)
         if number < planning.steps:
-            _cut(model, plan, batches(number - 1), planning, progress)
+            _cut(model, plan, batches(number - 1), planning, _in_round(progress, number, planning.steps))
     return planned
 
 
@@ -258,7 +258,8 @@ def _redo(
     before = None
     for number, steps in enumerate(done.rounds):
         plan = done.plan_after(steps)
-        _cut(model, plan if before is None else plan.since(before), batches(number), planning, progress)
+        told = _in_round(progress, number + 1, planning.steps)
+        _cut(model, plan if before is None else plan.since(before), batches(number), planning, told)
         before = plan
 
 
@@ -297,6 +298,11 @@ def _over_rounds(progress: Progress, number: int, first: int, rounds: int) -> Pr
     """
 
     def tell(stage: str, done: int, total: int, note: str = "", /) -> None:
-        progress(stage, (number - first - 1) * total + done, (rounds - first) * total, f"round {number} of {rounds}")
+        progress(stage, (number - first - 1) * total + done, (rounds - first) * total, part(number, rounds))
 
     return tell
+
+
+def _in_round(progress: Progress, number: int, rounds: int) -> Progress:
+    """Says of a stage of its own in which round it is."""
+    return lambda stage, done, total, _note="", /: progress(stage, done, total, part(number, rounds))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from slimvlm.compress.progress import Progress, silent
 
 QUIET_SECONDS = 30  # at most so long nothing is said where there is no terminal
 SURE_SECONDS = 2  # of steps tell how long the others take
+PART = re.compile(r"\w+ \d+ of \d+")  # a note that says in which part a stage is
 
 
 def print_anything() -> None:
@@ -56,15 +58,20 @@ def show_job(job: Callable[[Progress], Any], shown: Callable[[Any], None], quiet
 
 
 class _Lines:
-    """One line per finished stage, with the seconds since the one before. A long stage has one as soon as its first
-    steps tell how long it will take, and then now and then one, with what is left."""
+    """One line per finished stage, or round of one, with the seconds since the stage before and what is left. A long
+    stage has one as soon as its first steps tell how long it will take, and then now and then one.
+    """
 
     def __init__(self) -> None:
         self.since = self.spoke = time.perf_counter()
         self.first: tuple[str, int, float] | None = None  # stage, steps done and time at its first report
         self.estimated = False
+        self.unsaid: tuple[str, str] | None = None  # the round of the last report, and its line
 
     def __call__(self, stage: str, done: int, total: int, note: str = "", /) -> None:
+        label, note = (f"{note}: {stage}", "") if PART.fullmatch(note) else (stage, note)
+        if self.unsaid and self.unsaid[0] != label:
+            click.echo(self.unsaid[1], err=True)  # the round is over
         now = time.perf_counter()
         if self.first is None or self.first[0] != stage:
             self.first, self.estimated = (stage, done, now), False
@@ -73,11 +80,13 @@ class _Lines:
         rate = (now - began) / (done - begun) if done > begun else (now - self.since) / max(done, 1)
         left = rate * (total - done)
         estimates = not self.estimated and begun < done and now - began > SURE_SECONDS and left > QUIET_SECONDS
+        rest = f"about {_duration(left)} left  " if 0 < done < total else ""
+        line = f"{label:<24}{done:>8}/{total}  {now - self.since:8.1f} s  {rest}{note}".rstrip()
+        self.unsaid = (label, line) if label != stage else None
         if done >= total or estimates or now - self.spoke > QUIET_SECONDS:
             self.estimated |= estimates
-            rest = f"about {_duration(left)} left  " if 0 < done < total else ""
-            click.echo(f"{stage:<24}{done:>8}/{total}  {now - self.since:8.1f} s  {rest}{note}".rstrip(), err=True)
-            self.spoke = now
+            click.echo(line, err=True)
+            self.spoke, self.unsaid = now, None
         if done >= total:
             self.since, self.first = now, None
 

@@ -284,8 +284,29 @@ def test_the_minutes_of_a_long_stage_are_said_after_its_first_steps(
         for done in (1, 2, 3, 4, 256):
             report("calibrate", done, 256, "round 1 of 8")
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split()[1] for line in lines] == ["1/256", "3/256", "256/256"]
-    assert "about 5 min left  round 1 of 8" in lines[1]
+    assert [line.split()[5] for line in lines] == ["1/256", "3/256", "256/256"]
+    assert lines[1].startswith("round 1 of 8: calibrate ") and lines[1].endswith("about 5 min left")
+
+
+def test_without_a_terminal_every_round_of_a_stage_has_a_line_that_says_which(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with progress(quiet=False) as report:
+        for done in range(1, 7):
+            report("calibrate", done, 6, f"round {(done + 1) // 2} of 3")
+        for number in (1, 2):  # a stage of its own in each of them
+            report("refit", 1, 2, f"round {number} of 3")
+            report("refit", 2, 2, f"round {number} of 3")
+    lines = [re.sub(r" +[\d.]+ s", "", line).split(maxsplit=5) for line in capsys.readouterr().err.splitlines()]
+    said = [(" ".join(words[:5]), *words[5].split()[:1]) for words in lines]
+    assert said == [
+        ("round 1 of 3: calibrate", "2/6"),
+        ("round 2 of 3: calibrate", "4/6"),
+        ("round 3 of 3: calibrate", "6/6"),
+        ("round 1 of 3: refit", "2/2"),
+        ("round 2 of 3: refit", "2/2"),
+    ]
+    assert "left" in " ".join(lines[0]) and "left" not in " ".join(lines[2])
 
 
 @pytest.mark.parametrize("quieten", [lambda patch: True, lambda patch: patch.setenv("RANK", "1")])
