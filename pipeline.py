@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from slimvlm.compress import processes
 from slimvlm.compress.data.samples import Sample
-from slimvlm.compress.data.splits import Measured, read_evaluation, read_measured, read_trained
+from slimvlm.compress.data.splits import Measured, Trained, read_evaluation, read_measured, read_trained
 from slimvlm.compress.errors import CheckFailedError, CheckpointError, OutputError, SampleError, UnsuitableOptionError
 from slimvlm.compress.evaluation.evaluate import Comparison, Quality, compare
 from slimvlm.compress.files.decoding import read, shown
@@ -19,7 +19,7 @@ from slimvlm.compress.files.folders import refuse_inside, require_free, reserved
 from slimvlm.compress.files.locks import locked_folder
 from slimvlm.compress.models.computing import cast, load_to_compute
 from slimvlm.compress.models.saving import save_checkpoint
-from slimvlm.compress.options import CompressOptions, DeliverOptions, EvaluateOptions, PlanOptions
+from slimvlm.compress.options import STAGES, CompressOptions, DeliverOptions, EvaluateOptions, PlanOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.recovery.checks import check_models, recipe_of
@@ -37,6 +37,8 @@ from slimvlm.export.push import Pushed, check_hub, push_folder
 from slimvlm.export.stage import export_stage
 from slimvlm.serve.fitting.record import Fit
 from slimvlm.serve.fitting.stage import check_targets, delivered, fit_stage, fit_whole, measured_times
+from slimvlm.serve.foreseeing import Foreseen
+from slimvlm.serve.foreseeing import foresee as foresee_run
 from slimvlm.serve.frontier.frontier import Frontier
 from slimvlm.serve.frontier.stage import frontier_stage
 from slimvlm.serve.options import split_backend
@@ -85,9 +87,28 @@ def make_plan(options: CompressOptions, progress: Progress = silent) -> Result:
     return _joined(options, progress, plan_only=True)
 
 
+def foresee(options: CompressOptions, progress: Progress = silent) -> Foreseen:
+    """What `compress` would do; refused is what it would refuse at once. Writes nothing.
+
+    Raises:
+        SlimvlmError: as `compress`.
+    """
+    options = _checked(options)
+    run, data, training = _opened(options, plan_only=False)
+    trained = training() if options.recover != "none" else None
+    done = [name for name in STAGES if run is not None and run.finished(name)]
+    return foresee_run(options, data, trained, done, progress)
+
+
 def _joined(options: CompressOptions, progress: Progress, plan_only: bool) -> Result:
+    options = _checked(options)
+    with processes.joined(), locked_folder(options.out) if processes.rank() == 0 else nullcontext():
+        return _compress(options, progress, plan_only)
+
+
+def _checked(options: CompressOptions) -> CompressOptions:
+    """The options spelled out. What would be refused in the end is refused before the minutes until then."""
     options = options.resolved()
-    # What would be refused in the end is refused before the minutes until then.
     chosen_criterion(options)
     if options.recover != "none":
         recipe_of(options)
@@ -100,8 +121,7 @@ def _joined(options: CompressOptions, progress: Progress, plan_only: bool) -> Re
     elif options.private:
         raise UnsuitableOptionError("--private is about the repository of --push-to-hub; give both, or none")
     refuse_inside(options.out, {name: getattr(options, name) for name in READ})
-    with processes.joined(), locked_folder(options.out) if processes.rank() == 0 else nullcontext():
-        return _compress(options, progress, plan_only)
+    return options
 
 
 def apply_saved_plan(
@@ -218,11 +238,13 @@ def _qualities(
     return asked(), asked(options.seed) if blind and several else None
 
 
-def _compress(options: CompressOptions, progress: Progress, plan_only: bool) -> Result:
-    """Whatever can be refused is refused first; then the folder is touched, by the first process."""
-    out, identity, run = options.out, options.identity(), None
+def _opened(options: CompressOptions, plan_only: bool) -> tuple[RunFolder | None, Measured, Callable[[], Trained]]:
+    """The folder, of the first process; the samples; and those to train on, once they are asked for. Whatever can be
+    refused is refused here, and nothing is touched.
+    """
+    run = None
     if processes.rank() == 0:
-        run = RunFolder(out, identity, resume=options.resume, overwrite=options.overwrite)
+        run = RunFolder(options.out, options.identity(), resume=options.resume, overwrite=options.overwrite)
     data = read_measured(options)
     training = cache(partial(read_trained, options, data))
     if run is not None and not run.finished("plan"):
@@ -230,9 +252,16 @@ def _compress(options: CompressOptions, progress: Progress, plan_only: bool) -> 
         if options.recover != "none" and not plan_only:
             training()
             check_models(options, options.attention_unit)
+    return run, data, training
+
+
+def _compress(options: CompressOptions, progress: Progress, plan_only: bool) -> Result:
+    """Whatever can be refused is refused first; then the folder is touched, by the first process."""
+    out = options.out
+    run, data, training = _opened(options, plan_only)
     with run.begun() if run is not None else nullcontext():
         processes.wait_for_all()
-        run = run or RunFolder(out, identity, resume=True, writer=False)
+        run = run or RunFolder(out, options.identity(), resume=True, writer=False)
         if plan_only or (fit := fit_whole(run, options, data, progress)) is None:  # else nothing is to be calibrated
             by_time = options.cost != "parameters" and not run.finished("plan")
             times = measured_times(options, progress) if by_time else None

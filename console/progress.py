@@ -80,7 +80,7 @@ class _Lines:
         rate = (now - began) / (done - begun) if done > begun else (now - self.since) / max(done, 1)
         left = rate * (total - done)
         estimates = not self.estimated and begun < done and now - began > SURE_SECONDS and left > QUIET_SECONDS
-        rest = f"about {_duration(left)} left  " if 0 < done < total else ""
+        rest = f"about {duration(left)} left  " if 0 < done < total else ""
         line = f"{label:<24}{done:>8}/{total}  {now - self.since:8.1f} s  {rest}{note}".rstrip()
         self.unsaid = (label, line) if label != stage else None
         if done >= total or estimates or now - self.spoke > QUIET_SECONDS:
@@ -91,7 +91,8 @@ class _Lines:
             self.since, self.first = now, None
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Of seconds, for people: 40 s, 12 min."""
     return f"{seconds:.0f} s" if seconds < 2 * 60 else f"{seconds / 60:.0f} min"
 
 

@@ -127,6 +127,11 @@ def read_trained(options: LearnOptions, measured: Measured) -> Trained:
     return Trained(_drawn(training, count, options.seed), validation, read.digest, read.bad, validations, left_out)
 
 
+def steps_of(options: RecoverOptions, trained: Trained) -> int:
+    """Optimiser steps: what was asked for, else what the passes over the samples are."""
+    return options.steps or max(1, round(options.epochs * len(trained.training) / options.train_batch_size))
+
+
 def validation_of(options: RecoverOptions, usable: int) -> tuple[int, int]:
     """(samples of a validation, validations during the training): what was asked for, else so few that all validations
     together read at most VALIDATED of what the training reads. Counted, not timed, so the same every time.

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from slimvlm.compress.data.collate import Batch, Collator, collator_of
 from slimvlm.compress.data.samples import Sample
-from slimvlm.compress.data.splits import Trained
+from slimvlm.compress.data.splits import Trained, steps_of
 from slimvlm.compress.errors import CheckFailedError, CheckpointError
 from slimvlm.compress.evaluation.equality import CHECKED_SAMPLES, TOLERANCE, outputs, relative_error
 from slimvlm.compress.evaluation.evaluate import evaluate, evaluation_batch
@@ -199,7 +199,7 @@ def _cache(options: LearnOptions, data: Trained, folder: Path) -> TeacherCache |
 
 def _settled(options: LearnOptions, recipe: Recipe, loaded: Loaded, data: Trained) -> LearnOptions:
     """With what was not given chosen for this model, recipe and data."""
-    steps = options.steps or max(1, round(options.epochs * len(data.training) / options.train_batch_size))
+    steps = steps_of(options, data)
     width = loaded.model.config.get_text_config().hidden_size
     return replace(
         options,

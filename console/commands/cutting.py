@@ -24,16 +24,17 @@ from slimvlm.console.options.making import FOLDER, again_options, output_options
 from slimvlm.console.options.recovering import recover_options
 from slimvlm.console.printing import print_warning
 from slimvlm.console.progress import progress, show_job
+from slimvlm.console.show_foreseen import show_foreseen
 
 
 @command(
     first=(
         *("--data", "--ratio", "--target", "--recover", "--eval-data", "--export", "--device", "--resume"),
-        *("--config",),
+        *("--config", "--dry-run"),
     )
 )
 @compress_options
-def compress(as_json: bool, quiet: bool, **values: Any) -> None:
+def compress(as_json: bool, quiet: bool, dry_run: bool, **values: Any) -> None:
     """Cut MODEL to a smaller dense checkpoint.
 
     MODEL is a folder or a hub name. Calibrates, plans, cuts, recovers, saves OUT/model, evaluates before
@@ -43,6 +44,10 @@ def compress(as_json: bool, quiet: bool, **values: Any) -> None:
     """
     from slimvlm import pipeline
 
+    if dry_run:
+        with progress(quiet) as report:
+            show_foreseen(pipeline.foresee(CompressOptions(**values), report), as_json=as_json)
+        return
     job = partial(pipeline.compress, CompressOptions(**values))
     show_job(job, partial(show.show_compression, as_json=as_json), quiet)
 

@@ -89,6 +89,9 @@ folder_options = panel(
     option("--resume", is_flag=True, help="Go on after the last finished stage of a run."),
     option("--overwrite", is_flag=True, help="Replace an earlier run."),
 )
+dry_run_option = panel(
+    OUTPUTS, option("--dry-run", is_flag=True, help="Say what would be done, how long it takes, and do nothing.")
+)
 export_options = together(
     panel(
         WRITTEN,
@@ -175,6 +178,7 @@ compress_options = together(
     profile_stage_option,
     push_options,
     folder_options,
+    dry_run_option,
     output_options,
 )
 demo_options = together(

@@ -1,0 +1,246 @@
+"""What a compression would do, before it does it: what is read and removed, how long that takes and in how much memory,
+and what would be written.
+
+Times are those of one batch on this device, measured after one to warm up, times how many there are; a cut model is
+taken to be faster by as much as it is smaller.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from slimvlm.compress.criteria.criterion import CRITERIA
+from slimvlm.compress.data.collate import collated, collator_of
+from slimvlm.compress.data.splits import Measured, Trained, steps_of
+from slimvlm.compress.evaluation.evaluate import evaluate, evaluation_batch
+from slimvlm.compress.evaluation.soundness import check_computes
+from slimvlm.compress.models.computing import frees_memory, load_to_compute
+from slimvlm.compress.models.groups import Group, find_groups
+from slimvlm.compress.models.inspection import Inspection, inspect_model
+from slimvlm.compress.options import CompressOptions
+from slimvlm.compress.progress import Progress
+from slimvlm.compress.recovery.checks import recipe_of
+from slimvlm.compress.rounds import Planning, round_share
+from slimvlm.compress.runs import CUT, EXPORT, MODEL
+from slimvlm.compress.slicing.compensation import COMPENSATIONS
+from slimvlm.compress.stages.plan import planning_of
+from slimvlm.compress.statistics.collect import bytes_kept, calibration_batch, collect
+from slimvlm.compress.statistics.rows import STATISTICS, CalibrationOptions
+from slimvlm.export.packages import installed_formats
+from slimvlm.export.variants import FULL, VARIANTS
+from slimvlm.serve.measuring.memory import held_bytes, peak_bytes, reset_peak
+
+FORWARD = 1 / 3  # of a forward and a backward pass
+TRAINED_BYTES = 12  # per trained parameter: its gradient and two moments in fp32
+TRIED = 3  # at most: calibrated, learnt, evaluated
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage: what it does, and about how many seconds; None: not foreseen. `done`: by an earlier process."""
+
+    name: str
+    does: str
+    seconds: float | None
+    done: bool = False
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """What the run would be.
+
+    Attributes:
+        removed: parameters; where targets are to be met, at most so many.
+        samples: who sees how many of them: calibration, evaluation, training, validation.
+        held_out: no image is both calibrated on and evaluated with.
+        bad: names of unreadable ones with the reason.
+        calibration_bytes: peak memory of this process (on a GPU: of the device) in one batch of the calibration, its
+            sums included; None where the system does not tell.
+        recovery_bytes: of the recovery, from the sizes of weights and activations; None without one.
+        files: folder of the run -> about how many bytes.
+    """
+
+    model: str
+    out: str
+    device: str
+    inspection: Inspection
+    removed: int
+    fitted: bool
+    samples: Mapping[str, int]
+    held_out: bool
+    bad: tuple[str, ...]
+    steps: tuple[Step, ...]
+    calibration_bytes: int | None
+    recovery_bytes: int | None
+    files: Mapping[str, int]
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps that are foreseen and not done."""
+        return sum(step.seconds or 0 for step in self.steps if not step.done)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What one batch took: seconds of a calibration batch of `size`, of a sample learnt from, and of one evaluated."""
+
+    size: int
+    calibrated: float
+    learnt: float
+    evaluated: float
+    peak: int | None
+    held: int  # bytes before any batch, the model included
+    weights: int  # bytes of the model
+    stored: int  # bytes of a weight in its checkpoint
+    activations: int  # bytes per sample that a backward pass needs
+    device: str
+
+
+def foresee(
+    options: CompressOptions, data: Measured, trained: Trained | None, done: Collection[str], progress: Progress
+) -> Foreseen:
+    """What `compress` would do with these options, which were checked, and these samples.
+
+    Args:
+        trained: None without a recovery.
+        done: stages that an earlier process has finished.
+    """
+    planning = planning_of(options)
+    inspection = inspect_model(options.model, options.attention_unit, options.trust_remote_code)
+    pace = _pace(options, planning, data, trained is not None, progress)
+    removed = round(options.ratio * inspection.parameters)
+    read = {"calibration": len(data.calibration), "evaluation": len(data.evaluation)}
+    if trained is not None:
+        read |= {"training": len(trained.training), "validation": len(trained.validation)}
+    return Foreseen(
+        model=options.model,
+        out=str(options.out),
+        device=pace.device,
+        inspection=inspection,
+        removed=removed,
+        fitted=bool(options.target),
+        samples=read,
+        held_out=data.held_out,
+        bad=tuple(f"{bad.name}: {bad.reason}" for bad in (*data.bad, *(trained.bad if trained else ()))),
+        steps=tuple(replace(step, done=step.name in done) for step in _steps(options, planning, data, trained, pace)),
+        calibration_bytes=pace.peak if planning.calibration.statistics else None,
+        recovery_bytes=None if trained is None else _recovery_bytes(options, inspection.parameters - removed, pace),
+        files=_files(options, inspection.parameters - removed, trained is not None, pace),
+    )
+
+
+@frees_memory
+def _pace(options: CompressOptions, planning: Planning, data: Measured, learns: bool, progress: Progress) -> Pace:
+    """Load the model, and time one batch of everything that is done with many."""
+    reset_peak()
+    loaded = load_to_compute(options, options.model)
+    model, collator, wanted = loaded.model, collator_of(loaded), planning.calibration
+    check_computes(model, collator, data.calibration[0], options.model)
+    size = calibration_batch(loaded, collator, data.calibration, wanted, options.batch_size)
+    batch, held = collated(collator, data.calibration[:size], size), held_bytes().resident
+    told = iter(range(1, TRIED + 1))
+
+    def seconds_of(work: Callable[[], object]) -> float:
+        work()
+        before = _now(model.device)
+        work()
+        progress("try one batch", next(told), TRIED)
+        return _now(model.device) - before
+
+    def collected(options: CalibrationOptions, groups: Sequence[Group]) -> float:
+        return seconds_of(lambda: collect(model, loaded.family, groups, batch, options)) if options.statistics else 0.0
+
+    calibrated = collected(wanted, planning.groups(model))
+    peak = torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else peak_bytes()
+    groups, gate = find_groups(model, loaded.family), CRITERIA["gate"].calibration()
+    asked = evaluation_batch(model.device, options.batch_size)
+    questions = data.evaluation[:asked]
+    return Pace(
+        size=size,
+        calibrated=calibrated,
+        learnt=collected(gate, groups) / len(data.calibration[:size]) if learns else 0.0,
+        evaluated=seconds_of(lambda: evaluate(model, collator, questions, batch_size=asked)) / len(questions),
+        peak=peak,
+        held=held,
+        weights=sum(weight.numel() * weight.itemsize for weight in model.parameters()),
+        stored=torch.empty(0, dtype=model.config.dtype).itemsize,
+        activations=bytes_kept(model, loaded.family, groups, batch[0](), gate) // len(data.calibration[:size]),
+        device=str(model.device),
+    )
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _steps(
+    options: CompressOptions, planning: Planning, data: Measured, trained: Trained | None, pace: Pace
+) -> Iterator[Step]:
+    left = 1 - options.ratio
+    if planning.calibration.statistics:
+        batches = -(-len(data.calibration) // pace.size)
+        # Each round looks at the model as cut so far.
+        before = [0.0, *(round_share(number, planning.rounds, planning.power) for number in range(1, planning.rounds))]
+        looked = sum(1 - options.ratio * share for share in before) + bool(planning.depth)
+        backward = any(STATISTICS[name].reads == "backward" for name in planning.calibration.statistics)
+        how = "forward and backward" if backward else "forward"
+        does = f"{_many(planning.steps, 'round')} of {_many(batches, 'batch')} of {pace.size}, {how}"
+        besides = "" if planning.asks is None else f"; besides what --allocator {options.allocator} asks, not foreseen"
+        yield Step("plan", does + besides, looked * batches * pace.calibrated)
+    else:
+        yield Step("plan", f"{options.criterion} reads no samples", 0.0)
+    if options.target:
+        yield Step("fit", "cuts are tried until one meets the targets", None)
+    if COMPENSATIONS[options.compensation].place:
+        yield Step("slice", f"{options.compensation}: what is left is fitted to the dense outputs", None)
+    if trained is not None:
+        steps = steps_of(options, trained)
+        taught = FORWARD if recipe_of(options).needs_teacher else 0.0
+        seconds = steps * options.train_batch_size * pace.learnt * (left + taught)
+        seen = (trained.validations + 2) * len(trained.validation)
+        does = f"{_many(steps, 'step')} of {options.train_batch_size}, {trained.validations + 2} validations of "
+        yield Step("recover", does + str(len(trained.validation)), seconds + seen * pace.evaluated * left)
+    models = 2 + left * (1 + (trained is not None))
+    names = "dense, with the images shuffled" + (", cut" if trained is not None else "") + ", slim"
+    yield Step("evaluate", f"{len(data.evaluation)} questions: {names}", models * len(data.evaluation) * pace.evaluated)
+    if formats := _formats(options):
+        yield Step("export", f"{', '.join(formats)}, each checked against torch", None)
+    if options.profile:
+        yield Step("profile", "latency and memory of both models, in turns", None)
+
+
+def _many(number: int, thing: str) -> str:
+    plural = "es" if thing.endswith("ch") else "s"
+    return f"{number:,} {thing}{'' if number == 1 else plural}"
+
+
+def _formats(options: CompressOptions) -> tuple[str, ...]:
+    return installed_formats() if options.export is None else options.export
+
+
+def _recovery_bytes(options: CompressOptions, left: int, pace: Pace) -> int:
+    """Both models, the activations of a part of a batch, and the optimiser's state where all weights are trained."""
+    slim = round(pace.weights * (1 - options.ratio))
+    teacher = 0 if recipe_of(options).needs_teacher else -pace.weights
+    part = -(-options.train_batch_size // options.accumulate)
+    state = TRAINED_BYTES * left if options.train == "full" else 0
+    return pace.held + teacher + slim + part * pace.activations + state
+
+
+def _files(options: CompressOptions, left: int, recovers: bool, pace: Pace) -> dict[str, int]:
+    found = {MODEL: left * pace.stored}
+    if recovers:
+        found[CUT] = left * pace.stored
+    for form in _formats(options):
+        precisions = (options.variants or (FULL,)) if form == "onnx" else (FULL,)
+        found |= {
+            f"{EXPORT} ({form}{f', {name}' if form == 'onnx' else ''})": round(left * VARIANTS[name].weight_bytes)
+            for name in precisions
+        }
+    return found
