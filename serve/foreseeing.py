@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -142,6 +143,7 @@ def _pace(options: CompressOptions, planning: Planning, data: Measured, learns: 
     check_computes(model, collator, data.calibration[0], options.model)
     size = calibration_batch(loaded, collator, data.calibration, wanted, options.batch_size)
     batch, held = collated(collator, data.calibration[:size], size), held_bytes().resident
+    stored: Any = model.config.dtype  # a dtype once loaded
     told = iter(range(1, TRIED + 1))
 
     def seconds_of(work: Callable[[], object]) -> float:
@@ -167,7 +169,7 @@ def _pace(options: CompressOptions, planning: Planning, data: Measured, learns: 
         peak=peak,
         held=held,
         weights=sum(weight.numel() * weight.itemsize for weight in model.parameters()),
-        stored=torch.empty(0, dtype=model.config.dtype).itemsize,
+        stored=stored.itemsize,
         activations=bytes_kept(model, loaded.family, groups, batch[0](), gate) // len(data.calibration[:size]),
         device=str(model.device),
     )

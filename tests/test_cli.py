@@ -25,8 +25,7 @@ from slimvlm.serve.options import ProfileOptions
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 COMMANDS = sorted(main.commands)
-NOT_OPTIONS = {"as_json", "quiet", "config", "write_config", "trust_discovered"}
-NOT_OPTIONS = {"as_json", "quiet", "config", "write_config", "dry_run"}
+NOT_OPTIONS = {"as_json", "quiet", "config", "write_config", "trust_discovered", "dry_run"}
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
