@@ -18,8 +18,8 @@ from slimvlm.compress.errors import CheckFailedError, SampleError
 from slimvlm.compress.options import CompressOptions, RecoverOptions
 from slimvlm.console import printing, show
 from slimvlm.console.group import Commands
+from slimvlm.console.options.values import Size
 from slimvlm.console.progress import progress
-from slimvlm.console.values import Size
 from slimvlm.export.options import ExportOptions
 from slimvlm.serve.options import ProfileOptions
 

@@ -21,10 +21,10 @@ from slimvlm.console.options.making import (
     output_options,
     remote_code,
 )
+from slimvlm.console.options.values import Count
 from slimvlm.console.printing import print_json
 from slimvlm.console.progress import progress
 from slimvlm.console.show_study import show_advice, show_study, work_words
-from slimvlm.console.values import Count
 from slimvlm.serve.advising.rules import WANTS
 from slimvlm.serve.study.choosing import CHOSEN_BY
 from slimvlm.serve.study.options import StudyOptions

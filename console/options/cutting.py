@@ -30,7 +30,7 @@ from slimvlm.console.options.making import (
     panel,
     together,
 )
-from slimvlm.console.values import Share, Size, shares
+from slimvlm.console.options.values import Share, Size, shares
 from slimvlm.serve.fitting.goals import QUANTITIES
 
 cut_option, sparsify_option = map(defaulting_to, (CompressOptions, SparsifyOptions))

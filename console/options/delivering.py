@@ -38,7 +38,7 @@ from slimvlm.console.options.making import (
 )
 from slimvlm.console.options.recipe import recipe_options
 from slimvlm.console.options.recovering import recover_option, recover_options, steps_option, train_batch_option
-from slimvlm.console.values import Count, ImageSize, Listed, Names, Number
+from slimvlm.console.options.values import Count, ImageSize, Listed, Names, Number
 from slimvlm.export.options import DTYPES as EXPORTED_DTYPES
 from slimvlm.export.options import EXPORTERS, FUSIONS, ExportOptions
 from slimvlm.export.variants import QUANTIZED

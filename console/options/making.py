@@ -12,7 +12,7 @@ import click
 
 from slimvlm.compress.options import TRUST_DISCOVERED, ComputeOptions
 from slimvlm.console.group import PanelOption
-from slimvlm.console.values import Count, Device, Location, Name, Number, Text
+from slimvlm.console.options.values import Count, Device, Location, Name, Number, Text
 from slimvlm.serve.options import DTYPES
 
 # Panels that several commands have.

@@ -17,7 +17,7 @@ from slimvlm.console.options.making import (
     remote_code,
     together,
 )
-from slimvlm.console.values import Device, ImageSize, Listed, Names, Size
+from slimvlm.console.options.values import Device, ImageSize, Listed, Names, Size
 from slimvlm.serve.options import DTYPES, PROVIDERS, ProfileOptions
 
 option = defaulting_to(ProfileOptions)

@@ -20,7 +20,7 @@ from slimvlm.console.options.making import (
     panel,
     together,
 )
-from slimvlm.console.values import MOST, Count, Number, Size
+from slimvlm.console.options.values import MOST, Count, Number, Size
 
 option = defaulting_to(RecoverOptions)
 RECIPES = f"{', '.join(PROGRESSIONS)}, a sum of {', '.join(LOSSES)} as sft+0.5*kl, or none."
