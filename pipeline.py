@@ -35,10 +35,10 @@ from slimvlm.export import ExportOptions, evaluate_export
 from slimvlm.export.packages import require_packages
 from slimvlm.export.push import Pushed, check_hub, push_folder
 from slimvlm.export.stage import export_stage
+from slimvlm.foreseeing import Foreseen
+from slimvlm.foreseeing import foresee as foresee_run
 from slimvlm.serve.fitting.record import Fit
 from slimvlm.serve.fitting.stage import check_targets, delivered, fit_stage, fit_whole, measured_times
-from slimvlm.serve.foreseeing import Foreseen
-from slimvlm.serve.foreseeing import foresee as foresee_run
 from slimvlm.serve.frontier.frontier import Frontier
 from slimvlm.serve.frontier.stage import frontier_stage
 from slimvlm.serve.options import split_backend

@@ -11,7 +11,7 @@ from slimvlm.console.show import count, percent
 from slimvlm.serve.fitting.goals import QUANTITIES
 
 if TYPE_CHECKING:
-    from slimvlm.serve.foreseeing import Foreseen, Step
+    from slimvlm.foreseeing import Foreseen, Step
 
 HOW = (
     "by one batch timed here, times how many there are; a cut model is taken to be faster by as much as it is smaller, "
