@@ -47,7 +47,8 @@ def genai_graphs(model: Model, family: Family) -> tuple[Graph, ...]:
     """`embedding`, traced with three image tokens in two rows; nothing for a family that the runtime does not know."""
     if family.export.genai is None:
         return ()
-    embedding, width, image_token = model.get_input_embeddings(), embedding_width(model), model.config.image_token_id
+    embedding, width = model.get_input_embeddings(), embedding_width(model, family)
+    image_token = model.config.image_token_id
     ids = torch.tensor([[1, image_token, image_token, 2, 3], [image_token, 1, 2, 3, 4]])
     features = torch.randn(PIXELS, width, generator=torch.Generator().manual_seed(2))
     ports = (Port("input_ids", ids, ROWS), Port("image_features", features, {0: "num_features"}))
@@ -87,7 +88,7 @@ def _model(model: Model, family: Family, prompting: Prompting, files: Mapping[st
             "session_options": options,
             "filename": files["decoder_model_merged"],
             "head_size": getattr(text, "head_dim", None) or text.hidden_size // heads,
-            "hidden_size": embedding_width(model),
+            "hidden_size": embedding_width(model, family),
             "num_attention_heads": heads,
             "num_key_value_heads": text.num_key_value_heads,
             "num_hidden_layers": text.num_hidden_layers,

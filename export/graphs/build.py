@@ -12,7 +12,7 @@ from slimvlm.export.graphs.decoder import decoder_graph, embed_graph, embedding_
 from slimvlm.export.graphs.dual import dual_encoder
 from slimvlm.export.graphs.graph import BATCH, PATCHES, Graph, Model, Port
 from slimvlm.export.graphs.seq2seq import encoder_decoder_graphs
-from slimvlm.export.graphs.vision import Patches, vision_encoder
+from slimvlm.export.graphs.vision import Marked, Patches, vision_encoder
 from slimvlm.export.graphs.windows import refuse_unknown_windows
 from slimvlm.export.running.names import VISION
 
@@ -35,7 +35,7 @@ def build_graphs(model: Model, family: Family, batch: Mapping[str, Tensor]) -> t
     refuse_unknown_windows(model.config)
     if family.contrastive:
         return dual_encoder(model, family, batch)
-    first = (vision_graph(model, family, batch), embed_graph(model, embedding_width(model)))
+    first = (vision_graph(model, family, batch), embed_graph(model, embedding_width(model, family)))
     if family.own_decoder:
         return first + encoder_decoder_graphs(model.get_submodule(family.export.text))
     return (*first, decoder_graph(model, family))
@@ -49,6 +49,7 @@ def vision_graph(model: Model, family: Family, batch: Mapping[str, Tensor]) -> G
     tensors = {name: batch[name].bool() if name == "pixel_attention_mask" else batch[name] for name in names}
     ports = [Port(name, _two_or_more(tensor, axes), axes) for name, tensor in tensors.items()]
     unit = {PATCHES: module.count} if isinstance(module, Patches) else {}
+    module = Marked(module) if family.export.image_blocks else module
     return Graph(VISION, module.eval(), tuple(ports), {"image_features": {0: output}}, unit=unit)
 
 

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from slimvlm.compress.models.families import Family
+from slimvlm.compress.models.families import Export, Family
 from slimvlm.export.graphs.graph import (
     BATCH,
     PAST,
@@ -52,24 +52,23 @@ class Embed(nn.Module):
 class Decoder(nn.Module):
     """A text model with its head and an explicit cache.
 
-    Where features of the vision tower are also added after the first layers (DeepStack), they travel in the embedding:
-    `inputs_embeds` is [B, S, C * (1 + number of such layers)], zeros at text positions. A client that puts image
-    features in the place of image tokens therefore needs to know nothing of it.
+    What it must know of images besides travels in the embedding: a client that puts features in the place of image
+    tokens needs to know nothing of it. Features of the vision tower that are added after the first layers (DeepStack)
+    make `inputs_embeds` [B, S, C * (1 + number of such layers)], zeros at text positions; where the tokens of an image
+    see each other, one more number at the end is 1 at theirs.
 
     Args:
         text: takes `inputs_embeds`, `attention_mask` (4-D, additive, or one for each of its config's `layer_types`),
             `position_ids`, `past_key_values`.
-        prefix: the new tokens attend to each other in both directions.
+        row: what is true of its family.
         deepstack: number of layers that features are added to.
-        cap: logits are cap * tanh(logits / cap); None: they are as the head gives them.
     """
 
-    def __init__(
-        self, text: Model, head: Model, prefix: bool = False, deepstack: int = 0, cap: float | None = None
-    ) -> None:
+    def __init__(self, text: Model, head: Model, row: Export, deepstack: int = 0) -> None:
         super().__init__()
-        self.text, self.head, self.prefix, self.deepstack = text, head, prefix, deepstack
-        self.reaches, self.cap = reaches(text.config), cap
+        self.text, self.head, self.row, self.deepstack = text, head, row, deepstack
+        self.reaches = reaches(text.config)
+        self.cap = getattr(text.config, "final_logit_softcapping", None) if row.capped else None
         if deepstack:
             text._deepstack_process = partial(_add_deepstack, text._deepstack_process)
 
@@ -82,14 +81,16 @@ class Decoder(nn.Module):
             logits [B, S, V] (fp32), then keys and values [B, K, past + S, D] of every layer.
         """
         inputs_embeds = inputs_embeds.to(self.head.weight.dtype)
-        extra = {}
+        extra, image = {}, None
+        if self.row.image_blocks:
+            inputs_embeds, image = inputs_embeds[..., :-1], inputs_embeds[..., -1] > 0
         if self.deepstack:
             inputs_embeds, *features = inputs_embeds.chunk(1 + self.deepstack, dim=-1)
             extra = {"visual_pos_masks": attention_mask, "deepstack_visual_embeds": features}
         cache = filled_cache(past)
         hidden = self.text(
             inputs_embeds=inputs_embeds,
-            attention_mask=attention_masks(attention_mask, inputs_embeds, self.reaches, self.prefix),
+            attention_mask=attention_masks(attention_mask, inputs_embeds, self.reaches, self.row.prefix, image),
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=True,
@@ -111,10 +112,10 @@ def deepstack_layers(model: Model) -> int:
     return len(getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", None) or ())
 
 
-def embedding_width(model: Model) -> int:
-    """Of `inputs_embeds`: the model's own width, and what DeepStack adds (see Decoder)."""
+def embedding_width(model: Model, family: Family) -> int:
+    """Of `inputs_embeds`: the model's own width, and what travels with it (see Decoder)."""
     width: int = model.get_input_embeddings().weight.shape[1]
-    return width * (1 + deepstack_layers(model))
+    return width * (1 + deepstack_layers(model)) + family.export.image_blocks
 
 
 def embed_graph(model: Model, width: int) -> Graph:
@@ -128,10 +129,9 @@ def decoder_graph(model: Model, family: Family) -> Graph:
     """`decoder_model_merged`: embeddings and a cache, which may be empty, -> logits and the cache grown."""
     text, head = model.get_submodule(family.export.text), model.get_submodule(family.export.head)
     layers = deepstack_layers(model)
-    cap = getattr(text.config, "final_logit_softcapping", None) if family.export.capped else None
-    module = Decoder(text, head, family.export.prefix, layers, cap).eval()
+    module = Decoder(text, head, family.export, layers).eval()
     generator = torch.Generator().manual_seed(1)
-    embeds = torch.randn(SAMPLE_BATCH, SAMPLE_SEQUENCE, embedding_width(model), generator=generator)
+    embeds = torch.randn(SAMPLE_BATCH, SAMPLE_SEQUENCE, embedding_width(model, family), generator=generator)
     positions = torch.arange(SAMPLE_PAST, SAMPLE_PAST + SAMPLE_SEQUENCE).expand(SAMPLE_BATCH, -1).clone()
     position_axes = ROWS
     if family.export.positions == "mrope":

@@ -11,14 +11,24 @@ from slimvlm.export.graphs.windows import CHUNKED, EVERYTHING, SLIDING, Reach
 
 
 def attention_masks(
-    attention_mask: Tensor, queries: Tensor, reaches: Sequence[Reach], prefix: bool = False
+    attention_mask: Tensor,
+    queries: Tensor,
+    reaches: Sequence[Reach],
+    prefix: bool = False,
+    image: Tensor | None = None,
 ) -> Tensor | dict[str, Tensor]:
     """What a text model takes for `attention_mask`: one mask, or one for each kind of layer by its name."""
-    masks = {reach.kind: causal_mask(attention_mask, queries, reach, prefix) for reach in reaches}
+    masks = {reach.kind: causal_mask(attention_mask, queries, reach, prefix, image) for reach in reaches}
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
-def causal_mask(attention_mask: Tensor, queries: Tensor, reach: Reach = EVERYTHING, prefix: bool = False) -> Tensor:
+def causal_mask(
+    attention_mask: Tensor,
+    queries: Tensor,
+    reach: Reach = EVERYTHING,
+    prefix: bool = False,
+    image: Tensor | None = None,
+) -> Tensor:
     """Additive mask [B, 1, S, T] of the last S of T positions; `attention_mask` [B, T] is 0 at padding.
 
     Windows count tokens with their padding, and chunks from the first token that is none, as transformers has it.
@@ -27,11 +37,14 @@ def causal_mask(attention_mask: Tensor, queries: Tensor, reach: Reach = EVERYTHI
     Args:
         queries: [B, S, C].
         prefix: the new tokens attend to each other in both directions, beyond a window, too.
+        image: [B, S], which of the new tokens are of images; those of one image attend to each other, too.
     """
     total, count = attention_mask.shape[1], queries.shape[1]
     columns = torch.arange(total, device=queries.device)[None, None, None, :]
     rows = torch.arange(count, device=queries.device)[None, None, :, None] + (total - count)
     allowed = columns <= rows
+    if image is not None:
+        allowed = allowed | _same_image(image, attention_mask[:, count:])
     if reach.kind == SLIDING:
         allowed = allowed & (columns > rows - reach.size)
     if reach.kind == CHUNKED:
@@ -42,6 +55,15 @@ def causal_mask(attention_mask: Tensor, queries: Tensor, reach: Reach = EVERYTHI
     allowed = (allowed & attention_mask[:, None, None, :].bool()) | (columns == rows)
     lowest = torch.full((), torch.finfo(queries.dtype).min, dtype=queries.dtype, device=queries.device)
     return torch.where(allowed, torch.zeros_like(lowest), lowest)
+
+
+def _same_image(image: Tensor, past: Tensor) -> Tensor:
+    """Whether two tokens [B, 1, S, P + S] are of one image; none of the P tokens of `past` [B, P] is."""
+    new = image.to(past.dtype)
+    first = new - torch.cat([torch.zeros_like(new[:, :1]), new[:, :-1]], dim=1) > 0
+    number = first.to(past.dtype).cumsum(1) * new
+    rows, columns = number[:, None, :, None], torch.cat([torch.zeros_like(past), number], dim=1)[:, None, None, :]
+    return (rows == columns) & (rows > 0)
 
 
 def _chunk(places: Tensor, size: int) -> Tensor:

@@ -31,6 +31,18 @@ def vision_encoder(model: Model, kind: str, batch: Mapping[str, Tensor]) -> tupl
     return build(model, batch), names
 
 
+class Marked(nn.Module):
+    """Features [..., C] of a vision graph -> [..., C + 1], the last of them 1: these are image tokens (see Decoder)."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Features, fp32."""
+        return F.pad(self.inner(*inputs), (0, 1), value=1.0)
+
+
 class Pooled(nn.Module):
     """Pixels [B, 3, H, W] -> features [B, T, C] by the model's own method, where that is free of loops."""
 

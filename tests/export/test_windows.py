@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from windowed import SMALL, TEXTS, WINDOW, WINDOWED, export_windowed, long_samples, windowed_model, windowed_text
 
 from slimvlm.compress.evaluation.evaluate import evaluate
+from slimvlm.compress.models.families import Export
 from slimvlm.export.checks.answers import retell, torch_answers
 from slimvlm.export.graphs.decoder import Decoder
 from slimvlm.export.graphs.windows import Reach, reaches
@@ -56,7 +57,7 @@ def test_the_decoder_sees_what_the_model_sees_by_its_own_masks_and_cache(kind):
     """At prompts below, at and two times beyond the window, of two lengths in a batch, and at every step after."""
     text, head = windowed_text(kind), nn.Linear(32, 32)
     for count in (SMALL - 2, SMALL, SMALL + 1, 2 * SMALL + 3):
-        found = told(Decoder(text, head).eval(), count)
+        found = told(Decoder(text, head, Export()).eval(), count)
         wanted = told(own(text, head), count)
         assert found.shape == (2, count - 2 + STEPS, 32)
         assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
@@ -67,7 +68,7 @@ def test_the_decoder_sees_what_the_model_sees_by_its_own_masks_and_cache(kind):
 def test_a_window_changes_what_is_beyond_it_alone(kind):
     """Else the test above would show nothing."""
     text, head = windowed_text(kind), nn.Linear(32, 32)
-    whole, windowed = Decoder(text, head).eval(), Decoder(text, head).eval()
+    whole, windowed = Decoder(text, head, Export()).eval(), Decoder(text, head, Export()).eval()
     whole.reaches = tuple(replace(reach, size=reach.size and 1000) for reach in windowed.reaches)
     apart = (told(whole, 2 * SMALL) - told(windowed, 2 * SMALL)).abs()
     assert apart[:, : SMALL - 2].max() < 1e-5  # the first SMALL tokens, without two of padding

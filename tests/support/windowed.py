@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 from exports import SIZES, tiny_samples
 from plans import keep_blocks, random_plan
-from tiny_models import TEXT, tiny_model
+from tiny_models import TEXT, add_noise, tiny_model
 from tiny_processors import tiny_processor
 
 from slimvlm.compress.data.collate import Collator
@@ -63,14 +63,8 @@ def windowed_text(kind: str):
     window = {} if kind in ("llama", "llama4") else {"sliding_window": SMALL}
     torch.manual_seed(0)
     model = tf.AutoModel.from_config(make(**{**TEXT, "num_hidden_layers": 3}, **fields, **window)).eval()
-    sharpen(model)
+    add_noise(model)
     return model
-
-
-def sharpen(model):
-    """Larger weights: attention that is not nearly even."""
-    for parameter in model.parameters():
-        parameter.data.mul_(5 if parameter.ndim > 1 else 1)
 
 
 def windowed_model(kind: str):
@@ -83,7 +77,7 @@ def windowed_model(kind: str):
     config.text_config = make(**THREE, **fields)
     torch.manual_seed(0)
     model = type(built)(config).eval()
-    sharpen(model)
+    add_noise(model)
     apply_plan(model, random_plan(model, 1))
     apply_plan(model, keep_blocks(model, lambda group: [1] if group.tower == "language" else []))
     return model, Collator(tiny_processor(family), find_family(config), model.config)
