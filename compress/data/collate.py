@@ -83,6 +83,7 @@ class Collator:
         token = getattr(processor, "image_token", None)
         self.image_token = str(getattr(token, "content", token) or "")
         self.image_token_id = self._image_token_id()
+        self.placeholder_id = self._placeholder_id()
         self._cache: OrderedDict[Hashable, _Vision] = OrderedDict()
         self._cached_bytes = 0
 
@@ -155,6 +156,11 @@ class Collator:
         if token is None and self.image_token:
             token = self.tokenizer.convert_tokens_to_ids(self.image_token)
         return IGNORED if token is None else token
+
+    def _placeholder_id(self) -> int:
+        """What stands for the image in a text; in most families the token that then stands for each of its features."""
+        known = self.tokenizer.convert_tokens_to_ids(self.image_token) if self.image_token else None
+        return self.image_token_id if known in (None, self.tokenizer.unk_token_id) else known
 
     def _ids(self, text: str, special: bool) -> list[int]:
         ids: list[int] = encode(self.tokenizer, text, add_special_tokens=special)["input_ids"]
@@ -301,7 +307,7 @@ class Collator:
 
     def _placeholder(self, sample: Sample, ids: list[int]) -> tuple[int, int]:
         """Where the image goes: before everything, or in place of the one image token."""
-        found = [index for index, token in enumerate(ids) if token == self.image_token_id]
+        found = [index for index, token in enumerate(ids) if token == self.placeholder_id]
         wanted = 0 if self._image_first else 1
         if len(found) != wanted:
             raise SampleError(

@@ -122,15 +122,17 @@ def _prompt(collator: Collator, sample: Sample, batch: Arrays) -> Document:
     written, special_here = collator.prompt_text(sample)
     ids = collator.tokenizer(written, add_special_tokens=special_here, return_token_type_ids=False)["input_ids"]
     token, whole = int(collator.image_token_id), batch["input_ids"][0].tolist()
-    at = ids.index(token) if token in ids else 0
-    rest = len(ids) - at - (token in ids)
+    placeholder = int(collator.placeholder_id)
+    at = ids.index(placeholder) if placeholder in ids else 0
+    rest = len(ids) - at - (placeholder in ids)
     image_ids = whole[at : len(whole) - rest]
     return {
         "text": text,
         "special": special,
         "image_token": token,
+        "placeholder": placeholder,
         "image_ids": image_ids,
-        "image_first": token not in ids,
+        "image_first": placeholder not in ids,
     }
 
 

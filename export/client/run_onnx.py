@@ -49,7 +49,7 @@ def pixels(image, spec):
 def prompt_ids(tokenizer, question, spec, tiles=1):
     """Token ids [1, S] of the prompt, with the image's tokens in it; `spec` is manifest.json's run.prompt."""
     ids = tokenizer.encode(spec["text"].replace("{question}", question), add_special_tokens=spec["special"]).ids
-    at = 0 if spec["image_first"] else ids.index(spec["image_token"])
+    at = 0 if spec["image_first"] else ids.index(spec["placeholder"])
     inside = [token for token in spec["image_ids"] for _ in range(tiles if token == spec["image_token"] else 1)]
     return np.array([ids[:at] + inside + ids[at + (not spec["image_first"]) :]])
 

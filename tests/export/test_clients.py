@@ -164,7 +164,7 @@ def beyond_a_window(kind: str, folder: Path) -> tuple[ExportResult, dict, list[i
     return result, given, torch_answers(model, collator, given, result.manifest.generation, 6).tokens[0].tolist()
 
 
-@pytest.mark.parametrize("kind", ("llava, mistral", "qwen2_vl"))
+@pytest.mark.parametrize("kind", ("llava, mistral", "gemma3", "qwen2_vl"))
 def test_transformers_js_answers_beyond_a_window_as_torch(tmp_path, kind):
     result, given, expected = beyond_a_window(kind, tmp_path / "export")
     request = {"max_new_tokens": 6, "tensors": tensors_of(given)}

@@ -15,6 +15,7 @@ from tiny_models import IMAGE_TOKEN, VOCAB
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -134,6 +135,14 @@ def _onevision() -> tf.ProcessorMixin:
     return still(tf.LlavaOnevisionProcessor, images, tiny_tokenizer(), None, **strategy)
 
 
+def _gemma3() -> tf.ProcessorMixin:
+    """Its texts hold a token at which an image starts, and its prompts that one, those of the features, and an end."""
+    names = {"boi_token": "<|vision_start|>", "eoi_token": "<|vision_end|>", "image_token": "<image>"}
+    template = CHAT.replace("<image>", "<|vision_start|>")
+    images = Gemma3ImageProcessorPil(size=SQUARE)
+    return tf.Gemma3Processor(images, _named(names), image_seq_length=4, chat_template=template)
+
+
 def _paligemma() -> tf.ProcessorMixin:
     images = SiglipImageProcessorPil(size=SQUARE)
     images.image_seq_length = 16
@@ -164,6 +173,7 @@ PROCESSORS: dict[str, Callable[[], tf.ProcessorMixin]] = {
     "smolvlm": _idefics3,  # its own needs the package num2words; the tokens of a still image are the same
     "paligemma": _paligemma,
     "internvl": _internvl,
+    "gemma3": _gemma3,
     "blip2_opt": lambda: _blip2("<s> $0"),
     "blip2_t5": lambda: _blip2("$0 </s>"),
     "clip": lambda: tf.CLIPProcessor(

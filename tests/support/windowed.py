@@ -10,6 +10,7 @@ import torch
 import transformers as tf
 from exports import SIZES, tiny_samples
 from plans import keep_blocks, random_plan
+from tiny.joins import JOINS
 from tiny_models import TEXT, add_noise, tiny_model
 from tiny_processors import tiny_processor
 
@@ -29,9 +30,13 @@ SLIDING = {"sliding_window": WINDOW}
 # A family, and the language model that it gets: class of its config, fields.
 WINDOWED = {
     "llava, mistral": ("llava", tf.MistralConfig, SLIDING),
+    "llava, cohere2": ("llava", tf.Cohere2Config, {**SLIDING, **SOME_ALL}),
+    "gemma3": ("gemma3", tf.Gemma3TextConfig, {**SLIDING, **HEADS, **SOME_ALL}),
+    "paligemma, gemma2": ("paligemma", tf.Gemma2Config, {**SLIDING, **HEADS, **SOME_ALL}),
     "qwen2_vl": ("qwen2_vl", None, {**SLIDING, **FROM_THE_SECOND}),
     "qwen2_5_vl": ("qwen2_5_vl", None, {**SLIDING, **FROM_THE_SECOND}),
 }
+TOWERS = {"gemma3": ("siglip_vision_model", "gemma3_text")}  # of families that have no other tiny model
 SMALL = 6
 # Language models of transformers alone, of three layers, with windows of SMALL tokens.
 TEXTS = {
@@ -70,7 +75,7 @@ def windowed_text(kind: str):
 def windowed_model(kind: str):
     """A tiny model of WINDOWED, cut: other widths in every layer, and the second block gone; with its collator."""
     family, make, fields = WINDOWED[kind]
-    built = tiny_model(family, "sdpa").model
+    built = JOINS[family](*TOWERS[family])[0] if family in TOWERS else tiny_model(family).model
     config = copy.deepcopy(built.config)
     if make is None:
         make, fields = type(config.text_config), {"rope_parameters": config.text_config.rope_parameters, **fields}

@@ -95,7 +95,8 @@ JOINS: dict[str, Join] = {
     "cohere2_vision": _towered({("siglip_vision_model", "cohere2"): "cohere2_vision"}, Export()),
     "mistral3": _selecting({("pixtral", "mistral"): "mistral3"}, Export()),
     "gemma3": replace(
-        _towered({("siglip_vision_model", "gemma3_text"): "gemma3"}, Export()), features="mm_tokens_per_image"
+        _towered({("siglip_vision_model", "gemma3_text"): "gemma3"}, Export(image_blocks=True)),
+        features="mm_tokens_per_image",
     ),
     "internvl": _selecting({("internvl_vision", "qwen2"): "internvl"}, Export()),
     "blip-2": _queried({("blip_2_vision_model", "opt"): "blip2_opt", ("blip_2_vision_model", "t5"): "blip2_t5"}),
