@@ -111,3 +111,19 @@ def give_biases(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
         weight = model.get_submodule(group.members[-1].path).weight.detach()
         weights[group.members[-1].path] = weight.clone(), 0.1 * torch.randn(len(weight), generator=generator)
     return Refit(weights, 1, 0).put_into(model)
+
+
+def uniform_plan(model, unit):
+    """Half of everything that plain config fields can express."""
+    pooled = any(path.endswith("head.mlp") for path, _ in model.named_modules())
+
+    def choose(group):
+        if not group.part.fields or (pooled and group.tower == "vision"):
+            return range(group.size)
+        if group.kind == "mlp":
+            return range(group.layer, group.layer + group.size // 2)
+        if group.unit == "query-slot":
+            return [kv * group.heads_per_kv + group.layer % 2 for kv in range(group.kv_heads)]
+        return range(group.heads_per_kv)
+
+    return make_plan(model, choose, unit, "stock")

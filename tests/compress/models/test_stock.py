@@ -6,29 +6,13 @@ import pytest
 import torch
 import transformers
 from outputs import logits
-from plans import make_plan
+from plans import make_plan, uniform_plan
 from tiny_models import FACTORIES, tiny_model
 
 from slimvlm.compress.errors import CheckpointError
 from slimvlm.compress.models.checkpoint import load
 from slimvlm.compress.models.saving import save_checkpoint, stock_model
 from slimvlm.compress.slicing.apply import apply_plan
-
-
-def uniform_plan(model, unit):
-    """Half of everything that plain config fields can express."""
-    pooled = any(path.endswith("head.mlp") for path, _ in model.named_modules())
-
-    def choose(group):
-        if not group.part.fields or (pooled and group.tower == "vision"):
-            return range(group.size)
-        if group.kind == "mlp":
-            return range(group.layer, group.layer + group.size // 2)
-        if group.unit == "query-slot":
-            return [kv * group.heads_per_kv + group.layer % 2 for kv in range(group.kv_heads)]
-        return range(group.heads_per_kv)
-
-    return make_plan(model, choose, unit, "stock")
 
 
 @pytest.mark.parametrize("unit", ["kv-group", "query-slot"])
