@@ -25,8 +25,15 @@ def _python(code: str, *, folder: Path) -> str:
 
 def test_every_folder_with_modules_is_a_listed_package() -> None:
     folders = {path.parent for name in PRODUCT for path in (ROOT / name).rglob("*.py")}
-    expected = {"slimvlm"} | {"slimvlm." + str(folder.relative_to(ROOT)).replace("/", ".") for folder in folders}
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == expected
+    placed = {ROOT / folder: name for name, folder in PROJECT["tool"]["setuptools"]["package-dir"].items()}
+    named = {"slimvlm." + str(folder.relative_to(ROOT)).replace("/", ".") for folder in folders - set(placed)}
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == named | set(placed.values())
+
+
+def test_what_lies_in_the_namespace_of_others_leaves_it_open() -> None:
+    """PEP 420: with an `__init__.py` only one of those who share it would be found."""
+    folder = ROOT / PROJECT["tool"]["setuptools"]["package-dir"]["optimum.commands.register"]
+    assert [path.name for path in folder.glob("*.py")] == ["slimvlm.py"]
 
 
 def test_every_asset_of_the_demo_is_packaged() -> None:

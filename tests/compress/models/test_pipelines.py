@@ -1,4 +1,4 @@
-"""Pipelines of transformers: what slimvlm.load gives, and the folder itself; per-layer for all, stock for every kind."""
+"""Pipelines of transformers take what slimvlm.load gives, and the folder itself, of every family."""
 
 from __future__ import annotations
 
