@@ -180,14 +180,16 @@ def test_a_block_that_asks_for_something_unheard_of_is_refused_by_its_name():
 
 
 @pytest.fixture
-def without_a_row(tmp_path, monkeypatch):
-    model, data = write_tiny(tmp_path, "llava", samples=8)
-    monkeypatch.delitem(JOINS, "llava")
-    return model, data
+def without_a_row(tmp_path):
+    saved = dict(JOINS)
+    yield write_tiny(tmp_path, "llava", samples=8)
+    JOINS.clear()
+    JOINS.update(saved)  # in the order it was in
 
 
 def test_inspect_prints_the_row_to_add_and_trusting_it_cuts_a_checkpoint_that_needs_no_trust(without_a_row, tmp_path):
     model, data = map(str, without_a_row)
+    del JOINS["llava"]
     run = CliRunner().invoke
     refused = run(main, ["inspect", model])
     assert refused.exit_code == 3 and "`slimvlm inspect --discover` looks for" in refused.stderr
