@@ -81,17 +81,18 @@ def specimen_of(block: nn.Module, config: Any) -> Specimen:
         torch.manual_seed(0)
         block = copy.deepcopy(block).to_empty(device="cpu").float().eval()
         _fill(block)
-        why = "it gives no hidden states of the size of those it takes"
+        why = ""
         for arguments in _arguments(block, config):
             specimen = Specimen(block, arguments)
             try:
                 first = specimen.run()[0]
             except Exception as error:  # somebody else's block, called on suspicion
-                why = f"{type(error).__name__}: {error}"
+                why = why or f"{type(error).__name__}: {error}"  # the first way is the likeliest
                 continue
             hidden_states: Tensor = arguments["hidden_states"]
             if first.shape == hidden_states.shape and first.isfinite().all():
                 return specimen
+            why = why or "it gives no hidden states of the size of those it takes"
     raise ValueError(" ".join(why.split())[:200])
 
 
