@@ -4,6 +4,7 @@
 # make portable: the tests again under other instruction sets, thread counts and orders.
 # make readme: the tables of the README and of docs/families.md anew, from the code and the records.
 # make clients: programs of others on exported folders: transformers.js under Node, onnxruntime-genai, a Python without torch.
+# make docs: the pages as a site, in site/; a link that leads nowhere is an error.
 # All need only python3 (3.11 or newer) and make; everything else goes into .venv.
 
 PYTHON ?= python3
@@ -13,12 +14,14 @@ CASES ?= 2400
 VENV := .venv
 BIN := $(VENV)/bin
 CLIENTS := .clients
+DOCS := .docs
+SITE ?= site
 OUT ?= demo-out
 SEED ?= 1
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test fuzz portable clients readme lint types clean
+.PHONY: demo test fuzz portable clients docs readme lint types clean
 
 demo: $(VENV)/.installed
 	$(BIN)/slimvlm demo $(OUT) --overwrite
@@ -47,6 +50,9 @@ portable: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=2 $(PYTEST)
 	OMP_NUM_THREADS=1 $(PYTEST) --random-order --random-order-seed=$(SEED)
 
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet --site-dir $(SITE)
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -73,6 +79,12 @@ $(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/.installed
 
+# What builds the site needs nothing of slimvlm.
+$(DOCS)/.installed: constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet -c constraints.txt mkdocs mkdocs-material
+	@touch $@
+
 $(CLIENTS)/.installed: constraints.txt
 	@command -v npm > /dev/null || { echo "make clients needs Node.js 20 or newer with npm"; exit 1; }
 	npm install --prefix $(CLIENTS) --ignore-scripts --no-audit --no-fund --silent @huggingface/transformers@4.3.1
@@ -81,4 +93,4 @@ $(CLIENTS)/.installed: constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) $(OUT) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(CLIENTS) $(DOCS) $(SITE) $(OUT) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
