@@ -26,9 +26,8 @@ from slimvlm.export.client.bundle import is_bundle, tar_name, write_readme, writ
 from slimvlm.export.client.client_files import external_data, write_client_files
 from slimvlm.export.client.genai import genai_graphs, write_genai
 from slimvlm.export.client.preprocessing import write_example
-from slimvlm.export.graphs.build import build_graphs
+from slimvlm.export.graphs.build import build_graphs, check_exportable
 from slimvlm.export.graphs.graph import Graph, Model
-from slimvlm.export.graphs.windows import refuse_unknown_windows
 from slimvlm.export.options import ExportOptions
 from slimvlm.export.packages import require_packages
 from slimvlm.export.running.manifest import Document, Manifest
@@ -60,7 +59,8 @@ def export_checkpoint(
     refuse_occupied(out, options.overwrite)
     if options.bundle:
         refuse_occupied(tar_name(out), options.overwrite)
-    refuse_unknown_windows(build_meta(checkpoint, options.trust_remote_code)[0].config)
+    meta, family = build_meta(checkpoint, options.trust_remote_code)
+    check_exportable(meta.config, family)
     with reserved(out):
         loaded = load_model(checkpoint, trust_remote_code=options.trust_remote_code, dtype=torch.float32)
         collator = collator_of(loaded)

@@ -6,6 +6,7 @@ layout it is the i-th lowest unit of every group whose width one config field se
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,8 @@ from slimvlm.compress.allocate.costs import Cost, Times
 from slimvlm.compress.allocate.pool import Floats, Integers, Pool
 from slimvlm.compress.criteria.scoring import Scores
 from slimvlm.compress.errors import InfeasibleBudgetError
-from slimvlm.compress.models.families import Family
+from slimvlm.compress.models.experts import ALIGNED
+from slimvlm.compress.models.families import Experts, Family
 from slimvlm.compress.models.groups import Group
 
 
@@ -134,6 +136,8 @@ def _places(lines: Sequence[Line]) -> list[Floats]:
 def _line(groups: tuple[Group, ...], scores: Scores, round_channels: int) -> Line:
     units = groups[0].num_units
     step = round_channels if groups[0].kind == "mlp" else 1
+    if isinstance(groups[0].part, Experts):
+        step = math.lcm(step, ALIGNED)
     # The first bundle brings the width to a multiple of the step.
     bounds = np.unique(np.concatenate([[0], np.arange(units % step, units + 1, step)]))
     values = [scores.values[group.key].double().numpy() for group in groups]

@@ -10,7 +10,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from slimvlm.compress.criteria.scoring import Seen, unit_sums
-from slimvlm.compress.models.groups import Group, Member
+from slimvlm.compress.models.groups import Group
+from slimvlm.compress.models.projections import Member
 
 
 def score(group: Group, seen: Seen) -> tuple[Tensor, Tensor]:
@@ -22,5 +23,5 @@ def score(group: Group, seen: Seen) -> tuple[Tensor, Tensor]:
         spread = weighed.std()
         return (weighed - weighed.mean()) / spread if spread > 0 else weighed * 0
 
-    sums, units = unit_sums(group, fluctuation, dims=(1,))
+    sums, units = unit_sums(group, seen, fluctuation, dims=(1,))
     return sums / (units.shape[1] * group.head_dim), units

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from slimvlm.compress.criteria.scoring import Seen, unit_sums
-from slimvlm.compress.models.groups import Group, Member
+from slimvlm.compress.models.groups import Group
+from slimvlm.compress.models.projections import Member
 
 
 def score(group: Group, seen: Seen) -> tuple[Tensor, Tensor]:
@@ -14,4 +15,4 @@ def score(group: Group, seen: Seen) -> tuple[Tensor, Tensor]:
     def sizes(member: Member) -> Tensor:
         return seen.weight(member).abs().sum(1 - member.dim).cpu()
 
-    return unit_sums(group, sizes)
+    return unit_sums(group, seen, sizes)

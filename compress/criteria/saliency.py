@@ -16,4 +16,4 @@ from slimvlm.compress.models.groups import Group
 def score(group: Group, seen: Seen) -> tuple[Tensor, Tensor]:
     """Sums of the criterion's own statistic, and the units."""
     (saliency,) = seen.statistics
-    return unit_sums(group, lambda member: saliency[f"{member.path}:{member.dim}"])
+    return unit_sums(group, seen, lambda member: saliency[f"{member.path}:{member.dim}"])

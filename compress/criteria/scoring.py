@@ -13,7 +13,9 @@ from slimvlm.compress.criteria.criterion import Criterion
 from slimvlm.compress.errors import CalibrationError
 from slimvlm.compress.files.decoding import dump, parse
 from slimvlm.compress.files.writing import load_tensors, save_tensors
-from slimvlm.compress.models.groups import Group, Member
+from slimvlm.compress.models.families import Experts
+from slimvlm.compress.models.groups import Group
+from slimvlm.compress.models.projections import Member
 from slimvlm.compress.statistics.collect import Calibration
 
 
@@ -133,25 +135,41 @@ def score_groups(
 
 
 def unit_sums(
-    group: Group, saliency: Callable[[Member], Tensor], dims: tuple[int, ...] = (0, 1)
+    group: Group, seen: Seen, saliency: Callable[[Member], Tensor], dims: tuple[int, ...] = (0, 1)
 ) -> tuple[Tensor, Tensor]:
     """(saliency [num_units] summed over the weights of a unit, the units' indices [num_units, m]).
+
+    An expert that no token was sent to adds nothing, and its channels are ranked by the size of their weights.
 
     Args:
         saliency: of a member, over the rows or columns of its full tensor.
         dims: members that lose rows (0), columns (1).
     """
     scored = [member for member in group.members if member.dim in dims and not member.norm]
-    own = (_per_index(group, member, saliency(member)) for member in scored if _own(member))
-    query = sum(own, torch.zeros(()))
-    units = units_of(group, query)
+    query = _summed(group, saliency, [member for member in scored if _own(member)])
+    unsent = ~query.view(group.kv_heads, -1).any(1) if isinstance(group.part, Experts) else torch.tensor([False])
+    if unsent.any() and seen.model is not None:
+        blank = [member for member in scored if unsent[member.expert]]
+        rank = query + _summed(group, lambda member: seen.weight(member).abs().sum(1 - member.dim).cpu(), blank)
+        units = units_of(group, rank)
+    else:
+        units = units_of(group, query)
     sums = query[units].sum(1)
-    if group.unit != "query-slot":
+    if not group.slots:
         # A unit that is a head or a KV group takes its own key and value head along, and unit i is KV head i.
         for member in scored:
             if not _own(member):
                 sums = sums + _per_index(group, member, saliency(member))
     return sums, units
+
+
+def _summed(group: Group, saliency: Callable[[Member], Tensor], members: Sequence[Member]) -> Tensor:
+    """Sums of the saliency by index of the group, fp64 [size]."""
+    sums = torch.zeros(group.size, dtype=torch.float64)
+    for member in members:
+        own = group.indices_of(member)
+        sums[own.start : own.stop] += _per_index(group, member, saliency(member))
+    return sums
 
 
 def _own(member: Member) -> bool:
@@ -165,17 +183,16 @@ def _per_index(group: Group, member: Member, vector: Tensor) -> Tensor:
 
 def _rows_of(group: Group, member: Member, vector: Tensor) -> Tensor:
     """The entries of one member, [channels or heads, width], fp64."""
-    count = (group.kv_heads if member.heads == "kv" else group.size) * member.width
-    if len(vector) != count * member.parts:
-        raise ValueError(
-            f"{group.key}: statistics of {member.path} have {len(vector)} entries, not {count * member.parts}"
-        )
-    return vector[member.part * count : (member.part + 1) * count].double().view(-1, member.width)
+    ends = {part: part.start + len(group.indices_of(part)) * part.width for part in group.members}
+    whole = max(end for part, end in ends.items() if part.path == member.path)
+    if len(vector) != whole:
+        raise ValueError(f"{group.key}: statistics of {member.path} have {len(vector)} entries, not {whole}")
+    return vector[member.start : ends[member]].double().view(-1, member.width)
 
 
 def units_of(group: Group, importance: Tensor) -> Tensor:
     """Indices of every unit, int64 [num_units, m]; `importance` [size] ranks the heads of query slots."""
-    if group.unit == "query-slot":
+    if group.slots:
         by_kv_head = importance.view(group.kv_heads, group.heads_per_kv)
         first = torch.arange(group.kv_heads) * group.heads_per_kv
         return (by_kv_head.argsort(dim=1, stable=True) + first[:, None]).t().contiguous()
@@ -185,15 +202,18 @@ def units_of(group: Group, importance: Tensor) -> Tensor:
 
 def _unit_entropy(group: Group, entropy: Mapping[str, Tensor], units: Tensor) -> Tensor:
     """UKMI's second factor, the entropy of the angles between tokens and weight rows (UKMP, AAAI 2025): mean over the
-    row-cut matrices a unit has a part in, of the mean entropy of its rows there, fp64 [num_units].
+    row-cut matrices a unit has a part in, of the mean entropy of its rows there, fp64 [num_units]. Matrices that
+    read no text have none.
     """
     means = []
     for member in group.members:
-        if member.norm or member.dim != 0:
+        if member.norm or member.dim != 0 or member.path not in entropy:
             continue
         rows = _rows_of(group, member, entropy[member.path]).mean(1)
-        if _own(member):
+        if member.expert is not None:
+            means.append(rows[units[:, member.expert] - group.indices_of(member).start])
+        elif _own(member):
             means.append(rows[units].mean(1))
-        elif group.unit != "query-slot":
+        elif not group.slots:
             means.append(rows)
     return torch.stack(means).mean(0)

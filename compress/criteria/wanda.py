@@ -10,7 +10,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from slimvlm.compress.criteria.scoring import Seen, unit_sums
-from slimvlm.compress.models.groups import Group, Member
+from slimvlm.compress.models.groups import Group
+from slimvlm.compress.models.projections import Member
 
 
 def score(group: Group, seen: Seen) -> tuple[Tensor, Tensor]:
@@ -20,4 +21,4 @@ def score(group: Group, seen: Seen) -> tuple[Tensor, Tensor]:
     def worth(member: Member) -> Tensor:
         return seen.weight(member).abs().sum(0).cpu() * norms[member.path]
 
-    return unit_sums(group, worth, dims=(1,))
+    return unit_sums(group, seen, worth, dims=(1,))

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from slimvlm.compress.data.collate import IGNORED
 from slimvlm.compress.models.families import Family, Tower
-from slimvlm.compress.models.groups import Group, Member
+from slimvlm.compress.models.groups import Group
+from slimvlm.compress.models.projections import Member
 
 # Streams of tokens: the text model's input, what a decoder of its own reads, the patches of the images.
 TEXT, TARGETS, PATCHES = "text", "targets", "patches"
@@ -81,9 +82,15 @@ class Question:
 
 
 def stream_of(family: Family, group: Group, member: Member) -> str:
-    """Which tokens a linear of the language modality reads."""
-    memory = group.key.endswith("cross_attn") and member.heads == "kv"
-    return TARGETS if family.own_decoder and group.tower == "decoder" and not memory else TEXT
+    """Which tokens a linear reads."""
+    if group.key.endswith("cross_attn") and member.heads == "kv":  # what the tower before this one made
+        return TEXT if family.own_decoder else PATCHES
+    return stream_through(family, group.home)
+
+
+def masked(stream: str) -> str | None:
+    """The stream whose masks say what counts of it; None: all of it does."""
+    return None if stream == PATCHES else stream
 
 
 def stream_through(family: Family, tower: Tower) -> str:

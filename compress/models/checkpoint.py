@@ -22,6 +22,7 @@ from slimvlm.compress.errors import CheckpointError, UnsuitableOptionError, one_
 from slimvlm.compress.files.decoding import read
 from slimvlm.compress.files.folders import MANIFEST, Listing
 from slimvlm.compress.files.writing import file_digest
+from slimvlm.compress.models.experts import put_together
 from slimvlm.compress.models.families import Family
 from slimvlm.compress.models.loaders import (
     build_empty,
@@ -72,6 +73,7 @@ def load(folder: str | os.PathLike[str]) -> tuple[PreTrainedModel, ProcessorMixi
         UnsupportedModelError: its model type has no row in the family table.
     """
     loaded = load_model(folder, form=held_form(Path(folder).expanduser()))
+    put_together(loaded.model)
     return loaded.model, loaded.processor
 
 

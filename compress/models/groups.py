@@ -12,43 +12,27 @@ or is composed of two plans, the later of which was made for the model that the 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import Any  # attributes of modules, which torch types as tensors or modules
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from slimvlm.compress.errors import UnsupportedModelError
-from slimvlm.compress.models.families import Attention, Family, Mlp, Tower
+from slimvlm.compress.models.experts import met_weights
+from slimvlm.compress.models.families import Attention, Experts, Family, Mlp, Part, Tower
+from slimvlm.compress.models.projections import (
+    Member,
+    attention_members,
+    expert_members,
+    has_module,
+    mlp_members,
+    resolve,
+)
 from slimvlm.compress.options import ATTENTION_UNITS
 from slimvlm.compress.plan import BLOCK
 
 MIN_KV_HEADS = 4  # below this, cutting whole KV groups is too coarse: `auto` cuts query slots
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """One tensor side of a group.
-
-    Attributes:
-        path: the linear (or norm) module.
-        dim: 0 if it loses rows (and the bias entries of those rows), 1 if it loses columns.
-        heads: `query`, `kv`, or `channel`: which index list selects.
-        width: rows or columns per index (D for heads, 1 for channels).
-        part, parts: a fused qkv is `parts` = 3 row blocks, one member each.
-        norm: a norm of the heads, which carries no score. One over all of them loses entries and is rescaled; one with
-            a row per head (of width 1) loses rows.
-    """
-
-    path: str
-    dim: int
-    heads: str
-    width: int = 1
-    part: int = 0
-    parts: int = 1
-    norm: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +61,14 @@ class Group:
         home: the tower it is in.
         layer: number of its block; 0 for the blocks of a tower.
         part: its row in the family table.
-        path: attention module, the block of an MLP, or the list of blocks.
-        size: indices: channels I of an MLP, query heads H of an attention, blocks that are not dead.
-        unit: `channel`, `head`, `kv-group`, `query-slot` or `block`; num_units of them.
+        path: attention module, the block of an MLP, the experts, or the list of blocks.
+        size: indices: channels I of an MLP (or of all experts, one after the other), query heads H of an attention,
+            blocks that are not dead.
+        unit: `channel`, `head`, `kv-group`, `query-slot`, `channel-slot` or `block`; num_units of them.
         weights_per_unit: weights one unit owns (biases not counted): the divisor of the block-wise normaliser.
         parameters_per_unit: weights and biases that leave with one unit (of blocks, the mean; they differ).
-        kv_heads, head_dim: K and D of an attention; 0 and 1 for an MLP.
+        kv_heads, head_dim: K and D of an attention; 0 and 1 for an MLP; experts stand where KV heads do.
+        share: of the tokens that pass, those that meet a weight of it.
         blocks: what may leave, one block per unit; empty for groups of another kind.
     """
 
@@ -99,6 +85,7 @@ class Group:
     kv_heads: int = 0
     head_dim: int = 1
     blocks: tuple[Block, ...] = ()
+    share: float = 1.0
 
     @property
     def tower(self) -> str:
@@ -111,7 +98,7 @@ class Group:
     @property
     def kind(self) -> str:
         """`attention`, `mlp` or `block`."""
-        return {Attention: "attention", Mlp: "mlp", Tower: BLOCK}[type(self.part)]
+        return {Attention: "attention", Mlp: "mlp", Experts: "mlp", Tower: BLOCK}[type(self.part)]
 
     @property
     def key(self) -> str:
@@ -128,10 +115,10 @@ class Group:
 
     @property
     def macs(self) -> NDArray[np.int64]:
-        """Multiply-accumulates per token of each unit's linears: equal to their weights; int64 [num_units]."""
+        """Multiply-accumulates per token of each unit's linears: the weights it meets; int64 [num_units]."""
         if self.blocks:
             return np.array([block.macs for block in self.blocks])
-        return np.full(self.num_units, self.weights_per_unit)
+        return np.full(self.num_units, round(self.share * self.weights_per_unit))
 
     @property
     def block_paths(self) -> list[str]:
@@ -145,13 +132,24 @@ class Group:
         return [index for index in range(self.size) if free and index not in free]
 
     @property
+    def slots(self) -> bool:
+        """Its units are one query head of every KV group, or one channel of every expert."""
+        return self.unit.endswith("-slot")
+
+    @property
     def indices_per_unit(self) -> int:
         return 1 if self.blocks else self.size // self.num_units
 
     @property
     def heads_per_kv(self) -> int:
-        """Query heads per KV head (1 for plain multi-head attention and MLPs)."""
+        """Query heads per KV head (1 for plain multi-head attention and MLPs), or channels per expert."""
         return self.size // self.kv_heads if self.kv_heads else 1
+
+    def indices_of(self, member: Member) -> range:
+        """The indices of the group, or the KV heads, whose rows or columns `member` has."""
+        if member.expert is not None:
+            return range(member.expert * self.heads_per_kv, (member.expert + 1) * self.heads_per_kv)
+        return range(self.kv_heads if member.heads == "kv" else self.size)
 
 
 def find_units(model: nn.Module, family: Family, kind: str, attention_unit: str = "auto") -> tuple[Group, ...]:
@@ -179,12 +177,28 @@ def find_groups(
     for tower in family.towers:
         blocks = resolve(model, tower.blocks, family)
         for layer in range(len(blocks) if dead else live_blocks(model, family, tower)):
-            for part in tower.parts:
+            for part in parts_of(model, family, tower, layer):
                 if isinstance(part, Attention):
                     groups.append(_attention_group(model, family, (tower, layer, part), attention_unit))
-                else:
+                elif isinstance(part, Mlp):
                     groups.append(_mlp_group(model, family, tower, layer, part))
+                elif isinstance(part, Experts):
+                    groups.append(_experts_group(model, family, tower, layer, part))
     return tuple(groups)
+
+
+def parts_of(model: nn.Module, family: Family, tower: Tower, layer: int) -> list[Part]:
+    """Those of the tower's parts that one of its blocks has.
+
+    Raises:
+        UnsupportedModelError: it lacks one that every block has, or has none of those that only some have.
+    """
+    path = f"{tower.blocks}.{layer}"
+    optional = [part for part in tower.parts if part.optional]
+    lacking = [part for part in optional if not has_module(model, f"{path}.{part.exit}")]
+    for part in tower.parts if len(lacking) == len(optional) else ():
+        resolve(model, f"{path}.{part.exit}", family)
+    return [part for part in tower.parts if part not in lacking]
 
 
 def find_blocks(model: nn.Module, family: Family) -> tuple[Group, ...]:
@@ -198,7 +212,7 @@ def find_blocks(model: nn.Module, family: Family) -> tuple[Group, ...]:
     for tower in (tower for tower in family.towers if tower.depth):
         live = live_blocks(model, family, tower)
         fixed: list[int] = attrgetter(tower.deepstack)(model.config) if tower.deepstack else []
-        stays = set(fixed if tower.modality == "vision" else range(len(fixed)))
+        stays = {*(fixed if tower.modality == "vision" else range(len(fixed))), *_counting(model, family, tower)}
         blocks = tuple(
             Block(index, *weigh(tower, [block]))
             for index, block in enumerate(resolve(model, tower.blocks, family)[:live])
@@ -212,12 +226,19 @@ def find_blocks(model: nn.Module, family: Family) -> tuple[Group, ...]:
     return tuple(groups)
 
 
+def _counting(model: nn.Module, family: Family, tower: Tower) -> list[int]:
+    """Where not all blocks have an attention over the tokens, the first that has it: the cache counts them there."""
+    counts = next((part for part in tower.parts if isinstance(part, Attention) and part.optional), None)
+    layers = range(live_blocks(model, family, tower)) if counts else ()
+    return [layer for layer in layers if counts in parts_of(model, family, tower, layer)][:1]
+
+
 def weigh(tower: Tower, blocks: Iterable[nn.Module]) -> tuple[int, int]:
     """(parameters, weights of linears) that leave with `blocks`; what the first hands on to the next stays."""
     parameters = macs = 0
     for block in blocks:
         parameters += count_parameters(block)
-        macs += sum(module.weight.numel() for module in block.modules() if isinstance(module, nn.Linear))
+        macs += met_weights(block)
         table = tower.first and getattr(block.get_submodule(tower.first[0]), tower.first[1], None)
         parameters -= table.weight.numel() if table else 0
     return parameters, macs
@@ -251,56 +272,16 @@ def dead_blocks(model: nn.Module, family: Family) -> dict[str, Dead]:
     return found
 
 
-def resolve(model: nn.Module, path: str, family: Family) -> Any:
-    """The submodule at `path`.
-
-    Raises:
-        UnsupportedModelError: there is none.
-    """
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no module {path!r}, which family {family.name!r} needs; "
-            "this transformers version or architecture variant is not supported"
-        ) from None
-
-
 def _attention_group(
     model: nn.Module, family: Family, where: tuple[Tower, int, Attention], attention_unit: str
 ) -> Group:
     tower, layer, attention = where
     path = f"{tower.blocks}.{layer}.{attention.module}"
-    module = resolve(model, path, family)
-    rows = [resolve(module, name, family) for name in attention.rows]
-    fused = len(rows) == 1
-    head_dim = _head_dim(module, attention, rows[0].weight.shape[0] // (3 if fused else 1))
-    heads = rows[0].weight.shape[0] // head_dim // (3 if fused else 1)
-    kv_heads = heads if fused else rows[1].weight.shape[0] // head_dim
-    if fused:
-        names = [(attention.rows[0], part, 3, "query") for part in range(3)]
-    else:
-        names = [(name, 0, 1, "query" if i == 0 else "kv") for i, name in enumerate(attention.rows)]
-    members = [Member(f"{path}.{name}", 0, kind, head_dim, part, parts) for name, part, parts, kind in names]
-    for norm, kind in zip(attention.norms, ("query", "kv"), strict=False):
-        if getattr(getattr(module, norm, None), "weight", None) is not None:
-            wide = getattr(module, norm).weight.ndim == 1
-            members.append(Member(f"{path}.{norm}", 0, kind, head_dim if wide else 1, norm=True))
-    members.append(Member(f"{path}.{attention.output}", 1, "query", head_dim))
+    members, (heads, kv_heads, head_dim) = attention_members(model, family, path, attention)
     unit = _attention_unit(heads, kv_heads, attention_unit)
     num_units = {"head": heads, "kv-group": kv_heads, "query-slot": heads // kv_heads}[unit]
-    # A query slot takes query heads only; keys and values stay.
-    owned = [m for m in members if unit != "query-slot" or m.heads == "query"]
-    sizes = (heads, unit, num_units, *_owned(model, family, owned, num_units))
-    return Group(tower, layer, attention, path, *sizes, tuple(members), kv_heads, head_dim)
-
-
-def _head_dim(module: nn.Module, attention: Attention, width: int) -> int:
-    """D, of queries of H * D = `width`."""
-    if attention.head_dim:
-        return int(getattr(module, attention.head_dim))
-    heads = next(name for name, fact in attention.patch if fact == "heads")
-    return width // int(getattr(module, heads))
+    group = Group(tower, layer, attention, path, heads, unit, num_units, 0, 0, members, kv_heads, head_dim)
+    return _weighed(model, family, group)
 
 
 def _attention_unit(heads: int, kv_heads: int, asked: str) -> str:
@@ -313,25 +294,33 @@ def _attention_unit(heads: int, kv_heads: int, asked: str) -> str:
 
 def _mlp_group(model: nn.Module, family: Family, tower: Tower, layer: int, mlp: Mlp) -> Group:
     path = f"{tower.blocks}.{layer}"
-    sides = [*((name, 0) for name in mlp.rows), (mlp.output, 1)]
-    members = [Member(f"{path}.{name}", dim, "channel") for name, dim in sides]
-    size = resolve(model, members[0].path, family).weight.shape[0]
-    sizes = (size, "channel", size, *_owned(model, family, members, size))
-    return Group(tower, layer, mlp, path, *sizes, tuple(members))
+    members, size = mlp_members(model, family, path, mlp)
+    return _weighed(model, family, Group(tower, layer, mlp, path, size, "channel", size, 0, 0, members))
 
 
-def _owned(model: nn.Module, family: Family, members: list[Member], num_units: int) -> tuple[int, int]:
-    """(weights, weights and biases and norm entries) that one of `num_units` equal units owns."""
+def _experts_group(model: nn.Module, family: Family, tower: Tower, layer: int, part: Experts) -> Group:
+    path = f"{tower.blocks}.{layer}.{part.module}"
+    members, count, width = expert_members(model, family, path)
+    share = resolve(model, path, family).share
+    sizes = (count * width, "channel-slot", width, 0, 0)
+    return _weighed(model, family, Group(tower, layer, part, path, *sizes, members, kv_heads=count, share=share))
+
+
+def _weighed(model: nn.Module, family: Family, group: Group) -> Group:
+    """`group` with what one of its equal units owns: (weights, weights and biases and norm entries)."""
     weights = extras = 0
-    for member in members:
+    for member in group.members:
+        if group.slots and member.heads == "kv":
+            continue  # a query slot takes query heads only; keys and values stay
         module = resolve(model, member.path, family)
+        lines = len(group.indices_of(member)) * member.width
         if member.norm:
-            extras += module.weight.numel()
-            continue
-        weights += module.weight.numel() // member.parts
-        if member.dim == 0 and module.bias is not None:
-            extras += module.bias.numel() // member.parts
-    return weights // num_units, (weights + extras) // num_units
+            extras += lines * module.weight[:1].numel()
+        else:
+            weights += lines * module.weight.shape[1 - member.dim]
+            extras += lines if member.dim == 0 and module.bias is not None else 0
+    each = weights // group.num_units, (weights + extras) // group.num_units
+    return replace(group, weights_per_unit=each[0], parameters_per_unit=each[1])
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from slimvlm.compress.errors import CheckpointError, MissingDependencyError, UnsupportedModelError, foreign
 from slimvlm.compress.models.discovery.discover import Discovery, discover
+from slimvlm.compress.models.experts import take_apart
 from slimvlm.compress.models.families import CARRIED, Family, find_family
 from slimvlm.compress.models.modeling_slim import RECORD, slim_class
 from slimvlm.compress.models.quantized import held_form
@@ -147,7 +148,8 @@ def build_empty(folder: Path, config: transformers.PreTrainedConfig, family: Fam
     model_class = _model_class(config, family)
     with foreign(f"{folder}: the model cannot be built"), _quiet(), torch.device("meta"):
         model: PreTrainedModel = model_class(config)
-        return model
+    take_apart(model, family)
+    return model
 
 
 def build_loaded(
@@ -173,6 +175,7 @@ def build_loaded(
     model, info = loaded
     _check_loading(folder, info)
     _check_finite(folder, model)
+    take_apart(model, family)
     return model
 
 

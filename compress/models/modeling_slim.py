@@ -7,8 +7,9 @@ What was cut stands in the config as a *record*, `config.slimvlm`, which knows n
 
     {"schema": 1,
      "shapes": {module path: [out, in] of a linear, or [n] of a norm},
+     "stacked": {module path: {tensor: its shape}} of experts, whose weights are in tensors of their module,
      "biases": {module path: size of the bias that a linear has, and the stock class's has not},
-     "attributes": {module path: {attribute: value}},
+     "attributes": {module path: {attribute: value}; `config.NAME` is for this module alone},
      "forwards": {module path: {"name": key of FORWARDS, "heads": kept heads in the numbering of the dense model}},
      "per_layer_config": for the reader only: sizes per tower and layer}
 """
@@ -45,11 +46,17 @@ def shrink(model: nn.Module, record: Record) -> None:
     for path, shape in record["shapes"].items():
         module = _submodule(model, path)
         resize(module, module.get_parameter("weight").detach()[tuple(slice(n) for n in shape)], shape)
+    for path, shapes in record.get("stacked", {}).items():
+        module = _submodule(model, path)
+        for name, shape in shapes.items():
+            weight = module.get_parameter(name)
+            leading = weight.detach()[tuple(slice(n) for n in shape)].contiguous()
+            setattr(module, name, nn.Parameter(leading, requires_grad=weight.requires_grad))
     for path in record.get("biases", ()):
         give_bias(_submodule(model, path))
     for path, attributes in record["attributes"].items():
         for name, value in attributes.items():
-            setattr(_submodule(model, path), name, value)
+            set_attribute(_submodule(model, path), name, value)
     for path, forward in record["forwards"].items():
         replace_forward(_submodule(model, path), forward["name"], forward["heads"])
 
@@ -63,6 +70,26 @@ def resize(module: nn.Module, weight: Tensor, shape: list[int], bias: Tensor | N
         module.bias = nn.Parameter(bias.contiguous(), requires_grad=old_bias.requires_grad)
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = shape
+
+
+def set_attribute(module: Any, name: str, value: Any) -> None:
+    """Sets an attribute of a module; `config.NAME` gives it a config of its own, which differs there alone."""
+    if name.startswith("config."):
+        module.config = OwnConfig(module.config, {name.removeprefix("config."): value})
+    else:
+        setattr(module, name, value)
+
+
+class OwnConfig:
+    """What one module sees of a config that it shares with others: some fields are its own."""
+
+    def __init__(self, config: Any, own: dict[str, Any]):
+        self.__dict__.update(own, shared_config=config)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "shared_config":  # asked for while it is copied
+            raise AttributeError(name)
+        return getattr(self.shared_config, name)
 
 
 def give_bias(linear: nn.Module) -> Tensor:

@@ -32,7 +32,8 @@ from slimvlm.compress.files.folders import (
 )
 from slimvlm.compress.files.writing import write_text
 from slimvlm.compress.models.checkpoint import CARRIED, PLAN, load_model, weight_files
-from slimvlm.compress.models.families import Family, find_family
+from slimvlm.compress.models.experts import ALIGNED, together
+from slimvlm.compress.models.families import Experts, Family, find_family
 from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.models.modeling_slim import RECORD
 from slimvlm.compress.models.quantized import held_form, quantize, require_torchao
@@ -66,7 +67,7 @@ def save_checkpoint(
         raise ValueError(f"layout {layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
     folder = Path(folder)
     saved = stock_model(model) if layout == "stock" else model
-    with written_folder(folder) as partial:
+    with together(model), written_folder(folder) as partial:
         saved.save_pretrained(partial, max_shard_size=max_shard_size)
         source = Path(model.config.name_or_path).expanduser() if model.config.name_or_path else None
         _save_processor(partial, processor, source)
@@ -141,14 +142,15 @@ def stock_model(model: PreTrainedModel) -> PreTrainedModel:
     stock.config = copy.deepcopy(model.config)
     if record:
         family = find_family(model.config)
-        for path, fields in stock_fields(model, family, set(record["shapes"])).items():
+        for path, fields in stock_fields(model, family, {*record["shapes"], *record.get("stacked", ())}).items():
             config = attrgetter(path)(stock.config)
             for name, value in fields.items():
                 setattr(config, name, value)
     for name in (RECORD, "auto_map"):
         if hasattr(stock.config, name):
             delattr(stock.config, name)
-    _check_build(stock)
+    with together(stock):
+        _check_build(stock)
     return stock
 
 
@@ -175,11 +177,17 @@ def stock_fields(model: nn.Module, family: Family, cut: set[str]) -> dict[str, d
     changed = set()
     for group in find_groups(model, family):
         sizes = {"size": group.size, "heads": group.size, "kv_heads": group.kv_heads, "head_dim": group.head_dim}
+        sizes["per_head"] = group.heads_per_kv
         facts = {(group.home.config, name): sizes[fact] for name, fact in group.part.fields}
-        if cut & {member.path for member in group.members}:
+        if cut & {group.path, *(member.path for member in group.members)}:
             if not facts:
                 raise CheckpointError(
                     f"layout stock: the unmodified class cannot build a narrower {group.key}; {ADVICE}"
+                )
+            if isinstance(group.part, Experts) and group.heads_per_kv % ALIGNED:
+                raise CheckpointError(
+                    f"layout stock: the unmodified class wants a multiple of {ALIGNED} channels in an expert, and "
+                    f"{group.key} has {group.heads_per_kv}; {ADVICE}"
                 )
             changed |= set(facts)
         for field, value in facts.items():

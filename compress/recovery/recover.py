@@ -20,7 +20,8 @@ from slimvlm.compress.evaluation.equality import CHECKED_SAMPLES, TOLERANCE, out
 from slimvlm.compress.evaluation.evaluate import evaluate, evaluation_batch
 from slimvlm.compress.models.checkpoint import Loaded, locate
 from slimvlm.compress.models.computing import as_stored, cast, load_to_compute
-from slimvlm.compress.models.groups import depths_of, resolve
+from slimvlm.compress.models.groups import depths_of
+from slimvlm.compress.models.projections import resolve
 from slimvlm.compress.options import NOT_GIVEN, LearnOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.progress import Progress

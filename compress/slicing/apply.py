@@ -7,7 +7,7 @@ was cut before, and on the meta device.
 from __future__ import annotations
 
 import copy
-from typing import Any  # norms of transformers
+from typing import Any  # norms and experts of transformers
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,24 @@ from transformers import PreTrainedModel
 
 from slimvlm import kernels
 from slimvlm.compress.errors import CheckpointError
-from slimvlm.compress.models.families import Attention, Mlp, find_family
+from slimvlm.compress.models.experts import ALIGNED, OUTPUT, expert_of
+from slimvlm.compress.models.families import Attention, Experts, Mlp, find_family
 from slimvlm.compress.models.groups import Group, count_parameters, weigh
-from slimvlm.compress.models.mapped import leave_files
-from slimvlm.compress.models.modeling_slim import RECORD, SCHEMA, Record, replace_forward, resize, slim_class
+from slimvlm.compress.models.modeling_slim import (
+    RECORD,
+    SCHEMA,
+    Record,
+    replace_forward,
+    resize,
+    set_attribute,
+    slim_class,
+)
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.slicing.cuts import Cut, find_cuts, kept_kv_heads, matching_groups
 from slimvlm.compress.slicing.depth import drop_blocks, left_out, shortened, write_depth
+from slimvlm.compress.slicing.mapped import leave_files
+
+EXPERT_BY_EXPERT = "config._experts_implementation"
 
 
 def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
@@ -52,10 +63,13 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     leave_files(model)
     for cut in cuts:
         _cut(model.get_submodule(cut.path), cut)
-        record["shapes"][cut.path] = list(model.get_parameter(f"{cut.path}.weight").shape)
+        if expert_of(model, cut.path) is None:
+            record["shapes"][cut.path] = list(model.get_parameter(f"{cut.path}.weight").shape)
         if cut.scale != 1.0:
             record["attributes"][cut.path] = _widen_epsilon(model.get_submodule(cut.path), cut.scale)
     for group in groups:
+        if isinstance(group.part, Experts) and len(kept[group.key]) < group.size:
+            _record_experts(record, group, model.get_submodule(group.path))
         _record_sizes(record, group, kept[group.key])
         if isinstance(group.part, Attention) and len(kept[group.key]) < group.size:
             _patch_attention(model.get_submodule(group.path), group, group.part, kept[group.key], record)
@@ -110,15 +124,26 @@ def _take(tensor: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor
 def _patch_attention(module: nn.Module, group: Group, part: Attention, kept: Tensor, record: Record) -> None:
     heads, kv_heads = len(kept), len(kept_kv_heads(group, kept))
     facts = {"heads": heads, "kv_heads": kv_heads, "groups": heads // kv_heads, "width": heads * group.head_dim}
-    attributes = {name: facts[fact] for name, fact in part.patch if hasattr(module, name)}
+    attributes = {name: facts[fact] for name, fact in part.patch if hasattr(module, name.partition(".")[0])}
     for name, value in attributes.items():
-        setattr(module, name, value)
+        set_attribute(module, name, value)
     record["attributes"][group.path] = attributes
     if part.forward:
         before = record["forwards"].get(group.path, {}).get("heads", range(group.size))
         original = [before[index] for index in kept.tolist()]
         replace_forward(module, part.forward, original)
         record["forwards"][group.path] = {"name": part.forward, "heads": original}
+
+
+def _record_experts(record: Record, group: Group, experts: Any) -> None:
+    """What transformers' module must know: its sizes, and to compute expert by expert where its kernel cannot."""
+    record.setdefault("stacked", {})[group.path] = experts.shapes
+    stacked = experts.stacked
+    stacked.config = getattr(stacked.config, "shared_config", stacked.config)
+    record["attributes"].pop(group.path, None)
+    if experts.shapes[OUTPUT][2] % ALIGNED:
+        record["attributes"][group.path] = {EXPERT_BY_EXPERT: "eager"}
+        set_attribute(stacked, EXPERT_BY_EXPERT, "eager")
 
 
 def _record_sizes(record: Record, group: Group, kept: Tensor) -> None:
@@ -130,6 +155,8 @@ def _record_sizes(record: Record, group: Group, kept: Tensor) -> None:
     layer = record["per_layer_config"].setdefault(group.tower, {}).setdefault(str(group.layer), {})
     if isinstance(group.part, Mlp):
         layer["intermediate_size"] = len(kept)
+    elif isinstance(group.part, Experts):
+        layer["moe_intermediate_size"] = len(kept) // group.kv_heads
     elif isinstance(group.part, Attention):
         prefix = "" if group.part.key == "attn" else f"{group.part.key}_"
         layer[f"{prefix}num_attention_heads"] = len(kept)

@@ -81,6 +81,7 @@ def give_means(  # noqa: PLR0913 (as `refit`)
         CalibrationError: a sum is not finite, or there are no tokens.
     """
     sides, kept = cut_projections(model, family, groups, keep)
+    sides = [side for side in sides if side.expert is None]  # stacked, experts have no bias
     lost, weights, losses = Lost(kept), {}, []
     with lost.watch(sides):
         look(model, family, batches, lost, progress)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from slimvlm.compress.errors import CheckpointError
-from slimvlm.compress.models.families import Family
-from slimvlm.compress.models.groups import Group, Member, dead_blocks, find_blocks, find_groups
+from slimvlm.compress.models.families import Experts, Family
+from slimvlm.compress.models.groups import Group, dead_blocks, find_blocks, find_groups
+from slimvlm.compress.models.projections import Member
 from slimvlm.compress.plan import BLOCK, Plan
 
 
@@ -28,7 +29,7 @@ def find_cuts(group: Group, kept: Tensor) -> Iterator[Cut]:
     """What the modules of `group` keep when the sorted indices `kept` stay; untouched modules are left out."""
     if len(kept) == group.size:
         return
-    kv_cut = group.kind == "attention" and len(kept_kv_heads(group, kept)) < group.kv_heads
+    kv_cut = group.kv_heads > 0 and len(kept_kv_heads(group, kept)) < group.kv_heads
     for path in dict.fromkeys(member.path for member in group.members):
         members = [member for member in group.members if member.path == path]
         first = members[0]
@@ -84,13 +85,15 @@ def complement(kept: Tensor, size: int) -> Tensor:
 
 
 def kept_kv_heads(group: Group, kept: Tensor) -> Tensor:
-    """The KV heads that stay when the query heads `kept` (sorted int64) stay.
+    """The KV heads that stay when the query heads `kept` (sorted int64) stay; or experts, whose channels these are.
 
     Raises:
-        ValueError: the kept KV heads would have different numbers of query heads.
+        ValueError: the kept KV heads would have different numbers of query heads, or the experts of channels.
     """
     kv: Tensor
     kv, counts = torch.unique(kept // group.heads_per_kv, return_counts=True)
+    if isinstance(group.part, Experts) and (len(set(counts.tolist())) > 1 or len(kv) < group.kv_heads):
+        raise ValueError(f"{group.key}: every expert must keep the same number of channels, and one at least")
     if len(set(counts.tolist())) > 1:
         raise ValueError(
             f"{group.key}: every kept KV head must keep the same number of query heads, got {counts.tolist()}"
@@ -101,13 +104,13 @@ def kept_kv_heads(group: Group, kept: Tensor) -> Tensor:
 def member_indices(group: Group, member: Member, kept: Tensor) -> Tensor:
     """Rows (dim 0) or columns (dim 1) of `member`'s tensor that stay, int64, sorted.
 
-    For one part of a fused projection these are the rows of that part only.
+    Where it shares the tensor with others these are its own rows only.
 
     Args:
         kept: sorted indices of the group that stay (channels or query heads), int64.
     """
-    index = kept_kv_heads(group, kept) if member.heads == "kv" else kept
+    index, own = kept_kv_heads(group, kept) if member.heads == "kv" else kept, group.indices_of(member)
+    index = index[(index >= own.start) & (index < own.stop)] - own.start
     if member.width > 1:
         index = (index[:, None] * member.width + torch.arange(member.width)).flatten()
-    count = group.kv_heads if member.heads == "kv" else group.size
-    return index + member.part * count * member.width
+    return index + member.start

@@ -10,8 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from slimvlm.compress.models.families import Family, Tower
-from slimvlm.compress.models.groups import live_blocks, read_states, resolve
+from slimvlm.compress.models.groups import live_blocks, read_states
 from slimvlm.compress.models.modeling_slim import Record
+from slimvlm.compress.models.projections import resolve
 from slimvlm.compress.plan import Plan
 
 
@@ -35,20 +36,12 @@ def drop_blocks(model: PreTrainedModel, tower: Tower, kept: Sequence[int], recor
     Renumbered are the caches' layers, what the tower's config lists or numbers, the hidden states that are read (from
     the front: -1 is what InternVL normalises first) and the paths of `record` (see modeling_slim).
     """
-    stack: Any = model.get_submodule(tower.blocks.rpartition(".")[0])
     blocks: Any = model.get_submodule(tower.blocks)
-    config = attrgetter(tower.config)(model.config)
     states = [sum(index < state for index in kept) for state in read_states(model.config, tower, len(blocks))]
     if tower.states:
         one = isinstance(getattr(model.config, tower.states), int)
         setattr(model.config, tower.states, states[0] if one else states)
-    for name in tower.listed:
-        if isinstance(listed := getattr(config, name, None), list):
-            setattr(config, name, [listed[index] for index in kept])
-    for name in tower.numbered:
-        numbers = [place for place, index in enumerate(kept) if index in getattr(config, name)]
-        for owner in (config, stack):
-            setattr(owner, name, numbers)
+    _renumber(model, tower, kept)
     if tower.first and kept[0]:
         module, table, flag = tower.first
         heir = blocks[kept[0]].get_submodule(module)
@@ -61,13 +54,34 @@ def drop_blocks(model: PreTrainedModel, tower: Tower, kept: Sequence[int], recor
         for module in block.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = index
-    for field in {"shapes", "biases", "attributes", "forwards"} & record.keys():
+    for field in {"shapes", "stacked", "biases", "attributes", "forwards"} & record.keys():
         paths = ((moved(path, tower, kept), value) for path, value in record[field].items())
         record[field] = {path: value for path, value in paths if path is not None}
     layers = record["per_layer_config"].get(tower.name, {})
     found = {str(place): layers[str(index)] for place, index in enumerate(kept) if str(index) in layers}
     if layers:
         record["per_layer_config"][tower.name] = found
+
+
+def _renumber(model: PreTrainedModel, tower: Tower, kept: Sequence[int]) -> None:
+    """What the tower's config, and the modules around the blocks, list of them or know by number."""
+    config = attrgetter(tower.config)(model.config)
+    for name in tower.listed:
+        if isinstance(listed := getattr(config, name, None), list):
+            setattr(config, name, [listed[index] for index in kept])
+    for name in tower.numbered:
+        numbers = [place for place, index in enumerate(kept) if index in (getattr(config, name) or ())]
+        for owner in (config, *_around(model, tower)):
+            if getattr(owner, name, None) is not None:
+                setattr(owner, name, numbers)
+
+
+def _around(model: nn.Module, tower: Tower) -> Iterator[nn.Module]:
+    """The modules that hold the blocks, from the inside out."""
+    path = tower.blocks
+    while path:
+        path = path.rpartition(".")[0]
+        yield model.get_submodule(path)
 
 
 def write_depth(model: PreTrainedModel, tower: Tower) -> None:
@@ -80,7 +94,8 @@ def write_depth(model: PreTrainedModel, tower: Tower) -> None:
         config.stage_names = config.stage_names[: count + 1]
         config.out_indices = [count]
     stack: Any = model.get_submodule(tower.blocks.rpartition(".")[0])
-    stack.config.num_hidden_layers = count  # a copy of the other where T5 is
+    if stack.config is not config:  # a copy where T5 is
+        stack.config.num_hidden_layers = count
 
 
 def place(path: str, family: Family, plan: Plan) -> str:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimvlm.compress.models.families import Tower, find_family
 from slimvlm.compress.models.groups import Group
-from slimvlm.compress.models.mapped import leave_files
+from slimvlm.compress.models.projections import has_module
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.slicing.cuts import Cut, complement, find_cuts, matching_groups
+from slimvlm.compress.slicing.mapped import leave_files
 
 
 def mask_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
@@ -27,7 +28,7 @@ def mask_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     with torch.no_grad():
         for group in groups:
             kept = torch.tensor(plan.keep[group.key], dtype=torch.int64)
-            for cut in (*find_cuts(group, kept), *_switched_off(group, kept)):
+            for cut in (*find_cuts(group, kept), *_switched_off(model, group, kept)):
                 module = model.get_submodule(cut.path)
                 weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
                 if cut.rows is not None:
@@ -40,9 +41,13 @@ def mask_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     return model
 
 
-def _switched_off(group: Group, kept: Tensor) -> Iterator[Cut]:
+def _switched_off(model: nn.Module, group: Group, kept: Tensor) -> Iterator[Cut]:
     """No row stays of the linears through which a block that leaves adds to the residual stream."""
     if isinstance(group.part, Tower):
         for index in complement(kept, group.size).tolist():
             for part in group.part.parts:
-                yield Cut(f"{group.path}.{index}.{part.exit}", rows=kept[:0])
+                path = f"{group.path}.{index}.{part.exit}"
+                if has_module(model, path):
+                    inside = model.get_submodule(path).named_modules(prefix=path)
+                    exits = [name for name, module in inside if isinstance(module, nn.Linear)]
+                    yield from (Cut(name, rows=kept[:0]) for name in exits)

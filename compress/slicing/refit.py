@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimvlm.compress.data.collate import Batch
-from slimvlm.compress.data.questions import stream_of
+from slimvlm.compress.data.questions import masked, stream_of
 from slimvlm.compress.errors import CalibrationError
 from slimvlm.compress.models.computing import in_passes
+from slimvlm.compress.models.experts import expert_of
 from slimvlm.compress.models.families import Family
 from slimvlm.compress.models.groups import Group, count_parameters
 from slimvlm.compress.models.modeling_slim import RECORD, give_bias
@@ -85,7 +86,7 @@ def refit(  # noqa: PLR0913 (the model with what is known of it, what is kept, w
         batches: functions that make a padded training batch; called once per pass.
         memory: bound in bytes on the sums held at once (a single projection may need more); default: a quarter of the
             fp32 weights, from 128 MiB to 4 GiB.
-        biased: give a bias to projections that have none, too.
+        biased: give a bias to projections that have none, too, but to no expert: stacked, they have none.
 
     Raises:
         CalibrationError: a sum is not finite, or there are no tokens.
@@ -99,10 +100,11 @@ def refit(  # noqa: PLR0913 (the model with what is known of it, what is kept, w
             look(model, family, batches, moments, progress, (number, len(passes)))
             seen = moments.finish(lambda moment, how: None)  # of this process alone
         for side in chosen:
-            found = (seen.pop(key) for key in (side.path, f"{side.path}:sum", f"{side.path}:tokens"))
-            weight, bias, lost = _solve(side, kept[side.path], biased, *found)
-            weights[side.path] = (weight, bias)
-            losses.append(lost)
+            found = [seen.pop(key) for key in (side.path, f"{side.path}:sum", f"{side.path}:tokens")]
+            if found[2] or side.expert is None:  # nothing is known of an expert that no token was sent to
+                weight, bias, lost = _solve(side, kept[side.path], biased and side.expert is None, *found)
+                weights[side.path] = (weight, bias)
+                losses.append(lost)
     return Refit(weights, *mean_losses(losses))
 
 
@@ -118,8 +120,9 @@ def cut_projections(
     for group in groups:
         for cut in find_cuts(group, torch.tensor(keep[group.key], dtype=torch.int64)):
             if cut.columns is not None:
-                stream = stream_of(family, group, group.members[0]) if group.modality == "language" else None
-                sides.append(Side(cut.path, model.get_submodule(cut.path), (1,), stream=stream))
+                stream = masked(stream_of(family, group, group.members[0]))
+                expert = expert_of(model, cut.path)
+                sides.append(Side(cut.path, model.get_submodule(cut.path), (1,), stream=stream, expert=expert))
                 kept[cut.path] = cut.columns
     return sides, kept
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimvlm.compress.allocate.allocators import ALLOCATORS
-from slimvlm.compress.data.questions import stream_of
+from slimvlm.compress.data.questions import masked, stream_of
+from slimvlm.compress.models.experts import expert_of
 from slimvlm.compress.models.families import Family
 from slimvlm.compress.models.groups import Group, count_parameters, find_groups
 from slimvlm.compress.progress import Progress, silent
@@ -137,9 +138,9 @@ def _sides(model: nn.Module, family: Family, groups: Sequence[Group]) -> list[Si
     for group in groups:
         for member in group.members:
             if not member.norm:
-                stream = stream_of(family, group, member) if group.modality == "language" else None
-                linear = model.get_submodule(member.path)
-                sides[member.path] = Side(member.path, linear, (1,), stream=stream, block=_path(group))
+                stream = masked(stream_of(family, group, member))
+                linear, expert = model.get_submodule(member.path), expert_of(model, member.path)
+                sides[member.path] = Side(member.path, linear, (1,), stream=stream, block=_path(group), expert=expert)
     return list(sides.values())
 
 

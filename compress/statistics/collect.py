@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, distributed, nn
 
 from slimvlm.compress.data.collate import Collator
-from slimvlm.compress.data.questions import Question, Tally, ask, stream_of, stream_through
+from slimvlm.compress.data.questions import Question, Tally, ask, masked, stream_of, stream_through
 from slimvlm.compress.data.samples import Sample
 from slimvlm.compress.errors import CalibrationError
 from slimvlm.compress.models.checkpoint import Loaded
 from slimvlm.compress.models.computing import in_passes, undisturbed
+from slimvlm.compress.models.experts import expert_of
 from slimvlm.compress.models.families import Family, Tower, find_family
-from slimvlm.compress.models.groups import Group, Member, count_parameters, find_groups
+from slimvlm.compress.models.groups import Group, count_parameters, find_groups
+from slimvlm.compress.models.projections import Member
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.statistics.collector import Collector, Side
 from slimvlm.compress.statistics.loss import loss
@@ -326,7 +328,7 @@ def _sides(model: nn.Module, family: Family, groups: Sequence[Group]) -> list[Si
     of the groups.
     """
     blocks = [
-        Side(path, model.get_submodule(path), (), stream=_stream(group, stream_through(family, group.part)), block=path)
+        Side(path, model.get_submodule(path), (), stream=masked(stream_through(family, group.part)), block=path)
         for group in groups
         if isinstance(group.part, Tower)
         for path in group.block_paths
@@ -346,16 +348,13 @@ def _sides(model: nn.Module, family: Family, groups: Sequence[Group]) -> list[Si
             model.get_submodule(path),
             tuple(sorted(dims[path])),
             member.width,
-            _stream(group, stream_of(family, group, member)),
-            group.head_dim * (1 if group.unit == "query-slot" else group.indices_per_unit),
+            masked(stream_of(family, group, member)),
+            group.head_dim * (1 if group.slots else group.indices_per_unit),
             f"{group.home.blocks}.{group.layer}",
+            expert_of(model, path),
         )
         for path, (group, member) in first.items()
     ]
-
-
-def _stream(group: Group, name: str) -> str | None:
-    return name if group.modality == "language" else None
 
 
 def _passes(sides: Sequence[Side], collectors: Sequence[Collector], bound: int | None) -> list[list[Side]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from slimvlm.compress.data.questions import Question
 from slimvlm.compress.errors import CalibrationError
+from slimvlm.compress.models.experts import Expert
 from slimvlm.compress.statistics.rows import Statistic
 
 Reduce = Callable[[Tensor, str], None]  # (tensor, "sum" | "min" | "max"): in place over all processes
@@ -21,8 +22,9 @@ Reduce = Callable[[Tensor, str], None]  # (tensor, "sum" | "min" | "max"): in pl
 class Side:
     """A prunable linear, the dimensions its scores are wanted for (0: rows, 1: columns), `width`, rows or columns of
     one index (D for heads, 1 for channels), the stream of the tokens it reads (None: not the text model's), `unit`,
-    columns that leave together (of query slots, those of one head), and the path of the block it is in. Or a block that
-    may leave, or the linears of a group as a list, by its key: those have no dimensions.
+    columns that leave together (of query slots, those of one head), the path of the block it is in, and the expert it
+    is of, which reads those tokens only that are sent to it, or none. Or a block that may leave, or the linears of a
+    group as a list, by its key: those have no dimensions.
     """
 
     path: str
@@ -32,6 +34,7 @@ class Side:
     stream: str | None = None
     unit: int = 1
     block: str = ""
+    expert: Expert | None = None
 
 
 class Collector:
@@ -99,12 +102,13 @@ class Collector:
             CalibrationError: the samples are packed, so that no mask says whose tokens they are.
         """
         mask = None if side.stream is None else self._masks[self.chosen_for(side.stream, side.block)]
-        if mask is not None and mask.numel() != tokens:
+        sent = None if side.expert is None else side.expert.reads
+        if mask is not None and mask.numel() != (tokens if sent is None else len(sent)):
             raise CalibrationError(
                 f"{side.path} reads {tokens} tokens but the batch's mask has {mask.numel()}; "
                 "the samples must be padded, not packed"
             )
-        return None if mask is None else mask.flatten()
+        return None if mask is None else mask.flatten() if sent is None else mask.flatten()[sent]
 
     def close_batch(self, batch: int, loss: Tensor) -> None:
         """The backward pass of this batch's loss is over."""

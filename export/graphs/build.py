@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from slimvlm.compress.errors import UnsupportedModelError
 from slimvlm.compress.models.families import Family
 from slimvlm.export.graphs.decoder import decoder_graph, embed_graph, embedding_width
 from slimvlm.export.graphs.dual import dual_encoder
@@ -32,13 +33,23 @@ def build_graphs(model: Model, family: Family, batch: Mapping[str, Tensor]) -> t
     Raises:
         UnsupportedModelError: the model has a part that cannot be exported (named).
     """
-    refuse_unknown_windows(model.config)
+    check_exportable(model.config, family)
     if family.contrastive:
         return dual_encoder(model, family, batch)
     first = (vision_graph(model, family, batch), embed_graph(model, embedding_width(model, family)))
     if family.own_decoder:
         return first + encoder_decoder_graphs(model.get_submodule(family.export.text))
     return (*first, decoder_graph(model, family))
+
+
+def check_exportable(config: object, family: Family) -> None:
+    """Raises UnsupportedModelError if no graph can be made of a text model of this family and config."""
+    if family.export.refused is not None:
+        raise UnsupportedModelError(
+            f"{family.name} cannot be exported: {family.export.refused}, which the exported graphs do not carry; use "
+            "the torch checkpoint"
+        )
+    refuse_unknown_windows(config)
 
 
 def vision_graph(model: Model, family: Family, batch: Mapping[str, Tensor]) -> Graph:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from transformers import PreTrainedModel
 
-from slimvlm.compress.models.families import find_family
+from slimvlm.compress.models.families import Experts, find_family
 from slimvlm.compress.models.groups import Group, count_parameters, dead_blocks, find_blocks, find_groups
 from slimvlm.compress.plan import Plan, TowerCount
 from slimvlm.compress.slicing.refit import Refit
@@ -69,11 +69,11 @@ def removed_parameters(model, group: Group, kept: tuple[int, ...]) -> int:
         lost = [model.get_submodule(f"{group.path}.{index}") for index in set(range(group.size)) - set(kept)]
         named = (item for block in lost for item in block.named_parameters())
         return sum(weight.numel() for name, weight in named if "relative_attention_bias" not in name)
-    kv_kept = len({index // group.heads_per_kv for index in kept})
+    kv_kept = {index // group.heads_per_kv for index in kept}
     total = 0
     for member in group.members:
-        module = model.get_submodule(member.path)
-        gone = (group.kv_heads - kv_kept if member.heads == "kv" else group.size - len(kept)) * member.width
+        module, own = model.get_submodule(member.path), group.indices_of(member)
+        gone = len(set(own) - (kv_kept if member.heads == "kv" else set(kept))) * member.width
         weight = module.weight
         per_index = 1 if weight.ndim == 1 else weight.shape[1 - member.dim]
         total += gone * per_index
@@ -87,9 +87,12 @@ def random_choice(seed: int) -> Callable[[Group], list[int]]:
     generator = random.Random(seed)
 
     def choose(group: Group) -> list[int]:
-        if group.kind == "mlp":
+        if group.kind == "mlp" and not group.kv_heads:
             return generator.sample(range(group.size), generator.randint(1, group.size))
-        kv = generator.sample(range(group.kv_heads), generator.randint(1, group.kv_heads))
+        everyone = isinstance(group.part, Experts)  # the router knows them all
+        kv = generator.sample(
+            range(group.kv_heads), group.kv_heads if everyone else generator.randint(1, group.kv_heads)
+        )
         per_kv = generator.randint(1, group.heads_per_kv)
         return [
             head * group.heads_per_kv + slot

@@ -12,14 +12,20 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from tiny.families import FACTORIES
+from tiny.families import FACTORIES, MIXED
 from tiny.joins import COVERING
 from tiny.sizes import IMAGE_TOKEN, TEXT, VISION, VOCAB
 
+from slimvlm.compress.models.experts import take_apart
+from slimvlm.compress.models.families import find_family
+
+EVERY = {**FACTORIES, **MIXED}
 __all__ = [
     "COVERING",
+    "EVERY",
     "FACTORIES",
     "IMAGE_TOKEN",
+    "MIXED",
     "TEXT",
     "VISION",
     "VOCAB",
@@ -49,10 +55,11 @@ def tiny_model(name: str, attention: str = "eager") -> Tiny:
 def _built(name: str, attention: str) -> tuple[Tiny, torch.Tensor]:
     """The model to copy, which takes half the time, and the state in which it leaves the generator."""
     torch.manual_seed(0)
-    model, inputs = {**FACTORIES, **COVERING}[name]()
+    model, inputs = {**EVERY, **COVERING}[name]()
     add_noise(model)
     if attention != "sdpa" or model._supports_sdpa:
         model.set_attn_implementation(attention)
+    take_apart(model, find_family(model.config))
     return Tiny(model.eval(), inputs), torch.get_rng_state()
 
 

@@ -6,7 +6,19 @@ It is split as transformers splits its models: vision towers (towers.py), text m
 
 from slimvlm.compress.models.families.compose import CARRIED, FAMILIES, MODALITIES, compose, find_family
 from slimvlm.compress.models.families.joins import JOINS
-from slimvlm.compress.models.families.rows import Attention, Export, Family, Join, Mlp, Resampler, Text, Tower
+from slimvlm.compress.models.families.rows import (
+    Attention,
+    Experts,
+    Export,
+    Family,
+    Join,
+    Mixer,
+    Mlp,
+    Part,
+    Resampler,
+    Text,
+    Tower,
+)
 from slimvlm.compress.models.families.texts import TEXTS
 from slimvlm.compress.models.families.towers import TOWERS
 
@@ -18,10 +30,13 @@ __all__ = [
     "TEXTS",
     "TOWERS",
     "Attention",
+    "Experts",
     "Export",
     "Family",
     "Join",
+    "Mixer",
     "Mlp",
+    "Part",
     "Resampler",
     "Text",
     "Tower",

@@ -9,7 +9,7 @@ from typing import NoReturn
 from slimvlm.compress.errors import UnsupportedModelError
 from slimvlm.compress.files.decoding import MisfitError, decode
 from slimvlm.compress.models.families.joins import JOINS
-from slimvlm.compress.models.families.rows import Family, Join, Mlp, Text, Tower
+from slimvlm.compress.models.families.rows import Family, Join, Mlp, Stacks, Text, Tower
 from slimvlm.compress.models.families.texts import TEXTS
 from slimvlm.compress.models.families.towers import TOWERS
 
@@ -33,11 +33,10 @@ def find_family(config: object) -> Family:
         _refuse(f"vision tower {tower!r} of a {model_type!r} model", "vision towers", TOWERS)
     if text not in TEXTS:
         _refuse(f"text model {text!r} of a {model_type!r} model", "text models", TEXTS)
-    family = compose(model_type, tower, text)
-    vision, *language = family.towers
-    if vision.pooled and getattr(getattr(config, "vision_config", None), vision.pooled, True):
-        vision = _without_stock_mlp(vision)
-    return replace(family, towers=(vision, *language))
+    family, config = compose(model_type, tower, text), getattr(config, "vision_config", None)
+    pooled = [bool(one.pooled and getattr(config, one.pooled, True)) for one in family.towers]
+    towers = (_without_stock_mlp(one) if is_so else one for one, is_so in zip(family.towers, pooled, strict=True))
+    return replace(family, towers=tuple(towers))
 
 
 def compose(model_type: str, tower: str, text: str) -> Family:
@@ -45,13 +44,14 @@ def compose(model_type: str, tower: str, text: str) -> Family:
     return join_rows(model_type, JOINS[model_type], (tower, TOWERS[tower]), (text, TEXTS[text]))
 
 
-def join_rows(model_type: str, join: Join, vision_row: tuple[str, Tower], text_row: tuple[str, Text]) -> Family:
+def join_rows(model_type: str, join: Join, vision_row: tuple[str, Stacks], text_row: tuple[str, Text]) -> Family:
     """The family of three rows; those of the tower and of the text model with their keys."""
     (tower, vision), (text, language) = vision_row, text_row
     root = f"{join.language}.{language.base}".rstrip(".") if join.headed else join.language
-    export = replace(join.export, text=root, head=f"{join.language}.lm_head" if join.headed else "lm_head")
+    head = f"{join.language}.lm_head" if join.headed else "lm_head"
+    export = replace(join.export, text=root, head=head, refused=join.export.refused or language.ungraphed)
     towers = (
-        _placed(replace(vision, states=join.states), join.vision),
+        *(_placed(replace(stack, states=join.states), join.vision) for stack in _stacks(vision)),
         *(_placed(_without_stock_mlp(stack) if join.shared else stack, root) for stack in language.towers),
     )
     return Family(
@@ -66,6 +66,10 @@ def join_rows(model_type: str, join: Join, vision_row: tuple[str, Tower], text_r
         features=join.features,
         export=export,
     )
+
+
+def _stacks(row: Stacks) -> tuple[Tower, ...]:
+    return row if isinstance(row, tuple) else (row,)
 
 
 def _placed(tower: Tower, root: str) -> Tower:

@@ -78,6 +78,22 @@ JOINS: dict[str, Join] = {
     "qwen3_vl": _qwen(
         "qwen3_vl", Export("patches", positions="mrope", genai="qwen3_vl"), "model.visual.deepstack_merger_list"
     ),
+    "qwen3_vl_moe": _qwen("qwen3_vl_moe", Export("patches", positions="mrope"), "model.visual.deepstack_merger_list"),
+    "qwen3_5": _qwen("qwen3_5", Export("patches", positions="mrope")),
+    "glm4v": Join(
+        {("glm4v_vision", "glm4v_text"): "glm4v"},
+        "model.visual",
+        "model.language_model",
+        ("model.visual.downsample", *MERGER),
+        Export("patches", positions="mrope"),
+    ),
+    "lfm2_vl": _towered({("siglip2_vision_model", "lfm2"): "lfm2_vl"}, Export()),
+    "mllama": Join(
+        {("mllama_vision_model", "mllama_text_model"): "mllama"},
+        "model.vision_model",
+        "model.language_model",
+        PROJECTOR,
+    ),
     "smolvlm": _idefics("smolvlm"),
     "idefics3": _idefics("idefics3"),
     "idefics2": replace(

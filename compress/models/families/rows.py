@@ -19,9 +19,11 @@ class Attention:
         output: projection that loses columns, relative to `module`.
         head_dim: attribute of `module` that holds D; empty: it holds the number of heads only, as `patch` says.
         norms: norms over all heads of q or k (their RMS is rescaled by the cut).
-        patch: attributes of `module` to set after a cut -> `heads`, `kv_heads`, `groups` (H / K) or `width` (H * D).
+        patch: attributes of `module` to set after a cut -> `heads`, `kv_heads`, `groups` (H / K) or `width` (H * D);
+            `config.NAME` is what it reads in the model's config and gets of its own.
         forward: name of the replacement forward this attention needs once cut (see modeling_slim.py).
         stock: config fields -> the same quantities, with which the unmodified class builds a uniform cut; empty: none.
+        optional: only some of the tower's blocks have it.
     """
 
     module: str
@@ -33,6 +35,7 @@ class Attention:
     patch: tuple[tuple[str, str], ...] = ()
     forward: str | None = None
     stock: tuple[tuple[str, str], ...] = ()
+    optional: bool = False
 
     @property
     def fields(self) -> tuple[tuple[str, str], ...]:
@@ -47,12 +50,15 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class Mlp:
-    """One MLP of a block: `rows` lose rows, `output` loses columns; `stock`: the config field of its width, if any."""
+    """One MLP of a block: `rows` lose rows (one, where gate and up are fused), `output` loses columns; `stock`: the
+    config field of its width, if any; `optional` as of an attention.
+    """
 
     rows: tuple[str, ...]
     output: str
     key: str = "mlp"
     stock: str | None = None
+    optional: bool = False
 
     @property
     def fields(self) -> tuple[tuple[str, str], ...]:
@@ -63,6 +69,49 @@ class Mlp:
     def exit(self) -> str:
         """As of an attention."""
         return self.output
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The experts of a block: gated MLPs of one width, of which a router, which stays as it is, picks some for a token.
+
+    Attributes:
+        module: path, in the block, of the module that has their weights, stacked.
+        chosen: field of the tower's config: experts that are picked for a token.
+        stock: the config field of their width, if any.
+        optional: as of an attention.
+    """
+
+    module: str
+    chosen: str
+    key: str = "experts"
+    stock: str | None = None
+    optional: bool = False
+
+    @property
+    def fields(self) -> tuple[tuple[str, str], ...]:
+        """As of an attention."""
+        return () if self.stock is None else ((self.stock, "per_head"),)
+
+    @property
+    def exit(self) -> str:
+        """As of an attention; here of the module that holds one for every expert."""
+        return self.module
+
+
+@dataclass(frozen=True, slots=True)
+class Mixer:
+    """What some blocks have in the place of an attention and is not cut inside: a convolution, a linear attention.
+
+    Attributes:
+        exit: as of an attention.
+    """
+
+    exit: str
+    optional: bool = True
+
+
+Part = Attention | Mlp | Experts | Mixer
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +127,7 @@ class Tower:
         states: field of the model's config with the index (or indices) of the hidden states that are read, 0 what goes
             into the first block; blocks behind the last of them are dead. None: the output of the last block is.
         listed: fields of its config with one entry per block, where the text model has them.
-        numbered: fields of its config, and attributes of the module that holds the blocks, that name some by number.
+        numbered: fields of its config, and attributes of the modules around the blocks, that name some by number.
         deepstack: where the model's config numbers the vision blocks whose outputs are added behind as many first
             language blocks: these can leave neither here nor there.
         first: (module, table, flag): the first block alone owns `table` of its `module`, and `flag` says that it does.
@@ -94,7 +143,7 @@ class Tower:
     modality: str
     config: str
     blocks: str
-    parts: tuple[Attention | Mlp, ...]
+    parts: tuple[Part, ...]
     states: str | None = None
     depth: tuple[str, ...] = ("num_hidden_layers",)
     listed: tuple[str, ...] = ("layer_types", "no_rope_layers")
@@ -110,6 +159,9 @@ class Tower:
     def fields(self) -> tuple[tuple[str, str], ...]:
         """As of an attention."""
         return tuple((name, "size") for name in self.depth)
+
+
+Stacks = Tower | tuple[Tower, ...]  # of a vision tower: one, or several after another
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +180,7 @@ class Export:
         image_output, text_output: what a dual encoder's graphs call their embeddings.
         flat_config: clients read the sizes of the text model at the top of config.json.
         genai: the model type under which onnxruntime-genai knows this model, if it does.
+        refused: why no graph of it can be made; None: one can.
     """
 
     vision: str = "pooled"
@@ -142,6 +195,7 @@ class Export:
     text_output: str = "text_embeds"
     flat_config: bool = False
     genai: str | None = None
+    refused: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,11 +230,13 @@ class Text:
         towers: its stacks of blocks.
         kind: `decoder` or `encoder-decoder`.
         base: what the class with the language model's head calls the module that it is put on; empty: it has none.
+        ungraphed: why no graph of it can be made; None: one can.
     """
 
     towers: tuple[Tower, ...]
     kind: str = "decoder"
     base: str = "model"
+    ungraphed: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from slimvlm.compress.models.families.mixed import MIXED_TEXTS
 from slimvlm.compress.models.families.parts import ENCODER, GATED_MLP, GQA, GQA_HIDDEN, HEADS, PLAIN_MLP, SEPARATE
 from slimvlm.compress.models.families.rows import Attention, Mlp, Text, Tower
 
@@ -106,6 +107,7 @@ TEXTS: dict[str, Text] = {
     "qwen2_vl_text": QWEN2_VL,
     "qwen2_5_vl_text": QWEN2_VL,
     "qwen3_vl_text": _decoder(GQA, GATED_MLP, deepstack="vision_config.deepstack_visual_indexes"),
+    **MIXED_TEXTS,
     "clip_text_model": CLIP_TEXT,
     "siglip_text_model": CLIP_TEXT,
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from slimvlm.compress.models.families.mixed import MIXED_TOWERS
 from slimvlm.compress.models.families.parts import (
     ENCODER,
     FUSED,
@@ -16,7 +17,7 @@ from slimvlm.compress.models.families.parts import (
     SEPARATE,
     UNSIZED_MLP,
 )
-from slimvlm.compress.models.families.rows import Attention, Mlp, Tower
+from slimvlm.compress.models.families.rows import Attention, Mlp, Stacks, Tower
 
 
 def _vision(blocks: str, *parts: Attention | Mlp, before: tuple[str, ...] = ()) -> Tower:
@@ -85,7 +86,7 @@ GOT_OCR2 = _vision(
     Mlp(("mlp.lin1",), "mlp.lin2", stock="mlp_dim"),
 )
 
-TOWERS: dict[str, Tower] = {
+TOWERS: dict[str, Stacks] = {
     "clip_vision_model": CLIP,
     "siglip_vision_model": SIGLIP,
     "mlcd_vision_model": CLIP,
@@ -114,4 +115,7 @@ TOWERS: dict[str, Tower] = {
     "cosmos3_edge_vision": VIT,
     "video_llama_3_vision": VIT,
     "granite_docling_vision": VIT,
+    "qwen3_vl_moe_vision": QWEN3,
+    "qwen3_5_vision": replace(QWEN3, numbered=(), deepstack=None),
+    **MIXED_TOWERS,
 }

@@ -16,10 +16,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import Transpose, WeightConverter, WeightRenaming, rename_source_key
 
 from slimvlm.compress.errors import CheckpointError
 from slimvlm.compress.models.checkpoint import build_meta, weight_files
+from slimvlm.compress.models.experts import stacked_names, together
 from slimvlm.compress.models.loaders import stored_weights
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.slicing.cuts import Cut, complement, find_cuts, matching_groups
@@ -56,6 +57,7 @@ class Slices:
         self._folder = Path(folder)
         dense, family = build_meta(folder)
         self._shapes, self._cuts = {}, {}
+        stacked = stacked_names(dense)
         for group in matching_groups(dense, family, plan):
             for cut in find_cuts(group, torch.tensor(plan.keep[group.key], dtype=torch.int64)):
                 shape = tuple(dense.get_parameter(f"{cut.path}.weight").shape)
@@ -63,9 +65,14 @@ class Slices:
                     path = place(cut.path, family, plan)
                     self._check_cut(path, model, cut, shape)
                     self._shapes[path], self._cuts[path] = shape, cut
-        self._stored = find_tensors(self._folder, dense)
+        found = find_tensors(self._folder, dense)
+        self._stored = {}
         for cut in self._cuts.values():
-            if f"{cut.path}.weight" not in self._stored:
+            name = f"{cut.path}.weight"
+            whole, entry = stacked.get(name, (name, None))
+            if whole in found:
+                self._stored[name] = (*found[whole], entry)
+            else:
                 raise CheckpointError(
                     f"{folder}: {cut.path}.weight is not stored as one tensor; load the checkpoint and save it once "
                     "with slimvlm or transformers, then cut the saved one"
@@ -80,13 +87,17 @@ class Slices:
         cut = self._cuts.get(path)
         if cut is None:
             return Recalled()
-        file, name = self._stored[f"{cut.path}.weight"]
+        file, name, entry = self._stored[f"{cut.path}.weight"]
         try:
             with safe_open(file, "pt") as opened:
-                view = opened.get_slice(name)
-                if tuple(view.get_shape()) != self._shapes[path]:
-                    raise CheckpointError(f"{file}: {name} is {view.get_shape()}, not {list(self._shapes[path])}")
-                return _read(view, cut)
+                view, shape = opened.get_slice(name), self._shapes[path]
+                if entry is not None:
+                    view = view[entry]
+                    view = view if tuple(view.shape) == shape else view.T
+                found = tuple(view.get_shape() if entry is None else view.shape)
+                if found != shape:
+                    raise CheckpointError(f"{file}: {name} is {list(found)}, not {list(shape)}")
+                return _read(view, cut, shape)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{file}: {name} cannot be read ({error}); copy or download it again") from error
 
@@ -105,26 +116,34 @@ class Slices:
 def find_tensors(folder: Path, model: PreTrainedModel) -> dict[str, tuple[Path, str]]:
     """Where the weights of `model` (the dense one; the meta device is enough) are: name -> (file, name in the file).
 
-    Weights that transformers computes from several stored tensors are left out.
+    Weights that transformers computes from several stored tensors are left out. Experts are stacked, as the unmodified
+    class has them, and may lie there transposed.
     """
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    known, prefix = model.state_dict(), model.base_model_prefix
+    turned = {
+        pattern
+        for rule in converters
+        if all(isinstance(step, Transpose) for step in rule.operations)
+        for pattern in rule.source_patterns
+    }
+    with together(model):
+        known, prefix = model.state_dict(), model.base_model_prefix
     found = {}
     for file in weight_files(folder):
         for stored in stored_weights(file):
             name, converter = rename_source_key(stored, renamings, converters, prefix, known)
             if name not in known and stored in known:
                 name, converter = rename_source_key(stored, [], [], prefix, known)
-            if converter is None:
+            if converter is None or converter in turned:
                 found[name] = (file, stored)
     return found
 
 
-def _read(view: Any, cut: Cut) -> Recalled:  # of safetensors, which gives it no type
+def _read(view: Any, cut: Cut, shape: tuple[int, int]) -> Recalled:  # of safetensors, which gives it no type
     """Of a one-sided cut only what was pruned is read; cut on both, the matrix is read once and taken apart at once."""
-    height, width = view.get_shape()
+    height, width = shape
     if cut.rows is not None and cut.columns is not None:
         blocks = gather_blocks(view[:], cut.rows, cut.columns)
         return Recalled(blocks.pruned_rows, blocks.pruned_cols)

@@ -9,7 +9,8 @@ from torch import nn
 
 from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.models.families import Attention, Family, find_family
-from slimvlm.compress.models.groups import depths_of, resolve
+from slimvlm.compress.models.groups import depths_of
+from slimvlm.compress.models.projections import resolve
 from slimvlm.compress.recovery.distillation.recipe import Recipe
 
 

@@ -23,6 +23,7 @@ class AngleHistograms(Collector):
     def start(self) -> None:
         self.counts: dict[str, Tensor] = {}
         self._norms: dict[str, Tensor] = {}
+        self._sent = {side.path for side in self.sides if side.expert is not None}  # some experts may see no token
         for side in self.sides:
             if side.stream is not None and 0 in side.dims:
                 weight = side.module.weight.detach()
@@ -46,7 +47,8 @@ class AngleHistograms(Collector):
         result = {}
         for path, counts in self.counts.items():
             reduce(counts, "sum")
-            if not counts.any():
+            seen = counts.any()
+            if not (seen or path in self._sent):
                 raise CalibrationError(f"{path} saw no token of the calibration samples; check that they hold text")
-            result[path] = histogram_entropy(counts).cpu()
+            result[path] = histogram_entropy(counts).cpu() if seen else torch.zeros(len(counts))
         return result

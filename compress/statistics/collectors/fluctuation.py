@@ -43,9 +43,12 @@ class Fluctuation(Collector):
 
     def finish(self, reduce: Reduce) -> dict[str, Tensor]:
         result = {}
-        for path, sums in self.sums.items():
+        for side in (side for side in self.sides if side.path in self.sums):
+            path, sums = side.path, self.sums[side.path]
             reduce(sums, "sum")
             number, total, squares = sums
+            if side.expert is not None and number[0] < 2:  # no token was sent to it, or a single one
+                number = number + 2
             variance = (squares - total * total / number) / (number - 1)
             if not variance.isfinite().all():
                 raise CalibrationError(f"the inputs of {path} are not finite, or fewer than two; check the data")

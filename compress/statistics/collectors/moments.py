@@ -43,8 +43,11 @@ class Moments(Collector):
     @torch.no_grad()
     def _add(self, side: Side, _: nn.Linear, inputs: tuple[Tensor, ...]) -> None:
         tokens = inputs[0].flatten(0, -2)
-        if side.stream is not None and self.mask_of(side, len(tokens)) is not None:
-            tokens = tokens.index_select(0, self._counted[self.chosen_for(side.stream, side.block)])
+        mask = self.mask_of(side, len(tokens))
+        if mask is not None and side.expert is not None:
+            tokens = tokens[mask]
+        elif mask is not None:
+            tokens = tokens.index_select(0, self._counted[self.chosen_for(str(side.stream), side.block)])
         tokens = tokens.float()
         self.seen[side.path].addmm_(tokens.T, tokens)
         self.seen[f"{side.path}:sum"] += tokens.sum(0)

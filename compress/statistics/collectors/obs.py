@@ -51,6 +51,8 @@ class Surgeon(Moments):
 
     def _values(self, side: Side, products: Tensor, total: Tensor, count: Tensor) -> Tensor:
         """Of the units of `side`, fp64 [units]."""
+        if side.expert is not None and not count:  # no token was sent to it
+            return products.new_zeros(len(products) // side.unit, dtype=torch.float64)
         if not (count and products.isfinite().all()):
             raise CalibrationError(f"the inputs of {side.path} are not finite, or there are none; check the data")
         weight = side.module.weight.detach().double()

@@ -22,7 +22,8 @@ from slimvlm.compress.criteria.scoring import Scores, score_groups
 from slimvlm.compress.errors import InfeasibleBudgetError
 from slimvlm.compress.models.families import FAMILIES, TEXTS, find_family
 from slimvlm.compress.models.families.parts import GATED_MLP
-from slimvlm.compress.models.groups import Group, Member, count_parameters, find_groups
+from slimvlm.compress.models.groups import Group, count_parameters, find_groups
+from slimvlm.compress.models.projections import Member
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.slicing.apply import apply_plan
 

@@ -13,7 +13,8 @@ from slimvlm.compress.errors import CalibrationError
 from slimvlm.compress.files.writing import load_tensors
 from slimvlm.compress.models.families import TEXTS
 from slimvlm.compress.models.families.parts import ENCODER, GATED_MLP
-from slimvlm.compress.models.groups import Group, Member
+from slimvlm.compress.models.groups import Group
+from slimvlm.compress.models.projections import Member
 from slimvlm.compress.statistics.loss import poorly_fitted_loss
 
 TAYLOR, UKMI = CRITERIA["taylor"], CRITERIA["ukmi"]
@@ -31,7 +32,9 @@ def mlp_group(size: int, weights: int, modality: str = "language", gated: bool =
 
 def attention_group(heads: int, kv_heads: int, head_dim: int, unit: str, hidden: int = 3, fused: bool = False) -> Group:
     if fused:
-        members = [Member("qkv", 0, "query", head_dim, part, 3) for part in range(3)]
+        members = [
+            Member("qkv", 0, kind, head_dim, part * heads * head_dim) for part, kind in enumerate(("query", "kv", "kv"))
+        ]
     else:
         members = [Member(name, 0, "query" if name == "q" else "kv", head_dim) for name in "qkv"]
     members.append(Member("o", 1, "query", head_dim))

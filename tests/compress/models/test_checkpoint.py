@@ -16,7 +16,7 @@ import transformers
 from outputs import greedy_tokens, logits
 from plans import random_plan
 from safetensors.torch import load_file, save_file
-from tiny_models import FACTORIES, tiny_model
+from tiny_models import EVERY, tiny_model
 from tiny_processors import tiny_processor
 
 import slimvlm
@@ -27,6 +27,8 @@ from slimvlm.compress.plan import Plan
 from slimvlm.compress.slicing.apply import apply_plan
 
 DUAL = ("clip", "siglip")
+# Stacked experts are computed by another kernel; odd widths by one that depends on where the weights lie.
+ROUNDED = {"qwen3_vl_moe": 1e-5, "lfm2_vl": 1e-5}
 SHARD = "60KB"  # several shards per tiny model
 
 
@@ -54,7 +56,7 @@ def refused(folder, words):
 def saved(tmp_path_factory):
     """Every family cut, saved in shards, with a batch and what the model in memory answered."""
     root = tmp_path_factory.mktemp("saved")
-    for name in FACTORIES:
+    for name in EVERY:
         model, batch, _ = save_slim(root / name, name, max_shard_size=SHARD)
         answers = {"logits": logits(model, batch).contiguous()}
         if name not in DUAL:
@@ -118,27 +120,27 @@ def plainly_loaded(saved, tmp_path_factory):
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("name", FACTORIES)
+@pytest.mark.parametrize("name", EVERY)
 def test_slimvlm_load_gives_identical_logits_and_tokens(saved, name):
     model, processor = slimvlm.load(saved / name)
     batch, answers = load_file(saved / f"{name}.batch"), load_file(saved / f"{name}.answers")
     assert len(list((saved / name).glob("*.safetensors"))) > 1
     assert processor is None
     assert not model.training
-    assert torch.equal(logits(model, batch), answers["logits"])
+    assert (logits(model, batch) - answers["logits"]).abs().max() <= ROUNDED.get(name, 0)
     if name not in DUAL:
         assert greedy_tokens(model, batch, 3) == answers["tokens"].tolist()
 
 
-@pytest.mark.parametrize("name", FACTORIES)
+@pytest.mark.parametrize("name", EVERY)
 def test_plain_transformers_loads_it_where_slimvlm_is_not_importable(plainly_loaded, name):
     found = plainly_loaded[name]
     assert found["class"].startswith("Slim")
     assert found["keys"] == []
-    assert found["error"] == 0
+    assert found["error"] <= ROUNDED.get(name, 0)
     assert found.get("tokens", True)
     assert found["half"] == ["torch.bfloat16"]
-    assert found["again"] == 0  # what plain save_pretrained writes loads again
+    assert found["again"] <= ROUNDED.get(name, 0)  # what plain save_pretrained writes loads again
 
 
 @pytest.mark.parametrize("name", ["llava", "clip"])

@@ -11,14 +11,14 @@ import transformers as tf
 from plans import random_plan
 from tiny.texts import TEXTS as tiny_texts
 from tiny.towers import TOWERS as tiny_towers
-from tiny_models import COVERING, FACTORIES, tiny_model
+from tiny_models import COVERING, EVERY, tiny_model
 
 from slimvlm.compress.errors import UnsupportedModelError
-from slimvlm.compress.models.families import FAMILIES, TEXTS, TOWERS, Attention, find_family
-from slimvlm.compress.models.groups import count_parameters
+from slimvlm.compress.models.families import FAMILIES, TEXTS, TOWERS, Attention, Mixer, find_family
+from slimvlm.compress.models.groups import count_parameters, find_groups
 from slimvlm.compress.slicing.apply import apply_plan
 
-NAMES = [*FACTORIES, *COVERING]
+NAMES = [*EVERY, *COVERING]
 
 
 def config_of(model, tower):
@@ -51,27 +51,21 @@ def test_a_config_finds_its_own_row(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_paths_resolve_and_sizes_are_those_of_the_config(name):
     model = tiny_model(name).model
-    for tower in find_family(model.config).towers:
-        config = config_of(model, tower)
-        blocks = model.get_submodule(tower.blocks)
-        layers = "num_decoder_layers" if tower.name == "decoder" else "num_hidden_layers"
-        assert len(blocks) == first_of(config, layers, "depth")
-        heads = first_of(config, "num_attention_heads", "num_heads")
-        for block in blocks:
-            for part in tower.parts:
-                if isinstance(part, Attention):
-                    module = block.get_submodule(part.module)
-                    head_dim = getattr(module, part.head_dim)
-                    rows = [module.get_submodule(path).weight.shape[0] for path in part.rows]
-                    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-                    expected = [3 * heads] if len(rows) == 1 else [heads, kv_heads, kv_heads]
-                    assert rows == [count * head_dim for count in expected]
-                    assert module.get_submodule(part.output).weight.shape[1] == heads * head_dim
-                else:
-                    width = {block.get_submodule(path).weight.shape[0] for path in part.rows}
-                    assert width == {block.get_submodule(part.output).weight.shape[1]}
-                    if part.stock:
-                        assert width == {getattr(config, part.stock)}
+    family = find_family(model.config)
+    for tower in family.towers:
+        assert len(model.get_submodule(tower.blocks)) == getattr(config_of(model, tower), tower.depth[0])
+    found = set()
+    for group in find_groups(model, family, dead=True):
+        config, part = config_of(model, group.home), group.part
+        if isinstance(part, Attention):
+            heads = first_of(config, "num_attention_heads", "num_heads")
+            assert (group.size, group.kv_heads) == (heads, getattr(config, "num_key_value_heads", None) or heads)
+        elif part.stock:
+            width = group.heads_per_kv if group.kv_heads else group.size
+            assert width == getattr(config, part.stock)
+        found.add((group.tower, part.key))
+    parts = [(tower.name, part) for tower in family.towers for part in tower.parts]
+    assert found == {(tower, part.key) for tower, part in parts if not isinstance(part, Mixer)}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -14,7 +14,7 @@ from outputs import logits
 from plans import random_plan
 from recalled import SMALL, literal, make_case, randomise, trainable
 from safetensors import safe_open
-from tiny_models import FACTORIES, tiny_model
+from tiny_models import EVERY, FACTORIES, tiny_model
 
 from slimvlm.compress.errors import CheckFailedError, CheckpointError, UnsuitableOptionError
 from slimvlm.compress.models.checkpoint import Loaded, load_model
@@ -33,7 +33,7 @@ from slimvlm.compress.recovery.adapters.slices import Slices
 from slimvlm.compress.slicing.apply import apply_plan
 
 
-@pytest.mark.parametrize("name", FACTORIES)
+@pytest.mark.parametrize("name", EVERY)
 def test_attaching_changes_no_output_and_trains_factors_only(tmp_path, name):
     case = make_case(tmp_path, name)
     before = case.outputs()
@@ -52,7 +52,7 @@ def test_attaching_changes_no_output_and_trains_factors_only(tmp_path, name):
     assert any(len(one.lora_rows_A) + len(one.lora_columns_A) == 0 for one in layers.values())  # lost nothing
 
 
-@pytest.mark.parametrize("name", FACTORIES)
+@pytest.mark.parametrize("name", EVERY)
 def test_merging_keeps_the_outputs_and_leaves_no_trace(tmp_path, name):
     case = make_case(tmp_path, name)
     kinds, names, config = (
@@ -90,7 +90,7 @@ def uniform(model):
     return choose
 
 
-@pytest.mark.parametrize("name", FACTORIES)
+@pytest.mark.parametrize("name", EVERY)
 def test_merging_keeps_the_stock_layout(tmp_path, name):
     case = make_case(tmp_path, name, uniform(tiny_model(name).model), "stock")
     save_checkpoint(tmp_path / "cut", case.model, None, case.plan, "stock")

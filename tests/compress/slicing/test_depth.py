@@ -13,7 +13,7 @@ from exports import export_tiny
 from outputs import greedy_tokens, logits
 from plans import keep_blocks, make_plan, random_plan
 from recalled import SMALL, randomise
-from tiny_models import FACTORIES, IMAGE_TOKEN, TEXT, reading, tiny_model
+from tiny_models import EVERY, FACTORIES, IMAGE_TOKEN, TEXT, reading, tiny_model
 from tiny_processors import tiny_processor
 
 from slimvlm.compress.allocate.budget import Budget, plan_units
@@ -44,7 +44,7 @@ def last_block(group):
     return [group.blocks[-1].index]
 
 
-@pytest.fixture(scope="module", params=FACTORIES)
+@pytest.fixture(scope="module", params=EVERY)
 def case(request):
     """A family's tiny model without the first block of every tower that can leave."""
     tiny = tiny_model(request.param, "sdpa")

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from outputs import greedy_tokens, logits, sure_tokens
 from plans import make_plan, random_choice, random_plan
-from tiny_models import FACTORIES, tiny_model
+from tiny_models import EVERY, tiny_model
 
 from slimvlm.compress.errors import CheckpointError
 from slimvlm.compress.models.checkpoint import load_model
@@ -25,7 +25,8 @@ from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.compress.slicing.mask import mask_plan
 
-GENERATING = [name for name in FACTORIES if name not in ("clip", "siglip")]
+GENERATING = [name for name in EVERY if name not in ("clip", "siglip")]
+TOLERANCES = {"qwen3_5": 1e-4}  # its linear attention divides by norms of its queries and keys
 GROUPED = [name for name in GENERATING if not name.startswith("blip2")]
 
 
@@ -42,7 +43,7 @@ def same_weights(left, right):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", FACTORIES)
+@pytest.mark.parametrize("name", EVERY)
 def test_cut_equals_mask_for_another_width_in_every_layer(name, attention):
     tiny = tiny_model(name, attention)
     batch = tiny.inputs(2)
@@ -50,7 +51,7 @@ def test_cut_equals_mask_for_another_width_in_every_layer(name, attention):
     cut, masked = cut_and_masked(tiny, plan)
     assert count_parameters(cut) == plan.parameters_after < plan.parameters_before
     expected = logits(masked, batch)
-    assert (logits(cut, batch) - expected).abs().max() <= 1e-5
+    assert (logits(cut, batch) - expected).abs().max() <= TOLERANCES.get(name, 1e-5)
     assert (logits(tiny.model, batch) - expected).abs().max() > 1e-2  # the plan does remove something
     if name in GENERATING:
         assert greedy_tokens(cut, batch, 3) == greedy_tokens(masked, batch, 3)
@@ -77,7 +78,7 @@ def test_cut_equals_mask_when_kv_heads_are_shared(name, unit):
     assert (logits(cut, batch) - logits(masked, batch)).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("name", FACTORIES)
+@pytest.mark.parametrize("name", EVERY)
 def test_two_cuts_equal_the_composed_plan(name):
     tiny = tiny_model(name, "sdpa")
     first = random_plan(tiny.model, seed=4)
@@ -92,14 +93,14 @@ def test_two_cuts_equal_the_composed_plan(name):
     assert (logits(once, batch) - logits(twice, batch)).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("name", FACTORIES)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_plan_that_keeps_everything_changes_nothing(name):
     tiny = tiny_model(name)
     before, expected = weights(tiny.model), logits(tiny.model, tiny.inputs(1))
     cut = apply_plan(tiny.model, make_plan(tiny.model, lambda group: range(group.size)))
     left = cut.state_dict()
     assert same_weights({name: before[name] for name in left}, left)
-    unread = name in ("llava", "llava_dinov2", "llava_next")  # nobody reads their last vision block
+    unread = name.startswith("llava") and name != "llava_onevision"  # nobody reads their last vision block
     assert len(left) == len(before) or unread
     assert torch.equal(logits(cut, tiny.inputs(1)), expected)
 
@@ -189,7 +190,7 @@ def test_the_dense_tensors_are_freed():
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="mappings are listed in /proc")
-@pytest.mark.parametrize("name", sorted(FACTORIES))
+@pytest.mark.parametrize("name", sorted(EVERY))
 def test_a_model_that_is_cut_leaves_the_dense_file_with_the_same_weights(name, tmp_path):
     dense = tiny_model(name).model
     save_checkpoint(tmp_path / "dense", dense, None, None)

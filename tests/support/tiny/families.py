@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 import transformers as tf
+from tiny import mixed
 from tiny.joins import JOINS, Built, one_image
 from tiny.sizes import IMAGE_TOKEN, ROPE, TEXT, VISION, VOCAB, decoder_batch, pixels, text_ids
 from tiny.texts import TEXTS
@@ -140,4 +141,12 @@ FACTORIES: dict[str, Callable[[], Built]] = {
     "blip2_t5": lambda: _blip2("t5"),
     "clip": lambda: _dual(tf.CLIPModel, tf.CLIPConfig),
     "siglip": lambda: _dual(tf.SiglipModel, tf.SiglipConfig),
+}
+MIXED: dict[str, Callable[[], Built]] = {  # blocks of several kinds, or projections that share a linear
+    "glm4v": lambda: mixed.glm4v(QWEN_IDS, _qwen_inputs),
+    "qwen3_5": lambda: mixed.qwen3_5(QWEN_IDS, _qwen_inputs),
+    "qwen3_vl_moe": lambda: mixed.qwen3_vl_moe(QWEN_IDS, _qwen_inputs),
+    "lfm2_vl": mixed.lfm2_vl,
+    "mllama": mixed.mllama,
+    "llava (clip, phi3)": lambda: JOINS["llava"]("clip_vision_model", "phi3"),
 }

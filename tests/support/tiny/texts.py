@@ -39,6 +39,7 @@ TEXTS: dict[str, Callable[[], tf.PreTrainedConfig]] = {
     "nemotron": lambda: tf.NemotronConfig(**TEXT),
     "phi": lambda: tf.PhiConfig(**TEXT),
     "starcoder2": lambda: tf.Starcoder2Config(**TEXT),
+    "phi3": lambda: tf.Phi3Config(**TEXT),
     "opt": lambda: tf.OPTConfig(
         vocab_size=VOCAB,
         hidden_size=32,

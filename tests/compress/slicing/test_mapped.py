@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from slimvlm.compress.models.mapped import leave_files
+from slimvlm.compress.slicing.mapped import leave_files
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/pagemap").is_file(), reason="pages are listed in /proc")
 
