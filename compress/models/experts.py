@@ -43,6 +43,8 @@ class ExpertsApart(nn.ModuleList):
         chosen: experts that the router picks for a token.
     """
 
+    stacked: Any
+
     def __init__(self, stacked: Any, chosen: int) -> None:
         rows, output = stacked.gate_up_proj.detach(), stacked.down_proj.detach()
         super().__init__(Expert(*pair) for pair in zip(rows, output, strict=True))
@@ -59,6 +61,7 @@ class ExpertsApart(nn.ModuleList):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Args: [tokens, C], the experts of every token and their weights, [tokens, chosen]."""
         result = torch.zeros_like(hidden_states)
+        expert: Any  # an Expert, or what peft has made of one
         for number, expert in enumerate(self):
             token, place = torch.where(top_k_index == number)
             expert.reads = (top_k_index == number).any(1)
@@ -70,12 +73,13 @@ class ExpertsApart(nn.ModuleList):
 
     def together(self) -> nn.Module:
         """Transformers' module again; this one is to be thrown away."""
-        learns = self[0].down_proj.weight.requires_grad
+        learns = next(self.parameters()).requires_grad
         for name in (ROWS, OUTPUT):
             weights = torch.stack([expert.get_parameter(f"{name}.weight").detach() for expert in self])
             setattr(self.stacked, name, nn.Parameter(weights, requires_grad=learns))
         self.stacked.intermediate_dim = self.stacked.down_proj.shape[2]
-        return self.stacked
+        stacked: nn.Module = self.stacked
+        return stacked
 
 
 def take_apart(model: nn.Module, family: Family) -> None:

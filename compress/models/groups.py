@@ -74,7 +74,7 @@ class Group:
 
     home: Tower
     layer: int
-    part: Attention | Mlp | Tower
+    part: Attention | Mlp | Experts | Tower
     path: str
     size: int
     unit: str

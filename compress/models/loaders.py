@@ -148,7 +148,8 @@ def build_empty(folder: Path, config: transformers.PreTrainedConfig, family: Fam
     model_class = _model_class(config, family)
     with foreign(f"{folder}: the model cannot be built"), _quiet(), torch.device("meta"):
         model: PreTrainedModel = model_class(config)
-    take_apart(model, family)
+    if family is not None:
+        take_apart(model, family)
     return model
 
 

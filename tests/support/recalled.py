@@ -11,6 +11,7 @@ from plans import make_plan
 from tiny_models import Tiny, tiny_model
 from torch import nn
 
+from slimvlm.compress.models.experts import together
 from slimvlm.compress.options import LowRank
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.recovery.adapters.recall import RecallVariant, attach, recall_layers
@@ -62,14 +63,15 @@ def half(group):
     """Half of a group; of the first layers' MLPs nothing is cut."""
     if group.kind == "mlp" and group.layer == 0:
         return range(group.size)
-    if group.unit == "query-slot":
+    if group.slots:
         return range(0, group.size, 2)
     return range(group.size // 2)
 
 
 def make_case(folder, name="llava", choose=half, layout="per-layer", dtype=torch.float32) -> Case:
     tiny = tiny_model(name)
-    tiny.model.to(dtype).save_pretrained(folder / "dense")
+    with together(tiny.model.to(dtype)):
+        tiny.model.save_pretrained(folder / "dense")
     plan = make_plan(tiny.model, choose, layout=layout)
     # Frozen beforehand: torch's own MultiheadAttention (SigLIP's pooling) rounds differently once nothing is trained.
     model = apply_plan(tiny.model, plan).requires_grad_(False)

@@ -18,6 +18,7 @@ from slimvlm.compress.models.discovery.probing import Probe
 from slimvlm.compress.models.discovery.proving import prove
 from slimvlm.compress.models.families import TEXTS, TOWERS, Attention, Export, Family, Join, Text, Tower
 from slimvlm.compress.models.families.compose import join_rows, model_type_of
+from slimvlm.compress.models.families.rows import Stacks
 
 STATES = ("vision_feature_layers", "vision_feature_layer")  # what configs call the states of the tower that are read
 COUNTS = ("layers", "depth", "blocks")  # in names of config fields that count blocks
@@ -34,7 +35,7 @@ class Discovery:
 
     keys: tuple[str, str, str]
     join: Join
-    tower: Tower
+    tower: Stacks
     text: Text
     unknown: tuple[str, ...]
 
@@ -85,7 +86,7 @@ def discover(model: PreTrainedModel, afresh: bool = False) -> Discovery:
     root = f"{join.language}.{base}".rstrip(".") if join.headed else join.language
     towers = (_tower(model, stack, (name, root), unknown) for name, stack in zip(names, text, strict=False))
     found = known_text or Text(tuple(towers), _kind(model.config.text_config), base)
-    if not tower.depth:
+    if isinstance(tower, Tower) and not tower.depth:
         join = replace(join, states=None)  # blocks that nobody reads could not leave
     unknown += _shared(model, stacks)
     return Discovery((model_type, tower_type, text_type), join, tower, found, tuple(unknown))

@@ -115,6 +115,7 @@ TOWERS: dict[str, Stacks] = {
     "cosmos3_edge_vision": VIT,
     "video_llama_3_vision": VIT,
     "granite_docling_vision": VIT,
+    "siglip2_vision_model": SIGLIP,
     "qwen3_vl_moe_vision": QWEN3,
     "qwen3_5_vision": replace(QWEN3, numbered=(), deepstack=None),
     **MIXED_TOWERS,

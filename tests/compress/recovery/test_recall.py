@@ -85,7 +85,7 @@ def uniform(model):
     def choose(group):
         if not group.part.fields or (pooled and group.tower == "vision"):
             return range(group.size)
-        return range(0, group.size, 2) if group.unit == "query-slot" else range(group.size // 2)
+        return range(0, group.size, 2) if group.slots else range(group.size // 2)
 
     return choose
 
