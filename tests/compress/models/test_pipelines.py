@@ -10,12 +10,12 @@ from tiny_models import tiny_model
 from tiny_processors import PROCESSORS, tiny_image, tiny_processor
 
 import slimvlm
+from slimvlm.compress.errors import MissingDependencyError
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.slicing.apply import apply_plan
 
 LABELS = ["cat", "dog", "red fox"]
-FINDS_PLACES = ("blip2_opt", "blip2_t5", "paligemma")  # their processors have no chat template
 # What stock checkpoints answer is tested for every family in test_stock.py; here one of each kind.
 STOCK = [(name, "stock") for name in ("llava", "qwen2_5_vl", "paligemma", "blip2_opt", "blip2_t5", "clip")]
 
@@ -31,26 +31,27 @@ def whole(name):
 
 
 def saved(folder, name, layout):
-    """A cut tiny model and how its processor is named to a pipeline: by the folder, or itself where torchvision is
-    needed to read it from there.
+    """A cut tiny model, and how a pipeline gets its processor: from the folder, or as it is where that cannot be saved
+    or read from there without torchvision.
     """
-    model, processor, given = whole(name), tiny_processor(name), {}
+    model, processor = whole(name), tiny_processor(name)
     plan = random_plan(model, seed=1) if layout == "per-layer" else uniform_plan(model, "kv-group")
+    apply_plan(model, plan)
     try:
-        save_checkpoint(folder, apply_plan(model, plan), processor, plan, layout)
-    except AttributeError:  # a processor without its video part cannot be saved
-        given = {"processor": processor}
-    if given:
-        save_checkpoint(folder.with_name("bare"), model, None, plan, layout)
-        folder = folder.with_name("bare")
-    return folder, given
+        save_checkpoint(folder, model, processor, plan, layout)
+        slimvlm.load(folder)
+        return folder, {}
+    except (AttributeError, MissingDependencyError):
+        bare = folder.with_name("bare")
+        save_checkpoint(bare, model, None, plan, layout)
+        return bare, {"processor": processor}
 
 
-def said(run, name, contrastive):
+def said(run, processor, contrastive):
     image = tiny_image()
     if contrastive:
         return run(image, candidate_labels=LABELS, hypothesis_template="a {}")
-    if name in FINDS_PLACES:
+    if getattr(processor, "chat_template", None) is None:
         return run(images=image, text="what is it ?", max_new_tokens=3, do_sample=False, return_full_text=False)
     content = [{"type": "image", "image": image}, {"type": "text", "text": "what is it ?"}]
     chat = [{"role": "user", "content": content}]
@@ -73,7 +74,7 @@ def test_a_pipeline_takes_what_load_gives_and_the_folder_itself(tmp_path, monkey
     code = {"trust_remote_code": True} if layout == "per-layer" else {}
     by_folder = transformers.pipeline(task, model=str(folder), **given, **code, device="cpu")
     assert type(by_folder.model).__name__.startswith("Slim") == (layout == "per-layer")
-    one, other = (said(run, name, contrastive) for run in (by_load, by_folder))
+    one, other = (said(run, processor, contrastive) for run in (by_load, by_folder))
     if contrastive:
         assert one == other and {row["label"] for row in one} == set(LABELS)
     else:
