@@ -18,7 +18,7 @@ def default(config: Any, pixels: Tensor, takes: set[str]) -> dict[str, Tensor]:
     if "image_sizes" in takes and getattr(config, "image_grid_pinpoints", None):
         return tiles(config, pixels)
     if "image_sizes" in takes:
-        return {"pixel_values": pixels[None], "image_sizes": torch.tensor([[SIDE, SIDE]])}
+        return sized(config, pixels)
     if "pixel_attention_mask" in takes:
         mask = torch.ones(1, 1, SIDE, SIDE, dtype=torch.long)
         return {"pixel_values": pixels[None, None], "pixel_attention_mask": mask}
@@ -54,9 +54,7 @@ def square_patches(config: Any, pixels: Tensor) -> dict[str, Tensor]:
 
 def flat(config: Any, pixels: Tensor) -> dict[str, Tensor]:
     """Patches [1, 16, 48] in the order of their pixels (Fuyu)."""
-    size = config.patch_size
-    patches = pixels.unfold(1, size, size).unfold(2, size, size).flatten(1, 2)
-    return {"pixel_values": patches.permute(1, 2, 3, 0).flatten(1)[None]}
+    return {"pixel_values": _patches(pixels, config.patch_size)[None]}
 
 
 def two_sizes(config: Any, pixels: Tensor) -> dict[str, Tensor]:
@@ -72,6 +70,42 @@ def listed(config: Any, pixels: Tensor) -> dict[str, Tensor]:
 def merged(config: Any, pixels: Tensor) -> dict[str, Tensor]:
     """A grid of patches, and how many of them become one."""
     return {**grid(config, pixels), "image_merge_sizes": torch.tensor([2])}
+
+
+def sized(config: Any, pixels: Tensor) -> dict[str, Tensor]:
+    """Pixels and their size."""
+    return {"pixel_values": pixels[None], "image_sizes": torch.tensor([[SIDE, SIDE]])}
+
+
+def placed(config: Any, pixels: Tensor) -> dict[str, Tensor]:
+    """Flat patches [1, N, P * P * 3] and the column and row of each (Gemma 4)."""
+    size = 8 if config.model_type == "gemma4_unified" else 4
+    side = SIDE // size
+    places = torch.stack([torch.arange(side).repeat(side), torch.arange(side).repeat_interleave(side)], dim=-1)
+    return {"pixel_values": _patches(pixels, size)[None], "image_position_ids": places[None]}
+
+
+def in_a_row(config: Any, pixels: Tensor) -> dict[str, Tensor]:
+    """Patches side by side [1, 3, 4, 64] and how many rows and columns they are (MiniCPM-V)."""
+    strip = pixels.unfold(1, 4, 4).unfold(2, 4, 4).permute(0, 3, 1, 2, 4).flatten(2)
+    return {"pixel_values": strip[None], "target_sizes": torch.tensor([[4, 4]], dtype=torch.int32)}
+
+
+def pooled(config: Any, pixels: Tensor) -> dict[str, Tensor]:
+    """Patches of one crop [1, 16, 48], and which four of them become one (Molmo 2)."""
+    order = torch.arange(16).view(2, 2, 2, 2).transpose(1, 2).reshape(4, 4)
+    grids = torch.tensor([[2, 2, 0, 0]])
+    return {"pixel_values": _patches(pixels, 4)[None], "image_token_pooling": order, "image_grids": grids}
+
+
+def _patches(pixels: Tensor, size: int) -> Tensor:
+    """[N, size * size * 3], row by row."""
+    return pixels.unfold(1, size, size).unfold(2, size, size).flatten(1, 2).permute(1, 2, 3, 0).flatten(1)
+
+
+def questioned_frames(config: Any, pixels: Tensor) -> dict[str, Tensor]:
+    """As `questioned`, of a video of four equal frames."""
+    return {**questioned(config, pixels), "pixel_values": pixels.expand(1, 4, -1, -1, -1)}
 
 
 def questioned(config: Any, pixels: Tensor) -> dict[str, Tensor]:

@@ -135,7 +135,7 @@ class Job:
         export_model(self.cut_model, self.collator, self.folder / "export", options, lambda *_: None, {"family": ""})
 
     def _size(self) -> tuple[int, int] | None:
-        return {"patches": (16, 16), "tiles": (16, 16)}.get(self.family.export.vision)
+        return {"patches": (16, 16), "tiles": (16, 16), "single": (16, 16)}.get(self.family.export.vision)
 
 
 def part_of(group: Group) -> str:

@@ -68,6 +68,8 @@ def _shrunk(fields: Mapping[str, Any], tokens: Iterator[int]) -> Fields:
     found: Fields = {}
     depth = next((v for k, v in fields.items() if k in ("num_hidden_layers", "depth") and isinstance(v, int)), None)
     for name, value in fields.items():
+        if name == "per_layer_config":
+            continue
         if isinstance(value, dict) and (name.endswith("_config") or name in ("encoder", "decoder")):
             found[name] = _shrunk(value, tokens)
         elif name in IMAGE:
@@ -76,7 +78,7 @@ def _shrunk(fields: Mapping[str, Any], tokens: Iterator[int]) -> Fields:
             found[name] = LISTS[name]
         elif name == "image_grid_pinpoints":
             found[name] = PINPOINTS
-        elif (isinstance(value, list | tuple) and len(value) == depth) or name == "per_layer_config":
+        elif isinstance(value, list | tuple) and len(value) == depth:
             continue
         elif isinstance(value, int) and not isinstance(value, bool):
             found[name] = _number(name, value, tokens, fields)

@@ -85,6 +85,7 @@ class StandIn:
         """Features that the model itself makes of an image."""
         owner = model if hasattr(model, "get_image_features") else model.base_model
         found = owner.get_image_features(**self.prepare(torch.randn(3, 16, 16)))
-        found = getattr(found, "pooler_output", found)
+        if hasattr(found, "last_hidden_state"):
+            found = found.last_hidden_state if found.pooler_output is None else found.pooler_output
         parts = found if isinstance(found, list | tuple) else [found]
         return sum(part.numel() // part.shape[-1] for part in parts)

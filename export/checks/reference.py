@@ -77,12 +77,14 @@ def image_size(collator: Collator, config: Model, options: ExportOptions) -> tup
     Raises:
         UnsuitableOptionError: a size was asked for that the vision tower cannot take.
     """
-    vision, asked = config.vision_config, options.image_size
+    vision, asked = getattr(config, "vision_config", config), options.image_size
     kind = collator.family.export.vision
     own = getattr(vision, "image_size", None)
     own = tuple(own) if isinstance(own, list | tuple) else (own, own)
-    if kind == "patches":
-        unit = vision.patch_size * vision.spatial_merge_size
+    if kind in ("patches", "single"):
+        patch = getattr(vision, "patch_size", 8)
+        merge = getattr(vision, "spatial_merge_size", getattr(config, "spatial_merge_size", 2))
+        unit = (patch if isinstance(patch, int) else max(patch)) * merge
         size = asked or (_rounded(DEFAULT_SIDE, unit), _rounded(DEFAULT_SIDE, unit))
         if any(side % unit for side in size):
             near = (_rounded(size[0], unit), _rounded(size[1], unit))

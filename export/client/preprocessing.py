@@ -209,4 +209,16 @@ def _patches(collator: Collator, batch: Arrays, size: tuple[int, int] | None) ->
     }
 
 
-LAYOUTS = {"pooled": _plain, "select": _plain, "masked_tiles": _twice, "tiles": _tiles, "patches": _patches}
+def _one(collator: Collator, batch: Arrays, size: tuple[int, int] | None) -> Document:
+    """What a processor makes of one image for a graph of one image differs from family to family."""
+    raise NoRecipeError("its graph takes one image in the form that only its own processor gives it")
+
+
+LAYOUTS = {
+    "single": _one,
+    "pooled": _plain,
+    "select": _plain,
+    "masked_tiles": _twice,
+    "tiles": _tiles,
+    "patches": _patches,
+}

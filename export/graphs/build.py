@@ -13,7 +13,7 @@ from slimvlm.export.graphs.decoder import decoder_graph, embed_graph, embedding_
 from slimvlm.export.graphs.dual import dual_encoder
 from slimvlm.export.graphs.graph import BATCH, PATCHES, Graph, Model, Port
 from slimvlm.export.graphs.seq2seq import encoder_decoder_graphs
-from slimvlm.export.graphs.vision import Marked, Patches, vision_encoder
+from slimvlm.export.graphs.vision import Marked, Patches, Single, vision_encoder
 from slimvlm.export.graphs.windows import refuse_unknown_windows
 from slimvlm.export.running.names import VISION
 
@@ -56,6 +56,9 @@ def vision_graph(model: Model, family: Family, batch: Mapping[str, Tensor]) -> G
     """`vision_encoder`: what the processor makes of images -> features, one row per image token."""
     kind = family.export.vision
     module, names = vision_encoder(model, kind, batch)
+    if isinstance(module, Single):
+        ports = [Port(name, module.one[name]) for name in module.names]
+        return Graph(VISION, module.eval(), tuple(ports), {"image_features": {}})
     axes, output = VISION_AXES.get(kind, ({0: BATCH}, BATCH))
     tensors = {name: batch[name].bool() if name == "pixel_attention_mask" else batch[name] for name in names}
     ports = [Port(name, _two_or_more(tensor, axes), axes) for name, tensor in tensors.items()]

@@ -6,6 +6,7 @@ fixes to the traced batch; here everything but the number of images is decided b
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 
@@ -256,6 +257,32 @@ class Patches(nn.Module):
         return projected
 
 
+class Single(nn.Module):
+    """What the processor makes of one image -> its features [T, C], by the model's own method with everything but its
+    pixels (`names`, what is floating point) fixed: for towers that lay all images behind one another.
+    """
+
+    def __init__(self, model: Model, batch: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.model = model.base_model
+        taken = inspect.signature(type(self.model).get_image_features).parameters
+        images = len(batch["input_ids"])
+        given = {name: batch[name].unflatten(0, (images, -1)) for name in taken if name in batch}
+        self.names = tuple(name for name, rows in given.items() if rows.is_floating_point())
+        for name in given.keys() - set(self.names):
+            _same(given[name].flatten(1), name)
+        self.one = {name: rows[0] for name, rows in given.items()}
+
+    def forward(self, *pixels: Tensor) -> Tensor:
+        """Features, fp32."""
+        cast = (one.to(self.model.dtype) for one in pixels)
+        given = {**self.one, **dict(zip(self.names, cast, strict=True))}
+        features = self.model.get_image_features(**given).pooler_output
+        features = torch.cat(list(features)) if isinstance(features, list | tuple) else features.flatten(0, -2)
+        whole: Tensor = features.float()
+        return whole
+
+
 def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions on [B, H, N, D], in fp32 as the model does."""
     wide = states.float()
@@ -293,4 +320,5 @@ KINDS: dict[str, tuple[Callable[[Model, Mapping[str, Tensor]], nn.Module], tuple
     "tiles": (_tiles, ("pixel_values",)),
     "masked_tiles": (lambda model, batch: MaskedTiles(model), ("pixel_values", "pixel_attention_mask")),
     "patches": (_patches, ("pixel_values",)),
+    "single": (Single, ("pixel_values",)),
 }

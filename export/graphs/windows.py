@@ -20,7 +20,12 @@ Config = Any  # of transformers: every model type has fields of its own
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"  # in a config's `layer_types`
 SIZES = {SLIDING: "sliding_window", CHUNKED: "attention_chunk_size"}  # the field with the number of tokens
 WINDOW = re.compile(r"^(?!use_|max_|num_)(?=.*(sliding|attention|attn|local|window_size)).*(window|chunk)(?!.*pattern)")
-OTHERS = ("vision_config", "audio_config", "qformer_config")  # towers whose windows are inside their graph
+OTHERS = (
+    "vision_config",
+    "high_res_vision_config",
+    "audio_config",
+    "qformer_config",
+)  # towers whose windows are inside their graph
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,7 +124,7 @@ def embed_prompt(runner: Runner, prompting: Prompting, batch: Mapping[str, np.nd
     """
     ids = batch["input_ids"]
     taken = {port.name: batch[port.name] for port in runner.inputs(VISION)}
-    features = runner.run(VISION, taken)["image_features"]
+    features = image_features(runner, taken)
     if "pixel_attention_mask" in taken:  # images of nothing but padding stand for no token
         features = features[batch["pixel_attention_mask"].reshape(len(features), -1).any(axis=1)]
     features = features.reshape(-1, features.shape[-1])
@@ -134,6 +134,16 @@ def embed_prompt(runner: Runner, prompting: Prompting, batch: Mapping[str, np.nd
     embeds = _embed(runner, np.where(image, 0, ids)).copy()  # the token itself may lie outside the vocabulary
     embeds[image] = features
     return embeds
+
+
+def image_features(runner: Runner, taken: Arrays) -> np.ndarray:
+    """Of all images; a graph of one image is run for each of them."""
+    first = runner.inputs(VISION)[0]
+    rows, one = len(taken[first.name]), first.shape[0]
+    if not isinstance(one, int) or one == rows:
+        return runner.run(VISION, taken)["image_features"]
+    parts = ({name: array[at : at + one] for name, array in taken.items()} for at in range(0, rows, one))
+    return np.concatenate([runner.run(VISION, part)["image_features"] for part in parts])
 
 
 def prompt_positions(

@@ -83,7 +83,10 @@ class GraphBackend:
             return run_graph(self.graphs, VISION_TOWER, self._batch)
         if "pixel_values" not in self._batch:
             return None
-        features = run_graph(self.graphs, VISION, self._batch)["image_features"]
+        pixels = self.graphs.inputs(VISION)[0]
+        one = pixels.shape[0] if isinstance(pixels.shape[0], int) else len(self._batch[pixels.name])
+        parts = [{**self._batch, pixels.name: part} for part in self._batch[pixels.name].split(one)]
+        features = torch.cat([run_graph(self.graphs, VISION, part)["image_features"] for part in parts])
         if "pixel_attention_mask" in self._batch:  # images of nothing but padding stand for no token
             features = features[self._batch["pixel_attention_mask"].reshape(len(features), -1).any(dim=1)]
         return features

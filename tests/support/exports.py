@@ -30,6 +30,7 @@ from slimvlm.export.running.generation import Arrays, until_end
 SIZES = {
     "tiles": (16, 16),
     "patches": (32, 32),
+    "single": (16, 16),
 }  # of images where the graph has one grid; patches: two windows each way
 
 

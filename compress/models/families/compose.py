@@ -29,7 +29,7 @@ def find_family(config: object) -> Family:
     model_type, tower, text = (model_type_of(config, part) for part in ("", "vision_config", "text_config"))
     if model_type not in JOINS:
         _refuse(f"model type {model_type!r}", "families", JOINS)
-    if tower not in TOWERS:
+    if JOINS[model_type].vision and tower not in TOWERS:
         _refuse(f"vision tower {tower!r} of a {model_type!r} model", "vision towers", TOWERS)
     if text not in TEXTS:
         _refuse(f"text model {text!r} of a {model_type!r} model", "text models", TEXTS)
@@ -41,7 +41,8 @@ def find_family(config: object) -> Family:
 
 def compose(model_type: str, tower: str, text: str) -> Family:
     """The family of a key of JOINS, of TOWERS and of TEXTS."""
-    return join_rows(model_type, JOINS[model_type], (tower, TOWERS[tower]), (text, TEXTS[text]))
+    join = JOINS[model_type]
+    return join_rows(model_type, join, (tower, TOWERS[tower] if join.vision else ()), (text, TEXTS[text]))
 
 
 def join_rows(model_type: str, join: Join, vision_row: tuple[str, Stacks], text_row: tuple[str, Text]) -> Family:
@@ -54,11 +55,12 @@ def join_rows(model_type: str, join: Join, vision_row: tuple[str, Stacks], text_
         *(_placed(replace(stack, states=join.states), join.vision) for stack in _stacks(vision)),
         *(_placed(_without_stock_mlp(stack) if join.shared else stack, root) for stack in language.towers),
     )
+    parts = (tower, text) if vision else (text,)
     return Family(
-        join.names.get((tower, text), f"{model_type} ({_readable(tower)}, {_readable(text)})"),
+        join.names.get((tower, text), f"{model_type} ({', '.join(map(_readable, parts))})"),
         model_type,
         "dual-encoder" if join.contrastive else language.kind,
-        towers,
+        tuple(_doubled(one) if one.name in join.doubled else one for one in towers),
         former=tuple(join.names.values()),
         projector=join.projector,
         resampler=join.resampler,
@@ -90,6 +92,11 @@ def _carried_by(value: object) -> Family:
         raise UnsupportedModelError(
             f"{CARRIED} of the config does not fit ({error}); delete it, and discover the family anew"
         ) from error
+
+
+def _doubled(tower: Tower) -> Tower:
+    """Another tower is built of the same config: nothing is cut that its fields say, and all blocks stay."""
+    return replace(_without_stock_mlp(tower), depth=(), states=None)
 
 
 def _without_stock_mlp(tower: Tower) -> Tower:

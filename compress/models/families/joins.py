@@ -16,7 +16,7 @@ Names = Mapping[tuple[str, str], str]
 PROJECTOR = ("model.multi_modal_projector",)
 SELECTED = "vision_feature_layer"
 CROPPED = "vision_feature_select_strategy"
-POOLED = Export()
+POOLED, SINGLE = Export(), Export("single")
 PERCEIVER = Resampler(
     "model.connector.perceiver_resampler",
     "model.connector.perceiver_resampler.latents",
@@ -51,8 +51,8 @@ def _idefics(name: str) -> Join:
     )
 
 
-def _joined(vision: str, projector: str, export: Export = POOLED) -> Join:
-    return Join({}, vision, "model.language_model", (projector,), export)
+def _joined(vision: str, projector: str, export: Export = POOLED, doubled: tuple[str, ...] = ()) -> Join:
+    return Join({}, vision, "model.language_model", (projector,), export, doubled=doubled)
 
 
 def _queried(names: Names) -> Join:
@@ -109,7 +109,7 @@ JOINS: dict[str, Join] = {
     "vipllava": _selecting({("clip_vision_model", "llama"): "vipllava"}, Export(), "default"),
     "aya_vision": _selecting({("siglip_vision_model", "cohere2"): "aya_vision"}, Export()),
     "cohere2_vision": _towered({("siglip_vision_model", "cohere2"): "cohere2_vision"}, Export()),
-    "mistral3": _selecting({("pixtral", "mistral"): "mistral3"}, Export()),
+    "mistral3": _selecting({("pixtral", "mistral"): "mistral3"}, SINGLE),
     "gemma3": replace(
         _towered({("siglip_vision_model", "gemma3_text"): "gemma3"}, Export(image_blocks=True)),
         features="mm_tokens_per_image",
@@ -124,9 +124,9 @@ JOINS: dict[str, Join] = {
     "ovis2": _joined("model.vision_tower", "model.visual_embeddings_table"),
     "deepseek_vl": _joined("model.vision_model", "model.aligner"),
     "janus": _joined("model.vision_model", "model.aligner"),
-    "lighton_ocr": _joined("model.vision_encoder", "model.vision_projection"),
-    "paddleocr_vl": _joined("model.visual", "model.projector"),
-    "hyperclovax_vision_v2": _joined("model.vision_model", "model.projector", Export("patches")),
+    "lighton_ocr": _joined("model.vision_encoder", "model.vision_projection", SINGLE),
+    "paddleocr_vl": _joined("model.visual", "model.projector", Export("single", positions="mrope")),
+    "hyperclovax_vision_v2": _joined("model.vision_model", "model.projector", SINGLE),
     "cosmos3_omni": Join(
         {},
         "model.visual",
@@ -134,9 +134,20 @@ JOINS: dict[str, Join] = {
         (*MERGER, "model.visual.deepstack_merger_list"),
         Export("patches", positions="mrope"),
     ),
-    "cosmos3_edge": _joined("model.visual", "model.projector"),
-    "video_llama_3": _joined("model.vision_model", "model.projector"),
+    "cosmos3_edge": _joined("model.visual", "model.projector", SINGLE),
+    "video_llama_3": _joined("model.vision_model", "model.projector", SINGLE),
     "granite_docling": Join({}, "model.vision_model", "model.text_model", ("model.vision_model.connector",), Export()),
+    "deepseek_vl_hybrid": _joined("model.vision_model", "model.aligner", SINGLE),
+    "qwen2_5_omni_thinker": _joined("model.visual", "model.visual.merger", Export("single", positions="mrope")),
+    "hunyuan_vl": _joined("model.vision_tower", "model.vision_tower.patch_merger", SINGLE),
+    "cohere_compass": _joined("model.visual", "model.visual.merger", Export("patches", positions="mrope")),
+    "molmo2": _joined("model.vision_tower", "model.multi_modal_projector", SINGLE, doubled=("vision",)),
+    "video_llava": _joined("model.image_tower", "model.multi_modal_projector", doubled=("vision",)),
+    "emu3": Join({}, "", "model.text_model", (), SINGLE),
+    "instructblipvideo": _queried({}),
+    "gemma4": Join(
+        {}, "model.vision_tower", "model.language_model", ("model.embed_vision",), SINGLE, doubled=("language",)
+    ),
     "clip": _dual("clip", ("visual_projection", "text_projection"), ("image_embeds", "text_embeds")),
     "siglip": _dual("siglip", ("vision_model.head", "text_model.head"), ("pooler_output", "pooler_output")),
 }

@@ -171,7 +171,8 @@ class Export:
     Attributes:
         vision: how pixels become image features, a key of export/graphs/vision.py: `pooled` (the model's own
             `get_image_features`), `select` (a layer of the tower through the projector), `tiles` (the same on a fixed
-            set of tiles), `masked_tiles` (Idefics3) or `patches` (Qwen: one fixed grid of patches).
+            set of tiles), `masked_tiles` (Idefics3), `patches` (Qwen: one fixed grid of patches) or `single` (the
+            model's own method on one image of one size).
         text: the module that takes `inputs_embeds`; `head` gives its logits (encoder-decoder: both inside `text`).
         positions: `count` (1-D, from `first_position`) or `mrope` (temporal, height and width rows).
         prefix: the prompt attends to itself in both directions, only what is generated is causal.
@@ -246,13 +247,15 @@ class Join:
     Attributes:
         names: what a family of this tower and this text model (keys of TOWERS and TEXTS) is called; others are called
             after all three, `llava (dinov2, qwen2)`.
-        vision, language: paths of the modules that are the tower and the text model.
+        vision, language: paths of the modules that are the tower and the text model; no `vision`: what reads the image
+            has no stack of blocks (it is convolutional, or there is none) and stays whole.
         projector, resampler, cropped, features, export: as of a family.
         headed: the text model brings its own head.
         contrastive: images and texts are embedded apart.
         states: as of a tower, of the vision tower.
         shared: the projector is as wide inside as the MLPs of the text model, by the same config field: these have no
             stock cut.
+        doubled: names of the towers from whose config another tower is built, so that they keep widths and depth.
     """
 
     names: Mapping[tuple[str, str], str]
@@ -267,6 +270,7 @@ class Join:
     contrastive: bool = False
     states: str | None = None
     shared: bool = False
+    doubled: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from slimvlm.compress.models.families.parts import (
     ENCODER,
     FUSED,
     GATED_MLP,
+    GROUPS,
     HEADS,
     PLAIN_MLP,
     SEPARATE,
@@ -85,6 +86,11 @@ GOT_OCR2 = _vision(
     Attention("attn", ("qkv",), "proj", head_dim="", patch=(("num_attention_heads", "heads"),)),
     Mlp(("mlp.lin1",), "mlp.lin2", stock="mlp_dim"),
 )
+GEMMA4 = _vision(
+    "encoder.layers",
+    Attention("self_attn", ("q_proj.linear", "k_proj.linear", "v_proj.linear"), "o_proj.linear", patch=GROUPS),
+    Mlp(("mlp.gate_proj.linear", "mlp.up_proj.linear"), "mlp.down_proj.linear", stock="intermediate_size"),
+)
 
 TOWERS: dict[str, Stacks] = {
     "clip_vision_model": CLIP,
@@ -118,5 +124,10 @@ TOWERS: dict[str, Stacks] = {
     "siglip2_vision_model": SIGLIP,
     "qwen3_vl_moe_vision": QWEN3,
     "qwen3_5_vision": replace(QWEN3, numbered=(), deepstack=None),
+    "instructblipvideo_vision_model": BLIP2,
+    "gemma4_vision": GEMMA4,
+    "hunyuan_vl_vision": replace(VIT, blocks="layers", parts=(replace(ENCODER, output="o_proj"), PLAIN_MLP)),
+    "molmo2_vision": replace(VIT, blocks="layers", parts=(replace(ENCODER, output="o_proj"), PLAIN_MLP)),
+    "cohere_compass_vision": QWEN3,
     **MIXED_TOWERS,
 }
