@@ -15,6 +15,7 @@ from slimvlm.serve.report.files import read_run
 from slimvlm.serve.report.markdown import markdown
 from slimvlm.serve.report.page import page, picture
 from slimvlm.serve.report.sections.answers import answers_section
+from slimvlm.serve.report.sections.cards import cards_of
 from slimvlm.serve.report.sections.checks import parity_section, repeat_section
 from slimvlm.serve.report.sections.frontier import frontier_said, frontier_section
 from slimvlm.serve.report.sections.quality import quality_section
@@ -55,8 +56,8 @@ def write_report(run: Path) -> Path:
     with locked_file(run / PAGE):
         files = read_run(run)
         sections = (Section.of(key, title, said(files)) for key, title, said in SECTIONS)
-        report = Report(f"Compression of {files.record['options']['model']}", tuple(filter(None, sections)))
-        return _write(run, report)
+        title = f"Compression of {files.record['options']['model']}"
+        return _write(run, Report(title, tuple(filter(None, sections)), cards_of(files)))
 
 
 def write_frontier_report(folder: Path) -> Path:

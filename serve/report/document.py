@@ -18,6 +18,25 @@ LONGEST_TEXT = 400  # characters of an answer, a reason or a name that are shown
 
 
 @dataclass(frozen=True, slots=True)
+class Card:
+    """One figure before and after, at the head of a report.
+
+    Attributes:
+        before: empty where there is none.
+        note: the change in words.
+        source: file and fields it comes from.
+        good: whether the change is certainly for the better; None: that is not certain, or nothing changed.
+    """
+
+    title: str
+    before: str
+    after: str
+    note: str
+    source: str
+    good: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Finding:
     """One sentence on the result, and the fields it follows from; `bad`: something got worse or failed."""
 
@@ -117,6 +136,7 @@ class Report:
 
     title: str
     sections: tuple[Section, ...]
+    cards: tuple[Card, ...] = ()
 
     @property
     def findings(self) -> list[tuple[str, list[Finding]]]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
-from slimvlm.serve.report.document import Example, Report, Section, Table, line, visible
+from slimvlm.serve.report.document import Card, Example, Report, Section, Table, line, visible
 
 SPECIAL = re.compile(r"([\\`*_\[\]<>#!|~$&])")
 
@@ -27,6 +27,8 @@ def paragraph(value: str) -> str:
 
 def _lines(report: Report) -> Iterator[str]:
     yield f"# {escaped(report.title)}"
+    if report.cards:
+        yield from _table(_card_table(report.cards))
     yield ""
     for title, findings in report.findings:
         yield from (f"**{escaped(title)}**", "")
@@ -34,6 +36,13 @@ def _lines(report: Report) -> Iterator[str]:
         yield ""
     for section in report.sections:
         yield from _section(section)
+
+
+def _card_table(cards: Sequence[Card]) -> Table:
+    rows = [(word, *(getattr(card, word) or "none" for card in cards)) for word in ("before", "after")]
+    rows.append(("change", *(card.note for card in cards)))
+    sources = "; ".join(dict.fromkeys(card.source for card in cards))
+    return Table("Before and after", ("", *(card.title for card in cards)), rows, sources)
 
 
 def _section(section: Section) -> Iterator[str]:

@@ -125,7 +125,7 @@ def _noisy(cells: Sequence[Numbered]) -> Iterator[Finding]:
 
 def _faster(profile: Profile, cells: Sequence[Numbered]) -> Iterator[Finding]:
     """The first workload of every backend speaks for it."""
-    for one in _first_of_backends(cells):
+    for one in first_of_backends(cells):
         gains = [
             f"{PHASES[phase]} {_times(ratio)}"
             for phase, ratio in one.cell.ratios.items()
@@ -137,7 +137,7 @@ def _faster(profile: Profile, cells: Sequence[Numbered]) -> Iterator[Finding]:
 
 
 def _memory(cells: Sequence[Numbered]) -> Iterator[Finding]:
-    for one in _first_of_backends(cells):
+    for one in first_of_backends(cells):
         peaks = {model: run.memory for model, run in one.cell.runs.items()}
         if set(peaks) < {"dense", "slim"}:
             continue
@@ -158,7 +158,7 @@ def _ratios(cells: Sequence[Numbered]) -> Iterator[tuple[Numbered, str, Ratio]]:
             yield one, phase, ratio
 
 
-def _first_of_backends(cells: Sequence[Numbered]) -> list[Numbered]:
+def first_of_backends(cells: Sequence[Numbered]) -> list[Numbered]:
     """The first measured workload of every backend."""
     found: dict[str, Numbered] = {}
     for one in cells:
@@ -185,7 +185,7 @@ def _times(ratio: Ratio) -> str:
 
 def _charts(cells: Sequence[Numbered], profile: Profile) -> Iterator[Chart]:
     device = shown(profile.device.name)
-    firsts = _first_of_backends(cells)
+    firsts = first_of_backends(cells)
     for place, one in enumerate(firsts):
         backend, phases = _backend(one), _shared_phases(one)
         if phases:
@@ -197,7 +197,7 @@ def _charts(cells: Sequence[Numbered], profile: Profile) -> Iterator[Chart]:
         if speedups:
             title = f"{backend}: speed-up of every workload (numbers of the table), with intervals, on {device}"
             yield speedup_dots(f"speedups{place}", title, speedups)
-    memory = {_backend(one): peaks for one in firsts if (peaks := _peaks(one))}
+    memory = {_backend(one): held for one in firsts if (held := peaks(one))}
     if memory:
         yield memory_bars("memory", f"Memory of a process, first workload of every backend, on {device}", memory)
 
@@ -226,7 +226,7 @@ def _speedups(one: Numbered) -> dict[str, Estimate]:
     }
 
 
-def _peaks(one: Numbered) -> dict[str, tuple[float, float]]:
+def peaks(one: Numbered) -> dict[str, tuple[float, float]]:
     """Model -> bytes after loading and at the peak, of the device if it has its own memory, else of the host."""
     found = {}
     for model, run in one.cell.runs.items():
