@@ -147,6 +147,14 @@ def test_what_was_measured_is_told_with_its_interval_and_what_got_worse(tmp_path
     assert again.measured.tasks == (worse, same) and again.cut is not None
 
 
+def test_the_same_cut_saved_again_is_not_told_as_a_second_one(made, tmp_path):
+    loaded = load_model(made[0] / "slim")  # as a recovery, a quantisation and zeros do
+    save_checkpoint(tmp_path / "again", loaded.model, None, made[1])
+    one, other = (read_card(folder).told for folder in (made[0] / "slim", tmp_path / "again"))
+    assert (other.earlier, other.cut) == (None, one.cut)
+    assert "had been cut before" not in (tmp_path / "again" / CARD).read_text()
+
+
 def test_a_card_that_somebody_wrote_in_the_place_of_ours_stays(tmp_path):
     cut(dense(tmp_path / "my-vlm"), tmp_path / "slim")
     (tmp_path / "slim" / CARD).write_text("# My own\n")
