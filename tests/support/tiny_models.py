@@ -13,7 +13,7 @@ from functools import cache
 
 import torch
 from tiny.families import FACTORIES, MIXED
-from tiny.joins import COVERING
+from tiny.joins import COVERING, tiny_pair
 from tiny.sizes import IMAGE_TOKEN, TEXT, VISION, VOCAB
 
 from slimvlm.compress.models.experts import take_apart
@@ -55,9 +55,9 @@ def tiny_model(name: str, attention: str = "eager") -> Tiny:
 def _built(name: str, attention: str) -> tuple[Tiny, torch.Tensor]:
     """The model to copy, which takes half the time, and the state in which it leaves the generator."""
     torch.manual_seed(0)
-    model, inputs = {**EVERY, **COVERING}[name]()
+    model, inputs = EVERY[name]() if name in EVERY else tiny_pair(*COVERING[name])
     add_noise(model)
-    if attention != "sdpa" or model._supports_sdpa:
+    if attention != "sdpa" or all(getattr(module, "_supports_sdpa", True) for module in model.modules()):
         model.set_attn_implementation(attention)
     take_apart(model, find_family(model.config))
     return Tiny(model.eval(), inputs), torch.get_rng_state()

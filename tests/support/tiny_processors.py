@@ -11,15 +11,19 @@ from collections.abc import Callable
 import numpy as np
 import transformers as tf
 from PIL import Image
+from tiny import joins
+from tiny.towers import BEFORE
 from tiny_models import IMAGE_TOKEN, VOCAB
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -48,6 +52,7 @@ CHAT = (
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 SQUARE = {"height": 16, "width": 16}
+EDGES = {"boi_token": "<|vision_start|>", "eoi_token": "<|vision_end|>"}
 PINPOINTS = [[16, 16], [16, 32], [32, 16]]
 
 
@@ -88,9 +93,66 @@ def still(processor_class: type, *args: object, **kwargs: object) -> tf.Processo
     return Still(*args, **kwargs)
 
 
-def _tiles(processor_class: type, images: object, strategy: str = "default") -> tf.ProcessorMixin:
-    tokens = {"patch_size": 4, "num_additional_image_tokens": 1, "vision_feature_select_strategy": strategy}
-    return processor_class(images, tiny_tokenizer(), **tokens, chat_template=CHAT)
+def _llava(tower: str) -> tf.ProcessorMixin:
+    if tower == "pixtral":
+        return _pixtral(1)
+    strategy = joins.strategy_of(tower, joins.CLASSED)
+    return _counted(tf.LlavaProcessor, CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE), tower, strategy)
+
+
+def _counted(processor_class: type, images: object, tower: str, strategy: str) -> tf.ProcessorMixin:
+    """It counts the tokens of an image as the model selects them."""
+    tokens = {"num_additional_image_tokens": BEFORE.get(tower, 0), "vision_feature_select_strategy": strategy}
+    return processor_class(images, tiny_tokenizer(), patch_size=4, **tokens, chat_template=CHAT)
+
+
+def _llava_next(tower: str) -> tf.ProcessorMixin:
+    size = {"shortest_edge": 16}
+    images = LlavaNextImageProcessorPil(size=size, crop_size=SQUARE, image_grid_pinpoints=PINPOINTS)
+    return _counted(tf.LlavaNextProcessor, images, tower, joins.strategy_of(tower))
+
+
+def _pixtral(merged: int) -> tf.ProcessorMixin:
+    """Its own, which writes the ends of rows too, needs torchvision."""
+    images = PixtralImageProcessorPil(size=SQUARE, patch_size=4)
+    tokens = {"num_additional_image_tokens": 0, "vision_feature_select_strategy": "full"}
+    return tf.LlavaProcessor(images, tiny_tokenizer(), patch_size=4 * merged, **tokens, chat_template=CHAT)
+
+
+def _aya() -> tf.ProcessorMixin:
+    names = {"start_of_img_token": "<|vision_start|>", "end_of_img_token": "<|vision_end|>"}
+    return tf.AyaVisionProcessor(
+        GotOcr2ImageProcessorPil(size=SQUARE, crop_to_patches=False),
+        tiny_tokenizer(),
+        patch_size=4,
+        img_size=16,
+        downsample_factor=2,
+        image_token="<video>",  # what stands in a text; what stands for a feature is another one
+        img_patch_token="<image>",
+        tile_global_token="<global-img>",
+        chat_template=CHAT.replace("<image>", "<video>"),
+        **names,
+    )
+
+
+def _cohere2() -> tf.ProcessorMixin:
+    images = GotOcr2ImageProcessorPil(size=SQUARE, crop_to_patches=False)  # its own needs torchvision
+    images.patch_size = 2
+    names = {"image_token": "<image>", "img_line_break_token": "<row_1_col_1>"}
+    return tf.Cohere2VisionProcessor(images, _named({**names, **EDGES}), chat_template=CHAT)
+
+
+def _gemma3() -> tf.ProcessorMixin:
+    tokenizer = _named({"image_token": "<image>", **EDGES})
+    template = CHAT.replace("<image>", EDGES["boi_token"])
+    return tf.Gemma3Processor(
+        Gemma3ImageProcessorPil(size=SQUARE), tokenizer, chat_template=template, image_seq_length=4
+    )
+
+
+def _idefics2() -> tf.ProcessorMixin:
+    images = Idefics2ImageProcessorPil(size={"shortest_edge": 16, "longest_edge": 16}, do_image_splitting=False)
+    return tf.Idefics2Processor(images, tiny_tokenizer(), image_seq_len=3, chat_template=CHAT)
 
 
 def _named(tokens: dict[str, str], pattern: str = "") -> tf.PreTrainedTokenizerFast:
@@ -129,9 +191,14 @@ def _internvl() -> tf.ProcessorMixin:
     return still(tf.InternVLProcessor, images, _named(names), None, image_seq_length=4, chat_template=CHAT)
 
 
-def _onevision() -> tf.ProcessorMixin:
+def _onevision(tower: str) -> tf.ProcessorMixin:
     images = LlavaOnevisionImageProcessorPil(size=SQUARE, image_grid_pinpoints=PINPOINTS)
-    strategy = {"num_image_tokens": 16, "vision_feature_select_strategy": "full", "chat_template": CHAT}
+    tokens = 16 + BEFORE.get(tower, 0)
+    strategy = {
+        "num_image_tokens": tokens,
+        "vision_feature_select_strategy": joins.strategy_of(tower),
+        "chat_template": CHAT,
+    }
     return still(tf.LlavaOnevisionProcessor, images, tiny_tokenizer(), None, **strategy)
 
 
@@ -159,13 +226,10 @@ def _siglip() -> tf.ProcessorMixin:
 
 
 PROCESSORS: dict[str, Callable[[], tf.ProcessorMixin]] = {
-    "llava": lambda: _tiles(tf.LlavaProcessor, CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE)),
-    "llava_dinov2": lambda: _tiles(tf.LlavaProcessor, CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE), "full"),
-    "llava_next": lambda: _tiles(
-        tf.LlavaNextProcessor,
-        LlavaNextImageProcessorPil(size={"shortest_edge": 16}, crop_size=SQUARE, image_grid_pinpoints=PINPOINTS),
-    ),
-    "llava_onevision": _onevision,
+    "llava": lambda: _llava("clip_vision_model"),
+    "llava_dinov2": lambda: _llava("dinov2"),
+    "llava_next": lambda: _llava_next("clip_vision_model"),
+    "llava_onevision": lambda: _onevision("siglip_vision_model"),
     "qwen2_vl": _qwen,
     "qwen2_5_vl": _qwen,
     "qwen3_vl": _qwen,
@@ -183,6 +247,28 @@ PROCESSORS: dict[str, Callable[[], tf.ProcessorMixin]] = {
 }
 
 
+JOINED: dict[str, Callable[[str], tf.ProcessorMixin]] = {
+    "llava": _llava,
+    "llava_next": _llava_next,
+    "llava_onevision": _onevision,
+    "paligemma": lambda _: _paligemma(),
+    "internvl": lambda _: _internvl(),
+    "vipllava": lambda tower: _counted(
+        tf.LlavaProcessor, CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE), tower, "default"
+    ),
+    "aya_vision": lambda _: _aya(),
+    "cohere2_vision": lambda _: _cohere2(),
+    "gemma3": lambda _: _gemma3(),
+    "mistral3": lambda _: _pixtral(2),
+    "idefics2": lambda _: _idefics2(),
+    "idefics3": lambda _: _idefics3(),
+    "smolvlm": lambda _: _idefics3(),
+}
+
+
 def tiny_processor(name: str) -> tf.ProcessorMixin:
-    """A new processor of the family `name`."""
-    return PROCESSORS[name]()
+    """A new processor of a family."""
+    if name in PROCESSORS:
+        return PROCESSORS[name]()
+    model_type, tower, _ = joins.COVERING[name]
+    return JOINED[model_type](tower)

@@ -87,7 +87,7 @@ TEXTS: dict[str, Text] = {
     "olmo3": OLMO2,
     "ernie4_5": LLAMA,
     "exaone4": LLAMA,
-    "helium": LLAMA,
+    "helium": _decoder(GQA_HIDDEN, GATED_MLP),
     "hunyuan_v1_dense": LLAMA,
     "seed_oss": LLAMA,
     "arcee": UNGATED,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 
 import torch
@@ -15,6 +15,7 @@ from slimvlm.compress.models.families import compose
 
 Inputs = Callable[[int], dict[str, torch.Tensor]]
 Built = tuple[torch.nn.Module, Inputs]
+CLASSED = ("clip_vision_model", "mlcd_vision_model")  # LLaVA leaves out the first token of these
 PINPOINTS = [[16, 16], [16, 32], [32, 16]]
 
 
@@ -34,12 +35,13 @@ def _parts(tower: str, text: str) -> dict[str, tf.PreTrainedConfig]:
     return {"vision_config": TOWERS[tower](), "text_config": TEXTS[text]()}
 
 
-def _strategy(tower: str) -> str:
-    return "default" if tower in BEFORE else "full"
+def strategy_of(tower: str, classed: Collection[str] = tuple(BEFORE)) -> str:
+    """Whether the first token of a tower is left out of the features."""
+    return "default" if tower in classed else "full"
 
 
 def _llava(tower: str, text: str) -> Built:
-    strategy = "default" if tower in ("clip_vision_model", "mlcd_vision_model") else "full"
+    strategy = strategy_of(tower, CLASSED)
     config = tf.LlavaConfig(
         **_parts(tower, text),
         image_token_index=IMAGE_TOKEN,
@@ -56,7 +58,7 @@ def _llava_next(tower: str, text: str) -> Built:
         **_parts(tower, text),
         image_token_index=IMAGE_TOKEN,
         image_grid_pinpoints=PINPOINTS,
-        vision_feature_select_strategy=_strategy(tower),
+        vision_feature_select_strategy=strategy_of(tower),
     )
     return tf.LlavaNextForConditionalGeneration(config), _tiled
 
@@ -67,7 +69,7 @@ def _llava_onevision(tower: str, text: str) -> Built:
         image_token_index=IMAGE_TOKEN,
         video_token_index=IMAGE_TOKEN + 1,
         image_grid_pinpoints=PINPOINTS,
-        vision_feature_select_strategy=_strategy(tower),
+        vision_feature_select_strategy=strategy_of(tower),
     )
     return tf.LlavaOnevisionForConditionalGeneration(config), _tiled
 
@@ -89,7 +91,7 @@ def _internvl(tower: str, text: str) -> Built:
         **_parts(tower, text),
         image_token_id=IMAGE_TOKEN,
         downsample_ratio=0.5,
-        vision_feature_select_strategy=_strategy(tower),
+        vision_feature_select_strategy=strategy_of(tower),
     )
     return tf.InternVLForConditionalGeneration(config), partial(one_image, tokens=4)
 
@@ -168,8 +170,8 @@ JOINS: dict[str, Callable[[str, str], Built]] = {
     "smolvlm": lambda _, text: _idefics3(tf.SmolVLMForConditionalGeneration, tf.SmolVLMConfig, text),
 }
 
-COVERING: dict[str, Callable[[], Built]] = {
-    compose(*row).name: partial(JOINS[row[0]], *row[1:])
+COVERING: dict[str, tuple[str, str, str]] = {
+    compose(*row).name: row
     for row in (
         ("vipllava", "clip_vision_model", "llama"),
         ("aya_vision", "siglip_vision_model", "cohere2"),
@@ -191,7 +193,7 @@ COVERING: dict[str, Callable[[], Built]] = {
         ("llava_onevision", "dinov2", "exaone4"),
         ("vipllava", "clip_vision_model", "seed_oss"),
         ("aya_vision", "siglip_vision_model", "cohere"),
-        ("internvl", "siglip_vision_model", "helium"),
+        ("internvl", "internvl_vision", "helium"),
         ("internvl", "internvl_vision", "arcee"),
         ("idefics2", "idefics2_vision", "olmo3"),
         ("idefics3", "idefics3_vision", "olmo"),
@@ -199,3 +201,8 @@ COVERING: dict[str, Callable[[], Built]] = {
     )
 }
 """Pairs with every tower and every text model that a family of JOINS takes, and every such family."""
+
+
+def tiny_pair(model_type: str, tower: str, text: str) -> Built:
+    """A model of a family, a tower and a text model, and its batches."""
+    return JOINS[model_type](tower, text)
