@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any  # configs and lists of blocks of transformers
 
 import torch
@@ -107,7 +108,7 @@ def _kind(config: Any) -> str:
 
 
 def _tower(model: PreTrainedModel, stack: Stack, where: tuple[str, str], unknown: list[str]) -> Tower:
-    """The tower, whose parts are those that all its blocks have; the rest of them is added to `unknown`.
+    """The tower, with the parts of all its kinds of blocks; what is in none of them is added to `unknown`.
 
     Args:
         where: its name, and the module that its path is relative to.
@@ -121,10 +122,14 @@ def _tower(model: PreTrainedModel, stack: Stack, where: tuple[str, str], unknown
         parts, strange = parts_of(block, config)
         found.append(parts)
         unknown += [f"{stack.path}: {sentence}" for sentence in strange if f"{stack.path}: {sentence}" not in unknown]
-    parts = found[0]
-    if any(other != parts for other in found):
-        unknown.append(f"{stack.path}: its blocks are of {len(kinds)} kinds, a row of a tower knows one")
-        parts = tuple(part for part in parts if all(part in other for other in found))
+    everywhere = [part for part in found[0] if all(part in other for other in found)]
+    together = dict.fromkeys(chain.from_iterable(found))
+    if len(together) > len(everywhere) and any(len(one) == len(everywhere) for one in found):
+        unknown.append(
+            f"{stack.path}: its blocks are of {len(kinds)} kinds, and in one of them only a part is understood"
+        )
+        together = dict.fromkeys(everywhere)
+    parts = tuple(part if part in everywhere else replace(part, optional=True) for part in together)
     depth = tuple(_depth(model, stack, len(blocks)))
     path = stack.path.removeprefix(f"{root}.")
     return Tower(name, MODALITIES[stack.section], stack.section, path, parts, depth=depth)

@@ -17,6 +17,7 @@ from slimvlm.compress.models.discovery.probing import OUTSIDE, PLACE, Probe
 from slimvlm.compress.models.families import Attention, Mlp
 
 Part = Attention | Mlp
+ASKED = (("num_attention_heads", "heads"), ("num_key_value_heads", "kv_heads"))  # of the config, while it computes
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +102,13 @@ def _candidate(probe: Probe, sources: dict[str, str], reader: str) -> Candidate:
         ValueError: it is none known here.
     """
     width = probe.linears[reader].in_features
-    sizes = [probe.linears[path].out_features for path in sources]
-    ends = [(node, end) for path, node in sources.items() for end in (0, probe.linears[path].out_features - 1)]
+    sizes = {path: probe.linears[path].out_features for path in sources}
+    ends = [(node, end) for path, node in sources.items() for end in (0, sizes[path] - 1)]
     local = all(_columns(probe, node, reader, end)[0] == {PLACE} for node, end in ends)
-    if local and set(sizes) == {width}:
-        for node in sources.values():
-            for column in (0, width // 3, width - 1):
-                if _columns(probe, node, reader, column) != ({PLACE}, {column}):
+    if local and not any(size % width for size in sizes.values()):
+        for path, node in sources.items():  # gate and up may lie in one, one below the other
+            for row in {start + channel for start in range(0, sizes[path], width) for channel in (0, width // 3)}:
+                if _columns(probe, node, reader, row) != ({PLACE}, {row % width}):
                     raise ValueError(f"{node} and {reader} do not share their channels")
         return Candidate(Mlp(tuple(sources), reader), frozenset((*sources, reader)))
     if local and len(sources) == 1:
@@ -142,15 +143,17 @@ def _separate(probe: Probe, sources: dict[str, str], reader: str) -> Candidate:
 
 
 def _fused(probe: Probe, source: tuple[str, str], reader: str) -> Candidate:
+    """Queries, keys and values below each other in one linear."""
     path, node = source
-    width = probe.linears[reader].in_features
-    if probe.linears[path].out_features != 3 * width:
-        raise ValueError(f"{path} is fused in a way that no row can say: {probe.linears[path].out_features} rows")
+    width, rows = probe.linears[reader].in_features, probe.linears[path].out_features
     head_dim = len(_columns(probe, node, reader, 0)[1])
-    if head_dim < 2 or width % head_dim:
-        raise ValueError(f"{path} is fused in a way that no row can say: its first rows are no query")
-    heads = Heads(width // head_dim, width // head_dim, head_dim)
-    _check_heads(probe, [(node, part * width, 1) for part in range(3)], reader, heads)
+    if head_dim < 2 or width % head_dim or rows <= width or (rows - width) % (2 * head_dim):
+        raise ValueError(f"{path} is fused in a way that no row can say: {rows} rows, {width} of them queries")
+    heads = Heads(width // head_dim, (rows - width) // (2 * head_dim), head_dim)
+    if heads.heads % heads.kv_heads:
+        raise ValueError(f"{path} is fused in a way that no row can say: {heads.heads} heads on {heads.kv_heads}")
+    values = (rows + width) // 2
+    _check_heads(probe, [(node, 0, 1), (node, width, heads.per_kv), (node, values, heads.per_kv)], reader, heads)
     return _attention(probe, (path, reader), heads, [])
 
 
@@ -181,11 +184,11 @@ def _attention(probe: Probe, linears: tuple[str, ...], heads: Heads, norms: list
     prefix = ".".join(names[0] for names in steps)
     module = probe.specimen.block.get_submodule(prefix)
     sized = _named(module, heads.head_dim, lambda name: "dim" in name or "size" in name)
-    if not prefix or not sized:
+    patch = [(name, fact) for fact, name in _counted(module, heads)]
+    if not prefix or not (sized or "heads" in dict(patch).values()):
         raise ValueError(f"no attribute of {prefix or 'the block'} says that its heads have {heads.head_dim} rows")
     short = [name.removeprefix(f"{prefix}.") for name in linears]
     cross = probe.still[linears[0]].shape[0] != probe.still[linears[len(linears) > 3]].shape[0]
-    patch = [(name, fact) for fact, name in _counted(module, heads)]
     width = [(name, "width") for name in _named(module, heads.heads * heads.head_dim, lambda name: "dim" in name)]
     inner = tuple(norm.removeprefix(f"{prefix}.") for norm in norms)
     part = Attention(
@@ -193,11 +196,14 @@ def _attention(probe: Probe, linears: tuple[str, ...], heads: Heads, norms: list
         tuple(short[:-1]),
         short[-1],
         key="cross_attn" if cross else "attn",
-        head_dim=min(sized, key=lambda name: (name != "head_dim", name)),
+        head_dim=min(sized, key=lambda name: (name != "head_dim", name), default=""),
         norms=inner,
         patch=tuple(patch),
     )
-    return Candidate(part, frozenset(linears), heads, (tuple(patch), (*patch, *width)) if width else (tuple(patch),))
+    config = getattr(module, "config", None)
+    asked = [(f"config.{name}", fact) for name, fact in ASKED if getattr(config, name, None) == getattr(heads, fact)]
+    more: tuple[list[tuple[str, str]], ...] = ([], width, asked, asked[:1])  # what the forward may need besides
+    return Candidate(part, frozenset(linears), heads, tuple(dict.fromkeys((*patch, *one) for one in more)))
 
 
 def _named(module: nn.Module, value: int, fits: Callable[[str], bool]) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from slimvlm.compress.models.discovery.blocks import Specimen
 from slimvlm.compress.models.discovery.parts import Candidate, Heads, Part, index_of
 from slimvlm.compress.models.families import Attention
-from slimvlm.compress.models.modeling_slim import resize
+from slimvlm.compress.models.modeling_slim import resize, set_attribute
 
 EQUAL = 1e-4  # of the largest output, in fp32
 Side = tuple[str, Tensor | None, Tensor | None, float]  # module, rows and columns that stay, factor of a norm
@@ -69,7 +69,7 @@ def _differs(specimen: Specimen, part: Part, heads: Heads | None, kept: Tensor, 
         facts = {"heads": len(kept), "kv_heads": len(kept) // per_kv, "groups": per_kv}
         facts["width"] = len(kept) * heads.head_dim
         for name, fact in part.patch:
-            setattr(cut.block.get_submodule(part.module), name, facts[fact])
+            set_attribute(cut.block.get_submodule(part.module), name, facts[fact])
     dense, expected = specimen.run(), masked.run()
     try:
         found = cut.run()
@@ -88,8 +88,10 @@ def _differs(specimen: Specimen, part: Part, heads: Heads | None, kept: Tensor, 
 def _sides(block: nn.Module, part: Part, heads: Heads | None, kept: Tensor) -> Iterator[Side]:
     """What each module keeps."""
     if not isinstance(part, Attention):
+        channels = block.get_submodule(part.output).get_parameter("weight").shape[1]
         for path in part.rows:
-            yield path, kept, None, 1.0
+            starts = range(0, len(block.get_submodule(path).get_parameter("weight")), channels)
+            yield path, torch.cat([kept + start for start in starts]), None, 1.0
         yield part.output, None, kept, 1.0
         return
     assert heads is not None
@@ -97,8 +99,9 @@ def _sides(block: nn.Module, part: Part, heads: Heads | None, kept: Tensor) -> I
     paths = [f"{part.module}.{name}" for name in (*part.rows, part.output)]
     norms = {place: f"{part.module}.{name}" for place, name in enumerate(part.norms)}
     if len(part.rows) == 1:
-        width = heads.heads * size
-        yield paths[0], torch.cat([index_of(kept, size, third * width) for third in range(3)]), None, 1.0
+        keys, values = (size * (heads.heads + one * heads.kv_heads) for one in range(2))
+        rows = (index_of(kept, size), index_of(kv, size, keys), index_of(kv, size, values))
+        yield paths[0], torch.cat(rows), None, 1.0
     else:
         for place, path in enumerate(paths[:-1]):
             stays, all_heads = (kv, heads.kv_heads) if place else (kept, heads.heads)

@@ -133,13 +133,59 @@ def shared():
     return model
 
 
+def test_what_is_fused_is_found_as_the_table_has_it():
+    model = built(
+        llava(tf.Phi3Config(**TEXT))
+    )  # queries, keys and values of other heads in one, gate and up in another
+    found = discover(model, afresh=True)
+    assert cuts(model, found.trusted()) == cuts(model, find_family(model.config))
+
+
+class Wide(torch.nn.Module):
+    """An MLP of other names, without a gate."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.narrow = torch.nn.Linear(32, 40), torch.nn.Linear(40, 32)
+
+    def forward(self, x):
+        return self.narrow(torch.nn.functional.silu(self.wide(x)))
+
+
+def test_blocks_of_several_kinds_make_one_row_of_all_their_parts():
+    model = built(llava(tf.LlamaConfig(**TEXT)))
+    model.model.language_model.layers[1].mlp = Wide()
+    found = discover(model, afresh=True)
+    parts = found.trusted().towers[1].parts
+    assert [(part.key, part.output, part.optional) for part in parts] == [
+        ("attn", "o_proj", False),
+        ("mlp", "mlp.down_proj", True),
+        ("mlp", "mlp.narrow", True),
+    ]
+    assert len(find_groups(model, found.family, dead=True)) == 10
+
+
+class Interleaved(torch.nn.Module):
+    """The query, key and value of a head lie together."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn = torch.nn.ModuleDict({"qkv": torch.nn.Linear(8, 24), "o": torch.nn.Linear(8, 8)})
+        self.attn.head_dim = 4
+
+    def forward(self, hidden_states):
+        heads = self.attn["qkv"](hidden_states).unflatten(-1, (2, 3, 4)).permute(3, 0, 2, 1, 4)
+        mixed = torch.nn.functional.scaled_dot_product_attention(*heads)
+        return hidden_states + self.attn["o"](mixed.transpose(1, 2).flatten(2))
+
+
+def test_projections_that_are_fused_in_another_order_are_not_understood():
+    parts, strange = parts_of(Interleaved().to("meta"), None)
+    assert parts == ()
+    assert len(strange) == 1 and strange[0].startswith("attn.qkv, attn.o: ")
+
+
 def test_what_is_not_understood_is_refused_by_name():
-    fused = discover(built(llava(tf.Phi3Config(**TEXT))), afresh=True)
-    assert [part.key for part in fused.tower.parts] == ["attn", "mlp"] and fused.text.towers[0].parts == ()
-    with pytest.raises(
-        UnsupportedModelError, match=r"gate_up_proj is fused in a way.*Nothing is guessed: give it rows"
-    ):
-        fused.trusted()
     with pytest.raises(UnsupportedModelError, match=r"layers.0.mlp.gate_proj.weight and .*layers.1.* are one weight"):
         discover(shared(), afresh=True).trusted()
     with pytest.raises(
