@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from slimvlm.export.graphs.windows import CHUNKED, EVERYTHING, SLIDING, Reach
@@ -44,7 +45,7 @@ def causal_mask(
     rows = torch.arange(count, device=queries.device)[None, None, :, None] + (total - count)
     allowed = columns <= rows
     if image is not None:
-        allowed = allowed | _same_image(image, attention_mask[:, count:])
+        allowed = allowed | _same_image(image, total)
     if reach.kind == SLIDING:
         allowed = allowed & (columns > rows - reach.size)
     if reach.kind == CHUNKED:
@@ -57,12 +58,11 @@ def causal_mask(
     return torch.where(allowed, torch.zeros_like(lowest), lowest)
 
 
-def _same_image(image: Tensor, past: Tensor) -> Tensor:
-    """Whether two tokens [B, 1, S, P + S] are of one image; none of the P tokens of `past` [B, P] is."""
-    new = image.to(past.dtype)
-    first = new - torch.cat([torch.zeros_like(new[:, :1]), new[:, :-1]], dim=1) > 0
-    number = first.to(past.dtype).cumsum(1) * new
-    rows, columns = number[:, None, :, None], torch.cat([torch.zeros_like(past), number], dim=1)[:, None, None, :]
+def _same_image(image: Tensor, total: int) -> Tensor:
+    """Whether two of the tokens [B, S], the last of `total` T, are of one image: [B, 1, S, T]."""
+    new = image.long()
+    number = ((1 - new).cumsum(1) + 1) * new  # tokens of one image have as many other tokens before them; 0: no image
+    rows, columns = number[:, None, :, None], F.pad(number, (total - image.shape[1], 0))[:, None, None, :]
     return (rows == columns) & (rows > 0)
 
 

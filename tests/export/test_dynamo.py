@@ -2,12 +2,17 @@
 
 import numpy as np
 import pytest
-from exports import shallow_model, size_of, tiny_samples
+import torch
+from exports import random_feeds, shallow_model, size_of, tiny_samples
 from tiny_models import FACTORIES
+from torch import nn
 
 from slimvlm.export.checks.parity import Case, measure
 from slimvlm.export.checks.reference import first_batch, graph_ports, torch_runner
 from slimvlm.export.graphs.build import build_graphs
+from slimvlm.export.graphs.graph import BATCH, PAST, ROWS, SEQUENCE, TOTAL, Graph, Port
+from slimvlm.export.graphs.masks import causal_mask
+from slimvlm.export.graphs.windows import CHUNKED, EVERYTHING, SLIDING, Reach
 from slimvlm.export.options import ExportOptions
 from slimvlm.export.running.runners import SessionRunner, TorchRunner, load_module
 from slimvlm.export.writers.onnx_writer import write_onnx
@@ -40,6 +45,34 @@ def test_dynamo_and_torch_export_write_the_graphs_of_every_family(tmp_path, name
             case = Case(graph.name, what, given, torch_runner([graph]).run(graph.name, given))
             for runner in runners:
                 assert measure(case, runner.run(graph.name, given)).max_relative < TORCH_LIKE
+
+
+class Masks(nn.Module):
+    """Every kind of mask of a decoder, of the last tokens of a text; [B, S, 1] says which are of images."""
+
+    def forward(self, image, attention_mask, past):
+        total = torch.cat([past, image], dim=1)[..., 0] * 0 + attention_mask  # as long as the cache and the new tokens
+        kinds = ((EVERYTHING, True), (Reach(SLIDING, 4), True), (Reach(SLIDING, 4), False), (Reach(CHUNKED, 4), False))
+        return tuple(
+            causal_mask(total, image, reach, not images, image[..., 0] > 0 if images else None)
+            for reach, images in kinds
+        )
+
+
+def test_dynamo_and_torch_export_write_masks_that_hold_at_any_length(tmp_path):
+    shown = torch.randn(2, 3, 1), torch.ones(2, 7, dtype=torch.long), torch.randn(2, 4, 1)
+    axes = (ROWS, {0: BATCH, 1: TOTAL}, {0: BATCH, 1: PAST})
+    ports = map(Port, ("image", "attention_mask", "past"), shown, axes)
+    outputs = {name: {0: BATCH, 2: SEQUENCE, 3: TOTAL} for name in ("images", "narrow", "prompt", "chunks")}
+    graph = Graph("masks", Masks().eval(), tuple(ports), outputs)
+    runners = (by_dynamo(graph, tmp_path / "masks.onnx"), as_program(graph, tmp_path / "masks.pt2"))
+    for batch, tokens, past in ((1, 9, 0), (3, 1, 8), (2, 5, 6)):
+        feeds = random_feeds(graph, batch_size=batch, sequence_length=tokens, past_sequence_length=past)
+        feeds["attention_mask"][:1, : past // 4] = 0
+        expected = torch_runner([graph]).run(graph.name, feeds)
+        for runner in runners:
+            found = runner.run(graph.name, feeds)
+            assert all(np.array_equal(found[name], mask) for name, mask in expected.items())
 
 
 def first_row(graph, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -10,13 +10,26 @@ import torch
 import transformers as tf
 from exports import quality_of
 from tiny_models import TEXT
+from tiny_processors import tiny_processor
 from torch import nn
 from transformers import DynamicCache
 from transformers.models.gemma3.modeling_gemma3 import create_masks_for_vision_model, get_block_sequence_ids_for_mask
-from windowed import SMALL, TEXTS, WINDOW, WINDOWED, export_windowed, long_samples, windowed_model, windowed_text
+from windowed import (
+    SMALL,
+    TEXTS,
+    WINDOW,
+    WINDOWED,
+    export_windowed,
+    long_samples,
+    whole_model,
+    windowed_model,
+    windowed_text,
+)
 
 from slimvlm.compress.evaluation.evaluate import evaluate
 from slimvlm.compress.models.families import Export
+from slimvlm.compress.models.saving import save_checkpoint
+from slimvlm.export import ExportOptions, export_checkpoint
 from slimvlm.export.checks.answers import retell, torch_answers
 from slimvlm.export.graphs.decoder import Decoder
 from slimvlm.export.graphs.masks import attention_masks
@@ -143,6 +156,14 @@ def test_whole_answers_of_an_export_are_torchs_below_at_and_two_times_beyond_the
 def test_every_check_of_an_export_has_a_prompt_beyond_the_window(windowed, kind):
     checks = windowed(kind)[2].manifest.checks
     assert checks and all(check["window"] == WINDOW and check["long_prompt"] > 200 for check in checks)
+
+
+def test_a_checkpoint_whose_language_model_has_only_plain_attention_is_exported(tmp_path):
+    """Gemma 2 caps what attention multiplies, which torch's fused attention cannot; the tower beside it can."""
+    save_checkpoint(tmp_path / "model", whole_model("paligemma, gemma2"), tiny_processor("paligemma"), None)
+    options = ExportOptions(exporter="torchscript", samples=1, max_new_tokens=1)
+    [check] = export_checkpoint(tmp_path / "model", tmp_path / "export", options).manifest.checks
+    assert check["ok"]
 
 
 @torch.inference_mode()

@@ -72,8 +72,8 @@ def windowed_text(kind: str):
     return model
 
 
-def windowed_model(kind: str):
-    """A tiny model of WINDOWED, cut: other widths in every layer, and the second block gone; with its collator."""
+def whole_model(kind: str):
+    """A tiny model of WINDOWED."""
     family, make, fields = WINDOWED[kind]
     built = JOINS[family](*TOWERS[family])[0] if family in TOWERS else tiny_model(family).model
     config = copy.deepcopy(built.config)
@@ -83,9 +83,15 @@ def windowed_model(kind: str):
     torch.manual_seed(0)
     model = type(built)(config).eval()
     add_noise(model)
+    return model
+
+
+def windowed_model(kind: str):
+    """The same, cut: other widths in every layer, and the second block gone; with its collator."""
+    model = whole_model(kind)
     apply_plan(model, random_plan(model, 1))
     apply_plan(model, keep_blocks(model, lambda group: [1] if group.tower == "language" else []))
-    return model, Collator(tiny_processor(family), find_family(config), model.config)
+    return model, Collator(tiny_processor(WINDOWED[kind][0]), find_family(model.config), model.config)
 
 
 def export_windowed(model, collator, out: Path, **options) -> ExportResult:
