@@ -25,6 +25,7 @@ from slimvlm.compress.errors import CheckpointError, SampleError, UnsupportedMod
 from slimvlm.compress.evaluation.evaluate import greedy
 from slimvlm.compress.evaluation.soundness import check_answers
 from slimvlm.compress.models.checkpoint import Loaded, load_model
+from slimvlm.compress.models.experts import put_together
 from slimvlm.compress.processes import pick_device
 from slimvlm.export.running.exported import Exported
 from slimvlm.export.running.generation import steps
@@ -138,6 +139,7 @@ def open_chat(name: str, *, backend: str | None = None, device: str = "auto", tr
         )
     form = split_backend(runs_on)[1]
     loaded = load_model(where, device=pick_device(device), trust_remote_code=trust_remote_code, form=form)
+    put_together(loaded.model)
     if loaded.family.contrastive:
         raise _answers_nothing(name)
     collator = collator_of(loaded)

@@ -145,7 +145,7 @@ def part_of(group: Group) -> str:
 
 def thirds(group: Group) -> list[int]:
     """The first two thirds of the units; of query heads, per KV head."""
-    if group.kind == "mlp":
+    if group.kind == "mlp" and not group.slots:
         return list(range(-(-2 * group.size // 3)))
     if group.kv_heads == group.size:
         return list(range(group.size - max(1, group.size // 3)))

@@ -1,7 +1,8 @@
 """Experts apart: transformers stacks the weights of a block's experts in two tensors, here each is an MLP of linears.
 
 What watches, cuts, refits and adapts linears then does so with an expert as with any other MLP, and an expert sees the
-tokens that the router sends to it alone. Models are apart inside slimvlm; what is saved or given away never is.
+tokens that the router sends to it alone. Models are apart inside slimvlm; what is saved or given away never is, and a
+`state_dict` has what the unmodified class would have.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class ExpertsApart(nn.ModuleList):
         self.requires_grad_(stacked.gate_up_proj.requires_grad)
         self.share = chosen / len(rows)
         del stacked.gate_up_proj, stacked.down_proj
+        self.register_state_dict_post_hook(_stack_entries)
         self.__dict__["stacked"] = stacked  # none of its modules: what is left of it has no weights
 
     @property
@@ -169,3 +171,11 @@ def _linear(weight: Tensor) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight)
     return linear
+
+
+def _stack_entries(experts: Any, entries: dict[str, Tensor], prefix: str, _metadata: object) -> None:
+    """Those of linears that are adapted stay apart."""
+    for name in (ROWS, OUTPUT):
+        own = [f"{prefix}{number}.{name}.weight" for number in range(len(experts))]
+        if all(key in entries for key in own):
+            entries[f"{prefix}{name}"] = torch.stack([entries.pop(key) for key in own])

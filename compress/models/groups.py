@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from slimvlm.compress.models.experts import met_weights
+from slimvlm.compress.models.experts import met_weights, take_apart
 from slimvlm.compress.models.families import Attention, Experts, Family, Mlp, Part, Tower
 from slimvlm.compress.models.projections import (
     Member,
@@ -160,7 +160,7 @@ def find_units(model: nn.Module, family: Family, kind: str, attention_unit: str 
 def find_groups(
     model: nn.Module, family: Family, attention_unit: str = "auto", dead: bool = False
 ) -> tuple[Group, ...]:
-    """All prunable groups of `model`, in table order. Reads shapes only: meta is enough.
+    """All prunable groups of `model`, in table order. Reads shapes only: meta is enough. Experts are taken apart.
 
     Args:
         attention_unit: `kv-group`, `query-slot`, or `auto` (query slots where there are fewer than four KV heads).
@@ -173,6 +173,7 @@ def find_groups(
     """
     if attention_unit not in ATTENTION_UNITS:
         raise ValueError(f"attention unit {attention_unit!r} is unknown; choose one of {', '.join(ATTENTION_UNITS)}")
+    take_apart(model, family)
     groups = []
     for tower in family.towers:
         blocks = resolve(model, tower.blocks, family)

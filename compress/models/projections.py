@@ -8,7 +8,7 @@ from typing import Any  # attributes of modules, which torch types as tensors or
 from torch import nn
 
 from slimvlm.compress.errors import UnsupportedModelError
-from slimvlm.compress.models.experts import OUTPUT, ROWS, ExpertsApart
+from slimvlm.compress.models.experts import OUTPUT, ROWS
 from slimvlm.compress.models.families import Attention, Family, Mlp
 
 
@@ -92,14 +92,8 @@ def mlp_members(model: nn.Module, family: Family, path: str, mlp: Mlp) -> tuple[
 
 
 def expert_members(model: nn.Module, family: Family, path: str) -> tuple[tuple[Member, ...], int, int]:
-    """(the members of the experts at `path`, one expert after the other; their number; channels of each).
-
-    Raises:
-        UnsupportedModelError: they are not apart.
-    """
+    """(the members of the experts at `path`, which are apart, one after the other; their number; channels of each)."""
     experts = resolve(model, path, family)
-    if not isinstance(experts, ExpertsApart):
-        raise UnsupportedModelError(f"the experts at {path} are stacked: take the model apart first (experts.py)")
     width = resolve(experts, f"0.{OUTPUT}", family).weight.shape[1]
     members: list[Member] = []
     for expert in range(len(experts)):

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from slimvlm.compress.errors import MissingDependencyError, UnsuitableOptionError
 from slimvlm.compress.files.decoding import content_of, parse
+from slimvlm.compress.models.experts import put_together
 from slimvlm.compress.options import BLOCK, IN_TORCH
 
 NO_TORCHAO = "8 and 4 bits in torch need torchao: pip install 'slimvlm[torchao]'"
@@ -68,6 +69,7 @@ def quantize(model: PreTrainedModel, form: str) -> dict[str, int]:
         MissingDependencyError: no torchao.
     """
     require_torchao()
+    put_together(model)  # stacked experts are no linears: they stay as they are
     from torchao.quantization import quantize_
     from transformers import TorchAoConfig
     from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer

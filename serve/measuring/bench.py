@@ -13,6 +13,7 @@ import torch
 from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.models.checkpoint import build_meta, load_model
 from slimvlm.compress.models.computing import DTYPES, cast
+from slimvlm.compress.models.experts import put_together
 from slimvlm.export.running.exported import Exported
 from slimvlm.export.running.generation import Arrays
 from slimvlm.serve.backends.backend import Backend, Clock, clock_of, time_embedding, time_generation
@@ -159,6 +160,7 @@ def open_backend(source: Source) -> tuple[Backend, bool, str]:
     if name == TORCH:
         dtype = None if source.dtype == "auto" else DTYPES[source.dtype]
         loaded = load_model(source.folder, device=device, trust_remote_code=source.trust_remote_code, form=variant)
+        put_together(loaded.model)
         if dtype is None and device.type == "cpu" and loaded.model.dtype == torch.float16:
             dtype = torch.float32  # which is what fp16 weights are computed in on a CPU
         model: Model = loaded.model if dtype is None else cast(loaded.model, dtype)

@@ -85,7 +85,7 @@ JOINS: dict[str, Join] = {
         "model.visual",
         "model.language_model",
         ("model.visual.downsample", *MERGER),
-        Export("patches", positions="mrope"),
+        Export("patches", positions="mrope", refused="its tower joins patches by a convolution of its own"),
     ),
     "lfm2_vl": _towered({("siglip2_vision_model", "lfm2"): "lfm2_vl"}, Export()),
     "mllama": Join(

@@ -17,7 +17,12 @@ from slimvlm.serve.report.document import Chart, Finding, Said, Table, change, f
 from slimvlm.serve.report.files import RunFiles, Scored
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-UNITS = {"mlp": "MLP channels", "attn": "attention heads", "cross_attn": "cross-attention heads"}
+UNITS = {
+    "mlp": "MLP channels",
+    "attn": "attention heads",
+    "cross_attn": "cross-attention heads",
+    "experts": "channels of all experts",
+}
 
 
 Layers = dict[int, tuple[int, int]]  # of one kind of units in one tower: layer -> (had, keeps)

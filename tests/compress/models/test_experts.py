@@ -61,6 +61,15 @@ def test_experts_apart_compute_what_the_stacked_ones_do():
     assert torch.equal(logits(tiny.model, batch), expected)
 
 
+def test_a_state_dict_has_the_tensors_of_the_unmodified_class():
+    model = tiny_model("qwen3_vl_moe").model
+    apart = model.state_dict()
+    with together(model):
+        stacked = model.state_dict()
+    assert apart.keys() == stacked.keys()
+    assert all(torch.equal(apart[name], stacked[name]) for name in apart)
+
+
 def test_taking_experts_apart_copies_no_weight():
     model = tiny_model("qwen3_vl_moe").model
     put_together(model)
