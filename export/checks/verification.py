@@ -63,7 +63,7 @@ def verify(folder: str | os.PathLike[str]) -> Verification:
             skipped.append(f"{form} {variant}: {runtime} is not installed")
             continue
         try:
-            check = _check(runner_of(folder, artifacts), manifest, variant, given, expected)
+            check = check_sample(runner_of(folder, artifacts), manifest, variant, given, expected)
         except KeyError as missing:
             raise CheckpointError(f"{folder} holds no {missing} for {form} {variant}; copy the export again") from None
         except Exception as error:  # a runtime on files and a sample of others
@@ -83,7 +83,12 @@ def verify(folder: str | os.PathLike[str]) -> Verification:
     return result
 
 
-def _check(runner: Runner, manifest: Manifest, variant: str, given: Arrays, expected: Arrays) -> Document:
+def check_sample(runner: Runner, manifest: Manifest, variant: str, given: Arrays, expected: Arrays) -> Document:
+    """The stored sample through a runtime, held against torch's answer: whether it is within the tolerance, as `ok`.
+
+    Args:
+        given, expected: as `read_sample` has them.
+    """
     row = VARIANTS[variant]
     prompting = manifest.generation
     if prompting is None:

@@ -29,11 +29,12 @@ from slimvlm.export.job import export_model
 FAMILIES = tuple(name for name in FACTORIES if name not in ("clip", "siglip"))
 
 
-def test_the_example_is_short_and_needs_four_packages() -> None:
-    text = Path(run_onnx.__file__).read_text()
-    assert text.count("\n") <= 125
-    imports = {line.split()[1].split(".")[0] for line in text.splitlines() if line.startswith(("import ", "from "))}
-    assert imports - {"argparse", "json", "sys", "pathlib"} == {"numpy", "onnxruntime", "PIL", "tokenizers"}
+def test_the_example_is_short_and_needs_three_packages_and_a_runtime() -> None:
+    lines = Path(run_onnx.__file__).read_text().splitlines()
+    assert len(lines) <= 136
+    imports = {line.split()[1].split(".")[0] for line in map(str.strip, lines) if line.startswith(("import ", "from "))}
+    needed = imports - {"argparse", "json", "sys", "pathlib"} - {"onnxruntime", "openvino"}  # one of these two
+    assert needed == {"numpy", "PIL", "tokenizers"}
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -1,25 +1,19 @@
-"""Programs of others on the exported folders: `make clients` installs them and says where in SLIMVLM_CLIENTS."""
+"""transformers.js, onnxruntime-genai and a Python without torch on exported folders."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from pathlib import Path
 
 import pytest
+from client_programs import PYTHON
 from exports import answer_of, export_tiny
-from plans import random_plan
 from windowed import WINDOW, export_windowed, long_samples, windowed_model
 
 from slimvlm.compress.data.samples import load_samples, open_image
-from slimvlm.compress.errors import CheckFailedError
-from slimvlm.compress.models.checkpoint import load_model
 from slimvlm.compress.models.families import FAMILIES
-from slimvlm.compress.models.saving import save_checkpoint
-from slimvlm.compress.slicing.apply import apply_plan
-from slimvlm.demo import MODEL, SAMPLES
-from slimvlm.export import ExportOptions, export_checkpoint
+from slimvlm.demo import SAMPLES
 from slimvlm.export.checks.answers import torch_answers
 from slimvlm.export.checks.reference import generated_sample
 from slimvlm.export.checks.sample import read_sample
@@ -28,27 +22,9 @@ from slimvlm.export.running.generation import generate
 from slimvlm.export.running.runners import SessionRunner
 from slimvlm.export.variants import FULL, VARIANTS
 
-CLIENTS = os.environ.get("SLIMVLM_CLIENTS", "")
 JS_TENSORS = ("input_ids", "attention_mask", "pixel_values", "pixel_attention_mask", "image_grid_thw")
-PYTHON = Path(CLIENTS) / "venv" / "bin" / "python"
 GENAI_TENSORS = ("input_ids", "pixel_values", "image_grid_thw")
 JS_FAMILIES = ("llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "idefics3", "paligemma")
-
-pytestmark = pytest.mark.skipif(not CLIENTS, reason="make clients installs transformers.js and a Python without torch")
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    """The demo model, cut to another number of KV heads and channels in every layer, as an export in every variant."""
-    folder = tmp_path_factory.mktemp("demo")
-    loaded = load_model(MODEL)
-    plan = random_plan(loaded.model, seed=3)
-    save_checkpoint(folder / "model", apply_plan(loaded.model, plan), loaded.processor, plan)
-    how = {"exporter": "torchscript", "variants": tuple(VARIANTS), "max_new_tokens": 8}
-    try:
-        return export_checkpoint(folder / "model", folder / "export", ExportOptions(data=SAMPLES / "val.jsonl", **how))
-    except CheckFailedError as failed:  # cut at random and not recovered, it bears no fewer bits; it runs all the same
-        return failed.result
 
 
 def in_node(folder: Path, request: dict, scratch: Path) -> list[list[int]]:
