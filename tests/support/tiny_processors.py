@@ -143,6 +143,7 @@ def _cohere2() -> tf.ProcessorMixin:
 
 
 def _gemma3() -> tf.ProcessorMixin:
+    """Its texts hold a token at which an image starts, and its prompts that one, those of the features, and an end."""
     tokenizer = _named({"image_token": "<image>", **EDGES})
     template = CHAT.replace("<image>", EDGES["boi_token"])
     return tf.Gemma3Processor(
@@ -200,14 +201,6 @@ def _onevision(tower: str) -> tf.ProcessorMixin:
         "chat_template": CHAT,
     }
     return still(tf.LlavaOnevisionProcessor, images, tiny_tokenizer(), None, **strategy)
-
-
-def _gemma3() -> tf.ProcessorMixin:
-    """Its texts hold a token at which an image starts, and its prompts that one, those of the features, and an end."""
-    names = {"boi_token": "<|vision_start|>", "eoi_token": "<|vision_end|>", "image_token": "<image>"}
-    template = CHAT.replace("<image>", "<|vision_start|>")
-    images = Gemma3ImageProcessorPil(size=SQUARE)
-    return tf.Gemma3Processor(images, _named(names), image_seq_length=4, chat_template=template)
 
 
 def _paligemma() -> tf.ProcessorMixin:
