@@ -72,6 +72,16 @@ def test_what_is_foreseen_is_what_the_run_does(foreseen: dict, made: Path) -> No
     assert foreseen["calibration_bytes"] > 10**7 and foreseen["recovery_bytes"] > 10**7
 
 
+def test_the_record_of_the_run_asks_for_the_same_recovery_and_outputs(folder, asked, made) -> None:
+    first = main.commands["compress"].make_context("compress", [str(word) for word in asked]).params
+    words = [str(folder / "again"), "--config", str(made / "run.json"), "--quiet", "--device", "cpu"]
+    again = main.commands["compress"].make_context("compress", words).params
+    assert again.pop("out") == folder / "again" and first.pop("out") == folder / "out"
+    # What was left open is written down as it was filled in.
+    resolved = {"samples": 4, "train_batch_size": 2, "schedule": "cosine", "warmup": 10, "clip": 1.0}
+    assert again == {**first, **resolved}
+
+
 def test_it_is_said_in_words_and_a_run_that_is_there_stays_as_it_is(folder, asked, made) -> None:
     before = state(folder)
     held = run(*asked, "--dry-run")
