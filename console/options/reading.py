@@ -14,6 +14,7 @@ import click
 
 from slimvlm.compress.files.decoding import MisfitError, content_of, parse, shown
 from slimvlm.console.options.making import FILE_OR_FOLDER, NAME, PATH
+from slimvlm.console.options.values import Count, Number
 
 
 def read_document(path: Path) -> Any:
@@ -44,19 +45,29 @@ def told_value(folder: Path, option: click.Parameter, told: object) -> Any:
     Raises:
         MisfitError: the option does not take it.
     """
-    value = told
+    value: object
     if isinstance(told, Mapping):
         value = [f"{key}={one}" for key, one in told.items()]
     elif option.multiple and not isinstance(told, list):
-        value = [told]
-    elif isinstance(told, list) and not option.multiple:
+        value = [_said(option, told)]
+    elif isinstance(told, list) and option.multiple:
+        value = [_said(option, one) for one in told]
+    elif isinstance(told, list):
         value = ",".join(map(str, told)) or "none"
     elif isinstance(told, str) and option.type is PATH:
         value = os.path.normpath(folder / told)
     elif option.type in (FILE_OR_FOLDER, NAME):
         value = there(folder, told)
+    else:
+        value = _said(option, told)
     _processed(option, told, value)
     return value
+
+
+def _said(option: click.Parameter, told: object) -> object:
+    """A number as the command line says it: there 1.5 and infinity are no integers."""
+    is_number = isinstance(told, int | float) and not isinstance(told, bool)
+    return str(told) if is_number and isinstance(option.type, Count | Number) else told
 
 
 def option_value(folder: Path, option: click.Parameter, told: object) -> Any:
