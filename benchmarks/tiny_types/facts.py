@@ -94,7 +94,22 @@ FACTS: dict[str, Facts] = {
     "hunyuan_vl": Facts({"text_config": {"head_dim": 8}}),
     "instructblip": Facts(image=images.questioned, tokens=4, first=True),
     "instructblipvideo": Facts({"video_token_index": 90}, image=images.questioned_frames, tokens=16, first=True),
-    "kimi_k25": Facts({"projection_hidden_size": 32}, image=images.square_patches),
+    "kimi_k25": Facts({"projection_hidden_size": 32, "text_config": {"head_dim": 4}}, image=images.square_patches),
+    "lfm2_vl": Facts({"text_config": {"layer_types": ["conv", "full_attention"]}}, image=images.shaped),
+    "mllama": Facts(
+        {
+            "vision_config": {
+                "num_global_layers": 1,
+                "intermediate_layers_indices": [0],
+                "vision_output_dim": 64,
+                "max_num_tiles": 2,
+                "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]],
+            },
+            "text_config": {"cross_attention_layers": [1]},
+        },
+        image=images.two_tiles,
+        tokens=1,
+    ),
     "lfm3_vl": Facts({"text_config": {"layer_types": ["conv", "full_attention"]}}),
     "llama4": Facts({"vision_config": {"intermediate_size": 128}}),
     "minicpm_ocr": Facts(MINICPM, image=images.in_a_row),

@@ -85,6 +85,18 @@ def placed(config: Any, pixels: Tensor) -> dict[str, Tensor]:
     return {"pixel_values": _patches(pixels, size)[None], "image_position_ids": places[None]}
 
 
+def shaped(config: Any, pixels: Tensor) -> dict[str, Tensor]:
+    """Flat patches [1, 16, 48], their rows and columns, and that all of them are real (LFM2)."""
+    mask, shape = torch.ones(1, 16, dtype=torch.int64), torch.tensor([[4, 4]])
+    return {"pixel_values": _patches(pixels, 4)[None], "spatial_shapes": shape, "pixel_attention_mask": mask}
+
+
+def two_tiles(config: Any, pixels: Tensor) -> dict[str, Tensor]:
+    """An image of two tiles (Mllama)."""
+    tiles, mask = torch.stack([pixels, pixels.flip(-1)])[None, None], torch.ones(1, 1, 2, dtype=torch.int64)
+    return {"pixel_values": tiles, "aspect_ratio_ids": torch.tensor([[2]]), "aspect_ratio_mask": mask}
+
+
 def in_a_row(config: Any, pixels: Tensor) -> dict[str, Tensor]:
     """Patches side by side [1, 3, 4, 64] and how many rows and columns they are (MiniCPM-V)."""
     strip = pixels.unfold(1, 4, 4).unfold(2, 4, 4).permute(0, 3, 1, 2, 4).flatten(2)

@@ -25,6 +25,7 @@ from slimvlm.compress.data.collate import Collator
 from slimvlm.compress.errors import SlimvlmError
 from slimvlm.compress.evaluation.evaluate import evaluate
 from slimvlm.compress.models.checkpoint import load_model
+from slimvlm.compress.models.experts import take_apart
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import Group, find_groups
 from slimvlm.compress.models.saving import save_checkpoint
@@ -87,6 +88,7 @@ class Job:
     def inspect(self) -> None:
         """Its row, and the groups that the row finds."""
         self.family = find_family(self.model.config)
+        take_apart(self.model, self.family)
         groups = find_groups(self.model, self.family)
         self.record["family"] = self.family.name
         self.record["cut"] = sorted({part_of(group) for group in groups})

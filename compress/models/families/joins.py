@@ -51,6 +51,12 @@ def _idefics(name: str) -> Join:
     )
 
 
+def _glm() -> Join:
+    """GLM-4V and its like."""
+    projector = ("model.visual.downsample", *MERGER)
+    return Join({}, "model.visual", "model.language_model", projector, Export("single", positions="mrope"))
+
+
 def _joined(vision: str, projector: str, export: Export = POOLED, doubled: tuple[str, ...] = ()) -> Join:
     return Join({}, vision, "model.language_model", (projector,), export, doubled=doubled)
 
@@ -86,6 +92,24 @@ JOINS: dict[str, Join] = {
         "model.language_model",
         ("model.visual.downsample", *MERGER),
         Export("patches", positions="mrope", refused="its tower joins patches by a convolution of its own"),
+    ),
+    "glm46v": _glm(),
+    "glmga": _glm(),
+    "glm_ocr": _glm(),
+    "glm4v_moe": _glm(),
+    "exaone4_5": _joined("model.visual", "model.visual.merger", SINGLE),
+    "qwen3_5_moe": _joined("model.visual", "model.visual.merger", Export("patches", positions="mrope")),
+    "qwen3_omni_moe_thinker": _joined("model.visual", "model.visual.merger", Export("patches", positions="mrope")),
+    "lfm3_vl": _towered({}, POOLED),
+    "muse_glimmer": _joined("model.vision_tower", "model.vision_projection", SINGLE),
+    "kimi_k25": _joined("model.vision_tower", "model.mm_projector", SINGLE),
+    "mistral_large4": _selecting({}, SINGLE),
+    "step3p7": _joined("model.vision_model", "model.multi_modal_projector"),
+    "unlimited_ocr": _joined("", "model.multi_modal_projector"),
+    "deepseek_ocr2": _joined("", "model.multi_modal_projector"),
+    "gemma4_unified": _joined("", "model.embed_vision", SINGLE),
+    "llama4": Join(
+        {}, "vision_model", "language_model", ("multi_modal_projector",), headed=True, doubled=("language",)
     ),
     "lfm2_vl": _towered({("siglip2_vision_model", "lfm2"): "lfm2_vl"}, Export()),
     "mllama": Join(
