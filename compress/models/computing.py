@@ -69,6 +69,14 @@ def load_to_compute(
     return loaded
 
 
+def attend_as(model: PreTrainedModel, other: PreTrainedModel) -> None:
+    """Has `model` compute attention as `other`, a model of the same family, does: its parts may differ in that."""
+    config = other.config
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    asked = {name: part._attn_implementation for name, part in parts.items() if part is not None}
+    model.set_attn_implementation({"": config._attn_implementation, **asked})
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode; afterwards, also after an error, modes, gradients and who asks for them are what they were."""

@@ -153,6 +153,13 @@ def build_empty(folder: Path, config: transformers.PreTrainedConfig, family: Fam
     return model
 
 
+def _fuses_attention(model_class: Any, config: transformers.PreTrainedConfig) -> bool:
+    """Of the class, and of those of its tower and text model."""
+    configs = [one for name in config.sub_configs if (one := getattr(config, name, None)) is not None]
+    parts = (transformers.MODEL_MAPPING.get(type(one), None) for one in configs)
+    return all(getattr(part, "_supports_sdpa", True) for part in (model_class, *parts))
+
+
 def build_loaded(
     folder: Path, config: transformers.PreTrainedConfig, family: Family, options: dict[str, Any]
 ) -> PreTrainedModel:
@@ -162,7 +169,7 @@ def build_loaded(
         CheckpointError: it cannot be built, a weight is missing, left over, of another size, or not finite.
     """
     model_class = _model_class(config, family)
-    if options.get("attn_implementation") == "sdpa" and not model_class._supports_sdpa:
+    if options.get("attn_implementation") == "sdpa" and not _fuses_attention(model_class, config):
         options = {**options, "attn_implementation": None}
     with foreign(f"{folder}: the model cannot be built"), _quiet():
         loaded: tuple[PreTrainedModel, dict[str, Any]] = model_class.from_pretrained(

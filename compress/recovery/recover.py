@@ -19,7 +19,7 @@ from slimvlm.compress.errors import CheckFailedError, CheckpointError
 from slimvlm.compress.evaluation.equality import CHECKED_SAMPLES, TOLERANCE, outputs, relative_error
 from slimvlm.compress.evaluation.evaluate import evaluate, evaluation_batch
 from slimvlm.compress.models.checkpoint import Loaded, locate
-from slimvlm.compress.models.computing import as_stored, cast, load_to_compute
+from slimvlm.compress.models.computing import as_stored, attend_as, cast, load_to_compute
 from slimvlm.compress.models.groups import depths_of
 from slimvlm.compress.models.projections import resolve
 from slimvlm.compress.options import NOT_GIVEN, LearnOptions
@@ -128,15 +128,15 @@ def _load_student(options: LearnOptions, folder: Path, data: Trained) -> Loaded:
     loaded = load_to_compute(options, str(folder))
     if options.train != "lora":  # weights that take small steps must be able to hold them
         cast(loaded.model, torch.float32)
-    loaded.model.set_attn_implementation(_attention(loaded, data.training[0]))
+    if _device(loaded).type == "cpu" and _is_short(loaded, data.training[0]):
+        loaded.model.set_attn_implementation("eager")
     return loaded
 
 
-def _attention(loaded: Loaded, sample: Sample) -> str:
+def _is_short(loaded: Loaded, sample: Sample) -> bool:
     """On a CPU the backward of fused attention takes most of a step of a small model."""
     batch = collator_of(loaded).training([sample])
-    small = batch["input_ids"].shape[1] <= EAGER_TOKENS
-    return "eager" if _device(loaded).type == "cpu" and small else loaded.model.config._attn_implementation
+    return batch["input_ids"].shape[1] <= EAGER_TOKENS
 
 
 def _device(loaded: Loaded) -> torch.device:
@@ -179,7 +179,7 @@ def _distiller(options: LearnOptions, plan: Plan, loaded: Loaded, recipe: Recipe
         folder = options.teacher or str(_dense_folder(options.model, plan))
         teacher = load_to_compute(options, folder).model
         check_family(teacher, loaded.family)
-        teacher.set_attn_implementation(loaded.model.config._attn_implementation)
+        attend_as(teacher, loaded.model)
         depths = depths_of(teacher, loaded.family)
         matched = {
             tower: match_blocks(kept, depths[tower]) for tower, kept in plan.blocks.items() if len(kept) < depths[tower]

@@ -14,7 +14,7 @@ from slimvlm.compress.errors import SlimvlmError
 from slimvlm.compress.evaluation.equality import CHECKED_SAMPLES, reload_difference
 from slimvlm.compress.files.folders import move_folder
 from slimvlm.compress.models.checkpoint import Loaded
-from slimvlm.compress.models.computing import as_stored, cast, frees_memory, load_to_compute
+from slimvlm.compress.models.computing import as_stored, attend_as, cast, frees_memory, load_to_compute
 from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.options import LearnOptions
 from slimvlm.compress.plan import Plan
@@ -94,7 +94,7 @@ def _save_recovered(run: RunFolder, options: LearnOptions, plan: Plan, loaded: L
     run.remove(RECOVERED)
     save_checkpoint(folder, as_stored(model), loaded.processor, plan, plan.layout)
     reloaded = load_to_compute(replace(options, device=str(model.device)), str(folder)).model
-    model.set_attn_implementation(reloaded.config._attn_implementation)
+    attend_as(model, reloaded)
     batch = collator_of(loaded).training(data.calibration[:CHECKED_SAMPLES])
     difference = reload_difference(cast(model, reloaded.dtype), reloaded, batch, folder)
     if not (run.path / CUT).is_dir():

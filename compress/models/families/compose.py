@@ -31,8 +31,8 @@ def find_family(config: object) -> Family:
         _refuse(f"model type {model_type!r}", "families", JOINS)
     if JOINS[model_type].vision and tower not in TOWERS:
         _refuse(f"vision tower {tower!r} of a {model_type!r} model", "vision towers", TOWERS)
-    if text not in TEXTS:
-        _refuse(f"text model {text!r} of a {model_type!r} model", "text models", TEXTS)
+    if text not in (known := JOINS[model_type].texts or TEXTS):
+        _refuse(f"text model {text!r} of a {model_type!r} model", "text models", known)
     family, config = compose(model_type, tower, text), getattr(config, "vision_config", None)
     pooled = [bool(one.pooled and getattr(config, one.pooled, True)) for one in family.towers]
     towers = (_without_stock_mlp(one) if is_so else one for one, is_so in zip(family.towers, pooled, strict=True))

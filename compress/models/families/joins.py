@@ -127,8 +127,9 @@ JOINS: dict[str, Join] = {
         resampler=PERCEIVER,
         shared=True,
     ),
-    "paligemma": _towered(
-        {("siglip_vision_model", "gemma"): "paligemma"}, Export(first_position=1, prefix=True, capped=True)
+    "paligemma": replace(
+        _towered({("siglip_vision_model", "gemma"): "paligemma"}, Export(first_position=1, prefix=True, capped=True)),
+        texts=("gemma", "gemma2", "gemma3_text"),  # whose configs say whether a prompt attends in both directions
     ),
     "vipllava": _selecting({("clip_vision_model", "llama"): "vipllava"}, Export(), "default"),
     "aya_vision": _selecting({("siglip_vision_model", "cohere2"): "aya_vision"}, Export()),

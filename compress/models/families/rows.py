@@ -249,6 +249,7 @@ class Join:
             after all three, `llava (dinov2, qwen2)`.
         vision, language: paths of the modules that are the tower and the text model; no `vision`: what reads the image
             has no stack of blocks (it is convolutional, or there is none) and stays whole.
+        texts: the only text models that it runs with; empty: any.
         projector, resampler, cropped, features, export: as of a family.
         headed: the text model brings its own head.
         contrastive: images and texts are embedded apart.
@@ -268,6 +269,7 @@ class Join:
     features: str | None = None
     headed: bool = False
     contrastive: bool = False
+    texts: tuple[str, ...] = ()
     states: str | None = None
     shared: bool = False
     doubled: tuple[str, ...] = ()

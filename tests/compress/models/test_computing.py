@@ -21,6 +21,8 @@ from slimvlm.compress.evaluation.equality import (
     relative_error,
     reload_difference,
 )
+from slimvlm.compress.models.checkpoint import load_model
+from slimvlm.compress.models.computing import attend_as
 from slimvlm.compress.models.families import find_family
 
 
@@ -97,3 +99,13 @@ def test_a_weight_that_is_not_what_was_saved_is_found_though_the_outputs_agree(w
         reloaded.lm_head.register_forward_hook(lambda module, inputs, output: output + 1e-3)
     with pytest.raises(CheckFailedError, match=r"lm_head\.weight is not reloaded|outputs"):
         reload_difference(model, reloaded, batch, tmp_path)
+
+
+def test_a_model_attends_as_another_whose_parts_differ_in_what_they_can(tmp_path):
+    """Gemma 2 has no fused attention: asked for it, the model keeps it to its tower."""
+    tiny_model("paligemma (siglip, gemma2)", "sdpa").model.save_pretrained(tmp_path)
+    fused, plain = (load_model(tmp_path, attention=attention).model for attention in ("sdpa", "eager"))
+    attend_as(plain, fused)
+    for model in (fused, plain):
+        parts = (model.config.vision_config, model.config.text_config)
+        assert [part._attn_implementation for part in parts] == ["sdpa", "eager"]

@@ -106,6 +106,10 @@ def config_named(model_type, tower=None, text=None):
             config_named("llava", "dinov2", "mamba"),
             "text model 'mamba' of a 'llava' model .* known text models: llama,",
         ),
+        (
+            config_named("paligemma", "siglip_vision_model", "qwen2"),
+            "text model 'qwen2' of a 'paligemma' model .* known text models: gemma, gemma2, gemma3_text",
+        ),
     ],
 )
 def test_what_has_no_row_is_refused_with_the_known_ones(config, said):
