@@ -34,7 +34,7 @@ def model_shapes(model: nn.Module, family: Family) -> Shapes:
     places = tuple(_places(family))
     products = [found for path, module in model.named_modules() for found in _products(path, module, places, family)]
     attended = [_tower_attention(group, model, family) for group in groups if group.kind == "attention"]
-    convolution = next(_placed(model, places, nn.Conv2d, nn.Conv3d))  # makes patches of pixels
+    patch, width = _patches(model, places, family)
     classes = sum(_rows(model.get_parameter(name)) for tower in family.towers for name in tower.before)
     queries = getattr(model.config, family.features) if family.features else 0
     if family.resampler is not None:
@@ -49,9 +49,9 @@ def model_shapes(model: nn.Module, family: Family) -> Shapes:
         parameters=count_parameters(model),
         products=tuple(products),
         attended=tuple(attended),
-        patch=(convolution.stride[-2], convolution.stride[-1]),
+        patch=patch,
         class_tokens=classes,
-        merged=_merged(model, family, convolution.out_channels),
+        merged=_merged(model, family, width),
         queries=queries,
         widths=tuple(group.size * group.head_dim for group in groups),
         class_features=classes - (getattr(model.config, family.cropped, family.cropped) == "default"),
@@ -78,7 +78,7 @@ def _places(family: Family) -> Iterator[Place]:
     for tower in family.towers:
         yield _parent(tower.blocks), VISION if tower.modality == "vision" else LANGUAGE, _kind(tower, family)
     for tower in family.towers:  # what lies beside the encoder of a tower: embeddings, norms
-        others = (other for other in family.towers if other is not tower)
+        others = (other for other in family.towers if other is not tower and other.modality != "vision")
         if not any(_inside(other.blocks, tower.root) for other in others):
             yield tower.root, VISION if tower.modality == "vision" else LANGUAGE, _kind(tower, family)
 
@@ -159,13 +159,22 @@ def _seen(path: str, kind: str, family: Family) -> str:
     return kind
 
 
+def _patches(model: nn.Module, places: tuple[Place, ...], family: Family) -> tuple[tuple[int, int], int]:
+    """(height and width of a patch, the tower's width); where no convolution makes patches, pixels come in them."""
+    for one in _placed(model, places, nn.Conv2d, nn.Conv3d):
+        return (one.stride[-2], one.stride[-1]), one.out_channels
+    config: Config = getattr(model.config, family.towers[0].config)
+    return (config.patch_size, config.patch_size), config.hidden_size
+
+
 def _merged(model: nn.Module, family: Family, hidden_size: int) -> int:
     """Patches that become one feature: the projector's first matrix takes them side by side."""
     if family.contrastive or family.resampler or family.features:
         return 1
-    first = next(one for one in model.get_submodule(family.projector[0]).modules() if isinstance(one, nn.Linear))
+    kinds = nn.Linear, nn.Conv2d
+    first = next(one for one in model.get_submodule(family.projector[0]).modules() if isinstance(one, kinds))
     layers = getattr(model.config, "vision_feature_layer", 0)  # states of several layers are put side by side as well
-    return first.in_features // (hidden_size * (len(layers) if isinstance(layers, (list, tuple)) else 1))
+    return first.weight[0].numel() // (hidden_size * (len(layers) if isinstance(layers, (list, tuple)) else 1))
 
 
 # ------------------------------------------------------------------ attentions

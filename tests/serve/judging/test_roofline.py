@@ -192,3 +192,10 @@ def test_shares_are_of_the_measured_rates_for_that_many_bytes() -> None:
     assert memory_seconds(large, DEVICE) == pytest.approx(2**30 / 1e10)
     assert ideal_seconds(large, DEVICE, "fp32") == memory_seconds(large, DEVICE)
     assert compute_seconds(large, DEVICE, "int8") is None
+
+
+@pytest.mark.parametrize("name", ["glm4v", "lfm2_vl"])
+def test_patches_without_a_convolution_and_patches_joined_by_one_are_understood(name):
+    model = tiny_model(name).model
+    shapes = model_shapes(model, find_family(model.config))
+    assert (shapes.patch, shapes.merged) == ((4, 4), 4)
