@@ -144,7 +144,8 @@ def _arguments(block: nn.Module, config: Any) -> Iterator[Arguments]:
 
 def _angles(block: nn.Module, config: Any, packed: bool) -> Iterator[Tensor]:
     """Of rotary embeddings, [S, D] or [1, S, D], of head sizes that the attentions or the config name."""
-    named = [getattr(owner, "head_dim", None) for owner in (*block.modules(), config)]
+    owners = (*map(vars, block.modules()), config.to_dict())  # a config may refuse to name what differs by layer
+    named = [owner.get("head_dim") for owner in owners]
     for size in dict.fromkeys(size for size in named if isinstance(size, int)):
         half = torch.rand(POSITIONS, size // 2)
         angles = torch.cat([half, half], dim=-1)

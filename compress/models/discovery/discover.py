@@ -214,7 +214,7 @@ def _join(model: PreTrainedModel, vision: Stack, text: list[Stack]) -> tuple[Joi
     prefix = getattr(model.get_submodule(text_root), "base_model_prefix", "")
     headed = head.startswith(f"{text_root}.")
     based = all(stack.path.startswith(f"{text_root}.{prefix}.") for stack in text)
-    positions = "mrope" if "mrope" in str(getattr(config.text_config, "rope_parameters", "")) else "count"
+    positions = "mrope" if "mrope" in str(config.text_config.to_dict().get("rope_parameters")) else "count"
     join = Join(
         {},
         vision_root,

@@ -12,6 +12,7 @@ from itertools import takewhile
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from slimvlm.compress.models.discovery.probing import OUTSIDE, PLACE, Probe
 from slimvlm.compress.models.families import Attention, Mlp
@@ -200,8 +201,9 @@ def _attention(probe: Probe, linears: tuple[str, ...], heads: Heads, norms: list
         norms=inner,
         patch=tuple(patch),
     )
-    config = getattr(module, "config", None)
-    asked = [(f"config.{name}", fact) for name, fact in ASKED if getattr(config, name, None) == getattr(heads, fact)]
+    own = getattr(module, "config", None)
+    config = own.to_dict() if isinstance(own, PreTrainedConfig) else {}
+    asked = [(f"config.{name}", fact) for name, fact in ASKED if config.get(name) == getattr(heads, fact)]
     more: tuple[list[tuple[str, str]], ...] = ([], width, asked, asked[:1])  # what the forward may need besides
     return Candidate(part, frozenset(linears), heads, tuple(dict.fromkeys((*patch, *one) for one in more)))
 
