@@ -111,7 +111,7 @@ class PlanOptions(EvaluateOptions):
         rounds: re-calibrations on the partly cut model while the ratio grows.
         equal_rounds: each takes the same share; else the first ones take more. For a plan that is to serve smaller
             ratios too: see docs/choosing.md.
-        compensate_rounds: the compensation is done between rounds, too, and each looks at what came of it.
+        compensate_rounds: what the compensation can do between rounds is done there too; each looks at what came of it.
         samples: calibration samples per round; 512, or with `faithful` the paper's 1000.
         grad_memory: bound in bytes on the sums held at once, of gradients or of the refit; None: none, or
             (refit) a quarter of the fp32 weights.
@@ -131,7 +131,7 @@ class PlanOptions(EvaluateOptions):
     criterion: str = "gate"
     faithful: bool = False
     allocator: str = "global"
-    rounds: int = 8
+    rounds: int = 4
     equal_rounds: bool = False
     tower_ratio: Mapping[str, float] = field(default_factory=dict)
     kind_ratio: Mapping[str, float] = field(default_factory=dict)
@@ -141,7 +141,7 @@ class PlanOptions(EvaluateOptions):
     layout: str = "per-layer"
     cost: str = "parameters"
     compensation: str = "refit"
-    compensate_rounds: bool = False
+    compensate_rounds: bool = True
     samples: int = NOT_GIVEN
     grad_memory: int | None = None
     host_sums: bool = False

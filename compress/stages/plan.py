@@ -81,11 +81,6 @@ def planning_of(options: PlanOptions, times: Times | None = None) -> Planning:
         UnsuitableOptionError: they contradict each other.
     """
     between = COMPENSATIONS[options.compensation].between if options.compensate_rounds else "none"
-    if options.compensate_rounds and between == "none":
-        raise UnsuitableOptionError(
-            f"--compensate-rounds does between rounds what --compensation {options.compensation} does at the end, "
-            "which is nothing then; leave one of them out"
-        )
     return Planning(
         budget=Budget(
             ratio=options.ratio,

@@ -85,7 +85,8 @@ removal_options = panel(
     option("--refit", "compensation", flag_value="refit", help="The same as --compensation refit."),
     option("--no-refit", "compensation", flag_value="none", help="The same as --compensation none."),
     cut_option(
-        "--compensate-rounds", is_flag=True, help="Compensate between rounds, too; each looks at what came of it."
+        "--compensate-rounds/--no-compensate-rounds",
+        help="Compensate between rounds too; each looks at what came of it.",
     ),
 )
 ranking_options = panel(

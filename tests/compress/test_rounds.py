@@ -100,11 +100,11 @@ def test_compensated_rounds_look_at_the_refitted_model_and_a_killed_plan_goes_on
             assert torch.equal(again[-1].scores.values[key], values)
 
 
-def test_rounds_that_compensate_with_nothing_are_refused():
-    options = PlanOptions(model="", data=Path(), compensation="none", compensate_rounds=True)
-    with pytest.raises(UnsuitableOptionError, match="--compensate-rounds does between rounds what --compensation none"):
-        planning_of(options)
-    assert planning_of(PlanOptions(model="", data=Path(), compensate_rounds=True)).between == "refit"
+def test_rounds_compensate_as_the_end_does_unless_they_are_told_not_to():
+    asked = PlanOptions(model="", data=Path())
+    assert planning_of(asked).between == "refit"
+    assert planning_of(replace(asked, compensation="none")).between == "none"
+    assert planning_of(replace(asked, compensate_rounds=False)).between == "none"
 
 
 def test_what_an_allocator_asks_is_asked_once_of_the_dense_model_also_by_a_run_that_goes_on():
