@@ -257,7 +257,8 @@ make_plan(CompressOptions(model=str(MODEL), out=Path(sys.argv[1]), criterion="uk
 
 
 def test_two_processes_give_the_plan_of_one(tmp_path):
-    one = make_plan(few(tmp_path, criterion="ukmi", rounds=2)).plan
+    one = make_plan(few(tmp_path, criterion="ukmi", rounds=2, compensation="refit")).plan
+    assert one.options["between"] == "refit"
     (tmp_path / "job.py").write_text(JOB)
     assert_done(run_pair(tmp_path, [tmp_path / "job.py", tmp_path / "two"]))
     two = Plan.from_json((tmp_path / "two" / "plan.json").read_text())
@@ -280,7 +281,8 @@ def test_a_taylor_variant_changes_the_saliency_of_a_taylor_criterion(tmp_path, c
 
 
 def test_the_refit_is_on_by_default_keeps_the_size_and_is_recorded(tmp_path, finished):
-    options = few(tmp_path, compensation=CompressOptions(model="", out=tmp_path, data=tmp_path).compensation)
+    default = CompressOptions(model="", out=tmp_path, data=tmp_path).compensation
+    options = few(tmp_path, compensation=default, compensate_rounds=False)
     result = compress(options)
     assert replace(result.plan, compensation=None) == finished[1].plan and result.plan.compensation.name == "refit"
     facts = json.loads((options.out / "run.json").read_text())["stages"]["slice"]
