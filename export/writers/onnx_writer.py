@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir
 import torch
 import torch.nn.functional as F
@@ -155,13 +156,15 @@ def _by_torchscript(graph: Graph, opset: int) -> onnx_ir.Model:
 
 
 REPEATS = (torch.repeat_interleave, Tensor.repeat_interleave)
+ANTIALIASED = {"mode": "bilinear", "antialias": True}.items()
 
 
 class _Writable(TorchFunctionMode):
     """What TorchScript's exporter writes wrong or not at all, said in another way.
 
-    Masks of attention become numbers of the queries' dtype: boolean ones are written in fp32. What is repeated along
-    the last axis is stacked.
+    Masks of attention become numbers of the queries' dtype: boolean ones are written in fp32. Keys and values that
+    several heads share are written for each of them. What is repeated along the last axis is stacked. An antialiased
+    image is the image between two matrices. What is filled with a number gets its dtype.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -171,9 +174,32 @@ class _Writable(TorchFunctionMode):
             dtype = args[0].dtype
             added = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
             kwargs = {**kwargs, "attn_mask": added}
+        if func is F.scaled_dot_product_attention and kwargs.get("enable_gqa"):
+            query, keys, values, *rest = args
+            shared = (torch.stack([one] * (query.shape[1] // one.shape[1]), 2).flatten(1, 2) for one in (keys, values))
+            args, kwargs = (query, *shared, *rest), {**kwargs, "enable_gqa": False}
+        if func is F.interpolate and kwargs.items() >= ANTIALIASED and isinstance(kwargs.get("size"), tuple):
+            return _antialiased(args[0], *kwargs["size"])
+        if func is torch.full and "dtype" not in kwargs:
+            kwargs = {**kwargs, "dtype": torch.as_tensor(kwargs["fill_value"] if len(args) < 2 else args[1]).dtype}
         if func in REPEATS and len(args) == 2 and isinstance(args[1], int) and kwargs == {"dim": -1}:
             return torch.stack([args[0]] * args[1], dim=-1).flatten(-2)
         return func(*args, **kwargs)
+
+
+def _antialiased(image: Tensor, height: int, width: int) -> Tensor:
+    """[B, C, H, W] at another size, as `F.interpolate(mode="bilinear", antialias=True, align_corners=False)`."""
+    rows, columns = (_blending(int(old), int(new)) for old, new in zip(image.shape[2:], (height, width), strict=True))
+    return rows.to(image.dtype) @ image @ columns.T.to(image.dtype)
+
+
+def _blending(old: int, new: int) -> Tensor:
+    """[new, old]: what of the old places is in a new one, by their distance: a triangle as wide as two of the wider."""
+    scale = old / new
+    centres = (np.arange(new) + 0.5) * scale
+    weights = 1 - np.abs(np.arange(old) + 0.5 - centres[:, None]) / max(scale, 1)
+    weights = weights.clip(min=0)
+    return torch.from_numpy((weights / weights.sum(1, keepdims=True)).astype(np.float32))
 
 
 WRITTEN_BY = {DYNAMO: _by_dynamo, TORCHSCRIPT: _by_torchscript}

@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
+import torch.nn.functional as F
 from exports import cut_model, export_tiny, quality_of, random_feeds, shallow_model, tiny_samples
 from torch import nn
 
@@ -187,6 +189,27 @@ def test_the_dynamo_exporter_comes_first_and_the_other_where_it_fails(tmp_path):
     assert written.fallback_reason.startswith("dynamo: ")
     with pytest.raises(UnsupportedModelError, match="vision_encoder cannot be exported to ONNX"):
         write_onnx(graph, tmp_path / "branch.onnx", ExportOptions(exporter="dynamo"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", (3, 4, 9))
+def test_what_the_torchscript_exporter_does_not_know_is_written_in_another_way(tmp_path, side):
+    """An antialiased image, keys that two heads share, and a number that is to be an integer."""
+
+    class Unknown(nn.Module):
+        def forward(self, x):
+            image = x.view(-1, 1, 4, 6)
+            seen = F.interpolate(image, size=(side, 5), mode="bilinear", antialias=True).flatten(1)
+            shared = torch.cat([image, -image], dim=1)
+            attended = F.scaled_dot_product_attention(image.expand(-1, 4, -1, -1), shared, shared, enable_gqa=True)
+            return torch.cat([seen + F.embedding(torch.full((1,), 1), seen), attended.flatten(1)], dim=1)
+
+    values, module = torch.randn(3, 24, generator=torch.Generator().manual_seed(0)), Unknown()
+    graph = Graph("vision_encoder", module, (Port("x", values[:2], {0: BATCH}),), {"y": {0: BATCH}})
+    write_onnx(graph, tmp_path / "unknown.onnx", ExportOptions(exporter="torchscript"))
+    runner = SessionRunner({"vision_encoder": tmp_path / "unknown.onnx"})
+    found = runner.run("vision_encoder", {"x": values.numpy()})["y"]
+    assert np.allclose(found, module(values).numpy(), rtol=1e-4, atol=1e-5)
 
 
 def test_an_axis_that_the_exporter_fixed_is_refused(tmp_path):
