@@ -68,6 +68,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.text, self.head, self.row, self.deepstack = text, head, row, deepstack
         self.reaches = reaches(text.config)
+        self.scale = getattr(text.config, row.scaled, None) if row.scaled else None
         self.cap = getattr(text.config, "final_logit_softcapping", None) if row.capped else None
         if deepstack:
             text._deepstack_process = partial(_add_deepstack, text._deepstack_process)
@@ -97,6 +98,8 @@ class Decoder(nn.Module):
             **extra,
         ).last_hidden_state
         logits = self.head(hidden).float()
+        if self.scale is not None:
+            logits = self.scale * logits
         if self.cap is not None:
             logits = self.cap * torch.tanh(logits / self.cap)
         return (logits, *cached_tensors(cache))

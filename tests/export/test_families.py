@@ -8,12 +8,15 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import pytest
+import torch
 from exports import cut_model, quality_of, size_of, tiny_samples
 from huggingface_hub import ModelCard
-from tiny_models import FACTORIES
+from tiny_models import FACTORIES, tiny_model
 
 from slimvlm.compress.evaluation.evaluate import evaluate
-from slimvlm.compress.models.families import FAMILIES
+from slimvlm.compress.models.families import FAMILIES, Export
+from slimvlm.export.checks.answers import retell, torch_answers
+from slimvlm.export.graphs.decoder import Decoder
 from slimvlm.export.running.generation import empty_cache
 from slimvlm.export.running.runners import SessionRunner, runner_of
 
@@ -36,6 +39,30 @@ def test_generation_through_the_runtime_gives_torchs_logits_at_every_token(expor
     assert check["max_relative"] < 1e-5  # of every logit on torch's way, so no tie decides
     assert check["cosine"] > 1 - 1e-9
     assert check["long_prompt"] > (100 if name == "blip2_opt" else 200)
+
+
+@pytest.mark.parametrize("name", ("mistral3", "idefics2"))
+def test_a_graph_of_one_image_gives_torchs_logits_for_a_batch_of_two(exported, name):
+    result, (model, collator) = exported(name), cut_model(name)
+    assert all(isinstance(size, int) for port in result.manifest.artifacts[0].inputs for size in port.shape)
+    prompts = collator.prompts(tiny_samples(2))
+    feeds = {name: tensor.numpy() for name, tensor in prompts.items()}
+    prompting = result.manifest.generation
+    answers = torch_answers(model, collator, feeds, prompting, 6)
+    retold = retell(runner_of(result.out, result.manifest.artifacts), prompting, answers, "two images")
+    assert retold.difference.max_relative < 1e-5
+    assert retold.difference.cosine > 1 - 1e-9
+
+
+@torch.inference_mode()
+def test_logits_are_multiplied_and_capped_as_the_config_says():
+    text, head = tiny_model("aya_vision").model.model.language_model, torch.nn.Linear(32, 32)
+    text.config.logit_scale, text.config.final_logit_softcapping = 0.3, 2.0
+    given = torch.randn(2, 3, 32), torch.ones(2, 3, dtype=torch.long), torch.arange(3).expand(2, -1)
+    plain, scaled = (
+        Decoder(text, head, row)(*given)[0] for row in (Export(), Export(scaled="logit_scale", capped=True))
+    )
+    assert torch.allclose(scaled, 2 * torch.tanh(0.3 * plain / 2), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", FACTORIES)

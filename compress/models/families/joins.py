@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 from slimvlm.compress.models.families.parts import SEPARATE
 from slimvlm.compress.models.families.rows import Export, Join, Resampler
@@ -51,10 +52,10 @@ def _idefics(name: str) -> Join:
     )
 
 
-def _glm() -> Join:
+def _glm(names: Names = MappingProxyType({})) -> Join:
     """GLM-4V and its like."""
     projector = ("model.visual.downsample", *MERGER)
-    return Join({}, "model.visual", "model.language_model", projector, Export("single", positions="mrope"))
+    return Join(names, "model.visual", "model.language_model", projector, Export("single", positions="mrope"))
 
 
 def _joined(vision: str, projector: str, export: Export = POOLED, doubled: tuple[str, ...] = ()) -> Join:
@@ -86,13 +87,7 @@ JOINS: dict[str, Join] = {
     ),
     "qwen3_vl_moe": _qwen("qwen3_vl_moe", Export("patches", positions="mrope"), "model.visual.deepstack_merger_list"),
     "qwen3_5": _qwen("qwen3_5", Export("patches", positions="mrope")),
-    "glm4v": Join(
-        {("glm4v_vision", "glm4v_text"): "glm4v"},
-        "model.visual",
-        "model.language_model",
-        ("model.visual.downsample", *MERGER),
-        Export("patches", positions="mrope", refused="its tower joins patches by a convolution of its own"),
-    ),
+    "glm4v": _glm({("glm4v_vision", "glm4v_text"): "glm4v"}),
     "glm46v": _glm(),
     "glmga": _glm(),
     "glm_ocr": _glm(),
@@ -101,13 +96,15 @@ JOINS: dict[str, Join] = {
     "qwen3_5_moe": _joined("model.visual", "model.visual.merger", Export("patches", positions="mrope")),
     "qwen3_omni_moe_thinker": _joined("model.visual", "model.visual.merger", Export("patches", positions="mrope")),
     "lfm3_vl": _towered({}, POOLED),
-    "muse_glimmer": _joined("model.vision_tower", "model.vision_projection", SINGLE),
+    "muse_glimmer": _joined(
+        "model.vision_tower", "model.vision_projection", Export("single", scaled="output_multiplier", capped=True)
+    ),
     "kimi_k25": _joined("model.vision_tower", "model.mm_projector", SINGLE),
     "mistral_large4": _selecting({}, SINGLE),
     "step3p7": _joined("model.vision_model", "model.multi_modal_projector"),
     "unlimited_ocr": _joined("", "model.multi_modal_projector"),
     "deepseek_ocr2": _joined("", "model.multi_modal_projector"),
-    "gemma4_unified": _joined("", "model.embed_vision", SINGLE),
+    "gemma4_unified": _joined("", "model.embed_vision", Export("single", capped=True)),
     "llama4": Join(
         {}, "vision_model", "language_model", ("multi_modal_projector",), headed=True, doubled=("language",)
     ),
@@ -124,6 +121,7 @@ JOINS: dict[str, Join] = {
         _idefics("idefics2"),
         names={("idefics2_vision", "mistral"): "idefics2"},
         projector=("model.connector.modality_projection",),
+        export=SINGLE,
         resampler=PERCEIVER,
         shared=True,
     ),
@@ -159,13 +157,15 @@ JOINS: dict[str, Join] = {
         (*MERGER, "model.visual.deepstack_merger_list"),
         Export("patches", positions="mrope"),
     ),
-    "cosmos3_edge": _joined("model.visual", "model.projector", SINGLE),
+    "cosmos3_edge": _joined("model.visual", "model.projector", Export("single", positions="mrope")),
     "video_llama_3": _joined("model.vision_model", "model.projector", SINGLE),
     "granite_docling": Join({}, "model.vision_model", "model.text_model", ("model.vision_model.connector",), Export()),
     "deepseek_vl_hybrid": _joined("model.vision_model", "model.aligner", SINGLE),
     "qwen2_5_omni_thinker": _joined("model.visual", "model.visual.merger", Export("single", positions="mrope")),
     "hunyuan_vl": _joined("model.vision_tower", "model.vision_tower.patch_merger", SINGLE),
-    "cohere_compass": _joined("model.visual", "model.visual.merger", Export("patches", positions="mrope")),
+    "cohere_compass": _joined(
+        "model.visual", "model.visual.merger", Export("patches", positions="mrope", scaled="logit_scale")
+    ),
     "molmo2": _joined("model.vision_tower", "model.multi_modal_projector", SINGLE, doubled=("vision",)),
     "video_llava": _joined("model.image_tower", "model.multi_modal_projector", doubled=("vision",)),
     "emu3": Join({}, "", "model.text_model", (), SINGLE),
