@@ -22,6 +22,7 @@ class Facts:
         image: (config, pixels [3, 16, 16]) -> tensors of one image; default: what its forward's inputs tell.
         tokens: placeholders of an image, where the model has no method that gives an image's features.
         first: the image is put before the text without a placeholder.
+        around: tokens before and behind an image's placeholders, by which the model finds it.
         per_token: inputs with a number per token, and the one that stands for the image.
     """
 
@@ -29,6 +30,7 @@ class Facts:
     image: Prepare | None = None
     tokens: int | None = None
     first: bool = False
+    around: tuple[int, ...] = ()
     per_token: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -119,7 +121,7 @@ FACTS: dict[str, Facts] = {
     "muse_glimmer": Facts({"out_hidden_size": 128}),
     "paddleocr_vl": Facts(image=images.square_patches),
     "paligemma": Facts(per_token={"token_type_ids": 0}),
-    "qwen2_5_omni_thinker": Facts({"vision_start_token_id": 92, "vision_end_token_id": 93}),
+    "qwen2_5_omni_thinker": Facts({"vision_start_token_id": 92, "vision_end_token_id": 93}, around=(92, 93)),
     "qwen3_5": Facts({"text_config": {"layer_types": KINDS}}),
     "qwen3_5_moe": Facts({"text_config": {"layer_types": KINDS}}),
     "qwen3_omni_moe_thinker": Facts({"vision_start_token_id": 92, "vision_end_token_id": 93, **DEEP}),

@@ -58,10 +58,11 @@ class StandIn:
         self.tokens = self._count(model) if facts.tokens is None else facts.tokens
 
     def __call__(self, images: Any, text: Any, **_: Any) -> dict[str, Tensor]:
-        """Input ids of the image alone, and its tensors."""
+        """Input ids of the image alone, with what is around it, and its tensors."""
         picture = images[0].convert("RGB").resize((16, 16))
         pixels = torch.from_numpy(np.asarray(picture, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)
-        ids = torch.full((1, self.tokens), IMAGE_TOKEN)
+        around = self.facts.around
+        ids = torch.tensor([[*around[:1], *[IMAGE_TOKEN] * self.tokens, *around[1:]]])
         out = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **self.prepare(pixels)}
         kinds = {name: 1 for name in TYPED if name in self.takes} | dict(self.facts.per_token)
         return out | {name: torch.full_like(ids, value) for name, value in kinds.items()}
