@@ -9,7 +9,7 @@ from torch import Tensor
 
 from slimvlm.compress.errors import UnsupportedModelError
 from slimvlm.compress.models.families import Family
-from slimvlm.export.graphs.decoder import decoder_graph, embed_graph, embedding_width
+from slimvlm.export.graphs.decoder import decoder_graph, embed_graph
 from slimvlm.export.graphs.dual import dual_encoder
 from slimvlm.export.graphs.graph import BATCH, PATCHES, Graph, Model, Port
 from slimvlm.export.graphs.seq2seq import encoder_decoder_graphs
@@ -36,7 +36,7 @@ def build_graphs(model: Model, family: Family, batch: Mapping[str, Tensor]) -> t
     check_exportable(model.config, family)
     if family.contrastive:
         return dual_encoder(model, family, batch)
-    first = (vision_graph(model, family, batch), embed_graph(model, embedding_width(model, family)))
+    first = (vision_graph(model, family, batch), embed_graph(model, family))
     if family.own_decoder:
         return first + encoder_decoder_graphs(model.get_submodule(family.export.text))
     return (*first, decoder_graph(model, family))
@@ -56,15 +56,15 @@ def vision_graph(model: Model, family: Family, batch: Mapping[str, Tensor]) -> G
     """`vision_encoder`: what the processor makes of images -> features, one row per image token."""
     kind = family.export.vision
     module, names = vision_encoder(model, kind, batch)
+    read = (Marked(module) if family.export.image_blocks else module).eval()
     if isinstance(module, Single):
         ports = [Port(name, module.one[name]) for name in module.names]
-        return Graph(VISION, module.eval(), tuple(ports), {"image_features": {}})
+        return Graph(VISION, read, tuple(ports), {"image_features": {}})
     axes, output = VISION_AXES.get(kind, ({0: BATCH}, BATCH))
     tensors = {name: batch[name].bool() if name == "pixel_attention_mask" else batch[name] for name in names}
     ports = [Port(name, _two_or_more(tensor, axes), axes) for name, tensor in tensors.items()]
     unit = {PATCHES: module.count} if isinstance(module, Patches) else {}
-    module = Marked(module) if family.export.image_blocks else module
-    return Graph(VISION, module.eval(), tuple(ports), {"image_features": {0: output}}, unit=unit)
+    return Graph(VISION, read, tuple(ports), {"image_features": {0: output}}, unit=unit)
 
 
 def _two_or_more(tensor: Tensor, axes: Mapping[int, str]) -> Tensor:

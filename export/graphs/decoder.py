@@ -36,14 +36,20 @@ from slimvlm.export.running.names import DECODER, EMBED
 
 
 class Embed(nn.Module):
-    """Token ids [B, S] -> embeddings [B, S, width]; beyond the model's own width they are zero (see Decoder)."""
+    """Token ids [B, S] -> embeddings [B, S, width]; beyond the model's own width they are zero (see Decoder).
 
-    def __init__(self, embedding: Model, width: int) -> None:
+    Args:
+        silent: tokens that are embedded as `pad` is.
+    """
+
+    def __init__(self, embedding: Model, width: int, silent: tuple[int, ...] = (), pad: int = 0) -> None:
         super().__init__()
-        self.embedding, self.width = embedding, width
+        self.embedding, self.width, self.silent, self.pad = embedding, width, silent, pad
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Look up, fp32."""
+        for token in self.silent:
+            input_ids = torch.where(input_ids == token, self.pad, input_ids)
         embeds: Tensor = self.embedding(input_ids).float()
         missing = self.width - embeds.shape[-1]
         return nn.functional.pad(embeds, (0, missing)) if missing > 0 else embeds
@@ -121,11 +127,14 @@ def embedding_width(model: Model, family: Family) -> int:
     return width * (1 + deepstack_layers(model)) + family.export.image_blocks
 
 
-def embed_graph(model: Model, width: int) -> Graph:
-    """`embed_tokens`: token ids -> embeddings of `width`."""
-    embedding = model.get_input_embeddings()
+def embed_graph(model: Model, family: Family) -> Graph:
+    """`embed_tokens`: token ids -> embeddings, as wide as the decoder reads them."""
+    embedding, config = model.get_input_embeddings(), model.config
+    tokens, pad = (getattr(config, name, None) for name in family.export.silent), config.get_text_config().pad_token_id
+    silent = tuple(token for token in tokens if token is not None)
+    module = Embed(embedding, embedding_width(model, family), silent, pad or 0)
     ids = torch.arange(SAMPLE_BATCH * SAMPLE_SEQUENCE).view(SAMPLE_BATCH, SAMPLE_SEQUENCE) % embedding.weight.shape[0]
-    return Graph(EMBED, Embed(embedding, width).eval(), (Port("input_ids", ids, ROWS),), {"inputs_embeds": ROWS})
+    return Graph(EMBED, module.eval(), (Port("input_ids", ids, ROWS),), {"inputs_embeds": ROWS})
 
 
 def decoder_graph(model: Model, family: Family) -> Graph:

@@ -16,7 +16,7 @@ from tiny_models import FACTORIES, tiny_model
 from slimvlm.compress.evaluation.evaluate import evaluate
 from slimvlm.compress.models.families import FAMILIES, Export
 from slimvlm.export.checks.answers import retell, torch_answers
-from slimvlm.export.graphs.decoder import Decoder
+from slimvlm.export.graphs.decoder import Decoder, Embed
 from slimvlm.export.running.generation import empty_cache
 from slimvlm.export.running.runners import SessionRunner, runner_of
 
@@ -52,6 +52,12 @@ def test_a_graph_of_one_image_gives_torchs_logits_for_a_batch_of_two(exported, n
     retold = retell(runner_of(result.out, result.manifest.artifacts), prompting, answers, "two images")
     assert retold.difference.max_relative < 1e-5
     assert retold.difference.cosine > 1 - 1e-9
+
+
+def test_tokens_that_stand_for_no_text_are_embedded_as_padding():
+    table = torch.nn.Embedding(8, 4)
+    found = Embed(table, 4, silent=(5, 6), pad=1)(torch.tensor([[5, 2, 6, 1]]))
+    assert torch.equal(found, table(torch.tensor([[1, 2, 1, 1]])))
 
 
 @torch.inference_mode()

@@ -104,7 +104,11 @@ JOINS: dict[str, Join] = {
     "step3p7": _joined("model.vision_model", "model.multi_modal_projector"),
     "unlimited_ocr": _joined("", "model.multi_modal_projector"),
     "deepseek_ocr2": _joined("", "model.multi_modal_projector"),
-    "gemma4_unified": _joined("", "model.embed_vision", Export("single", capped=True)),
+    "gemma4_unified": _joined(
+        "",
+        "model.embed_vision",
+        Export("single", image_blocks=True, silent=("image_token_id", "video_token_id", "audio_token_id"), capped=True),
+    ),
     "llama4": Join(
         {}, "vision_model", "language_model", ("multi_modal_projector",), headed=True, doubled=("language",)
     ),

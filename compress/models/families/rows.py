@@ -177,6 +177,7 @@ class Export:
         positions: `count` (1-D, from `first_position`) or `mrope` (temporal, height and width rows).
         prefix: the prompt attends to itself in both directions, only what is generated is causal.
         image_blocks: the tokens of an image attend to each other in both directions, within their window.
+        silent: fields of the config with tokens that stand for no text, which are embedded as padding is.
         scaled: field of the text model's config with what its logits are multiplied by, before they are capped.
         capped: its logits are capped as the text model's config says (`final_logit_softcapping`).
         image_output, text_output: what a dual encoder's graphs call their embeddings.
@@ -192,6 +193,7 @@ class Export:
     first_position: int = 0
     prefix: bool = False
     image_blocks: bool = False
+    silent: tuple[str, ...] = ()
     scaled: str = ""
     capped: bool = False
     image_output: str = "image_embeds"
