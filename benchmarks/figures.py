@@ -31,7 +31,7 @@ def of_study(path: Path) -> Iterator[Figure]:
         if one.score is None or one.kept is None:
             continue
         if (one.split == TEST) == ((one.bed, one.method, one.ratio) in tested):
-            recovered = one.measured[0].options["recover"] != "none"
+            recovered = one.measured[0].options.get("recover", "none") != "none"
             source = f"{path.name}, {one.measured[0].questions} questions of {one.split}"
             scores = [row.score for row in one.measured if row.score is not None]
             yield figure((one.bed, one.method, one.ratio, recovered), scores, one.kept.mean, source)
