@@ -117,7 +117,6 @@ FACTS: dict[str, Facts] = {
     "minicpm_ocr": Facts(MINICPM, image=images.in_a_row),
     "minicpmv4_6": Facts(MINICPM, image=images.in_a_row),
     "minicpmv4_7": Facts(MINICPM, image=images.in_a_row),
-    "molmo2": Facts({"adapter_config": {"vision_feature_layer": [1, 0]}}, image=images.pooled),
     "muse_glimmer": Facts({"out_hidden_size": 128}),
     "paddleocr_vl": Facts(image=images.square_patches),
     "paligemma": Facts(per_token={"token_type_ids": 0}),
@@ -137,6 +136,7 @@ FACTS: dict[str, Facts] = {
 }
 
 REASONS = {  # where the structure does not fit, in the place of what the job says
+    "molmo2": "its pooling numbers the patches of a whole batch, which samples joined to a batch do not",
     "diffusion_gemma": "it writes a block of tokens at once by diffusion, not one after the other",
     "evolla": "it reads proteins, no images",
     "git": "the image's features stand before the text inside the model, so its logits are not those of the text alone",

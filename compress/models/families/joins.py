@@ -170,7 +170,6 @@ JOINS: dict[str, Join] = {
     "cohere_compass": _joined(
         "model.visual", "model.visual.merger", Export("patches", positions="mrope", scaled="logit_scale")
     ),
-    "molmo2": _joined("model.vision_tower", "model.multi_modal_projector", SINGLE, doubled=("vision",)),
     "video_llava": _joined("model.image_tower", "model.multi_modal_projector", doubled=("vision",)),
     "emu3": Join({}, "", "model.text_model", (), SINGLE),
     "instructblipvideo": _queried({}),

@@ -106,7 +106,6 @@ TEXTS: dict[str, Text] = {
     "gemma4_text": LLAMA,
     "gemma4_unified_text": LLAMA,
     "emu3_text_model": LLAMA,
-    "molmo2_text": LLAMA,
     "t5": Text((T5_ENCODER, T5_DECODER), "encoder-decoder", base=""),
     "qwen2_vl_text": QWEN2_VL,
     "qwen2_5_vl_text": QWEN2_VL,

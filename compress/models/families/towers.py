@@ -130,7 +130,6 @@ TOWERS: dict[str, Stacks] = {
     "instructblipvideo_vision_model": BLIP2,
     "gemma4_vision": GEMMA4,
     "hunyuan_vl_vision": replace(VIT, blocks="layers", parts=(replace(ENCODER, output="o_proj"), PLAIN_MLP)),
-    "molmo2_vision": replace(VIT, blocks="layers", parts=(replace(ENCODER, output="o_proj"), PLAIN_MLP)),
     "cohere_compass_vision": QWEN3,
     **MIXED_TOWERS,
 }
