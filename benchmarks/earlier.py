@@ -23,7 +23,7 @@ from typing import Any
 
 COMPARABLE = 0.01  # of all parameters
 METHODS = {
-    "default": "slimvlm default",
+    "default": "gates, 8 rounds (the default then)",
     "gate-refit": "Gates, global, one shot, refitted",
     "ukmi-refit": "UKMI, faithful, steps in proportion, refitted",
     "taylor-refit": "Taylor, global, one shot, refitted",
@@ -31,7 +31,7 @@ METHODS = {
     "gate-obs-4": "Gates x greedy OBS, 4 rounds, refitted between them",
     "magnitude-refit": "Magnitude, per layer, refitted",
     "random-refit": "Random, refitted",
-    "no-refit": "slimvlm default, without the refit",
+    "no-refit": "gates, 8 rounds, without the refit",
     "prefix": "The beginning of a default plan for 60 %",
     "prefix-70": "The beginning of a default plan for 70 %",
     "prefix-no-refit": "The beginning of one for 60 %, without the refit",

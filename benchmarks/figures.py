@@ -28,8 +28,8 @@ def of_study(path: Path) -> Iterator[Figure]:
     found = summaries(rows)
     tested = {(one.bed, one.method, one.ratio) for one in found if one.split == TEST}
     for one in found:
-        if one.score is None or one.kept is None:
-            continue
+        if one.score is None or one.kept is None or "sparsity" in one.measured[0].options:
+            continue  # a model with zeros is as large as it was: no rival of a cut
         if (one.split == TEST) == ((one.bed, one.method, one.ratio) in tested):
             recovered = one.measured[0].options.get("recover", "none") != "none"
             source = f"{path.name}, {one.measured[0].questions} questions of {one.split}"
