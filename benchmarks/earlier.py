@@ -47,7 +47,6 @@ METHODS = {
     "magnitude": "Magnitude, per layer",
     "random": "Random",
 }
-README = ("default", "gate-refit", "ukmi-refit", "taylor-refit", "no-refit", "ukmi-steps", "ukmi")
 RECIPES = {
     "none": "no recovery",
     "sft": "LoRA, task loss (SFT)",
