@@ -8,7 +8,7 @@ import torch
 import transformers as tf
 from tiny import mixed
 from tiny.joins import JOINS, Built, one_image
-from tiny.sizes import IMAGE_TOKEN, ROPE, TEXT, VISION, VOCAB, decoder_batch, pixels, text_ids
+from tiny.sizes import IMAGE_TOKEN, PACKED, ROPE, TEXT, VISION, VOCAB, decoder_batch, pixels, text_ids
 from tiny.texts import TEXTS
 
 
@@ -45,13 +45,7 @@ def _qwen2_vl() -> Built:
 
 def _qwen2_5_vl() -> Built:
     vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "out_hidden_size": 32,
-        "num_heads": 4,
-        "intermediate_size": 48,
-        "patch_size": 4,
-        "spatial_merge_size": 2,
+        **PACKED,
         "window_size": 16,
         "fullatt_block_indexes": [1],
     }
@@ -61,13 +55,7 @@ def _qwen2_5_vl() -> Built:
 
 def _qwen3_vl() -> Built:
     vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "out_hidden_size": 32,
-        "num_heads": 4,
-        "intermediate_size": 48,
-        "patch_size": 4,
-        "spatial_merge_size": 2,
+        **PACKED,
         "num_position_embeddings": 16,
         "deepstack_visual_indexes": [0],
     }

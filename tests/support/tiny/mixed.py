@@ -7,20 +7,11 @@ from functools import partial
 
 import torch
 import transformers as tf
-from tiny.sizes import IMAGE_TOKEN, ROPE, TEXT, VISION, decoder_batch, pixels
+from tiny.sizes import IMAGE_TOKEN, PACKED, ROPE, TEXT, VISION, decoder_batch, pixels
 
 Inputs = Callable[[int], dict[str, torch.Tensor]]
 Built = tuple[torch.nn.Module, Inputs]
 MROPE = {**ROPE, "partial_rotary_factor": 1.0}
-PACKED = {
-    "depth": 2,
-    "hidden_size": 32,
-    "out_hidden_size": 32,
-    "num_heads": 4,
-    "intermediate_size": 48,
-    "patch_size": 4,
-    "spatial_merge_size": 2,
-}
 POSITIONED = {**PACKED, "num_position_embeddings": 16}
 
 

@@ -26,6 +26,15 @@ VISION = {
     "image_size": 16,
     "patch_size": 4,
 }
+PACKED = {  # vision parts that lay the patches of all images behind one another
+    "depth": 2,
+    "hidden_size": 32,
+    "out_hidden_size": 32,
+    "num_heads": 4,
+    "intermediate_size": 48,
+    "patch_size": 4,
+    "spatial_merge_size": 2,
+}
 ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
 
 
