@@ -272,11 +272,13 @@ def _compress(options: CompressOptions, progress: Progress, plan_only: bool) -> 
         if fit is not None:
             plan, options = read(out / PLAN, Plan, OutputError, AGAIN), delivered(options, fit)
         result = Result(out, plan, len(data.bad), data.left_out, fit=fit)
-        if run.writer:
-            slice_stage(run, options, plan, data, progress)
+        slice_stage(run, options, plan, data, progress)
         processes.wait_for_all()
         result = replace(result, recovery=recover_stage(run, options, plan, data, training, progress))
-        return _delivered(run, options, result, data, progress) if run.writer else result
+        if not run.writer:
+            return result
+        with processes.alone():
+            return _delivered(run, options, result, data, progress)
 
 
 def _delivered(run: RunFolder, options: CompressOptions, result: Result, data: Measured, progress: Progress) -> Result:

@@ -14,9 +14,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from slimvlm.compress import processes
 from slimvlm.compress.allocate.allocators import ALLOCATORS
 from slimvlm.compress.allocate.budget import Budget, order_units
 from slimvlm.compress.allocate.facts import Facts, facts_of
@@ -233,6 +235,7 @@ def plan_in_rounds(
             scores = score_units(model, groups, partial(batches, number - 1), step, told)
             if importance is not None and step.asks is not None:
                 scores = replace(scores, importance=_named(importance, begun))
+            scores = _agreed(scores)
         later = order_units(groups, scores, step.budget, _facts(model, groups, dense if order else None, begun))
         plan = replace(
             later.plan,
@@ -290,6 +293,16 @@ def score_units(
         family = find_family(model.config)
         calibration = collect(model, family, groups, batches(), planning.calibration, progress)
     return score_groups(groups, planning.criterion, calibration, model, planning.seed)
+
+
+def _agreed(scores: Scores) -> Scores:
+    """Those of the first process: from one cut on, all must have the same model."""
+    for tensor in (*scores.values.values(), *scores.members.values()):
+        processes.tell(tensor)
+    if scores.importance is None:
+        return scores
+    processes.tell(importance := torch.tensor([*scores.importance.values()], dtype=torch.float64))
+    return replace(scores, importance=dict(zip(scores.importance, importance.tolist(), strict=True)))
 
 
 def _over_rounds(progress: Progress, number: int, first: int, rounds: int) -> Progress:

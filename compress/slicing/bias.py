@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from slimvlm.compress import processes
 from slimvlm.compress.errors import CalibrationError
 from slimvlm.compress.models.families import Family
 from slimvlm.compress.models.groups import Group
@@ -62,6 +63,8 @@ class Lost(Collector):
             self.seen[f"{side.path}{key}"] += value
 
     def finish(self, reduce: Reduce) -> dict[str, Tensor]:
+        for value in self.seen.values():
+            reduce(value, "sum")
         return self.seen
 
 
@@ -85,7 +88,7 @@ def give_means(  # noqa: PLR0913 (as `refit`)
     lost, weights, losses = Lost(kept), {}, []
     with lost.watch(sides):
         look(model, family, batches, lost, progress)
-        seen = lost.finish(lambda value, how: None)  # of this process alone
+        seen = lost.finish(processes.reduce)
     for side in sides:
         total, cut, whole, tokens = (seen[f"{side.path}{key}"] for key in ("", ":cut", ":all", ":tokens"))
         mean = total / tokens

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from slimvlm.compress import processes
 from slimvlm.compress.data.collate import Batch
 from slimvlm.compress.data.questions import masked, stream_of
 from slimvlm.compress.errors import CalibrationError
@@ -81,6 +82,7 @@ def refit(  # noqa: PLR0913 (the model with what is known of it, what is kept, w
     biased: bool = False,
 ) -> Refit:
     """The refit of the dense `model` for a cut that keeps `keep` (indices by group key). The model is only read.
+    Several processes share the samples and the projections; all get the whole refit.
 
     Args:
         batches: functions that make a padded training batch; called once per pass.
@@ -98,13 +100,13 @@ def refit(  # noqa: PLR0913 (the model with what is known of it, what is kept, w
     for number, chosen in enumerate(passes):
         with moments.watch(chosen):
             look(model, family, batches, moments, progress, (number, len(passes)))
-            seen = moments.finish(lambda moment, how: None)  # of this process alone
-        for side in chosen:
-            found = [seen.pop(key) for key in (side.path, f"{side.path}:sum", f"{side.path}:tokens")]
-            if found[2] or side.expert is None:  # nothing is known of an expert that no token was sent to
-                weight, bias, lost = _solve(side, kept[side.path], biased and side.expert is None, *found)
-                weights[side.path] = (weight, bias)
-                losses.append(lost)
+            seen = moments.finish(processes.reduce)
+        # Nothing is known of an expert that no token was sent to.
+        known = [side for side in chosen if seen[f"{side.path}:tokens"] or side.expert is None]
+        found = [[seen.pop(key) for key in (side.path, f"{side.path}:sum", f"{side.path}:tokens")] for side in known]
+        for side, (weight, bias, lost) in zip(known, _solve_all(known, kept, biased, found), strict=True):
+            weights[side.path] = (weight, bias)
+            losses.append((lost[0].item(), lost[1].item()))
     return Refit(weights, *mean_losses(losses))
 
 
@@ -137,8 +139,10 @@ def look(
 ) -> None:
     """Have the model read the batches while `collector` watches; `turn`: (readings before this one, all of them)."""
 
+    read = len(processes.share(len(batches)))
+
     def told(done: int) -> None:
-        progress("refit", turn[0] * len(batches) + done, turn[1] * len(batches))
+        progress("refit", turn[0] * read + done, turn[1] * read)
 
     read_forward(model, family, batches, collector, told)
 
@@ -149,18 +153,45 @@ def mean_losses(losses: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return by_cut, after
 
 
-def _solve(
-    side: Side, columns: Tensor, biased: bool, products: Tensor, total: Tensor, count: Tensor
-) -> tuple[Tensor, Tensor | None, tuple[float, float]]:
-    """(weight, bias, share of the output's energy lost by the cut alone and after this), of an input's moments."""
-    weight, bias, tokens = side.module.weight.detach().float(), side.module.bias, int(count)
+Solved = tuple[
+    Tensor, Tensor | None, Tensor
+]  # weight, bias, [share of the output's energy lost by the cut alone, after]
+
+
+def _solve_all(
+    sides: Sequence[Side], kept: Mapping[str, Tensor], biased: bool, found: Sequence[Sequence[Tensor]]
+) -> list[Solved]:
+    """Each by one of the processes, which then tells the others."""
+    for side, (products, _, count) in zip(sides, found, strict=True):
+        if not (count and products.isfinite().all()):
+            raise CalibrationError(f"the inputs of {side.path} are not finite, or there are none; check the data")
+    mine = processes.share(len(sides))
+    solved = []
+    for turn, (side, moments) in enumerate(zip(sides, found, strict=True)):
+        solve = _solve if turn in mine else _unsolved
+        has_bias = side.module.bias is not None or (biased and side.expert is None)
+        solved.append(solve(side.module, kept[side.path], has_bias, *moments))
+    for turn, values in enumerate(solved):
+        for value in values:
+            if value is not None:
+                processes.tell(value, turn % processes.count())
+    return solved
+
+
+def _unsolved(linear: nn.Linear, columns: Tensor, biased: bool, *_: Tensor) -> Solved:
+    """Room for what another process solves."""
+    weight = linear.weight.detach()
+    room = weight.new_empty(len(weight), len(columns)), weight.new_empty(len(weight)) if biased else None
+    return *room, weight.new_empty(2, dtype=torch.float32)
+
+
+def _solve(linear: nn.Linear, columns: Tensor, biased: bool, products: Tensor, total: Tensor, count: Tensor) -> Solved:
+    """Of an input's moments."""
+    weight, tokens = linear.weight.detach().float(), int(count)
     mean = total / max(tokens, 1)
-    if not (tokens and products.isfinite().all()):
-        raise CalibrationError(f"the inputs of {side.path} are not finite, or there are none; check the data")
     kept, dropped = (index.to(weight.device) for index in (columns, complement(columns, weight.shape[1])))
     energy = _energy(weight, products).clamp(min=1e-30)
     by_cut = _energy(weight[:, dropped], products[dropped][:, dropped]) / energy
-    biased |= bias is not None
     if biased:
         products = about_mean(products, total, tokens)
     inner = products[kept][:, kept]
@@ -169,8 +200,8 @@ def _solve(
     change = weight.clone()
     change[:, kept] -= new
     lost = _energy(change, products) / energy
-    dtype, shift = side.module.weight.dtype, weight @ mean - new @ mean[kept]
-    return new.to(dtype), shifted(bias, shift, dtype) if biased else None, (by_cut.item(), lost.item())
+    dtype, shift = linear.weight.dtype, weight @ mean - new @ mean[kept]
+    return new.to(dtype), shifted(linear.bias, shift, dtype) if biased else None, torch.stack([by_cut, lost])
 
 
 def shifted(bias: Tensor | None, shift: Tensor, dtype: torch.dtype) -> Tensor:

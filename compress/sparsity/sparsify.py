@@ -14,9 +14,10 @@ from functools import partial
 from itertools import groupby
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
+from slimvlm.compress import processes
 from slimvlm.compress.allocate.allocators import ALLOCATORS
 from slimvlm.compress.data.questions import masked, stream_of
 from slimvlm.compress.models.experts import expert_of
@@ -110,10 +111,10 @@ def sparsify(
         sides, path = _sides(model, family, block), _path(block[0])
         turning = [side for side in mixed_blocks(model, family) if side.path == path]
         look = partial(read_forward, model, family, batches, until=model.get_submodule(path))
-        chosen = counting(asked.tokens, turning, look, _alone)
+        chosen = counting(asked.tokens, turning, look, processes.reduce)
         with collector.watch(sides):
             look(Chosen(collector, chosen))
-            seen = collector.finish(_alone)
+            seen = collector.finish(processes.reduce)
         with torch.no_grad():
             for side in sides:
                 weight = side.module.weight
@@ -121,10 +122,6 @@ def sparsify(
                 weight.copy_(rule.prune(weight.float(), read, zeros[side.path]))
         progress("sparsify", number, len(blocks))
     return _counted(model, groups, asked, importance)
-
-
-def _alone(value: Tensor, how: str) -> None:
-    """What is seen in this process is all there is."""
 
 
 def _path(group: Group) -> str:

@@ -38,17 +38,23 @@ from slimvlm.compress.slicing.compensation import COMPENSATIONS
 from slimvlm.compress.slicing.cuts import matching_groups
 from slimvlm.compress.slicing.depth import place
 from slimvlm.compress.slicing.mask import mask_plan
+from slimvlm.compress.slicing.refit import Refit
 
 
 @frees_memory
 def slice_stage(run: RunFolder, options: PlanOptions, plan: Plan, data: Measured, progress: Progress) -> None:
-    """Cut, check the cut against the masked dense model, refit what is left to it, save, and check the checkpoint."""
+    """Cut, check the cut against the masked dense model, refit what is left to it, save, and check the checkpoint.
+    Every process calls it: all do the refit, the first one the rest.
+    """
     if run.finished("slice"):
         return
     with run.stage("slice") as facts:
-        run.remove(MODEL, CUT)  # of a process that died before it could say finished
-        loaded = load_to_compute(options, options.model)
-        facts.update(save_cut(run.path / MODEL, loaded, options, plan, data.calibration, progress))
+        if run.writer:
+            run.remove(MODEL, CUT)  # of a process that died before it could say finished
+            loaded = load_to_compute(options, options.model)
+            facts.update(save_cut(run.path / MODEL, loaded, options, plan, data.calibration, progress))
+        elif COMPENSATIONS[options.compensation].place:
+            _refit(load_to_compute(options, options.model), options, plan, data.calibration, progress)
 
 
 def save_cut(
@@ -65,13 +71,8 @@ def save_cut(
     facts = {}
     model = loaded.model
     computed = model.dtype
-    collator = collator_of(loaded)
-    batch = collator.training(samples[:CHECKED_SAMPLES])
-    groups = matching_groups(model, loaded.family, plan)
-    work = collated(collator, samples, options.batch_size)
-    fitted = COMPENSATIONS[options.compensation](
-        model, loaded.family, groups, plan.keep, work, memory=options.grad_memory, progress=progress
-    )
+    batch = collator_of(loaded).training(samples[:CHECKED_SAMPLES])
+    fitted = _refit(loaded, options, plan, samples, progress)
     if fitted is not None:
         facts = {"output_lost_by_cut": fitted.lost_by_cut, "output_lost": fitted.lost}
     give_back_memory()
@@ -91,6 +92,17 @@ def save_cut(
     reloaded = load_to_compute(options, str(out)).model
     facts["reload_difference"] = reload_difference(cast(model, computed), reloaded, batch, out)
     return facts
+
+
+def _refit(
+    loaded: Loaded, options: PlanOptions, plan: Plan, samples: Sequence[Sample], progress: Progress
+) -> Refit | None:
+    """What the weights of the dense `loaded` that stay become; None: what they are."""
+    groups = matching_groups(loaded.model, loaded.family, plan)
+    work = collated(collator_of(loaded), samples, options.batch_size)
+    return COMPENSATIONS[options.compensation](
+        loaded.model, loaded.family, groups, plan.keep, work, memory=options.grad_memory, progress=progress
+    )
 
 
 def masked_difference(model: PreTrainedModel, plan: Plan, batch: Batch, dtype: torch.dtype = torch.float32) -> float:

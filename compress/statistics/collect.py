@@ -12,8 +12,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
+from slimvlm.compress import processes
 from slimvlm.compress.data.collate import Collator
 from slimvlm.compress.data.questions import Question, Tally, ask, masked, stream_of, stream_through
 from slimvlm.compress.data.samples import Sample
@@ -105,7 +106,7 @@ def collect(
     large = [collector for collector in collectors if any(map(collector.bytes_needed, sides))]
     with _frozen(model):
         blocks = mixed_blocks(model, family)
-        run.counting = counting(options.tokens, blocks, lambda drift: run.read([drift]), run.reduce)
+        run.counting = counting(options.tokens, blocks, lambda drift: run.read([drift]), processes.reduce)
         for index, chosen in enumerate(passes):
             reading = large if index else collectors
             with ExitStack() as stack:
@@ -113,7 +114,7 @@ def collect(
                     stack.enter_context(collector.watch(chosen if collector in large else sides))
                 counts = run.read(reading)
                 for collector in reading:
-                    seen[collector.statistic.name] |= collector.finish(run.reduce)
+                    seen[collector.statistic.name] |= collector.finish(processes.reduce)
     return Calibration(seen=seen, passes=readings, **counts)
 
 
@@ -147,10 +148,11 @@ def read_forward(
     told: Callable[[int], None] = lambda done: None,
     until: nn.Module | None = None,
 ) -> None:
-    """Have the model read the batches, in forward passes alone and in this process alone, while `collector` watches.
+    """Have the model read the batches, in forward passes alone, while `collector` watches. Of several processes each
+    reads its share, as in `collect`.
 
     Args:
-        told: after every batch how many are done.
+        told: after every batch how many of its share this process has done.
         until: a pass ends once this module has run.
     """
 
@@ -160,7 +162,8 @@ def read_forward(
     with ExitStack() as stack, undisturbed(model), torch.no_grad():
         if until is not None:
             stack.enter_context(until.register_forward_hook(end))
-        for done, batch in enumerate(batches, start=1):
+        for done, index in enumerate(processes.share(len(batches)), start=1):
+            batch = batches[index]
             if (question := ask(model, family, batch() if callable(batch) else batch)) is not None:
                 collector.see(question)
                 unread = {"logits_to_keep": 1} if "logits_to_keep" in question.inputs else {}  # as few as can be
@@ -227,19 +230,10 @@ class _Run:
     ) -> None:
         self.model, self.family, self.batches, self.threshold = model, family, batches, options.tokens.threshold
         self.counting = choice("all")
-        self.joined = distributed.is_available() and distributed.is_initialized()
-        first, step = (distributed.get_rank(), distributed.get_world_size()) if self.joined else (0, 1)
-        self.indices = range(first, len(batches), step)
+        self.indices = processes.share(len(batches))
         self.device = next(model.parameters()).device
         self.progress = progress
         self.done, self.total = 0, passes * len(self.indices)
-
-    def reduce(self, tensor: Tensor, how: str) -> None:
-        """`sum`, `min` or `max` over the processes, in place, on the model's device (the backend can reach that)."""
-        if self.joined:
-            moved = tensor.to(self.device)
-            distributed.all_reduce(moved, getattr(distributed.ReduceOp, how.upper()))
-            tensor.copy_(moved)
 
     def read(self, collectors: Sequence[Collector]) -> dict[str, int]:
         """One pass over this process's batches; the counts over all processes."""
@@ -258,7 +252,7 @@ class _Run:
                 for name, count in asdict(question.tally).items():
                     counted[name] += count
                 asked += 1
-                if not self.joined and asked % CHECK_EVERY == 0:
+                if processes.count() == 1 and asked % CHECK_EVERY == 0:
                     self._require_finite(collectors)
             self.done += 1
             self.progress("calibrate", self.done, self.total)
@@ -285,11 +279,11 @@ class _Run:
 
     def _require_finite(self, collectors: Sequence[Collector]) -> None:
         for collector in collectors:
-            collector.require_finite(len(self.batches), self.reduce)
+            collector.require_finite(len(self.batches), processes.reduce)
 
     def _over_processes(self, counted: Mapping[str, int]) -> dict[str, int]:
         totals = torch.tensor(list(counted.values()))
-        self.reduce(totals, "sum")
+        processes.reduce(totals, "sum")
         counts = dict(zip(counted, totals.tolist(), strict=True))
         if not counts["samples"]:
             raise CalibrationError(

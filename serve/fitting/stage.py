@@ -127,7 +127,7 @@ def fit_whole(run: RunFolder, options: FitOptions, data: Measured, progress: Pro
         run.forget("slice")  # by all processes: what follows is decided by each of them
     if run.writer and is_open:
         digest = locate(options.model)[1]
-        with run.stage("fit", **_asked(options)) as facts:
+        with run.stage("fit", **_asked(options)) as facts, processes.alone():
             plan = whole_plan(options, digest)
             candidates = _candidates(run.path, options, data, digest, lambda _: plan, progress)
             found = find_whole(candidates.fit.goals, backends_of(options), candidates.try_out)
@@ -150,7 +150,7 @@ def fit_stage(run: RunFolder, options: FitOptions, data: Measured, progress: Pro
     if not options.target:
         return None
     if run.writer and not _is_fitted(run, options):
-        with run.stage("fit", **_asked(options)) as facts:
+        with run.stage("fit", **_asked(options)) as facts, processes.alone():
             order = Order.read(run.path / ORDER, OutputError, AGAIN)
             digest = order.plan.model_digest
             candidates = _candidates(run.path, options, data, digest, order.plan_at, progress)

@@ -1,4 +1,4 @@
-"""One process or several, and the device of each: `torchrun` and `accelerate launch` say which, this joins them.
+"""One process or several: `torchrun` and `accelerate launch` say which, this joins them.
 
 What waits for the other processes waits on the host (gloo), where waiting may take hours: the first process cuts,
 saves and evaluates alone. What computes on GPUs is exchanged between them (NCCL).
@@ -17,7 +17,7 @@ import torch
 from torch import distributed
 
 from slimvlm.compress import errors
-from slimvlm.compress.errors import DeviceError, SlimvlmError, UnsuitableOptionError, foreign
+from slimvlm.compress.errors import SlimvlmError, UnsuitableOptionError, foreign
 
 LAUNCH = "start several processes by torchrun or accelerate launch, or unset WORLD_SIZE for one"
 PATIENCE = timedelta(days=1)  # with the work of the first process; that a process died is noticed at once
@@ -64,50 +64,6 @@ def leave() -> None:
             store.set(f"{LEFT}/{me}", "")
             if me == 0 and store.check([REFUSED]):
                 store.wait([f"{LEFT}/{other}" for other in range(count)], GOODBYE)
-
-
-def rank() -> int:
-    """This process's number; 0 writes the files."""
-    return distributed.get_rank() if distributed.is_initialized() else 0
-
-
-def wait_for_all() -> None:
-    """Return once every process got here."""
-    if not distributed.is_initialized():
-        return
-    if "gloo" in distributed.get_backend_config():
-        distributed.all_reduce(torch.zeros(1))
-    else:  # a group of the caller's
-        distributed.barrier()
-
-
-def pick_device(asked: str) -> torch.device:
-    """The device for `auto`, `cpu`, `cuda`, ..., which becomes torch's current one: `cuda` alone, events and waits mean
-    it from now on. Of several processes each takes the CUDA device of its local rank.
-
-    Raises:
-        DeviceError: the device is not there.
-    """
-    if asked == "auto":
-        asked = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(asked)
-    except RuntimeError:
-        raise DeviceError(f"device {asked!r} is unknown; use auto, cpu, cuda or cuda:N") from None
-    if device.type != "cuda":
-        return device
-    if not torch.cuda.is_available():
-        raise DeviceError(f"device {asked!r} is not available here; use --device cpu")
-    index, count = numbered("LOCAL_RANK", device.index or 0), torch.cuda.device_count()
-    if index >= count:
-        who = f"LOCAL_RANK={index}" if os.environ.get("LOCAL_RANK") else f"device {asked!r}"
-        there = "cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
-        raise DeviceError(
-            f"{who} asks for a GPU that is not there: this machine has {there}; choose one of these and start no more "
-            "than one process for each, or use --device cpu"
-        )
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
 
 
 def numbered(name: str, default: int) -> int:
