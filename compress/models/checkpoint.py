@@ -27,6 +27,7 @@ from slimvlm.compress.models.families import Family
 from slimvlm.compress.models.loaders import (
     build_empty,
     build_loaded,
+    build_streamed,
     check_types,
     load_processor,
     read_config,
@@ -116,6 +117,27 @@ def load_model(
         if held is None:
             quantize(model, form)
         pack(model)
+    return Loaded(model.eval(), load_processor(folder, trust_remote_code), family, digest, folder)
+
+
+def stream_model(
+    name: str | os.PathLike[str],
+    *,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype | None = None,
+    attention: str | None = None,
+) -> Loaded:
+    """As `load_model`, for a model that does not fit into memory: its blocks' parameters are lazy (see streaming.lazy).
+
+    Raises:
+        CheckpointError, UnsupportedModelError: as `load`; UnsuitableOptionError: its weights are quantized.
+    """
+    folder, digest = locate(name)
+    if held := held_form(folder):
+        raise UnsuitableOptionError(f"{folder} holds {held} weights, which are not streamed; give the model of floats")
+    config, family = read_config(folder, trust_remote_code)
+    options = {"dtype": dtype or "auto", "attn_implementation": attention}
+    model = build_streamed(folder, weight_files(folder), config, family, options)
     return Loaded(model.eval(), load_processor(folder, trust_remote_code), family, digest, folder)
 
 

@@ -27,6 +27,7 @@ from slimvlm.compress.models.experts import take_apart
 from slimvlm.compress.models.families import CARRIED, Family, find_family
 from slimvlm.compress.models.modeling_slim import RECORD, slim_class
 from slimvlm.compress.models.quantized import held_form
+from slimvlm.compress.models.streaming.weights import make_resident, open_streamed
 from slimvlm.compress.options import TRUST_DISCOVERED
 
 PROCESSOR = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
@@ -169,22 +170,42 @@ def build_loaded(
         CheckpointError: it cannot be built, a weight is missing, left over, of another size, or not finite.
     """
     model_class = _model_class(config, family)
-    if options.get("attn_implementation") == "sdpa" and not _fuses_attention(model_class, config):
-        options = {**options, "attn_implementation": None}
+    options = _with_listed(config, model_class, options)
     with foreign(f"{folder}: the model cannot be built"), _quiet():
-        loaded: tuple[PreTrainedModel, dict[str, Any]] = model_class.from_pretrained(
-            folder,
-            config=config,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that they are listed; they are refused below
-            **options,
-        )
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = model_class.from_pretrained(folder, **options)
     model, info = loaded
     _check_loading(folder, info)
     _check_finite(folder, model)
     take_apart(model, family)
     return model
+
+
+def build_streamed(
+    folder: Path, files: Sequence[Path], config: transformers.PreTrainedConfig, family: Family, options: dict[str, Any]
+) -> PreTrainedModel:
+    """As `build_loaded`, but the weights of the blocks are read from these files when they are needed, and that every
+    one is a number is found then.
+
+    Raises:
+        CheckpointError: as `build_loaded`.
+    """
+    model_class = _model_class(config, family)
+    options = _with_listed(config, model_class, options)
+    with foreign(f"{folder}: the model cannot be built"), _quiet():
+        loaded: tuple[PreTrainedModel, Any] = open_streamed(model_class, folder, files, options)
+    model, info = loaded
+    _check_loading(folder, info)
+    take_apart(model, family)
+    make_resident(model, [tower.blocks for tower in family.towers])
+    return model
+
+
+def _with_listed(config: transformers.PreTrainedConfig, model_class: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of `from_pretrained`: what does not fit is listed."""
+    if options.get("attn_implementation") == "sdpa" and not _fuses_attention(model_class, config):
+        options = {**options, "attn_implementation": None}
+    listed = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which is refused
+    return {"config": config, "use_safetensors": True, **listed, **options}
 
 
 def load_processor(folder: Path, trust_remote_code: bool = False) -> transformers.ProcessorMixin | None:
