@@ -44,7 +44,7 @@ from slimvlm.compress.progress import silent
 from slimvlm.compress.rounds import Planned, plan_in_rounds
 from slimvlm.compress.stages.plan import planning_of
 from slimvlm.compress.stages.slice import save_cut
-from slimvlm.compress.statistics.collect import Batches
+from slimvlm.compress.statistics.reading import Batches
 from slimvlm.demo import MODEL, SAMPLES
 from slimvlm.export.running import manifest
 from slimvlm.serve.fitting.goals import Goal

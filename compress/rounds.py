@@ -35,7 +35,8 @@ from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.compress.slicing.compensation import COMPENSATIONS
 from slimvlm.compress.slicing.cuts import matching_groups
 from slimvlm.compress.slicing.depth import place
-from slimvlm.compress.statistics.collect import Batches, collect, importance_of
+from slimvlm.compress.statistics.collect import collect, importance_of
+from slimvlm.compress.statistics.reading import Batches
 from slimvlm.compress.statistics.rows import ALL, CalibrationOptions
 
 Value = TypeVar("Value")

@@ -26,9 +26,10 @@ from slimvlm.compress.models.groups import Group, count_parameters, find_groups
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.sparsity.counts import linears_of, patterned_zeros, zeros_of
 from slimvlm.compress.sparsity.rules import PATTERNS, RULES, Zeros
-from slimvlm.compress.statistics.collect import Batch, importance_of, read_forward
+from slimvlm.compress.statistics.collect import importance_of, read_forward
 from slimvlm.compress.statistics.collector import Side
 from slimvlm.compress.statistics.pools import Chosen, check_pool, counting, mixed_blocks
+from slimvlm.compress.statistics.reading import Batch
 from slimvlm.compress.statistics.rows import ALL, STATISTICS, CalibrationOptions, TokenRule
 
 Batches = Sequence[Batch | Callable[[], Batch]]

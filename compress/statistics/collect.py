@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass
+from itertools import chain, zip_longest
 
 import torch
 from torch import Tensor, nn
 
 from slimvlm.compress import processes
 from slimvlm.compress.data.collate import Collator
-from slimvlm.compress.data.questions import Question, Tally, ask, masked, stream_of, stream_through
+from slimvlm.compress.data.questions import ask, masked, stream_of, stream_through
 from slimvlm.compress.data.samples import Sample
 from slimvlm.compress.errors import CalibrationError
 from slimvlm.compress.models.checkpoint import Loaded
@@ -26,17 +27,16 @@ from slimvlm.compress.models.families import Family, Tower, find_family
 from slimvlm.compress.models.groups import Group, count_parameters, find_groups
 from slimvlm.compress.models.projections import Member
 from slimvlm.compress.progress import Progress, silent
+from slimvlm.compress.statistics.by_block import ReadingByBlock
 from slimvlm.compress.statistics.collector import Collector, Side
 from slimvlm.compress.statistics.loss import loss
-from slimvlm.compress.statistics.pools import check_pool, choice, counting, mixed_blocks
+from slimvlm.compress.statistics.pools import check_pool, counting, mixed_blocks
+from slimvlm.compress.statistics.reading import Batch, Batches, Reading
 from slimvlm.compress.statistics.rows import STATISTICS, CalibrationOptions
+from slimvlm.compress.streaming.blocks import streamed
 
-CHECK_EVERY = 32  # batches between two looks at the non-finite flags: each look waits for the device
 LEAST = 128 * 2**20  # bytes of activations that are never too many
 ACTIVATIONS = 1  # bytes of activations per parameter: a quarter of the fp32 weights
-
-Batch = Mapping[str, Tensor]
-Batches = Sequence[Batch | Callable[[], Batch]]
 
 
 class _SeenAllError(Exception):
@@ -98,9 +98,10 @@ def collect(
     check_pool(options.tokens, family, model.config)
     sides = _whole(model, groups) if options.whole else _sides(model, family, groups)
     collectors = _collectors(options)
-    passes = _passes(sides, collectors, options.grad_memory_bytes)
+    passes = _passes(sides, collectors, options.grad_memory_bytes, by_block=streamed(model))
     readings = len(passes) + bool(options.tokens.alpha)
-    run = _Run(model, family, batches, options, progress, readings)
+    reading = ReadingByBlock if streamed(model) else Reading
+    run = reading(model, family, batches, options, progress, readings)
     seen: dict[str, dict[str, Tensor]] = {name: {} for name in options.statistics}
     # What holds nothing sees all sides at once, in the first pass; the rest takes turns.
     large = [collector for collector in collectors if any(map(collector.bytes_needed, sides))]
@@ -108,13 +109,10 @@ def collect(
         blocks = mixed_blocks(model, family)
         run.counting = counting(options.tokens, blocks, lambda drift: run.read([drift]), processes.reduce)
         for index, chosen in enumerate(passes):
-            reading = large if index else collectors
-            with ExitStack() as stack:
-                for collector in reading:
-                    stack.enter_context(collector.watch(chosen if collector in large else sides))
-                counts = run.read(reading)
-                for collector in reading:
-                    seen[collector.statistic.name] |= collector.finish(processes.reduce)
+            watching = large if index else collectors
+            found, counts = run.collect({one: chosen if one in large else sides for one in watching})
+            for name, values in found.items():
+                seen[name] |= values
     return Calibration(seen=seen, passes=readings, **counts)
 
 
@@ -216,83 +214,6 @@ def bytes_kept(
     return sum(size for place, size in kept.items() if place not in weights)
 
 
-class _Run:
-    """The batches of this process, and the sums over all processes."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        family: Family,
-        batches: Sequence[Batch | Callable[[], Batch]],
-        options: CalibrationOptions,
-        progress: Progress,
-        passes: int,
-    ) -> None:
-        self.model, self.family, self.batches, self.threshold = model, family, batches, options.tokens.threshold
-        self.counting = choice("all")
-        self.indices = processes.share(len(batches))
-        self.device = next(model.parameters()).device
-        self.progress = progress
-        self.done, self.total = 0, passes * len(self.indices)
-
-    def read(self, collectors: Sequence[Collector]) -> dict[str, int]:
-        """One pass over this process's batches; the counts over all processes."""
-        counted = dict.fromkeys((field.name for field in fields(Tally)), 0)
-        asked = 0
-        selected = torch.zeros((), dtype=torch.int64, device=self.device)
-        for index in self.indices:
-            batch = self.batches[index]
-            batch = batch() if callable(batch) else batch
-            question = ask(self.model, self.family, batch)
-            if question is None:
-                counted["skipped"] += len(batch["input_ids"])
-            else:
-                question = replace(question, masks=self.counting(asked, question))
-                selected += self._answer(index, question, collectors)
-                for name, count in asdict(question.tally).items():
-                    counted[name] += count
-                asked += 1
-                if processes.count() == 1 and asked % CHECK_EVERY == 0:
-                    self._require_finite(collectors)
-            self.done += 1
-            self.progress("calibrate", self.done, self.total)
-        self._require_finite(collectors)
-        return self._over_processes({**counted, "selected_tokens": int(selected)})
-
-    def _answer(self, index: int, question: Question, collectors: Sequence[Collector]) -> Tensor:
-        """Forward of one batch, and backward where a collector reads it; the number of tokens that gave a gradient."""
-        for collector in collectors:
-            collector.see(question)
-        if all(collector.statistic.reads == "perturbed" for collector in collectors):
-            with torch.no_grad():
-                for collector in collectors:
-                    collector.perturb(index, len(self.batches), lambda: loss(self.model, question, None)[0])
-            return torch.zeros((), dtype=torch.int64, device=self.device)
-        learning = [collector for collector in collectors if collector.statistic.reads == "backward"]
-        with torch.set_grad_enabled(bool(learning)):
-            value, tokens = loss(self.model, question, self.threshold)
-            if value.requires_grad:  # not so where the loss reaches no weight of this pass
-                value.backward()
-        for collector in learning:
-            collector.close_batch(index, value.detach())
-        return tokens
-
-    def _require_finite(self, collectors: Sequence[Collector]) -> None:
-        for collector in collectors:
-            collector.require_finite(len(self.batches), processes.reduce)
-
-    def _over_processes(self, counted: Mapping[str, int]) -> dict[str, int]:
-        totals = torch.tensor(list(counted.values()))
-        processes.reduce(totals, "sum")
-        counts = dict(zip(counted, totals.tolist(), strict=True))
-        if not counts["samples"]:
-            raise CalibrationError(
-                f"none of the {counts['skipped']} calibration samples can count: they have no supervised (answer) "
-                "token, or, for a dual encoder, every batch holds a single pair; check the answers and the batch size"
-            )
-        return counts
-
-
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """`undisturbed`, with no gradient asked for and none there."""
@@ -313,7 +234,8 @@ def _whole(model: nn.Module, groups: Sequence[Group]) -> list[Side]:
         inside = (model.get_submodule(path).modules() for path in group.block_paths)
         linears = [module for modules in inside for module in modules if isinstance(module, nn.Linear)]
         paths = dict.fromkeys(member.path for member in group.members if not member.norm)
-        sides.append(Side(group.key, nn.ModuleList([*map(model.get_submodule, paths), *linears]), ()))
+        modules = nn.ModuleList([*map(model.get_submodule, paths), *linears])
+        sides.append(Side(group.key, modules, (), block=f"{group.home.blocks}.{group.layer}"))
     return sides
 
 
@@ -351,8 +273,12 @@ def _sides(model: nn.Module, family: Family, groups: Sequence[Group]) -> list[Si
     ]
 
 
-def _passes(sides: Sequence[Side], collectors: Sequence[Collector], bound: int | None) -> list[list[Side]]:
-    """Consecutive sides, as many as the bound on the collectors' bytes allows in each pass."""
+def _passes(
+    sides: Sequence[Side], collectors: Sequence[Collector], bound: int | None, by_block: bool
+) -> list[list[Side]]:
+    """Consecutive sides, as many as the bound on the collectors' bytes allows in each pass: of all blocks together, or
+    of each by itself.
+    """
 
     def need(side: Side) -> int:
         return sum(collector.bytes_needed(side) for collector in collectors)
@@ -363,4 +289,10 @@ def _passes(sides: Sequence[Side], collectors: Sequence[Collector], bound: int |
                 f"a gradient bound of {bound} bytes is too small: {side.path} alone needs {need(side)} bytes; "
                 "raise the bound, or use the criterion fisher, which holds no gradients"
             )
-    return in_passes(sides, need, bound)
+    if not by_block:
+        return in_passes(sides, need, bound)
+    blocks: dict[str, list[Side]] = {}
+    for side in sides:
+        blocks.setdefault(side.block, []).append(side)
+    turns = zip_longest(*(in_passes(block, need, bound) for block in blocks.values()), fillvalue=[])
+    return [list(chain(*turn)) for turn in turns]

@@ -33,8 +33,7 @@ class Turning(Collector):
     def start(self) -> None:
         self.sums: dict[str, Tensor] = {}  # (sum, tokens): more tokens than fp32 can count
         for side in self.sides:
-            device = next(side.module.parameters()).device
-            self.sums[side.path] = torch.zeros(2, dtype=torch.float64, device=device)
+            self.sums[side.path] = torch.zeros(2, dtype=torch.float64)
             self._handles.append(side.module.register_forward_hook(partial(self._add, side), with_kwargs=True))
 
     @torch.no_grad()
@@ -43,7 +42,8 @@ class Turning(Collector):
         mask = self.mask_of(side, len(turned))
         counted = torch.ones_like(turned, dtype=torch.bool) if mask is None else mask
         # Filled, not chosen: how many there are would wait for the device.
-        self.sums[side.path] += torch.stack([turned.where(counted, 0).double().sum(), counted.sum().double()])
+        found = torch.stack([turned.where(counted, 0).double().sum(), counted.sum().double()])
+        self.sums[side.path] = self.sums[side.path].to(found.device) + found
 
     def finish(self, reduce: Reduce) -> dict[str, Tensor]:
         result = {}

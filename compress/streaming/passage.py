@@ -1,0 +1,245 @@
+"""Forwards that go through a model together, block by block, so that one block at a time has to be there.
+
+A passage is one forward of transformers' own, run as a coroutine that stops wherever a block would be computed. All
+passages that have come to a block are answered there before the next block is looked at. For gradients, blocks are
+computed without a graph, and what they give begins a new one, which holds what is between two blocks; on the way back a
+block is computed again from what it had read, with a graph (Chen et al., "Training Deep Nets with Sublinear Memory
+Cost", 2016), and what its inputs get is carried through what is between, to the outputs of the blocks before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast  # what blocks are given and give, whatever it is
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from slimvlm.compress.errors import UnsuitableOptionError
+
+At = Callable[[str], AbstractContextManager[object]]  # around all that is done at the block of a path
+See = Callable[[int], object]  # told of a passage, by its number
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a passage asks of a block."""
+
+    path: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What is left of a call: what was read, where the gradients of that go, and what stands for what came out."""
+
+    path: str
+    read: list[Any]
+    spec: TreeSpec
+    edges: dict[int, GradientEdge]
+    given: list[Tensor | None]
+
+
+class Passage:
+    """A forward that stops at every block.
+
+    Attributes:
+        result: what the forward gave; None before its end.
+    """
+
+    result: Any = None
+
+    def __init__(self, forward: Callable[[], object]) -> None:
+        self._inner = greenlet(forward)
+        self.call: _Call | None = None
+        self.steps: list[_Step] = []
+
+    @property
+    def ended(self) -> bool:
+        return bool(self._inner.dead)
+
+    def go(self, *output: object) -> None:
+        """Run on to the next block or to the end, with the output of the one where it is; it keeps a grad mode of its
+        own.
+        """
+        self.call, mode = None, torch.is_grad_enabled()
+        try:
+            found = self._inner.switch(*output)
+        finally:
+            torch.set_grad_enabled(mode)
+        if self.ended:
+            self.result = found
+        else:
+            self.call = found
+
+    def close(self) -> None:
+        """End it where it is."""
+        self._inner.throw()
+
+
+class Passages:
+    """The passages of some forwards through the blocks of a model.
+
+    Args:
+        paths: of all blocks, in the order in which forwards come to them.
+        forwards: each makes its inputs and has the model compute them; what it gives is its result. With `learning`
+            that begins with a scalar to differentiate.
+    """
+
+    def __init__(
+        self, model: nn.Module, paths: Sequence[str], forwards: Sequence[Callable[[], object]], learning: bool
+    ) -> None:
+        self.blocks = {path: model.get_submodule(path) for path in paths}
+        self.compute = {path: block.forward for path, block in self.blocks.items()}
+        self.passages = [Passage(forward) for forward in forwards]
+        self.learning = learning
+
+    def asked(self, path: str) -> bool:
+        """Whether any passage waits at the block, or has been there and comes back."""
+        return any(_stands(passage) == path for passage in self.passages)
+
+    @property
+    def results(self) -> list[Any]:
+        """Of the forwards, once they have ended."""
+        return [passage.result for passage in self.passages]
+
+    def forward(self, at: At, see: See, seen: See) -> None:
+        """All the way through. `see`, `seen`: before and after a block, by a passage's number.
+
+        Raises:
+            UnsuitableOptionError: forwards come to the blocks in another order, or to one of them again.
+        """
+        try:
+            with _stops(self.blocks), torch.set_grad_enabled(self.learning):
+                for passage in self.passages:
+                    passage.go()
+                for path in self.blocks:
+                    with at(path):
+                        for number, passage in enumerate(self.passages):
+                            see(number)
+                            if passage.call is not None and passage.call.path == path:
+                                passage.go(self._answer(passage, passage.call))
+                            seen(number)
+                self._check_ended()
+        finally:
+            for passage in self.passages:
+                passage.close()
+
+    def backward(self, at: At, see: See, seen: See) -> None:
+        """The gradients of all results, back through the blocks; arguments as of `forward`."""
+        for passage in self.passages:
+            loss = passage.result[0]
+            if loss.requires_grad:
+                torch.autograd.backward(loss, retain_graph=True)  # of what is read elsewhere, too; the rest goes
+            passage.result = (loss.detach(), *passage.result[1:])
+        for path, block in reversed(self.blocks.items()):
+            with at(path), torch.enable_grad():
+                for number, passage in enumerate(self.passages):
+                    see(number)
+                    if passage.steps and passage.steps[-1].path == path:
+                        _back(block, passage.steps.pop())
+                    seen(number)
+
+    def _answer(self, passage: Passage, call: _Call) -> object:
+        with torch.no_grad():
+            output = self.compute[call.path](*call.args, **call.kwargs)
+        if not self.learning:
+            return output
+        read, spec = tree_flatten((call.args, dict(call.kwargs)))
+        edges = {place: get_gradient_edge(one) for place, one in enumerate(read) if _learns(one)}
+        parts, made = tree_flatten(output)
+        given = [_begin(part) if _floats(part) else None for part in parts]
+        handed = [part if leaf is None else _Handed.apply(leaf, part) for part, leaf in zip(parts, given, strict=True)]
+        read = [one.detach() if isinstance(one, Tensor) else one for one in read]
+        passage.steps.append(_Step(call.path, read, spec, edges, given))
+        return tree_unflatten(handed, made)
+
+    def _check_ended(self) -> None:
+        for passage in self.passages:
+            if passage.call is not None:
+                raise UnsuitableOptionError(
+                    f"this model comes back to {passage.call.path} after later blocks, so that its blocks cannot be "
+                    "read one after the other; give --stream off"
+                )
+
+
+def _stands(passage: Passage) -> str | None:
+    """The block at which a passage waits, or, on the way back, that it comes to next."""
+    if passage.call is not None:
+        return passage.call.path
+    return passage.steps[-1].path if passage.ended and passage.steps else None
+
+
+@contextmanager
+def _stops(blocks: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Inside it the blocks are not computed: whoever calls one waits for what it is answered."""
+    before = {path: block.__dict__.get("forward") for path, block in blocks.items()}
+    try:
+        for path, block in blocks.items():
+            block.__dict__["forward"] = partial(_stop, path)
+        yield
+    finally:
+        for path, block in blocks.items():
+            del block.__dict__["forward"]
+            if before[path] is not None:
+                block.__dict__["forward"] = before[path]
+
+
+def _stop(path: str, *args: object, **kwargs: object) -> object:
+    mode = torch.is_grad_enabled()
+    answer = cast(greenlet, getcurrent().parent).switch(_Call(path, args, kwargs))
+    torch.set_grad_enabled(mode)
+    return answer
+
+
+def _back(block: nn.Module, step: _Step) -> None:
+    """Compute a block again, and carry the gradients of what it gave to what it had read, and on."""
+    read = [
+        one.detach().requires_grad_(place in step.edges) if isinstance(one, Tensor) else one
+        for place, one in enumerate(step.read)
+    ]
+    args, kwargs = tree_unflatten(read, step.spec)
+    parts, _ = tree_flatten(block(*args, **kwargs))
+    reached = [
+        (part, leaf.grad)
+        for part, leaf in zip(parts, step.given, strict=True)
+        if leaf is not None and leaf.grad is not None and part.requires_grad
+    ]
+    if reached:
+        made, grads = zip(*reached, strict=True)
+        torch.autograd.backward(made, grads)
+    onward = [(edge, read[place].grad) for place, edge in step.edges.items() if read[place].grad is not None]
+    if onward:
+        edges, grads = zip(*onward, strict=True)
+        torch.autograd.backward(edges, grads, retain_graph=True)  # others come through, too
+
+
+class _Handed(torch.autograd.Function):
+    """The value as the output of a leaf that has its shape and no memory: its gradient is the leaf's."""
+
+    @staticmethod
+    def forward(_ctx: Any, _leaf: Tensor, value: Tensor) -> Tensor:
+        return value.detach()
+
+    @staticmethod
+    def backward(_ctx: Any, *grads: Any) -> tuple[Any, None]:
+        return grads[0], None
+
+
+def _begin(value: Tensor) -> Tensor:
+    return value.new_zeros(()).expand(value.shape).requires_grad_()
+
+
+def _floats(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _learns(value: object) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad

@@ -1,0 +1,121 @@
+"""Statistics of a model that is read block by block: those of the whole model, in every family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import COVERING, EVERY, Tiny, tiny_model
+from torch import nn
+
+from slimvlm.compress.errors import CalibrationError, UnsuitableOptionError
+from slimvlm.compress.models.families import find_family
+from slimvlm.compress.models.groups import find_units
+from slimvlm.compress.statistics.collect import Calibration, collect
+from slimvlm.compress.statistics.reading import Batches
+from slimvlm.compress.statistics.rows import STATISTICS, CalibrationOptions, token_rule
+from slimvlm.compress.streaming.blocks import STREAMED
+
+BACKWARD = (("first", "angles", "input-norms", "gate"), ("fisher", "gate-obs", "moments"))
+
+
+@contextmanager
+def by_block(model: nn.Module) -> Iterator[None]:
+    """Its blocks stay where they are, but it is read as if they did not."""
+    model.__dict__[STREAMED] = True
+    try:
+        yield
+    finally:
+        del model.__dict__[STREAMED]
+
+
+def calibrate(tiny: Tiny, batches: Batches, *statistics: str, **options: Any) -> Calibration:
+    model: Any = tiny.model
+    family = find_family(model.config)
+    groups = find_units(model, family, STATISTICS[statistics[0]].units)
+    return collect(model, family, groups, batches, CalibrationOptions(statistics, **options))
+
+
+def both(tiny: Tiny, batches: Batches, *statistics: str, **options: Any) -> tuple[Calibration, Calibration]:
+    whole = calibrate(tiny, batches, *statistics, **options)
+    with by_block(tiny.model):
+        return whole, calibrate(tiny, batches, *statistics, **options)
+
+
+def assert_same(left: Calibration, right: Calibration) -> None:
+    assert (left.samples, left.selected_tokens) == (right.samples, right.selected_tokens)
+    assert left.seen.keys() == right.seen.keys()
+    for name, values in left.seen.items():
+        assert values.keys() == right.seen[name].keys()
+        for key, value in values.items():
+            other = right.seen[name][key]
+            if name == "angles":  # a cosine on the edge of a bin may fall on either side after fp32 rounding
+                assert ((value - other).abs() < 1e-5).float().mean() > 0.95, key
+            else:
+                torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-5 * value.max().item() + 1e-12)
+
+
+def ragged(tiny: Tiny) -> list[dict[str, torch.Tensor]]:
+    """Batches of which one has no sample that counts, and one a sample that does not."""
+    batches = [tiny.inputs(2) for _ in range(4)]
+    batches[1]["labels"][:] = -100
+    batches[2]["labels"][0] = -100
+    return batches
+
+
+@pytest.mark.parametrize("name", [*EVERY, *COVERING])
+def test_statistics_are_those_of_the_whole_model_in_every_family(name: str) -> None:
+    tiny = tiny_model(name, "sdpa")
+    batches = [tiny.inputs(2), tiny.inputs(2)]
+    for statistics in BACKWARD:
+        assert_same(*both(tiny, batches, *statistics))
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl", "blip2_t5", "mllama", "clip"])
+@pytest.mark.parametrize("statistics", [("input-norms", "moments", "fluctuation"), ("turning",), ("first-order",)])
+def test_what_a_forward_tells_and_what_whole_groups_tell_is_the_same_too(name: str, statistics: Sequence[str]) -> None:
+    tiny = tiny_model(name, "sdpa")
+    assert_same(*both(tiny, [tiny.inputs(2), tiny.inputs(2)], *statistics))
+
+
+@pytest.mark.parametrize("statistics", [("second", "angles"), ("input-norms",)])
+def test_batches_and_samples_that_do_not_count_do_not(statistics: Sequence[str]) -> None:
+    tiny = tiny_model("llava", "sdpa")
+    whole, streamed = both(tiny, ragged(tiny), *statistics)
+    assert_same(whole, streamed)
+    assert streamed.samples == 5 and streamed.skipped == 3
+
+
+def test_the_tokens_that_blocks_turn_most_are_chosen_in_a_reading_of_their_own() -> None:
+    tiny = tiny_model("llava", "sdpa")
+    whole, streamed = both(tiny, ragged(tiny), "input-norms", tokens=token_rule("atv"))
+    assert_same(whole, streamed)
+    assert streamed.passes == 2
+
+
+def test_a_bound_on_the_sums_is_one_for_every_block_by_itself() -> None:
+    tiny = tiny_model("llava", "sdpa")
+    whole, streamed = both(tiny, [tiny.inputs(2)], "first", grad_memory_bytes=20_000)
+    assert_same(whole, streamed)
+    assert 1 < streamed.passes < whole.passes
+
+
+def test_losses_with_changed_weights_are_refused() -> None:
+    tiny = tiny_model("llava", "sdpa")
+    with by_block(tiny.model), pytest.raises(UnsuitableOptionError, match="whole model at once"):
+        calibrate(tiny, [tiny.inputs(2)], "zeroth-order")
+
+
+def test_a_gradient_that_is_not_finite_is_refused_and_the_model_stays_as_it_was() -> None:
+    tiny = tiny_model("llava", "sdpa")
+    batches = [tiny.inputs(2), tiny.inputs(2)]
+    batches[1]["pixel_values"][0] = torch.nan
+    before = {name: module.__dict__.get("forward") for name, module in tiny.model.named_modules()}
+    with by_block(tiny.model), pytest.raises(CalibrationError, match="batch 2 of 2"):
+        calibrate(tiny, batches, "gate")
+    assert before == {name: module.__dict__.get("forward") for name, module in tiny.model.named_modules()}
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in tiny.model.parameters())
+    assert not any(module._forward_pre_hooks for module in tiny.model.modules())
