@@ -17,7 +17,7 @@ from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.statistics.collector import Collector
 from slimvlm.compress.statistics.loss import loss
 from slimvlm.compress.statistics.reading import Reading, Seen, Watched
-from slimvlm.compress.streaming.blocks import blocks_of, held
+from slimvlm.compress.streaming.blocks import Blocks, blocks_of
 from slimvlm.compress.streaming.passage import Passages
 
 STEPS = 2  # of a batch at a block: there, and back
@@ -63,17 +63,18 @@ class ReadingByBlock(Reading):
         learning = any(collector.statistic.reads == "backward" for collector in everyone)
         forwards = [partial(loss, self.model, question, self.threshold) for question in asked.values()]
         passages = Passages(self.model, self.blocks, forwards, learning)
-        there, back = (_Sweep(self, passages, asked), _Sweep(self, passages, asked))
-        seen = back if learning else there  # on the way back, blocks are computed again
-        seen.watched, seen.active = watched, list(always)
-        passages.forward(there.at, there.see, there.seen)
         if learning:
-            passages.backward(back.at, back.see, back.seen)
+            with _Sweep(self, passages, asked, self.blocks) as there:
+                passages.forward(there.at, there.see, there.seen)
+        with _Sweep(self, passages, asked, self.blocks[::-1] if learning else self.blocks) as sweep:
+            sweep.watched, sweep.active = watched, list(always)
+            go = passages.backward if learning else passages.forward  # on the way back blocks are computed again
+            go(sweep.at, sweep.see, sweep.seen)
         selected = sum(int(tokens) for _, tokens in passages.results)
-        return seen.found, self.over_processes({**counted, "selected_tokens": selected})
+        return sweep.found, self.over_processes({**counted, "selected_tokens": selected})
 
 
-class _Sweep:
+class _Sweep(Blocks):
     """One way through all blocks.
 
     Attributes:
@@ -82,7 +83,10 @@ class _Sweep:
         found: what was seen.
     """
 
-    def __init__(self, reading: ReadingByBlock, passages: Passages, asked: Mapping[int, Question]) -> None:
+    def __init__(
+        self, reading: ReadingByBlock, passages: Passages, asked: Mapping[int, Question], order: Sequence[str]
+    ) -> None:
+        super().__init__(reading.model, order)
         self.reading, self.passages = reading, passages
         self.indices, self.questions = list(asked), list(asked.values())
         self.steps = STEPS // (1 + passages.learning)
@@ -99,7 +103,7 @@ class _Sweep:
         here = [collector for collector, sides in of_block.items() if sides]
         with ExitStack() as stack:
             if here or self.passages.asked(path):
-                stack.enter_context(held(self.reading.model, path))
+                stack.enter_context(self.held(path))
             for collector in here:
                 stack.enter_context(collector.watch(of_block[collector]))
             self.active += here

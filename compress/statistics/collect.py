@@ -26,6 +26,7 @@ from slimvlm.compress.models.experts import expert_of
 from slimvlm.compress.models.families import Family, Tower, find_family
 from slimvlm.compress.models.groups import Group, count_parameters, find_groups
 from slimvlm.compress.models.projections import Member
+from slimvlm.compress.models.streaming.weights import streamed
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.statistics.by_block import ReadingByBlock
 from slimvlm.compress.statistics.collector import Collector, Side
@@ -33,7 +34,6 @@ from slimvlm.compress.statistics.loss import loss
 from slimvlm.compress.statistics.pools import check_pool, counting, mixed_blocks
 from slimvlm.compress.statistics.reading import Batch, Batches, Reading
 from slimvlm.compress.statistics.rows import STATISTICS, CalibrationOptions
-from slimvlm.compress.streaming.blocks import streamed
 
 LEAST = 128 * 2**20  # bytes of activations that are never too many
 ACTIVATIONS = 1  # bytes of activations per parameter: a quarter of the fp32 weights
@@ -98,7 +98,7 @@ def collect(
     check_pool(options.tokens, family, model.config)
     sides = _whole(model, groups) if options.whole else _sides(model, family, groups)
     collectors = _collectors(options)
-    passes = _passes(sides, collectors, options.grad_memory_bytes, by_block=streamed(model))
+    passes = _passes(sides, collectors, options.grad_memory_bytes, by_block=streamed(model) is not None)
     readings = len(passes) + bool(options.tokens.alpha)
     reading = ReadingByBlock if streamed(model) else Reading
     run = reading(model, family, batches, options, progress, readings)
@@ -183,6 +183,8 @@ def calibration_batch(
     per_batch = family.contrastive or any(STATISTICS[name].per_batch for name in options.statistics)
     if model.device.type != "cpu" or per_batch:
         return wanted
+    if streamed(model):  # a block is read once, however many batches go through it
+        return 1
     longest = max(samples, key=lambda sample: sum(len(turn.prompt) + len(turn.target) for turn in sample.turns))
     kept = bytes_kept(model, family, find_groups(model, family), collator.training([longest]), options)
     return max(1, min(wanted, max(LEAST, ACTIVATIONS * count_parameters(model)) // max(kept, 1)))

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import pairwise
+from types import TracebackType
+from typing import Self
 
+import torch
 from torch import nn
 
 from slimvlm.compress.models.families import Family
 from slimvlm.compress.models.projections import resolve
+from slimvlm.compress.models.streaming.lazy import Lazy, read
+
+Here = dict[nn.Parameter, nn.Parameter]  # what is there, by what stands for it otherwise
+Place = tuple[nn.Module, str, nn.Parameter]  # a module, what it calls a parameter, and that
 
 
 def blocks_of(model: nn.Module, family: Family) -> list[str]:
@@ -20,15 +29,70 @@ def blocks_of(model: nn.Module, family: Family) -> list[str]:
     ]
 
 
-STREAMED = "streamed"
+class Blocks:
+    """Reads the weights of a streamed model's blocks, of one while another is worked with. Within `with`; of a model
+    that is in memory all blocks are there anyway.
+
+    Args:
+        order: of the paths in which blocks will be asked for.
+    """
+
+    def __init__(self, model: nn.Module, order: Sequence[str]) -> None:
+        self.model, self.following = model, dict(pairwise(order))
+        self.device = next(model.parameters()).device
+        self._coming: dict[str, Future[Here]] = {}
+
+    def __enter__(self) -> Self:
+        self._reader = ThreadPoolExecutor(1, "blocks")
+        self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._reader.shutdown(cancel_futures=True)
+        self._coming.clear()
+
+    @contextmanager
+    def held(self, path: str) -> Iterator[None]:
+        """The weights of this block are in memory meanwhile, where the model computes, and ask for no gradient."""
+        self._ask_for(path)
+        here = self._coming.pop(path).result()
+        if self._copies is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._copies)
+            for parameter in here.values():
+                parameter.data.record_stream(torch.cuda.current_stream(self.device))
+        if path in self.following:
+            self._ask_for(self.following[path])
+        places = _lazy(self.model, path)
+        for module, name, lazy in places:
+            module._parameters[name] = here[lazy]
+        del here
+        try:
+            yield
+        finally:
+            for module, name, lazy in places:
+                module._parameters[name] = lazy
+
+    def _ask_for(self, path: str) -> None:
+        if path not in self._coming:
+            self._coming[path] = self._reader.submit(self._read, path)
+
+    @torch.no_grad()
+    def _read(self, path: str) -> Here:
+        """The weights of a block; on a GPU once `_copies` has got there."""
+        lazy = list(dict.fromkeys(parameter for _, _, parameter in _lazy(self.model, path)))
+        values = read(lazy)
+        if self._copies is None:
+            values = [value.to(self.device) for value in values]
+        else:
+            with torch.cuda.stream(self._copies):
+                values = [value.pin_memory().to(self.device, non_blocking=True) for value in values]
+        return {one: nn.Parameter(value, requires_grad=False) for one, value in zip(lazy, values, strict=True)}
 
 
-def streamed(model: nn.Module) -> bool:
-    """Whether the weights of the blocks of `model` are read when they are needed."""
-    return STREAMED in model.__dict__
-
-
-@contextmanager
-def held(model: nn.Module, path: str) -> Iterator[None]:
-    """The block of a streamed model is there meanwhile."""
-    yield
+def _lazy(model: nn.Module, path: str) -> list[Place]:
+    return [
+        (module, name, parameter)
+        for module in model.get_submodule(path).modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and isinstance(parameter, Lazy)
+    ]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,24 +12,25 @@ from tiny_models import COVERING, EVERY, Tiny, tiny_model
 from torch import nn
 
 from slimvlm.compress.errors import CalibrationError, UnsuitableOptionError
+from slimvlm.compress.models.checkpoint import stream_model
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import find_units
+from slimvlm.compress.models.saving import save_checkpoint
+from slimvlm.compress.models.streaming.lazy import Lazy
 from slimvlm.compress.statistics.collect import Calibration, collect
 from slimvlm.compress.statistics.reading import Batches
 from slimvlm.compress.statistics.rows import STATISTICS, CalibrationOptions, token_rule
-from slimvlm.compress.streaming.blocks import STREAMED
+from slimvlm.compress.streaming.blocks import blocks_of
 
+FORWARD = (("input-norms", "moments", "fluctuation"), ("turning",), ("first-order",))  # the last, of whole groups
 BACKWARD = (("first", "angles", "input-norms", "gate"), ("fisher", "gate-obs", "moments"))
 
 
-@contextmanager
-def by_block(model: nn.Module) -> Iterator[None]:
-    """Its blocks stay where they are, but it is read as if they did not."""
-    model.__dict__[STREAMED] = True
-    try:
-        yield
-    finally:
-        del model.__dict__[STREAMED]
+def pair(folder: Path, name: str) -> tuple[Tiny, Tiny]:
+    """A tiny model in memory, and read from a checkpoint when it is needed."""
+    tiny = tiny_model(name, "sdpa")
+    save_checkpoint(folder / "dense", tiny.model, None, None, max_shard_size="60KB")
+    return tiny, Tiny(stream_model(folder / "dense", attention="sdpa").model, tiny.inputs)
 
 
 def calibrate(tiny: Tiny, batches: Batches, *statistics: str, **options: Any) -> Calibration:
@@ -37,12 +38,6 @@ def calibrate(tiny: Tiny, batches: Batches, *statistics: str, **options: Any) ->
     family = find_family(model.config)
     groups = find_units(model, family, STATISTICS[statistics[0]].units)
     return collect(model, family, groups, batches, CalibrationOptions(statistics, **options))
-
-
-def both(tiny: Tiny, batches: Batches, *statistics: str, **options: Any) -> tuple[Calibration, Calibration]:
-    whole = calibrate(tiny, batches, *statistics, **options)
-    with by_block(tiny.model):
-        return whole, calibrate(tiny, batches, *statistics, **options)
 
 
 def assert_same(left: Calibration, right: Calibration) -> None:
@@ -58,6 +53,12 @@ def assert_same(left: Calibration, right: Calibration) -> None:
                 torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-5 * value.max().item() + 1e-12)
 
 
+def block_weights(model: nn.Module) -> list[str]:
+    """Names of the parameters of blocks."""
+    blocks = tuple(f"{path}." for path in blocks_of(model, find_family(cast(Any, model).config)))
+    return [name for name, _ in model.named_parameters() if name.startswith(blocks)]
+
+
 def ragged(tiny: Tiny) -> list[dict[str, torch.Tensor]]:
     """Batches of which one has no sample that counts, and one a sample that does not."""
     batches = [tiny.inputs(2) for _ in range(4)]
@@ -67,54 +68,55 @@ def ragged(tiny: Tiny) -> list[dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("name", [*EVERY, *COVERING])
-def test_statistics_are_those_of_the_whole_model_in_every_family(name: str) -> None:
-    tiny = tiny_model(name, "sdpa")
-    batches = [tiny.inputs(2), tiny.inputs(2)]
+def test_statistics_are_those_of_the_whole_model_in_every_family(tmp_path: Path, name: str) -> None:
+    whole, streamed = pair(tmp_path, name)
+    batches = [whole.inputs(2), whole.inputs(2)]
     for statistics in BACKWARD:
-        assert_same(*both(tiny, batches, *statistics))
+        assert_same(calibrate(whole, batches, *statistics), calibrate(streamed, batches, *statistics))
+    assert all(isinstance(streamed.model.get_parameter(name), Lazy) for name in block_weights(streamed.model))
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl", "blip2_t5", "mllama", "clip"])
-@pytest.mark.parametrize("statistics", [("input-norms", "moments", "fluctuation"), ("turning",), ("first-order",)])
-def test_what_a_forward_tells_and_what_whole_groups_tell_is_the_same_too(name: str, statistics: Sequence[str]) -> None:
-    tiny = tiny_model(name, "sdpa")
-    assert_same(*both(tiny, [tiny.inputs(2), tiny.inputs(2)], *statistics))
+def test_what_a_forward_tells_and_what_whole_groups_tell_is_the_same_too(tmp_path: Path, name: str) -> None:
+    whole, streamed = pair(tmp_path, name)
+    batches = [whole.inputs(2), whole.inputs(2)]
+    for statistics in FORWARD:
+        assert_same(calibrate(whole, batches, *statistics), calibrate(streamed, batches, *statistics))
 
 
 @pytest.mark.parametrize("statistics", [("second", "angles"), ("input-norms",)])
-def test_batches_and_samples_that_do_not_count_do_not(statistics: Sequence[str]) -> None:
-    tiny = tiny_model("llava", "sdpa")
-    whole, streamed = both(tiny, ragged(tiny), *statistics)
-    assert_same(whole, streamed)
-    assert streamed.samples == 5 and streamed.skipped == 3
+def test_batches_and_samples_that_do_not_count_do_not(tmp_path: Path, statistics: Sequence[str]) -> None:
+    left, right = (calibrate(one, ragged(one), *statistics) for one in pair(tmp_path, "llava"))
+    assert_same(left, right)
+    assert right.samples == 5 and right.skipped == 3
 
 
-def test_the_tokens_that_blocks_turn_most_are_chosen_in_a_reading_of_their_own() -> None:
-    tiny = tiny_model("llava", "sdpa")
-    whole, streamed = both(tiny, ragged(tiny), "input-norms", tokens=token_rule("atv"))
-    assert_same(whole, streamed)
-    assert streamed.passes == 2
+def test_the_tokens_that_blocks_turn_most_are_chosen_in_a_reading_of_their_own(tmp_path: Path) -> None:
+    options = {"tokens": token_rule("atv")}
+    left, right = (calibrate(one, ragged(one), "input-norms", **options) for one in pair(tmp_path, "llava"))
+    assert_same(left, right)
+    assert right.passes == 2
 
 
-def test_a_bound_on_the_sums_is_one_for_every_block_by_itself() -> None:
-    tiny = tiny_model("llava", "sdpa")
-    whole, streamed = both(tiny, [tiny.inputs(2)], "first", grad_memory_bytes=20_000)
-    assert_same(whole, streamed)
-    assert 1 < streamed.passes < whole.passes
+def test_a_bound_on_the_sums_is_one_for_every_block_by_itself(tmp_path: Path) -> None:
+    whole, streamed = pair(tmp_path, "llava")
+    left, right = (calibrate(one, [whole.inputs(2)], "first", grad_memory_bytes=20_000) for one in (whole, streamed))
+    assert_same(left, right)
+    assert 1 < right.passes < left.passes
 
 
-def test_losses_with_changed_weights_are_refused() -> None:
-    tiny = tiny_model("llava", "sdpa")
-    with by_block(tiny.model), pytest.raises(UnsuitableOptionError, match="whole model at once"):
-        calibrate(tiny, [tiny.inputs(2)], "zeroth-order")
+def test_losses_with_changed_weights_are_refused(tmp_path: Path) -> None:
+    _, streamed = pair(tmp_path, "llava")
+    with pytest.raises(UnsuitableOptionError, match="whole model at once"):
+        calibrate(streamed, [streamed.inputs(2)], "zeroth-order")
 
 
-def test_a_gradient_that_is_not_finite_is_refused_and_the_model_stays_as_it_was() -> None:
-    tiny = tiny_model("llava", "sdpa")
+def test_a_gradient_that_is_not_finite_is_refused_and_the_model_stays_as_it_was(tmp_path: Path) -> None:
+    _, tiny = pair(tmp_path, "llava")
     batches = [tiny.inputs(2), tiny.inputs(2)]
     batches[1]["pixel_values"][0] = torch.nan
     before = {name: module.__dict__.get("forward") for name, module in tiny.model.named_modules()}
-    with by_block(tiny.model), pytest.raises(CalibrationError, match="batch 2 of 2"):
+    with pytest.raises(CalibrationError, match="batch 2 of 2"):
         calibrate(tiny, batches, "gate")
     assert before == {name: module.__dict__.get("forward") for name, module in tiny.model.named_modules()}
     assert all(parameter.requires_grad and parameter.grad is None for parameter in tiny.model.parameters())
