@@ -21,6 +21,7 @@ LAYOUTS = ("per-layer", "stock")
 RANKED_BY = ("parameters", "milliseconds")
 TRAINED = ("lora", "projector", "lora+projector", "full")
 SCHEDULES = ("cosine", "constant")
+STREAM = ("auto", "on", "off")  # auto: where a model would not fit into the memory that is free
 PRECISIONS = ("no", "bf16", "fp16")  # or auto
 ROUNDED = {"q8": 8, "q4": 4, "q2": 2}  # variants that only round weights -> bits of one: what can be trained for
 BLOCK = 32  # weights of a row that share a scale there
@@ -28,7 +29,7 @@ BLOCK = 32  # weights of a row that share a scale there
 IN_TORCH: Mapping[str, str | None] = {"int8": None, "int4": "bfloat16"}
 NOT_IDENTITY = (  # not what the model is made of
     "out", "device", "resume", "overwrite", "max_quality_drop", "export", "variants", "profile", "trust_remote_code",
-    "target", "backend", "push_to_hub", "private",
+    "target", "backend", "push_to_hub", "private", "stream",
 )  # fmt: skip
 # Any in this file: values of options of all types, as JSON has them.
 NOT_GIVEN: Any = None  # an option that was not given has the value of one of these, by `faithful`
@@ -45,11 +46,14 @@ LITTLE_RATIO = 0.2
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeOptions:
-    """What a model is computed with: device, type of its weights, and whether code it brings is run."""
+    """What a model is computed with: device, type of its weights, whether code it brings is run, and whether its blocks
+    are read one after the other, by the stages that can (one of STREAM).
+    """
 
     device: str = "auto"
     dtype: str = "auto"
     trust_remote_code: bool = False
+    stream: str = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

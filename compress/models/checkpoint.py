@@ -172,8 +172,25 @@ def locate(name: str | os.PathLike[str]) -> tuple[Path, str]:
     Raises:
         CheckpointError: as `check_weights`.
     """
-    folder = _local_folder(os.fspath(name), ("*.json", "*.safetensors", CARD, BASE_CARD, *CARRIED))
+    folder = _weight_folder(name)
     return folder, check_weights(folder)
+
+
+def stored_types(name: str | os.PathLike[str]) -> dict[str, int]:
+    """Weights of a checkpoint by the type they are stored in, as safetensors calls it; from the headers of its files.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    found: dict[str, int] = {}
+    for path in weight_files(_weight_folder(name)):
+        for kind, shape in stored_weights(path).values():
+            found[kind] = found.get(kind, 0) + math.prod(shape)
+    return found
+
+
+def _weight_folder(name: str | os.PathLike[str]) -> Path:
+    return _local_folder(os.fspath(name), ("*.json", "*.safetensors", CARD, BASE_CARD, *CARRIED))
 
 
 def check_weights(folder: Path) -> str:

@@ -7,8 +7,10 @@ import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import wraps
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar  # what torch hands to an override of its functions
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -16,11 +18,14 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from slimvlm.compress import processes
-from slimvlm.compress.models.checkpoint import Loaded, load_model
+from slimvlm.compress.models.checkpoint import Loaded, load_model, stored_types, stream_model
 from slimvlm.compress.models.quantized import check_dtype, typed
+from slimvlm.compress.models.streaming.lazy import Lazy
+from slimvlm.compress.models.streaming.weights import KINDS
 from slimvlm.compress.options import ComputeOptions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CONTAINER = "/sys/fs/cgroup"  # where the limits of one stand
 HALVES = (torch.float16, torch.bfloat16)
 
 Given = ParamSpec("Given")
@@ -44,7 +49,11 @@ def frees_memory(stage: Callable[Given, Made]) -> Callable[Given, Made]:
 
 
 def load_to_compute(
-    options: ComputeOptions, name: str, attention: str | None = None, form: str | None = None
+    options: ComputeOptions,
+    name: str,
+    attention: str | None = None,
+    form: str | None = None,
+    beside: float | None = None,
 ) -> Loaded:
     """The model in the dtype to compute in, and the dtype it is stored in as `config.dtype`.
 
@@ -52,21 +61,65 @@ def load_to_compute(
 
     Args:
         form: as of `load_model`.
+        beside: bytes per weight that are needed beside the weights, where the model may be one whose blocks are read
+            when they are needed; `options` say whether it is. None: it is in memory.
 
     Raises:
         UnsuitableOptionError: a form that computes in another dtype than the options ask for.
     """
     check_dtype(form, options.dtype)
     give_back_memory()
-    loaded = load_model(
-        name,
-        trust_remote_code=options.trust_remote_code,
-        device=processes.pick_device(options.device),
-        attention=attention,
-        form=form,
-    )
+    device = processes.pick_device(options.device)
+    if beside is not None and is_to_be_streamed(options.stream, bytes_to_compute(options, name, beside), str(device)):
+        loaded = stream_model(name, trust_remote_code=options.trust_remote_code, attention=attention)
+        _place(loaded.model, device)
+    else:
+        loaded = load_model(
+            name,
+            trust_remote_code=options.trust_remote_code,
+            device=device,
+            attention=attention,
+            form=form,
+        )
     cast(loaded.model, _compute_dtype(options.dtype, loaded.model))
     return loaded
+
+
+def bytes_to_compute(options: ComputeOptions, name: str, beside: float) -> int:
+    """Bytes that the weights of a model take in the dtype to compute in, and `beside` more for each of them."""
+    on_cpu = processes.pick_device(options.device).type == "cpu"
+    total = 0.0
+    for kind, weights in stored_types(name).items():
+        stored = KINDS[kind]
+        dtype = _computed(options.dtype, stored, on_cpu) if stored.is_floating_point else stored
+        total += weights * (dtype.itemsize + beside)
+    return int(total)
+
+
+def is_to_be_streamed(stream: str, bytes_needed: int, device: str = "cpu") -> bool:
+    """Whether a model is read block by block: as `stream`, one of STREAM, says, or where more bytes are needed than are
+    free.
+    """
+    return stream == "on" if stream != "auto" else bytes_needed > free_memory(device)
+
+
+def free_memory(device: str = "cpu") -> int:
+    """Bytes that can be taken on a device; of the host no more than the limit leaves that a container has."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = int(psutil.virtual_memory().available)
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path(CONTAINER, "memory.stat").read_text().splitlines()
+        held = next(int(line.split()[1]) for line in lines if line.startswith("anon "))
+        free = min(free, int(Path(CONTAINER, "memory.max").read_text()) - held)
+    return free
+
+
+def _place(model: PreTrainedModel, device: torch.device) -> None:
+    """Move whatever is in memory of a model to a device."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not isinstance(tensor, Lazy):
+            tensor.data = tensor.data.to(device)
 
 
 def attend_as(model: PreTrainedModel, other: PreTrainedModel) -> None:
@@ -160,7 +213,11 @@ class ComputedIn(TorchFunctionMode):
 
 
 def _compute_dtype(asked: str, model: PreTrainedModel) -> torch.dtype:
+    return _computed(asked, model.dtype, model.device.type == "cpu")
+
+
+def _computed(asked: str, stored: torch.dtype, on_cpu: bool) -> torch.dtype:
     """`auto` computes in the stored dtype, but in fp32 where fp16 is slow and its gradients overflow: on a CPU."""
     if asked != "auto":
         return DTYPES[asked]
-    return torch.float32 if model.device.type == "cpu" and model.dtype == torch.float16 else model.dtype
+    return torch.float32 if on_cpu and stored == torch.float16 else stored

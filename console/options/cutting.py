@@ -28,6 +28,7 @@ from slimvlm.console.options.making import (
     option,
     output_options,
     panel,
+    stream_option,
     together,
 )
 from slimvlm.console.options.values import Share, Size, shares
@@ -137,6 +138,7 @@ apply_options = together(
         option("--eval-data", type=FILE_OR_FOLDER, help="As given to plan: its images are left out."),
     ),
     model_options,
+    stream_option,
     panel(
         REMOVED, option("--ratio", type=RATIO, help="Remove only so much of ALL parameters; else what the plan does.")
     ),

@@ -34,6 +34,7 @@ from slimvlm.console.options.making import (
     output_options,
     panel,
     remote_code,
+    stream_option,
     together,
 )
 from slimvlm.console.options.recipe import recipe_options
@@ -158,6 +159,7 @@ cut_options = together(
     sample_options,
     split_option,
     model_options,
+    stream_option,
     ratio_option,
 )
 plan_options = together(

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from slimvlm.compress.options import TRUST_DISCOVERED, ComputeOptions
+from slimvlm.compress.options import STREAM, TRUST_DISCOVERED, ComputeOptions
 from slimvlm.console.group import PanelOption
 from slimvlm.console.options.values import Count, Device, Location, Name, Number, Text
 from slimvlm.serve.options import DTYPES
@@ -105,5 +105,11 @@ model_options = panel(
     device_option,
     compute_option("--dtype", type=click.Choice(DTYPES), help="Type of the weights; auto is the checkpoint's own."),
     remote_code,
+)
+stream_option = panel(
+    DATA,
+    compute_option(
+        "--stream", type=click.Choice(STREAM), help="Read the model block by block; auto: where it would not fit."
+    ),
 )
 again_options = panel(DATA, device_option, remote_code)  # what a run does not remember
