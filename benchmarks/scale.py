@@ -1,0 +1,269 @@
+"""What a model of real size takes: seconds, memory and bytes of every stage, with and without streaming.
+
+    python benchmarks/scale.py --shape qwen2.5-vl-7b --stream on --threads 2
+
+Makes a checkpoint of random weights with the shapes of a real model (`scaling/shapes.py`) shard by shard, and takes it
+through the job, each stage in a process of its own: the plan (calibration of 8 samples, half of the parameters), the
+slice stage (refit where it is asked for, cut, save, both checks) and the export of q4 graphs. Before them, each in a
+process too, the pace: a plain forward and backward pass of the same model, weights frozen, and our calibration over all
+samples, twice. One line per run is added to `results/scale.jsonl`; the files are removed afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from scaling.making import make
+from scaling.shapes import DTYPE, SHAPES
+
+from slimvlm.compress.data.collate import collated, collator_of
+from slimvlm.compress.data.questions import ask
+from slimvlm.compress.data.splits import read_measured
+from slimvlm.compress.files.writing import installed_versions
+from slimvlm.compress.models.computing import load_to_compute, undisturbed
+from slimvlm.compress.models.groups import count_parameters
+from slimvlm.compress.options import CompressOptions, ComputeOptions
+from slimvlm.compress.plan import Plan
+from slimvlm.compress.runs import MODEL, PLAN, RunFolder
+from slimvlm.compress.stages.plan import planning_of
+from slimvlm.compress.stages.slice import slice_stage
+from slimvlm.compress.statistics.collect import collect
+from slimvlm.compress.statistics.loss import loss
+from slimvlm.console.progress import progress
+from slimvlm.export.job import export_checkpoint
+from slimvlm.export.options import ExportOptions
+from slimvlm.pipeline import make_plan
+
+RESULTS = Path(__file__).parent / "results" / "scale.jsonl"
+RATIO, VARIANT = 0.5, "q4"
+POLL = 0.02  # seconds between two looks at the memory
+Facts = dict[str, Any]
+
+
+def options_of(job: argparse.Namespace) -> CompressOptions:
+    """Of the run in the folder of the job."""
+    streams = {"stream": job.stream} if "stream" in {field.name for field in fields(ComputeOptions)} else {}
+    return CompressOptions(
+        model=str(job.folder / "model"),
+        out=job.folder / "out",
+        data=job.folder / "train.jsonl",
+        eval_data=job.folder / "val.jsonl",
+        ratio=RATIO,
+        rounds=job.rounds,
+        compensation=job.compensation,
+        batch_size=1,
+        recover="none",
+        export=(),
+        profile=False,
+        device="cpu",
+        trust_remote_code=True,
+        resume=True,
+        **streams,
+    )
+
+
+# ------------------------------------------------------------------ stages, each in a process of its own
+
+
+def plain(job: argparse.Namespace) -> Facts:
+    """Seconds per sample of a forward and a backward pass to the inputs; the model is in memory."""
+    options = options_of(job)
+    loaded = load_to_compute(ComputeOptions(device="cpu", trust_remote_code=True), options.model)
+    model, batches = loaded.model, collated(collator_of(loaded), read_measured(options).calibration, 1)
+    seconds, tokens = [], []
+    with undisturbed(model):
+        model.requires_grad_(False)
+        model.get_input_embeddings().register_forward_hook(lambda module, given, made: made.requires_grad_())
+        for batch in (batches[0], *batches):
+            question = ask(model, loaded.family, batch())
+            if question is None:
+                raise ValueError("a sample of this benchmark has no answer")
+            given = {name: value for name, value in question.inputs.items() if isinstance(value, torch.Tensor)}
+            pixels = {name: value for name, value in given.items() if value.is_floating_point()}
+            for value in pixels.values():
+                value.requires_grad_()
+            began = time.perf_counter()
+            loss(model, question, None)[0].backward()
+            seconds.append(time.perf_counter() - began)
+            tokens.append([question.tally.image_tokens, question.tally.text_tokens])
+    return {
+        "per_sample": sum(seconds[1:]) / len(batches),
+        "parameters": count_parameters(model),
+        "tokens": [max(kind) for kind in zip(*tokens, strict=True)],
+        "pixels": {name: list(value.shape) for name, value in pixels.items()},
+    }
+
+
+def calibrate(job: argparse.Namespace) -> Facts:
+    """Seconds per sample of the calibration that the default criterion asks for, first and once more."""
+    options = options_of(job)
+    planning = planning_of(options)
+    loaded = load_to_compute(options, options.model)
+    batches = collated(collator_of(loaded), read_measured(options).calibration, 1)
+    groups, seconds = planning.groups(loaded.model), []
+    for _ in range(2):
+        began = time.perf_counter()
+        with progress(quiet=False) as tell:
+            collect(loaded.model, loaded.family, groups, batches, planning.calibration, tell)
+        seconds.append((time.perf_counter() - began) / len(batches))
+    return {"per_sample_first": seconds[0], "per_sample": seconds[1]}
+
+
+def plan(job: argparse.Namespace) -> Facts:
+    """The plan stage of a run."""
+    with progress(quiet=False) as tell:
+        made = make_plan(options_of(job), tell).plan
+    return {"parameters_after": made.parameters_after}
+
+
+def cut(job: argparse.Namespace) -> Facts:
+    """The slice stage of the same run: refit, cut, save, both checks."""
+    options = options_of(job).resolved()
+    run, data = RunFolder(options.out, options.identity(), resume=True), read_measured(options)
+    decided = Plan.from_json((options.out / PLAN).read_text(encoding="utf-8"))
+    with run.begun(), progress(quiet=False) as tell:
+        slice_stage(run, options, decided, data, tell)
+    return {name: value for name, value in run.record["stages"]["slice"].items() if name.endswith("difference")}
+
+
+def export(job: argparse.Namespace) -> Facts:
+    """Graphs of the cut model, checked against torch."""
+    options = ExportOptions(
+        variants=(VARIANT,),
+        data=job.folder / "val.jsonl",
+        samples=1,
+        max_new_tokens=2,
+        trust_remote_code=True,
+        **({"stream": job.stream} if "stream" in {field.name for field in fields(ExportOptions)} else {}),
+    )
+    with progress(quiet=False) as tell:
+        export_checkpoint(job.folder / "out" / MODEL, job.folder / "export", options, tell)
+    return {"bytes": sum(file.stat().st_size for file in (job.folder / "export").rglob("*") if file.is_file())}
+
+
+def write(job: argparse.Namespace) -> Facts:
+    """The checkpoint and its samples."""
+    make(SHAPES[job.shape], job.folder)
+    return {"bytes": sum(file.stat().st_size for file in (job.folder / "model").iterdir())}
+
+
+STAGES: Mapping[str, Callable[[argparse.Namespace], Facts]] = {
+    "make": write, "plain": plain, "calibrate": calibrate, "plan": plan, "slice": cut, "export": export,
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------ what a process took
+
+
+class Watch:
+    """The largest anonymous memory of this process, while inside: what no file on disk stands for."""
+
+    def __enter__(self) -> Watch:
+        self.anonymous, self._done = 0, threading.Event()
+        self._thread = threading.Thread(target=self._poll, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _poll(self) -> None:
+        while not self._done.wait(POLL):
+            self.anonymous = max(self.anonymous, counted("status")["RssAnon"])
+
+
+def counted(name: str) -> dict[str, int]:
+    """The numbers of a file of /proc/self; sizes in bytes."""
+    found = {}
+    for line in Path("/proc/self", name).read_text(encoding="utf-8").splitlines():
+        key, _, value = line.partition(":")
+        number, _, unit = value.strip().partition(" ")
+        if number.isdigit():
+            found[key] = int(number) * (1024 if unit == "kB" else 1)
+    return found
+
+
+def run_stage(job: argparse.Namespace) -> None:
+    """One stage in this process; what it took goes to `STAGE.json`."""
+    torch.set_num_threads(job.threads)
+    before, began, used = counted("io"), time.perf_counter(), time.process_time()
+    with Watch() as watch:
+        facts = STAGES[job.stage](job)
+    seconds, after = time.perf_counter() - began, counted("io")
+    took = {
+        "seconds": round(seconds, 2),
+        "processor_seconds": round(time.process_time() - used, 2),
+        "peak_bytes": counted("status")["VmHWM"],
+        "peak_anonymous_bytes": watch.anonymous,
+        "read_bytes": after["rchar"] - before["rchar"],
+        "read_from_disk_bytes": after["read_bytes"] - before["read_bytes"],
+        "written_bytes": after["wchar"] - before["wchar"],
+    }
+    (job.folder / f"{job.stage}.json").write_text(json.dumps({**took, **facts}))
+
+
+def in_processes(job: argparse.Namespace) -> dict[str, Facts]:
+    """All stages, until one fails; what each took."""
+    found: dict[str, Facts] = {}
+    for stage in job.stages:
+        words = [sys.executable, __file__, *sys.argv[1:], "--stage", stage, "--folder", str(job.folder)]
+        threads = {"OMP_NUM_THREADS": str(job.threads), "MKL_NUM_THREADS": str(job.threads)}
+        done = subprocess.run(words, env={**os.environ, **threads}, check=False)
+        if done.returncode:
+            found[stage] = {"failed": done.returncode}
+            break
+        found[stage] = json.loads((job.folder / f"{stage}.json").read_text())
+        print(stage, json.dumps(found[stage]), flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="smolvlm-256m")
+    parser.add_argument("--stream", choices=("on", "off", "auto"), default="off")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--compensation", default="none")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--folder", type=Path, help="where the files go, and stay; default: a temporary one")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
+    job = parser.parse_args()
+    if job.stage is not None:
+        run_stage(job)
+        return
+    stays = job.folder is not None
+    job.folder = job.folder or Path(tempfile.mkdtemp(prefix="scale-"))
+    try:
+        stages = in_processes(job)
+    finally:
+        if not stays:
+            shutil.rmtree(job.folder)
+    row = {
+        "shape": job.shape,
+        "says": SHAPES[job.shape].says,
+        "dtype": str(DTYPE).removeprefix("torch."),
+        **{name: getattr(job, name) for name in ("stream", "threads", "rounds", "compensation")},
+        "stages": stages,
+        "versions": installed_versions(),
+    }
+    with job.results.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
