@@ -92,8 +92,10 @@ class _Lines:
 
 
 def duration(seconds: float) -> str:
-    """Of seconds, for people: 40 s, 12 min."""
-    return f"{seconds:.0f} s" if seconds < 2 * 60 else f"{seconds / 60:.0f} min"
+    """Of seconds, for people: 40 s, 12 min, 5.2 h."""
+    if seconds < 2 * 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 3 * 60 * 60 else f"{seconds / 3600:.1f} h"
 
 
 @contextmanager

@@ -48,7 +48,7 @@ def _save_processor(shape: Shape, folder: Path) -> None:
 def _write_weights(empty: PreTrainedModel, folder: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     shards = list(_shards(empty))
-    places = {}
+    places: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: _filled(name, empty.get_parameter(name), generator) for name in names}

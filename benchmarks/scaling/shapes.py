@@ -97,7 +97,9 @@ def _qwen() -> ProcessorMixin:
     return StillQwenProcessor(images, tokenizer, chat_template=template)
 
 
-def _qwen_config(kind: type[PreTrainedConfig], text: dict[str, Any], vision: dict[str, Any]) -> PreTrainedConfig:
+def _qwen_config(
+    kind: Callable[..., PreTrainedConfig], text: dict[str, Any], vision: dict[str, Any]
+) -> PreTrainedConfig:
     rope = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
     tied = text.pop("tie_word_embeddings", False)
     ids = {

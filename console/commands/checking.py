@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from typing import Any  # the values of options, each of its own type
 
 import click
 
 from slimvlm.compress.errors import CheckFailedError
-from slimvlm.console import show, show_inspection, show_selfcheck
+from slimvlm.console import show, show_cost, show_inspection, show_selfcheck
 from slimvlm.console.group import command
 from slimvlm.console.options.cutting import attention_option
 from slimvlm.console.options.making import NAME, device_option, json_option, option, output_options, remote_code
+from slimvlm.console.options.measuring import cost_options
 from slimvlm.console.progress import progress
 
 
@@ -18,17 +20,29 @@ from slimvlm.console.progress import progress
 @click.argument("model", type=NAME)
 @attention_option
 @option("--discover", is_flag=True, help="Find by experiment what no row says, and print the rows to add.")
+@cost_options
 @remote_code
 @json_option
-def inspect(model: str, attention_unit: str, discover: bool, trust_remote_code: bool, as_json: bool) -> None:
+def inspect(
+    model: str, attention_unit: str, discover: bool, trust_remote_code: bool, as_json: bool, **cost: Any
+) -> None:
     """Show what can be removed from MODEL.
 
-    Reads its config, no weights:
+    Reads its config, no weights; also of what a compression will take, here or on another machine:
 
         slimvlm inspect ./my-vlm
+
+        slimvlm inspect ./my-vlm --cost --device cuda:rtx-4090
     """
     from slimvlm.compress.models.inspection import discover_model, inspect_model
 
+    if cost.pop("cost"):
+        from slimvlm.serve.costing.asked import Asked
+        from slimvlm.serve.costing.job import costs_of
+
+        machines, side = cost.pop("device"), cost.pop("image_side")
+        show_cost.show_costs(costs_of(model, Asked(**cost), machines, side, trust_remote_code), as_json=as_json)
+        return
     if not discover:
         show_inspection.show_inspection(inspect_model(model, attention_unit, trust_remote_code), as_json=as_json)
         return

@@ -1,4 +1,4 @@
-"""The options of a profile; their names and defaults are those of `ProfileOptions`."""
+"""The options of a profile, and of a cost; their names and defaults are those of `ProfileOptions` and `Asked`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from slimvlm.console.options.making import (
     OUTPUTS,
     PATH,
     POSITIVE,
+    RATIO,
     SEED,
     defaulting_to,
     panel,
@@ -18,6 +19,8 @@ from slimvlm.console.options.making import (
     together,
 )
 from slimvlm.console.options.values import Device, ImageSize, Listed, Names, Size
+from slimvlm.serve.costing.asked import Asked
+from slimvlm.serve.costing.machines import MACHINES
 from slimvlm.serve.options import DTYPES, PROVIDERS, ProfileOptions
 
 option = defaulting_to(ProfileOptions)
@@ -64,4 +67,22 @@ profile_options = together(
         OUTPUTS,
         option("--out", type=PATH, help="Written anew after every cell."),
     ),
+)
+
+asked = defaulting_to(Asked)
+cost_options = panel(
+    "What it takes, with --cost",
+    option("--cost", is_flag=True, help="Seconds, memory and disk of a compression, before it is begun."),
+    option(
+        "--device",
+        type=Names(),
+        default=(),
+        metavar="NAMES",
+        help="cpu, the machine at hand, which is measured, or " + ", ".join(MACHINES) + "; else all.",
+    ),
+    asked("--samples", type=COUNT, help="To calibrate on, in every round."),
+    asked("--rounds", type=COUNT, help="Of calibration."),
+    asked("--ratio", type=RATIO, help="Fraction of all parameters removed."),
+    asked("--text-tokens", type=COUNT, help="Of a sample, besides its image."),
+    asked("--image-side", type=COUNT, help="Of an image, in pixels; else the config's own, or 448."),
 )

@@ -172,6 +172,12 @@ def count_costs(shapes: Shapes, sizes: Sizes, dtype: str) -> dict[str, Work]:
     return phases
 
 
+def image_features(shapes: Shapes, pixels: tuple[int, ...]) -> int:
+    """Tokens that the images of a sample, with pixels as in `Sizes`, are in the text."""
+    images, each = _image_tokens(shapes, Sizes(1, pixels, 0, 1))["query" if shapes.queries else "feature"]
+    return images * int(each)
+
+
 def kv_bytes_per_token(shapes: Shapes, dtype: str) -> int:
     """Bytes of keys and values that one more token leaves in the cache, over all layers."""
     return sum(one.kept for one in shapes.attended if one.keys == "context") * ELEMENT_BYTES[dtype][1]

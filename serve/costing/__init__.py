@@ -1,0 +1,1 @@
+"""What a compression takes, before it is begun."""
