@@ -8,7 +8,7 @@ from typing import Any  # the values of options, each of its own type
 import click
 
 from slimvlm.compress.errors import CheckFailedError
-from slimvlm.console import show, show_cost, show_inspection, show_selfcheck
+from slimvlm.console import show, show_inspection, show_selfcheck
 from slimvlm.console.group import command
 from slimvlm.console.options.cutting import attention_option
 from slimvlm.console.options.making import NAME, device_option, json_option, option, output_options, remote_code
@@ -41,7 +41,7 @@ def inspect(
         from slimvlm.serve.costing.job import costs_of
 
         machines, side = cost.pop("device"), cost.pop("image_side")
-        show_cost.show_costs(costs_of(model, Asked(**cost), machines, side, trust_remote_code), as_json=as_json)
+        show_inspection.show_costs(costs_of(model, Asked(**cost), machines, side, trust_remote_code), as_json=as_json)
         return
     if not discover:
         show_inspection.show_inspection(inspect_model(model, attention_unit, trust_remote_code), as_json=as_json)

@@ -112,10 +112,13 @@ class Cost:
         return sum(stage.written_bytes for stage in self.stages) + max(stage.scratch_bytes for stage in self.stages)
 
 
+Factors = Mapping[str, Mapping[str, float]]
+
+
 @cache
-def fitted() -> Mapping[str, Mapping[str, float]]:
+def fitted() -> Factors:
     """`seconds`: resource -> factor on its ideal time; `bytes`: of a process without a model, and of what is kept."""
-    found: Mapping[str, Mapping[str, float]] = json.loads(files(__package__).joinpath("fitted.json").read_text())
+    found: Factors = json.loads(files(__package__).joinpath("fitted.json").read_text())
     return found
 
 
@@ -134,8 +137,8 @@ def cost_of(anatomy: Anatomy, asked: Asked, machine: Machine) -> Cost:
 class CostModel:
     """The stages of a compression as sums of ideal times, and their bytes."""
 
-    def __init__(self, anatomy: Anatomy, asked: Asked, machine: Machine) -> None:
-        self.anatomy, self.asked, self.machine = anatomy, asked, machine
+    def __init__(self, anatomy: Anatomy, asked: Asked, machine: Machine, factors: Factors | None = None) -> None:
+        self.anatomy, self.asked, self.machine, self.factors = anatomy, asked, machine, factors or fitted()
         pixels = (1, 3, anatomy.side, anatomy.side)
         dual = anatomy.shapes.kind == "dual-encoder"
         self.text = asked.text_tokens + (0 if dual else image_features(anatomy.shapes, pixels))
@@ -223,7 +226,7 @@ class CostModel:
             kind.blocks * self.tokens[kind.sees] * (kind.width + kind.attention + kind.macs / max(kind.width, 1) / 3)
             for kind in self.anatomy.blocks
         )
-        return fitted()["bytes"]["kept"] * self.machine.batch_size * values * self.anatomy.itemsize
+        return self.factors["bytes"]["kept"] * self.machine.batch_size * values * self.anatomy.itemsize
 
     def _inputs(self) -> float:
         """Inputs of all blocks for all samples."""
@@ -238,7 +241,7 @@ class CostModel:
         return 2 * largest if streamed else max(self._sums_held(), largest) + largest
 
     def _peak(self, model: float, besides: float = 0) -> int:
-        return round(fitted()["bytes"]["base"] + model + besides)
+        return round(self.factors["bytes"]["base"] + model + besides)
 
     # -------------------------------------------------------------- stages
 
@@ -318,8 +321,11 @@ class CostModel:
 
     def seconds(self, stage: str, streamed: bool) -> float:
         """What the stage takes."""
-        factors, ideal = fitted()["seconds"], self.ideal(stage, streamed)
-        return math.fsum(factors[name] * getattr(ideal, name) for name in RESOURCES)
+        return self.sum(self.ideal(stage, streamed))
+
+    def sum(self, ideal: Ideal) -> float:
+        """Seconds that it takes really."""
+        return math.fsum(self.factors["seconds"][name] * getattr(ideal, name) for name in RESOURCES)
 
     def read(self, stage: str, streamed: bool) -> float:
         """Bytes of files that the stage reads, a digest's included."""
