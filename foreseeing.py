@@ -19,8 +19,10 @@ from slimvlm.compress.data.collate import collated, collator_of
 from slimvlm.compress.data.splits import Measured, Trained, steps_of
 from slimvlm.compress.evaluation.evaluate import evaluate, evaluation_batch
 from slimvlm.compress.evaluation.soundness import check_computes
-from slimvlm.compress.models.computing import frees_memory, load_to_compute
-from slimvlm.compress.models.groups import Group, find_groups
+from slimvlm.compress.files.folders import require_room
+from slimvlm.compress.models.checkpoint import build_meta
+from slimvlm.compress.models.computing import frees_memory, load_to_compute, stored_bytes
+from slimvlm.compress.models.groups import Group, count_parameters, find_groups
 from slimvlm.compress.models.inspection import Inspection, inspect_model
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.progress import Progress
@@ -130,7 +132,7 @@ def foresee(
         steps=tuple(replace(step, done=step.name in done) for step in _steps(options, planning, data, trained, pace)),
         calibration_bytes=pace.peak if planning.calibration.statistics else None,
         recovery_bytes=None if trained is None else _recovery_bytes(options, inspection.parameters - removed, pace),
-        files=_files(options, inspection.parameters - removed, trained is not None, pace),
+        files=written(options, inspection.parameters - removed, pace.stored),
     )
 
 
@@ -235,10 +237,11 @@ def _recovery_bytes(options: CompressOptions, left: int, pace: Pace) -> int:
     return pace.held + teacher + slim + part * pace.activations + state
 
 
-def _files(options: CompressOptions, left: int, recovers: bool, pace: Pace) -> dict[str, int]:
-    found = {MODEL: left * pace.stored}
-    if recovers:
-        found[CUT] = left * pace.stored
+def written(options: CompressOptions, left: int, stored: int) -> dict[str, int]:
+    """Folder of the run -> about how many bytes; `left` parameters of a model stored in so many bytes each."""
+    found = {MODEL: left * stored}
+    if options.recover != "none":
+        found[CUT] = left * stored
     for form in _formats(options):
         precisions = (options.variants or (FULL,)) if form == "onnx" else (FULL,)
         found |= {
@@ -246,3 +249,14 @@ def _files(options: CompressOptions, left: int, recovers: bool, pace: Pace) -> d
             for name in precisions
         }
     return found
+
+
+def check_room(options: CompressOptions) -> None:
+    """Refuse a run that the disk has no room for.
+
+    Raises:
+        OutputError: it has not.
+    """
+    model, _ = build_meta(options.model, options.trust_remote_code)
+    left = round((1 - options.ratio) * count_parameters(model))
+    require_room(options.out, sum(written(options, left, stored_bytes(model)).values()))

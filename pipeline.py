@@ -15,9 +15,10 @@ from slimvlm.compress.data.splits import Measured, Trained, read_evaluation, rea
 from slimvlm.compress.errors import CheckFailedError, CheckpointError, OutputError, SampleError, UnsuitableOptionError
 from slimvlm.compress.evaluation.evaluate import Comparison, Quality, compare
 from slimvlm.compress.files.decoding import read, shown
-from slimvlm.compress.files.folders import refuse_inside, require_free, reserved
+from slimvlm.compress.files.folders import refuse_inside, require_free, require_room, reserved
 from slimvlm.compress.files.locks import locked_folder
-from slimvlm.compress.models.computing import cast, load_to_compute
+from slimvlm.compress.models.checkpoint import build_meta
+from slimvlm.compress.models.computing import cast, load_to_compute, stored_bytes
 from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.options import STAGES, CompressOptions, DeliverOptions, EvaluateOptions, PlanOptions
 from slimvlm.compress.plan import Plan
@@ -35,7 +36,7 @@ from slimvlm.export import ExportOptions, evaluate_export
 from slimvlm.export.packages import require_packages
 from slimvlm.export.push import Pushed, check_hub, push_folder
 from slimvlm.export.stage import export_stage
-from slimvlm.foreseeing import Foreseen
+from slimvlm.foreseeing import Foreseen, check_room
 from slimvlm.foreseeing import foresee as foresee_run
 from slimvlm.serve.fitting.record import Fit
 from slimvlm.serve.fitting.stage import check_targets, delivered, fit_stage, fit_whole, measured_times
@@ -163,6 +164,7 @@ def apply_saved_plan(
                 f"({plan.calibration_digest[:12]} is not {measured.digest[:12]}); give --data and --eval-data as they "
                 "were given to plan, or leave --data out: then nothing is refitted"
             )
+    require_room(out, plan.parameters_after * stored_bytes(build_meta(model, options.trust_remote_code)[0]))
     with reserved(out):
         loaded = load_to_compute(options, model)
         if loaded.digest != plan.model_digest:
@@ -249,6 +251,8 @@ def _opened(options: CompressOptions, plan_only: bool) -> tuple[RunFolder | None
     training = cache(partial(read_trained, options, data))
     if run is not None and not run.finished("plan"):
         check_plan(options)
+        if not plan_only:
+            check_room(options)
         if options.recover != "none" and not plan_only:
             training()
             check_models(options, options.attention_unit)

@@ -11,7 +11,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from slimvlm.cli import main
+from slimvlm.compress.options import CompressOptions
 from slimvlm.demo import MODEL, SAMPLES
+from slimvlm.pipeline import make_plan
 
 
 def compress(model: Path, out: Path, *more: str, data: Path = SAMPLES / "train.jsonl") -> Result:
@@ -60,14 +62,20 @@ def read_only(small_disk: Path) -> Path:
     return small_disk
 
 
-def test_a_full_disk_is_refused_and_leaves_no_model(small_disk, model):
+def test_a_disk_without_room_is_refused_before_anything_is_done(small_disk, model):
     assert_refused(compress(model, small_disk / "out"), "space")
-    assert (small_disk / "out" / "run.json").is_file()
-    assert not (small_disk / "out" / "model").exists()
+    assert not list(small_disk.rglob("*.json"))
 
 
 def test_after_a_full_disk_the_run_resumes(small_disk, model):
-    assert_refused(compress(model, small_disk / "out"), "space")
+    options = CompressOptions(
+        model=str(model), data=SAMPLES / "train.jsonl", out=small_disk / "out", criterion="magnitude", rounds=1,
+        samples=8, recover="none", export=(), profile=False, eval_samples=12,
+    )  # fmt: skip
+    make_plan(options)
+    assert_refused(compress(model, small_disk / "out", "--resume"), "space")
+    assert (small_disk / "out" / "run.json").is_file()
+    assert not (small_disk / "out" / "model").exists()
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
     resumed = compress(model, small_disk / "out", "--resume")
     assert resumed.exit_code == 0, resumed.output

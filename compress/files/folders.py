@@ -77,6 +77,27 @@ def require_free(folder: Path) -> None:
             raise OutputError(f"{folder} is not an empty folder; choose another name or remove it first")
 
 
+def require_room(folder: Path, wanted: int) -> None:
+    """Refuse to begin what cannot be written to the end.
+
+    Args:
+        wanted: bytes that will be written into `folder`.
+
+    Raises:
+        OutputError: fewer are free there.
+    """
+    above = real(folder.expanduser())
+    while not above.is_dir():
+        above = above.parent
+    with reported_as_output_errors(folder):
+        free = shutil.disk_usage(above).free
+    if wanted > free:
+        raise OutputError(
+            f"{folder} would take about {wanted / 1e6:,.1f} MB, and only {free / 1e6:,.1f} MB of space are free there; "
+            "make room, or choose a folder on another disk"
+        )
+
+
 def refuse_inside(out: Path, read: Mapping[str, str | Path | None]) -> None:
     """Refuse to write into a folder that what is `read`, by the names of options, lies in.
 

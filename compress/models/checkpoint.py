@@ -126,18 +126,23 @@ def stream_model(
     trust_remote_code: bool = False,
     dtype: torch.dtype | None = None,
     attention: str | None = None,
+    memory: int | None = None,
 ) -> Loaded:
     """As `load_model`, for a model that does not fit into memory: its blocks' parameters are lazy (see streaming.lazy).
 
+    Args:
+        memory: bytes that two of its blocks and what is outside of them must fit into; None: no bound.
+
     Raises:
-        CheckpointError, UnsupportedModelError: as `load`; UnsuitableOptionError: its weights are quantized.
+        CheckpointError, UnsupportedModelError: as `load`.
+        UnsuitableOptionError: its weights are quantized, or two blocks are more than `memory`.
     """
     folder, digest = locate(name)
     if held := held_form(folder):
         raise UnsuitableOptionError(f"{folder} holds {held} weights, which are not streamed; give the model of floats")
     config, family = read_config(folder, trust_remote_code)
     options = {"dtype": dtype or "auto", "attn_implementation": attention}
-    model = build_streamed(folder, weight_files(folder), config, family, options)
+    model = build_streamed(folder, weight_files(folder), config, family, options, memory)
     return Loaded(model.eval(), load_processor(folder, trust_remote_code), family, digest, folder)
 
 

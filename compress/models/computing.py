@@ -71,7 +71,9 @@ def load_to_compute(
     give_back_memory()
     device = processes.pick_device(options.device)
     if beside is not None and is_to_be_streamed(options.stream, bytes_to_compute(options, name, beside), str(device)):
-        loaded = stream_model(name, trust_remote_code=options.trust_remote_code, attention=attention)
+        loaded = stream_model(
+            name, trust_remote_code=options.trust_remote_code, attention=attention, memory=free_memory()
+        )
         _place(loaded.model, device)
     else:
         loaded = load_model(
@@ -183,6 +185,12 @@ def as_stored(model: PreTrainedModel) -> PreTrainedModel:
     """`cast` to the dtype the model is stored in, which `load_to_compute` left in its config."""
     stored: Any = model.config.dtype  # a dtype once loaded
     return cast(model, stored)
+
+
+def stored_bytes(model: PreTrainedModel) -> int:
+    """Of a weight in the checkpoint of `model`, by its config; 2 where that does not say."""
+    found: torch.dtype = getattr(torch, str(model.config.dtype).removeprefix("torch."), torch.float16)
+    return found.itemsize
 
 
 class ComputedIn(TorchFunctionMode):

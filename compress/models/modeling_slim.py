@@ -212,11 +212,16 @@ def slim_class(base: Any) -> Any:
 def auto_map(config: transformers.PreTrainedConfig, base: type) -> dict[str, str]:
     """For every AutoModel class that resolves this config to `base`: where its slim form is."""
     result = {}
-    for name in dir(transformers):
-        mapping = getattr(getattr(transformers, name), "_model_mapping", None) if name.startswith("AutoModel") else None
+    for name in _auto_models():
+        mapping = getattr(getattr(transformers, name), "_model_mapping", None)
         if mapping is not None and type(config) in mapping and base in _classes(mapping[type(config)]):
             result[name] = f"{FILE_NAME}.{PREFIX}{base.__name__}"
     return result
+
+
+@functools.cache
+def _auto_models() -> list[str]:
+    return [name for name in dir(transformers) if name.startswith("AutoModel")]
 
 
 def _classes(value: type | tuple[type, ...]) -> tuple[type, ...]:

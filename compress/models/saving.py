@@ -27,19 +27,22 @@ from slimvlm.compress.files.folders import (
     list_files,
     refuse_inside,
     require_free,
+    require_room,
     reserved,
     written_folder,
 )
 from slimvlm.compress.files.writing import write_text
-from slimvlm.compress.models.checkpoint import CARRIED, PLAN, load_model, weight_files
+from slimvlm.compress.models.checkpoint import CARRIED, PLAN, build_meta, load_model, weight_files
 from slimvlm.compress.models.experts import ALIGNED, together
 from slimvlm.compress.models.families import Experts, Family, find_family
-from slimvlm.compress.models.groups import find_groups
+from slimvlm.compress.models.groups import count_parameters, find_groups
 from slimvlm.compress.models.modeling_slim import RECORD
 from slimvlm.compress.models.quantized import held_form, quantize, require_torchao
+from slimvlm.compress.models.streaming.weights import streamed
 from slimvlm.compress.options import LAYOUTS
 from slimvlm.compress.plan import Plan
 
+SHARD, STREAMED_SHARD = "5GB", "1GB"  # of a streamed model, one is in memory
 ADVICE = "make the plan with --layout stock, or save with --layout per-layer"
 
 
@@ -49,17 +52,18 @@ def save_checkpoint(
     processor: ProcessorMixin | None,
     plan: Plan | None,
     layout: str = "per-layer",
-    max_shard_size: str = "5GB",
+    max_shard_size: str | None = None,
 ) -> Path:
     """Writes a checkpoint: weights (safetensors), config, processor, plan.json, model card, manifest.json (sizes and
-    sha256).
+    sha256). Of a streamed model, one shard at a time is in memory.
 
     Args:
         plan: what was cut from the dense model; None for a model that was not cut.
         layout: `per-layer`, or `stock` (only what the unmodified class can build).
+        max_shard_size: of a weight file; None: 5 GB, or 1 GB of a streamed model.
 
     Raises:
-        OutputError: the folder is not empty, or cannot be written.
+        OutputError: the folder is not empty, cannot be written, or has no room for the weights.
         CheckpointError: layout `stock`, and the model has sizes that the unmodified class cannot build (named).
         ValueError: unknown layout.
     """
@@ -67,6 +71,9 @@ def save_checkpoint(
         raise ValueError(f"layout {layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
     folder = Path(folder)
     saved = stock_model(model) if layout == "stock" else model
+    if getattr(model, "hf_quantizer", None) is None:  # else a weight does not say what it takes
+        require_room(folder, sum(weight.nbytes for weight in model.parameters()))
+    max_shard_size = max_shard_size or (STREAMED_SHARD if streamed(model) else SHARD)
     with together(model), written_folder(folder) as partial:
         saved.save_pretrained(partial, max_shard_size=max_shard_size)
         source = Path(model.config.name_or_path).expanduser() if model.config.name_or_path else None
@@ -107,6 +114,7 @@ def quantize_checkpoint(
     out = Path(out)
     refuse_inside(out, {"model": os.fspath(name)})
     require_free(out)
+    require_room(out, count_parameters(build_meta(name, trust_remote_code)[0]))  # a byte of each, at least
     with reserved(out):
         loaded = load_model(name, trust_remote_code=trust_remote_code)
         linears = quantize(loaded.model, form)

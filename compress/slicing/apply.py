@@ -109,12 +109,10 @@ def _widen_epsilon(norm: Any, scale: float) -> dict[str, float]:
 
 
 def _take(tensor: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-    if tensor.is_meta:
-        sizes = (
-            len(index) if index is not None else size
-            for index, size in zip((rows, columns), tensor.shape, strict=False)
-        )
-        return tensor.new_empty(tuple(sizes))
+    if tensor.is_meta:  # nothing is done yet where it is read later
+        for dim, index in enumerate((rows, columns)):
+            tensor = tensor if index is None else tensor.index_select(dim, index)
+        return tensor
     rows, columns = (index if index is None else index.to(tensor.device) for index in (rows, columns))
     if tensor.ndim == 2:
         return kernels.gather_2d(tensor, rows, columns)

@@ -1,7 +1,7 @@
 """Tensors that are read when their values are needed: they know their shape, and how they are made of files.
 
 A lazy tensor is one of the meta device. What is asked of it alone, or with indices, is noted: `weight[rows] * scale` is
-again lazy, and reads as what it says. Where it meets real numbers (the inputs of a linear), or its values are asked for
+again lazy, and reads as what it says. Where it meets other values (the inputs of a linear), or its values are asked for
 (`tolist`, `equal`, a move to a device), it is read, used, and forgotten. So whatever works on the sizes of a model, or
 on one weight after the other, works on a model that does not fit into memory as it is: cutting, saving, comparing, and
 a forward pass without gradients, one weight in memory at a time.
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 REFUSED = (RuntimeError, TypeError)  # what the meta device says of what needs values
+CHOOSING = (Tensor.__getitem__, Tensor.index_select)  # take indices that are there
 SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 SAME = (Tensor.detach, Tensor.data.__get__)  # type: ignore[attr-defined]  # the same values
 
@@ -115,25 +116,24 @@ class Lazy(Tensor):
         name: str = getattr(func, "__name__", "")
         first: Any = args[0] if args else None
         changes = isinstance(first, Lazy) and (name == "__setitem__" or (name.endswith("_") and name[-2:] != "__"))
-        leaves = tree_leaves((args, kwargs))
-        if _leaves_meta(func, leaves) or (not changes and any(map(_is_number, leaves))):
+        leaves = tree_leaves((args, kwargs)) if name not in ("__get__", "__set__") else []
+        noted = changes or func in CHOOSING
+        if _leaves_meta(func, leaves) or (not noted and any(map(_is_real, leaves))):
             return _carry_out(func, args, kwargs)
         try:
             with torch._C.DisableTorchFunctionSubclass():
                 result = func(*args, **kwargs)
         except REFUSED:
             return _carry_out(func, args, kwargs)
-        if name == "__set__" or (name == "requires_grad_" and changes):
-            if func == SET_DATA:
-                first.source = args[1].source
-            return result
-        if func in SAME:
+        if func == SET_DATA:
+            first.source = args[1].source
+        elif changes and name != "requires_grad_":
+            first.source = Made(func, tree_map(_source_of, (tuple(args), kwargs)), changes)
+        elif func in SAME:
             return Lazy.of(first.source, result)
-        made = Made(func, tree_map(_source_of, (tuple(args), kwargs)), changes)
-        if changes:
-            first.source = made
-            return result
-        return _noted(made, result)
+        elif name != "__set__" and any(isinstance(one, Tensor) for one in _each(result)):
+            return _noted(Made(func, tree_map(_source_of, (tuple(args), kwargs))), result)
+        return result
 
 
 def read(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -172,10 +172,9 @@ def _source_of(value: Any) -> Any:
     return value.source if isinstance(value, Lazy) else value
 
 
-def _is_number(leaf: Any) -> bool:
-    """Indices can be noted, but with numbers something is computed."""
-    plain = isinstance(leaf, Tensor) and not isinstance(leaf, Lazy)
-    return plain and not leaf.is_meta and leaf.is_floating_point()
+def _is_real(leaf: Any) -> bool:
+    """Whether it is a tensor with values."""
+    return isinstance(leaf, Tensor) and not isinstance(leaf, Lazy) and not leaf.is_meta
 
 
 def _leaves_meta(func: Any, leaves: Sequence[Any]) -> bool:
@@ -187,7 +186,7 @@ def _leaves_meta(func: Any, leaves: Sequence[Any]) -> bool:
 def _carry_out(func: Any, args: Any, kwargs: Any) -> Any:
     """Call with values, where the numbers are that they meet."""
     leaves, form = tree_flatten((tuple(args), kwargs))
-    device = next((leaf.device for leaf in leaves if _is_number(leaf)), torch.device("cpu"))
+    device = next((leaf.device for leaf in leaves if _is_real(leaf)), torch.device("cpu"))
     places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Lazy)]
     for place, value in zip(places, read([leaves[place] for place in places]), strict=True):
         leaves[place] = value.to(device)
@@ -199,6 +198,10 @@ def _noted(made: Source, result: Any) -> Any:
     """The result of a call on meta tensors, its tensors lazy."""
     if isinstance(result, Tensor):
         return Lazy.of(made, result) if type(result) is Tensor and result.is_meta else result
-    if isinstance(result, tuple | list) and any(isinstance(one, Tensor) for one in result):
+    if isinstance(result, tuple | list):
         return type(result)([_noted(Part(made, number), one) for number, one in enumerate(result)])
     return result
+
+
+def _each(result: Any) -> Sequence[Any]:
+    return result if isinstance(result, tuple | list) else (result,)

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import Any
 
@@ -19,9 +20,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slimvlm.compress.errors import CheckpointError, foreign
-from slimvlm.compress.models.streaming.lazy import Lazy, Source, read
+from slimvlm.compress.errors import CheckpointError, UnsuitableOptionError, foreign
+from slimvlm.compress.files.writing import save_tensors
+from slimvlm.compress.models.streaming.lazy import Held, Lazy, Source, read
 
+HELD = 2**30
 AGAIN = "copy or download it again"
 KINDS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 KINDS |= {"I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool, "U8": torch.uint8}
@@ -83,15 +86,38 @@ class Stored(Source):
         return self.shard.tensor(self.name)
 
 
-@dataclass
 class StreamedWeights:
     """Where the weights of a streamed model are.
 
-    Attributes:
+    Args:
         shards: its files.
+        bound: bytes of weights that were put in the place of others and are held in memory; what is more is written
+            into files of the system's folder for temporary ones (TMPDIR), which go with the model.
     """
 
-    shards: Sequence[Shard]
+    def __init__(self, shards: Sequence[Shard], bound: int = HELD) -> None:
+        self.shards, self.bound, self.held = tuple(shards), bound, 0
+        self._scratch: TemporaryDirectory[str] | None = None
+
+    def put(self, parameter: nn.Parameter, values: Tensor) -> None:
+        """Give a parameter other values, of its shape; they are kept in its dtype.
+
+        Raises:
+            OutputError: the disk is full.
+        """
+        if not isinstance(parameter, Lazy):
+            with torch.no_grad():
+                parameter.copy_(values)
+            return
+        values = values.detach().to("cpu", parameter.dtype, copy=True)
+        if self.held + values.nbytes <= self.bound:
+            self.held += values.nbytes
+            parameter.source = Held(values)
+            return
+        self._scratch = self._scratch or TemporaryDirectory(prefix="slimvlm-weights-")
+        path = Path(self._scratch.name, f"{sum(1 for _ in Path(self._scratch.name).iterdir())}.safetensors")
+        save_tensors(path, {"values": values}, {})
+        parameter.source = Stored(Shard(path), "values")
 
     def check_unchanged(self) -> None:
         """Raises CheckpointError if a shard was changed since it was opened; also every reading finds that."""
@@ -121,6 +147,30 @@ def open_streamed(model_class: Any, folder: Path, files: Sequence[Path], options
     _fill_buffers(model)
     model.__dict__["streamed_weights"] = StreamedWeights(shards)
     return model, info
+
+
+def require_memory(model: nn.Module, blocks: Sequence[str], free: int) -> None:
+    """Refuse a model of which not even two blocks, the one that computes and the one that is read, have room.
+
+    Args:
+        blocks: paths of the lists of blocks.
+        free: bytes.
+
+    Raises:
+        UnsuitableOptionError: there is no room for them beside what is outside of the blocks.
+    """
+    sizes = {
+        f"{path}.{name}": sum(parameter.nbytes for parameter in block.parameters())
+        for path in blocks
+        for name, block in model.get_submodule(path).named_children()
+    }
+    outside = sum(parameter.nbytes for parameter in model.parameters()) - sum(sizes.values())
+    largest = max(sizes, key=sizes.__getitem__)
+    if outside + 2 * sizes[largest] > free:
+        raise UnsuitableOptionError(
+            f"two blocks of {sizes[largest] / 1e9:.3g} GB ({largest}) and {outside / 1e9:.3g} GB outside of the blocks "
+            f"do not fit into {free / 1e9:.3g} GB of memory; give more memory, or take a smaller model"
+        )
 
 
 def make_resident(model: nn.Module, blocks: Iterable[str]) -> None:

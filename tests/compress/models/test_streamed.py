@@ -6,15 +6,18 @@ import os
 
 import pytest
 import torch
-from plans import random_plan
-from tiny_models import COVERING, EVERY, tiny_model
+from plans import keep_blocks, random_plan, uniform_plan
+from tiny_models import EVERY, tiny_model
 
-from slimvlm.compress.errors import CheckpointError
+from slimvlm.compress.errors import CheckpointError, UnsuitableOptionError
+from slimvlm.compress.evaluation.equality import TOLERANCE
 from slimvlm.compress.models.checkpoint import load_model, stream_model
+from slimvlm.compress.models.computing import as_stored, cast
 from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.models.streaming.lazy import Lazy, read
 from slimvlm.compress.models.streaming.weights import streamed
 from slimvlm.compress.slicing.apply import apply_plan
+from slimvlm.compress.stages.slice import masked_difference
 
 SHARD = "60KB"  # several shards per tiny model
 
@@ -34,25 +37,57 @@ def check_same(found, expected):
         assert found.generation_config.to_dict() == expected.generation_config.to_dict()
 
 
-@pytest.mark.parametrize("name", [*EVERY, *COVERING])
-def test_every_weight_of_a_dense_checkpoint_is_what_from_pretrained_gives(tmp_path, name):
-    save_checkpoint(tmp_path / "dense", tiny_model(name).model, None, None)
-    whole, loaded = load_model(tmp_path / "dense"), stream_model(tmp_path / "dense")
-    model, blocks = loaded.model, tuple(f"{tower.blocks}." for tower in loaded.family.towers)
-    check_same(model, whole.model)
+def check_same_files(found, expected):
+    names = {path.name for path in expected.iterdir()}
+    assert {path.name for path in found.iterdir()} == names
+    assert [name for name in names if (found / name).read_bytes() != (expected / name).read_bytes()] == []
+
+
+def cut_both_ways(folder, name, plan_of, layout="per-layer"):
+    """A bf16 model streamed, which is looked at, cut as the slice stage does, in fp32, and written in shards: the files
+    are those of the model cut whole. Gives the family and the streamed model that was cut.
+    """
+    tiny = tiny_model(name, "sdpa")
+    plan, batch = plan_of(tiny.model), tiny.inputs(2)
+    save_checkpoint(folder / "dense", tiny.model.bfloat16(), None, None)
+    whole, loaded = load_model(folder / "dense"), stream_model(folder / "dense")
     assert loaded.digest == whole.digest
-    assert streamed(model)
-    assert not streamed(whole.model)
-    lazy = {name for name, parameter in model.named_parameters() if isinstance(parameter, Lazy)}
-    assert lazy == {name for name, _ in model.named_parameters() if name.startswith(blocks)}
+    check_same(loaded.model, whole.model)
+    check_lazy(loaded)
+    model = cast(loaded.model, torch.float32)
+    assert masked_difference(model, plan, batch) < TOLERANCE[torch.float32]
+    for made, where in ((apply_plan(whole.model, plan), "whole"), (as_stored(model), "streamed")):
+        save_checkpoint(folder / where, made, None, plan, layout, max_shard_size=SHARD)
+    check_same_files(folder / "streamed", folder / "whole")
+    return model
+
+
+def check_lazy(loaded):
+    """What is inside of blocks is not in memory, and all else is."""
+    blocks = tuple(f"{tower.blocks}." for tower in loaded.family.towers)
+    named = dict(loaded.model.named_parameters())
+    lazy = {name for name, parameter in named.items() if isinstance(parameter, Lazy)}
+    assert lazy == {name for name in named if name.startswith(blocks)} != set()
+    assert streamed(loaded.model)
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_every_weight_of_a_cut_checkpoint_in_shards_is_what_from_pretrained_gives(tmp_path, name):
-    model = tiny_model(name).model
-    plan = random_plan(model, seed=1)
-    save_checkpoint(tmp_path / "cut", apply_plan(model, plan), None, plan, max_shard_size=SHARD)
-    check_same(stream_model(tmp_path / "cut").model, load_model(tmp_path / "cut").model)
+def test_a_streamed_model_is_read_cut_checked_and_written_as_a_whole_one(tmp_path, name):
+    model = cut_both_ways(tmp_path, name, lambda model: random_plan(model, seed=1))
+    cut, written = dict(model.named_parameters()), dict(stream_model(tmp_path / "streamed").model.named_parameters())
+    assert list(cut) == list(written)
+    for name, one, other in zip(cut, read(list(cut.values())), read(list(written.values())), strict=True):
+        assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("name", ["blip2_t5", "qwen3_vl"])
+def test_a_streamed_model_loses_blocks_as_a_whole_one(tmp_path, name):
+    cut_both_ways(tmp_path, name, lambda model: keep_blocks(model, lambda group: [0] if group.num_units > 1 else []))
+
+
+@pytest.mark.parametrize("name", ["blip2_opt", "qwen2_vl"])
+def test_a_streamed_model_is_written_in_the_stock_layout_as_a_whole_one(tmp_path, name):
+    cut_both_ways(tmp_path, name, lambda model: uniform_plan(model, "query-slot"), "stock")
 
 
 def test_a_shard_that_changes_is_refused_where_it_is_read(tmp_path):
@@ -74,3 +109,22 @@ def test_a_value_that_is_no_number_is_refused_where_it_is_read(tmp_path):
     save_checkpoint(tmp_path / "dense", model, None, None)
     with pytest.raises(CheckpointError, match="not finite"):
         read([stream_model(tmp_path / "dense").model.get_parameter(name)])
+
+
+def test_memory_below_two_blocks_is_refused_in_a_sentence(tmp_path):
+    save_checkpoint(tmp_path / "dense", tiny_model("llava").model, None, None)
+    with pytest.raises(UnsuitableOptionError, match=r"two blocks of .* do not fit into 1e-05 GB") as caught:
+        stream_model(tmp_path / "dense", memory=10_000)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_put_in_the_place_of_others_are_written_away_beyond_a_bound(tmp_path):
+    save_checkpoint(tmp_path / "dense", tiny_model("llava").model, None, None)
+    model = stream_model(tmp_path / "dense").model
+    weights, lazies = streamed(model), [parameter for parameter in model.parameters() if isinstance(parameter, Lazy)]
+    weights.bound = sum(lazy.nbytes for lazy in lazies) // 2
+    values = [torch.randn(lazy.shape) for lazy in lazies]
+    for lazy, value in zip(lazies, values, strict=True):
+        weights.put(lazy, value)
+    assert 0 < weights.held <= weights.bound
+    assert all(torch.equal(one, value) for one, value in zip(read(lazies), values, strict=True))
