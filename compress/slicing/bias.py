@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slimvlm.compress import processes
 from slimvlm.compress.errors import CalibrationError
 from slimvlm.compress.models.families import Family
 from slimvlm.compress.models.groups import Group
@@ -85,18 +84,19 @@ def give_means(  # noqa: PLR0913 (as `refit`)
     """
     sides, kept = cut_projections(model, family, groups, keep)
     sides = [side for side in sides if side.expert is None]  # stacked, experts have no bias
-    lost, weights, losses = Lost(kept), {}, []
-    with lost.watch(sides):
-        look(model, family, batches, lost, progress)
-        seen = lost.finish(processes.reduce)
-    for side in sides:
-        total, cut, whole, tokens = (seen[f"{side.path}{key}"] for key in ("", ":cut", ":all", ":tokens"))
-        mean = total / tokens
-        if not (mean.isfinite().all() and cut.isfinite()):
-            raise CalibrationError(f"the inputs of {side.path} are not finite, or there are none; check the data")
-        weight = side.module.weight.detach()
-        bias = shifted(side.module.bias, mean.float(), weight.dtype)
-        weights[side.path] = (weight.index_select(1, kept[side.path].to(weight.device)), bias)
-        left = cut - tokens * mean.square().sum()
-        losses.append(((cut / whole).item(), (left / whole).clamp(min=0).item()))
+    weights, losses = {}, []
+
+    def solve(chosen: Sequence[Side], seen: Mapping[str, Tensor]) -> None:
+        for side in chosen:
+            total, cut, whole, tokens = (seen[f"{side.path}{key}"] for key in ("", ":cut", ":all", ":tokens"))
+            mean = total / tokens
+            if not (mean.isfinite().all() and cut.isfinite()):
+                raise CalibrationError(f"the inputs of {side.path} are not finite, or there are none; check the data")
+            weight = side.module.weight.detach()
+            bias = shifted(side.module.bias, mean.float(), weight.dtype)
+            weights[side.path] = (weight.index_select(1, kept[side.path].to(weight.device)), bias)
+            left = cut - tokens * mean.square().sum()
+            losses.append(((cut / whole).item(), (left / whole).clamp(min=0).item()))
+
+    look((model, family, batches), Lost(kept), sides, solve, progress)
     return Refit(weights, *mean_losses(losses))

@@ -30,8 +30,10 @@ from slimvlm.compress.models.experts import expert_of
 from slimvlm.compress.models.families import Family
 from slimvlm.compress.models.groups import Group, count_parameters
 from slimvlm.compress.models.modeling_slim import RECORD, give_bias
+from slimvlm.compress.models.streaming.weights import streamed
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.slicing.cuts import complement, find_cuts
+from slimvlm.compress.statistics.by_block import Found, look_by_block
 from slimvlm.compress.statistics.collect import read_forward
 from slimvlm.compress.statistics.collector import Collector, Side
 from slimvlm.compress.statistics.collectors.moments import DAMPING, about_mean
@@ -95,18 +97,17 @@ def refit(  # noqa: PLR0913 (the model with what is known of it, what is kept, w
     """
     sides, kept = cut_projections(model, family, groups, keep)
     weights, losses = {}, []
-    moments = STATISTICS["moments"].make()
-    passes = in_passes(sides, moments.bytes_needed, memory or min(MOST, max(LEAST, count_parameters(model))))
-    for number, chosen in enumerate(passes):
-        with moments.watch(chosen):
-            look(model, family, batches, moments, progress, (number, len(passes)))
-            seen = moments.finish(processes.reduce)
+
+    def solve(chosen: Sequence[Side], seen: dict[str, Tensor]) -> None:
         # Nothing is known of an expert that no token was sent to.
         known = [side for side in chosen if seen[f"{side.path}:tokens"] or side.expert is None]
         found = [[seen.pop(key) for key in (side.path, f"{side.path}:sum", f"{side.path}:tokens")] for side in known]
         for side, (weight, bias, lost) in zip(known, _solve_all(known, kept, biased, found), strict=True):
             weights[side.path] = (weight, bias)
             losses.append((lost[0].item(), lost[1].item()))
+
+    bound = memory or min(MOST, max(LEAST, count_parameters(model)))
+    look((model, family, batches), STATISTICS["moments"].make(), sides, solve, progress, bound)
     return Refit(weights, *mean_losses(losses))
 
 
@@ -124,27 +125,40 @@ def cut_projections(
             if cut.columns is not None:
                 stream = masked(stream_of(family, group, group.members[0]))
                 expert = expert_of(model, cut.path)
-                sides.append(Side(cut.path, model.get_submodule(cut.path), (1,), stream=stream, expert=expert))
+                block = f"{group.home.blocks}.{group.layer}"
+                linear = model.get_submodule(cut.path)
+                sides.append(Side(cut.path, linear, (1,), stream=stream, block=block, expert=expert))
                 kept[cut.path] = cut.columns
     return sides, kept
 
 
 def look(
-    model: nn.Module,
-    family: Family,
-    batches: Batches,
+    read: tuple[nn.Module, Family, Batches],
     collector: Collector,
+    sides: Sequence[Side],
+    found: Found,
     progress: Progress,
-    turn: tuple[int, int] = (0, 1),
+    bound: int | None = None,
 ) -> None:
-    """Have the model read the batches while `collector` watches; `turn`: (readings before this one, all of them)."""
+    """Have a model read the batches while `collector` watches, and tell what was `found` of all sides, of as many at
+    once as hold no more than `bound` bytes; of a model that is streamed, of a block's, as long as that is there.
+    """
+    model, family, batches = read
+    if streamed(model):
+        look_by_block(read, collector, sides, found, partial(progress, "refit"))
+        return
+    passes = in_passes(sides, collector.bytes_needed, bound)
+    share = len(processes.share(len(batches)))
+    for number, chosen in enumerate(passes):
+        with collector.watch(chosen):
+            told = partial(_told, progress, number * share, len(passes) * share)
+            read_forward(model, family, batches, collector, told)
+            seen = collector.finish(processes.reduce)
+        found(chosen, seen)
 
-    read = len(processes.share(len(batches)))
 
-    def told(done: int) -> None:
-        progress("refit", turn[0] * read + done, turn[1] * read)
-
-    read_forward(model, family, batches, collector, told)
+def _told(progress: Progress, before: int, total: int, done: int) -> None:
+    progress("refit", before + done, total)
 
 
 def mean_losses(losses: Sequence[tuple[float, float]]) -> tuple[float, float]:

@@ -5,22 +5,28 @@ What is collected at a block is finished before the next one is looked at, so th
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import count
 from typing import Any
 
+from torch import Tensor, nn
+
 from slimvlm.compress import processes
-from slimvlm.compress.data.questions import Question
+from slimvlm.compress.data.questions import Question, ask
 from slimvlm.compress.errors import UnsuitableOptionError
-from slimvlm.compress.statistics.collector import Collector
+from slimvlm.compress.models.computing import undisturbed
+from slimvlm.compress.models.families import Family
+from slimvlm.compress.statistics.collector import Collector, Side
 from slimvlm.compress.statistics.loss import loss
-from slimvlm.compress.statistics.reading import Reading, Seen, Watched
+from slimvlm.compress.statistics.reading import Batches, Reading, Seen, Watched
 from slimvlm.compress.streaming.blocks import Blocks, blocks_of
 from slimvlm.compress.streaming.passage import Passages
 
 STEPS = 2  # of a batch at a block: there, and back
+
+Found = Callable[[Sequence[Side], dict[str, Tensor]], None]  # what was seen of some sides, at once
 
 
 class ReadingByBlock(Reading):
@@ -63,55 +69,106 @@ class ReadingByBlock(Reading):
         learning = any(collector.statistic.reads == "backward" for collector in everyone)
         forwards = [partial(loss, self.model, question, self.threshold) for question in asked.values()]
         passages = Passages(self.model, self.blocks, forwards, learning)
+        seen: Seen = {collector.statistic.name: {} for collector in everyone}
+
+        def close(number: int, active: Sequence[Collector]) -> None:
+            for collector in active:
+                if collector.statistic.reads == "backward":
+                    collector.close_batch(list(asked)[number], passages.results[number][0])
+            self.told(STEPS // (1 + learning))
+
+        def finish(collector: Collector, _: Sequence[Side]) -> None:
+            self.require_finite([collector])
+            seen[collector.statistic.name] |= collector.finish(processes.reduce)
+
         if learning:
-            with _Sweep(self, passages, asked, self.blocks) as there:
+            with _Sweep(passages, list(asked.values()), self.blocks, close, finish) as there:
                 passages.forward(there.at, there.see, there.seen)
-        with _Sweep(self, passages, asked, self.blocks[::-1] if learning else self.blocks) as sweep:
+        order = self.blocks[::-1] if learning else self.blocks
+        with _Sweep(passages, list(asked.values()), order, close, finish) as sweep:
             sweep.watched, sweep.active = watched, list(always)
             go = passages.backward if learning else passages.forward  # on the way back blocks are computed again
             go(sweep.at, sweep.see, sweep.seen)
         selected = sum(int(tokens) for _, tokens in passages.results)
-        return sweep.found, self.over_processes({**counted, "selected_tokens": selected})
+        return seen, self.over_processes({**counted, "selected_tokens": selected})
+
+
+def look_by_block(
+    read: tuple[nn.Module, Family, Batches],
+    collector: Collector,
+    sides: Sequence[Side],
+    found: Found,
+    told: Callable[[int, int], None],
+) -> None:
+    """Have a model read the batches in forward passes alone while `collector` watches; what was `found` of the sides of
+    a block is told while the block is there. Of several processes each reads its share.
+    """
+    model, family, batches = read
+    blocks, questions = blocks_of(model, family), []
+    for index in processes.share(len(batches)):
+        batch = batches[index]
+        if (question := ask(model, family, batch() if callable(batch) else batch)) is not None:
+            questions.append(question)
+    steps = count(1)
+    with undisturbed(model):
+        passages = Passages(model, blocks, [partial(_forward, model, one) for one in questions], learning=False)
+        with _Sweep(
+            passages,
+            questions,
+            blocks,
+            lambda *_: told(next(steps), len(blocks) * len(questions)),
+            lambda _, chosen: found(chosen, collector.finish(processes.reduce)),
+        ) as sweep:
+            sweep.watched = {collector: sides}
+            passages.forward(sweep.at, sweep.see, sweep.seen)
+
+
+def _forward(model: nn.Module, question: Question) -> None:
+    """Of the logits as few as can be."""
+    unread = {"logits_to_keep": 1} if "logits_to_keep" in question.inputs else {}
+    model(**{**question.inputs, **unread})
 
 
 class _Sweep(Blocks):
     """One way through all blocks.
 
+    Args:
+        close: told of every batch after every block, by its number among `questions`, with those who watch there.
+        finish: told who has watched which sides of a block.
+
     Attributes:
         watched: who watches what; block by block.
         active: those who watch now.
-        found: what was seen.
     """
 
     def __init__(
-        self, reading: ReadingByBlock, passages: Passages, asked: Mapping[int, Question], order: Sequence[str]
+        self,
+        passages: Passages,
+        questions: Sequence[Question],
+        order: Sequence[str],
+        close: Callable[[int, Sequence[Collector]], None],
+        finish: Callable[[Collector, Sequence[Side]], None],
     ) -> None:
-        super().__init__(reading.model, order)
-        self.reading, self.passages = reading, passages
-        self.indices, self.questions = list(asked), list(asked.values())
-        self.steps = STEPS // (1 + passages.learning)
+        super().__init__(passages.model, order)
+        self.passages, self.questions, self.close, self.finish = passages, questions, close, finish
         self.watched: Watched = {}
         self.active: list[Collector] = []
-        self.found: Seen = defaultdict(dict)
 
     @contextmanager
     def at(self, path: str) -> Iterator[None]:
         """The block is there, and watched."""
-        of_block = {
-            collector: [side for side in sides if side.block == path] for collector, sides in self.watched.items()
-        }
-        here = [collector for collector, sides in of_block.items() if sides]
+        of_block = {one: [side for side in sides if side.block == path] for one, sides in self.watched.items()}
+        here = {one: sides for one, sides in of_block.items() if sides}
         with ExitStack() as stack:
             if here or self.passages.asked(path):
                 stack.enter_context(self.held(path))
-            for collector in here:
-                stack.enter_context(collector.watch(of_block[collector]))
+            for collector, sides in here.items():
+                stack.enter_context(collector.watch(sides))
             self.active += here
             yield
-            self.reading.require_finite(here)
-            for collector in here:
+            for collector, sides in here.items():
                 self.active.remove(collector)
-                self.found[collector.statistic.name] |= collector.finish(processes.reduce)
+                self.finish(collector, sides)
 
     def see(self, number: int) -> None:
         """A block comes that is computed for a batch."""
@@ -120,7 +177,4 @@ class _Sweep(Blocks):
 
     def seen(self, number: int) -> None:
         """It was."""
-        for collector in self.active:
-            if collector.statistic.reads == "backward":
-                collector.close_batch(self.indices[number], self.passages.results[number][0])
-        self.reading.told(self.steps)
+        self.close(number, self.active)

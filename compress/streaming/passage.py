@@ -96,6 +96,7 @@ class Passages:
     def __init__(
         self, model: nn.Module, paths: Sequence[str], forwards: Sequence[Callable[[], object]], learning: bool
     ) -> None:
+        self.model = model
         self.blocks = {path: model.get_submodule(path) for path in paths}
         self.compute = {path: block.forward for path, block in self.blocks.items()}
         self.passages = [Passage(forward) for forward in forwards]
