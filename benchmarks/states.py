@@ -25,15 +25,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from slimvlm.compress.data.collate import Collator
 from slimvlm.compress.data.samples import Sample, load_samples
 from slimvlm.compress.data.splits import VALIDATION_SAMPLES, read_measured, read_trained
 from slimvlm.compress.evaluation.evaluate import evaluate
 from slimvlm.compress.evaluation.quality import Quality, Row, summarize
-from slimvlm.compress.options import LearnOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.progress import silent
-from slimvlm.compress.recovery import recover as recovery
+from slimvlm.compress.recovery.learning import Work
+from slimvlm.compress.recovery.recover import recover
 from slimvlm.compress.recovery.training.choice import Score, Validation, validation_of
 from slimvlm.compress.recovery.training.history import History
 from slimvlm.compress.run_record import options_of, read_record
@@ -71,10 +70,8 @@ def states_of(run: Path, seed: int, arguments: argparse.Namespace, others: Seque
     states: list[dict[str, Any]] = []
     questions: list[list[Any]] = []
 
-    def validate(
-        options: LearnOptions, model: PreTrainedModel, collator: Collator, samples: Sequence[Sample]
-    ) -> Validation:
-        own, found = (evaluate(model, collator, some, batch_size=64) for some in (samples, others))
+    def judge(work: Work, model: PreTrainedModel) -> Validation:
+        own, found = (evaluate(model, work.collator, some, batch_size=64) for some in (work.data.validation, others))
         pairs = [(quality.score, -quality.scores["token_loss"]) for quality in (own, found)]
         right = "".join(str(int(row.exact or 0)) for row in found.rows)
         millinats = [round(1000 * (row.loss or 0.0)) for row in found.rows]
@@ -82,13 +79,13 @@ def states_of(run: Path, seed: int, arguments: argparse.Namespace, others: Seque
         questions[:] = [[row.task, row.image, row.tokens] for row in found.rows]
         return validation_of(own)
 
-    replaced, recovery._validate = recovery._validate, validate
+    replaced, Work.judge = Work.judge, judge  # type: ignore[method-assign,assignment]
     try:
         with tempfile.TemporaryDirectory() as folder:
             cut = run / ("cut" if (run / "cut").is_dir() else "model")
-            history = recovery.recover(how, plan, cut, data, Path(folder, "training"), silent).history
+            history = recover(how, plan, cut, data, Path(folder, "training"), silent).history
     finally:
-        recovery._validate = replaced
+        Work.judge = replaced  # type: ignore[method-assign,assignment]
     facts = {"held_out": len(data.validation), "trained": history.steps, "removed": round(plan.removed_fraction, 4)}
     return {
         **facts,

@@ -232,7 +232,8 @@ class RecoverOptions(LowRank, TrainOptions):
     """Options of the recovery; the names are the command line's.
 
     Attributes:
-        recover: `lpd` (progressive distillation), `lpd-paper`, a sum of losses (`sft+0.5*kl`), or `none`.
+        recover: `lpd` (progressive distillation), `lpd-paper`, a sum of losses (`sft+0.5*kl`), `blockwise` alone or
+            before one of these, or `none`.
         recover_data: samples to train on; default: those of `data` that are not evaluated with.
         data_fraction: seeded share of them that is used.
         validation_samples: so many are held out, by image, to choose the best state; None: at most 256, and so few that
@@ -240,6 +241,7 @@ class RecoverOptions(LowRank, TrainOptions):
         teacher: checkpoint to learn from; default: the dense model.
         train: `lora`, `projector`, `lora+projector` or `full`.
         staged: let the set of supervised blocks grow; False: all losses all the time.
+        block_share: of the steps, for `blockwise` before another recipe; None: the recipe's own.
         feature_share: of the samples, for the stages in which it grows; None: the recipe's own.
         temperature: of the kl and rkl losses.
         hidden_states: which states of the language model the hidden loss compares, -1 the last, 0 the embeddings; in
@@ -257,6 +259,7 @@ class RecoverOptions(LowRank, TrainOptions):
     teacher: str | None = None
     train: str = "lora"
     staged: bool = True
+    block_share: float | None = None
     feature_share: float | None = None
     temperature: float = 1.0
     hidden_states: tuple[int, ...] = (-1,)

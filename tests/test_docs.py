@@ -9,7 +9,7 @@ from tiny_folders import write_tiny
 
 from slimvlm.compress.allocate.allocators import ALLOCATORS
 from slimvlm.compress.criteria.criterion import CRITERIA
-from slimvlm.compress.recovery.distillation.recipe import LOSSES, PROGRESSIONS
+from slimvlm.compress.recovery.distillation.recipe import LOSSES, PROGRESSIONS, STARTS
 from slimvlm.compress.slicing.compensation import COMPENSATIONS
 from slimvlm.compress.sparsity.rules import RULES
 from slimvlm.compress.statistics.rows import POOLS
@@ -22,7 +22,7 @@ ROWS = {
     "Tokens": POOLS,
     "Allocators": ALLOCATORS,
     "Compensation": COMPENSATIONS,
-    "Recovery": (*PROGRESSIONS, *LOSSES),
+    "Recovery": (*PROGRESSIONS, *LOSSES, *STARTS),
     "Variants": VARIANTS,
     "Zeros": RULES,
 }

@@ -183,6 +183,8 @@ def patch_mask(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor | None:
     pixels = batch.get("pixel_attention_mask")
     if pixels is None:
         return None
+    if pixels.ndim == 2:  # of patches already, where they come as rows (SigLIP 2)
+        return pixels.bool()
     config: Any = model.config
     real = batch["pixel_values"].flatten(0, 1).flatten(1).any(1)
     patches = F.max_pool2d(pixels.flatten(0, 1)[real][:, None].float(), config.vision_config.patch_size)

@@ -13,6 +13,7 @@ from slimvlm.compress.recovery.adapters.targets import check_ranks, find_targets
 from slimvlm.compress.recovery.distillation.recipe import Recipe, parse_recipe
 from slimvlm.compress.recovery.distillation.teacher_checks import check_states, check_teacher
 
+WHOLE = ("accumulate", "gradient_checkpointing", "patience", "teacher_cache")
 DEFAULTS = {field.name: field.default for field in fields(RecoverOptions)}
 
 
@@ -27,8 +28,15 @@ def recipe_of(options: RecoverOptions) -> Recipe:
     if recipe.features:
         share = recipe.feature_share if options.feature_share is None else options.feature_share
         recipe = replace(recipe, staged=options.staged, feature_share=share)
+    if recipe.block_share and recipe.whole and options.block_share is not None:
+        recipe = replace(recipe, block_share=options.block_share)
     if options.train not in TRAINED:
         raise UnsuitableOptionError(f"--train {options.train} is unknown; choose one of {', '.join(TRAINED)}")
+    if recipe.block_share and "projector" in options.train and not (recipe.whole and "lora" in options.train):
+        raise UnsuitableOptionError(
+            f"--train {options.train}: blockwise trains blocks, and no block holds the projector; use --train lora or "
+            "full, or lora+projector with a recipe after it, as blockwise+lpd"
+        )
     if options.recover_as is not None and options.recover_as not in ROUNDED:
         raise UnsuitableOptionError(
             f"--recover-as {options.recover_as} is no variant that a recovery can be trained for; choose one of "
@@ -76,7 +84,9 @@ def _idle(options: RecoverOptions, recipe: Recipe) -> Iterator[tuple[str, str]]:
         "the losses kl and rkl": (("temperature",), {"kl", "rkl"} & set(recipe.losses)),
         "the loss hidden": (("hidden_states",), "hidden" in recipe.losses),
         "the stages of lpd": (("feature_share",), recipe.staged),
+        "blockwise before another recipe": (("block_share",), recipe.block_share and recipe.whole),
         "recipes that learn from a teacher": (("teacher", "teacher_cache"), recipe.needs_teacher),
+        "the training of the model as a whole": (WHOLE, recipe.whole),
         "low-rank layers": (("rank", "alpha", "dropout", "targets"), adapts),
         "weight recalling": (("recall_rank",), adapts and options.recall),
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,15 +11,13 @@ from peft import PeftModel
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from slimvlm.compress.data.collate import Batch, Collator, collator_of
+from slimvlm.compress.data.collate import Batch, collator_of
 from slimvlm.compress.data.samples import Sample
 from slimvlm.compress.data.splits import Trained, steps_of
-from slimvlm.compress.errors import CheckFailedError, CheckpointError
+from slimvlm.compress.errors import CheckFailedError, CheckpointError, UnsuitableOptionError
 from slimvlm.compress.evaluation.equality import CHECKED_SAMPLES, TOLERANCE, outputs, relative_error
-from slimvlm.compress.evaluation.evaluate import evaluate, evaluation_batch
 from slimvlm.compress.models.checkpoint import Loaded, locate
 from slimvlm.compress.models.computing import as_stored, attend_as, cast, load_to_compute
-from slimvlm.compress.models.groups import depths_of
 from slimvlm.compress.models.projections import resolve
 from slimvlm.compress.options import NOT_GIVEN, LearnOptions
 from slimvlm.compress.plan import Plan
@@ -28,18 +25,16 @@ from slimvlm.compress.progress import Progress
 from slimvlm.compress.recovery.adapters.recall import attach, merge
 from slimvlm.compress.recovery.adapters.rounding import rounded
 from slimvlm.compress.recovery.adapters.slices import Slices
+from slimvlm.compress.recovery.blockwise.lessons import lessons_of
+from slimvlm.compress.recovery.blockwise.pupil import Learnt
 from slimvlm.compress.recovery.checks import recipe_of, require_projector
-from slimvlm.compress.recovery.distillation.distiller import Distiller
-from slimvlm.compress.recovery.distillation.recipe import Recipe, make_stages, match_blocks
-from slimvlm.compress.recovery.distillation.teacher_cache import TeacherCache
-from slimvlm.compress.recovery.distillation.teacher_checks import check_family
-from slimvlm.compress.recovery.training.choice import Validation, as_good_as, validation_of
+from slimvlm.compress.recovery.distillation.recipe import Recipe
+from slimvlm.compress.recovery.distillation.teacher_checks import check_family, check_teacher
+from slimvlm.compress.recovery.learning import Work, followed
+from slimvlm.compress.recovery.training.choice import as_good_as
 from slimvlm.compress.recovery.training.history import History
 from slimvlm.compress.recovery.training.state import load_best
-from slimvlm.compress.recovery.training.stepping import Task
-from slimvlm.compress.recovery.training.trainer import train
 from slimvlm.compress.recovery.training.workers import sharded
-from slimvlm.compress.runs import TEACHER
 
 # Adam's best rate falls with the width: the rate is this over the hidden size of the language model. Tuned on the
 # validation split of the demo set; at a hidden size of 4096 it gives the 1e-4 (LoRA) and 2e-5 (all) of common practice.
@@ -49,11 +44,16 @@ EAGER_TOKENS = 512  # on a CPU, eager attention is the faster one to train with 
 
 @dataclass(frozen=True)
 class Recovered:
-    """The merged model (in the dtype it was computed in; `config.dtype` is the stored one) and how it got there."""
+    """The merged model (in the dtype it was computed in; `config.dtype` is the stored one) and how it got there.
+
+    Attributes:
+        blocks: what each block learnt by itself, where they did.
+    """
 
     loaded: Loaded
     history: History
     merged_difference: float
+    blocks: Sequence[Learnt] = ()
 
 
 def recover(
@@ -75,33 +75,39 @@ def recover(
     recipe = recipe_of(options)
     if sharded():  # no device holds the whole models
         options = replace(options, device="cpu")
+        _require_whole_blocks(recipe)
     loaded = _load_student(options, student, data)
-    collator = collator_of(loaded)
     options = _settled(options, recipe, loaded, data)
+    teacher = _load_teacher(options, plan, loaded) if recipe.needs_teacher else None
+    lessons = lessons_of(loaded.model, teacher, loaded.family, plan.blocks) if teacher and recipe.block_share else []
     adapted = _prepare(options, plan, loaded)
-    distiller = _distiller(options, plan, loaded, recipe)
-    task = Task(
-        stages=make_stages(loaded.family, distiller.depths, recipe),
-        collate=lambda indices: distiller.located(collator.training([data.training[index] for index in indices])),
-        count=len(data.training),
-        seed=options.seed,
-        validate=lambda: _validate(options, distiller.student, collator, data.validation),
-        cache=_cache(options, data, folder.with_name(TEACHER)),
-    )
+    work = Work(options, recipe, loaded, teacher, data, folder, progress)
     with rounded(loaded.model, options.recover_as):
-        history = train(distiller, task, options, folder, progress)
+        blocks, learnt = work.teach_blocks(lessons) if recipe.block_share else (None, [])
+        history = work.train(plan, blocks) if recipe.whole else blocks or History()
     if any(isinstance(parameter, DTensor) for parameter in loaded.model.parameters()):  # FSDP leaves it in pieces
         loaded = _load_student(options, student, data)
         adapted = _prepare(options, plan, loaded)
         load_best(loaded.model, folder)
-    difference = _merge(loaded, adapted, collator.training(data.training[:CHECKED_SAMPLES]))
+    elif not history.helped and not recipe.whole:  # a training takes back itself what did not help
+        loaded, adapted = _load_student(options, student, data), None
+    difference = _merge(loaded, adapted, work.collator.training(data.training[:CHECKED_SAMPLES]))
     if history.helped and history.first_least and not sharded():  # on the host it would take hours
         _round(loaded)
         with rounded(loaded.model, options.recover_as):
-            merged = _validate(options, loaded.model, collator, data.validation)
+            merged = work.judge(loaded.model)
         if not as_good_as(merged.score, history.first_least):
             loaded, history = _load_student(options, student, data), replace(history, best_step=0)
-    return Recovered(loaded, history, difference)
+    return Recovered(loaded, history, difference, learnt)
+
+
+def _require_whole_blocks(recipe: Recipe) -> None:
+    """Raises UnsuitableOptionError where blocks are to learn that FSDP would take apart."""
+    if recipe.block_share:
+        raise UnsuitableOptionError(
+            "blockwise trains whole blocks, one process each, and accelerate's configuration shards them (FSDP); start "
+            "it by torchrun without that configuration"
+        )
 
 
 def _merge(loaded: Loaded, adapted: PeftModel | None, batch: Batch) -> float:
@@ -173,29 +179,14 @@ def _dense_folder(name: str, plan: Plan) -> Path:
     return folder
 
 
-def _distiller(options: LearnOptions, plan: Plan, loaded: Loaded, recipe: Recipe) -> Distiller:
-    teacher, matched = None, {}
-    if recipe.needs_teacher:
-        folder = options.teacher or str(_dense_folder(options.model, plan))
-        teacher = load_to_compute(options, folder).model
-        check_family(teacher, loaded.family)
-        attend_as(teacher, loaded.model)
-        depths = depths_of(teacher, loaded.family)
-        matched = {
-            tower: match_blocks(kept, depths[tower]) for tower, kept in plan.blocks.items() if len(kept) < depths[tower]
-        }
-    return Distiller(loaded.model, teacher, loaded.family, recipe, matched)
-
-
-def _cache(options: LearnOptions, data: Trained, folder: Path) -> TeacherCache | None:
-    """In `folder`, for this teacher and these samples; what an earlier recovery of the run kept is used again."""
-    if options.teacher_cache is None:
-        return None
-    _, digest = locate(options.teacher or options.model)
-    drawn = f"{options.seed} {options.data_fraction} {len(data.validation)}"
-    collation = f"{digest} {data.digest} {drawn} {options.dtype} {options.precision}"
-    name = hashlib.sha256(collation.encode()).hexdigest()[:16]
-    return TeacherCache(folder / name, options.teacher_cache)
+def _load_teacher(options: LearnOptions, plan: Plan, loaded: Loaded) -> PreTrainedModel:
+    """The model that is learnt from, computing as the student does."""
+    folder = options.teacher or str(_dense_folder(options.model, plan))
+    teacher = load_to_compute(options, folder).model
+    check_family(teacher, loaded.family)
+    check_teacher(loaded.model, teacher, loaded.family, followed(plan, teacher, loaded.family))
+    attend_as(teacher, loaded.model)
+    return teacher.requires_grad_(False)
 
 
 def _settled(options: LearnOptions, recipe: Recipe, loaded: Loaded, data: Trained) -> LearnOptions:
@@ -222,10 +213,3 @@ def precision(asked: str, device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no"
-
-
-def _validate(
-    options: LearnOptions, model: PreTrainedModel, collator: Collator, samples: Sequence[Sample]
-) -> Validation:
-    quality = evaluate(model, collator, samples, batch_size=evaluation_batch(model.device, options.batch_size))
-    return validation_of(quality)

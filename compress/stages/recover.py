@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from slimvlm.compress import processes
@@ -56,6 +56,8 @@ def recover_stage(
     with _kept_if_refused(run, earlier, asked), run.stage("recover", options=asked) as facts:
         recovered = recover(options, plan, start, trained, folder, progress)
         facts.update(recovered.history.to_dict(), merged_difference=recovered.merged_difference)
+        if recovered.blocks:
+            facts["blocks"] = [asdict(block) for block in recovered.blocks]
         facts.update(samples=len(trained.training), validation_samples=len(trained.validation))
         facts.update(left_out_samples=trained.left_out, data_digest=trained.digest)
         if run.writer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from slimvlm.compress.options import PRECISIONS, SCHEDULES, TRAINED, RecoverOptions
-from slimvlm.compress.recovery.distillation.recipe import LOSSES, PROGRESSIONS
+from slimvlm.compress.recovery.distillation.recipe import LOSSES, PROGRESSIONS, STARTS
 from slimvlm.console.options.making import (
     COUNT,
     FILE_OR_FOLDER,
@@ -23,7 +23,10 @@ from slimvlm.console.options.making import (
 from slimvlm.console.options.values import MOST, Count, Number, Size
 
 option = defaulting_to(RecoverOptions)
-RECIPES = f"{', '.join(PROGRESSIONS)}, a sum of {', '.join(LOSSES)} as sft+0.5*kl, or none."
+RECIPES = (
+    f"{', '.join(PROGRESSIONS)}, a sum of {', '.join(LOSSES)} as sft+0.5*kl, {', '.join(STARTS)} alone or before them, "
+    "or none."
+)
 
 recover_option = panel(RECOVERY, option("--recover", type=TEXT, metavar="RECIPE", help=RECIPES))
 steps_option = panel(
@@ -49,6 +52,7 @@ goal_options = panel(
     option("--targets", type=TEXT, multiple=True, metavar="NAME", help="Adapt linears of these names; repeatable."),
     option("--recall/--no-recall", default=True, help="Recall the pruned weights."),
     option("--staged/--not-staged", default=True, help="lpd: supervise ever more blocks, or all of them at once."),
+    option("--block-share", type=RATIO, help="blockwise+RECIPE: steps of every block by itself; else three tenths."),
     option("--feature-share", type=RATIO, help="lpd: samples for the stages before the answers; else a fifth."),
     option("--temperature", type=POSITIVE, help="Of the losses kl and rkl."),
     option(

@@ -86,6 +86,25 @@ def squared_error(student: Tensor, teacher: Tensor, mask: Tensor | None = None) 
     return total / (mask.sum() * student.shape[-1]).clamp_min(1)
 
 
+def lost_energy(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(|student - teacher|^2, |teacher|^2) of two block outputs, over the tokens that count; fp32 scalars.
+
+    Args:
+        student, teacher: [..., C] of one shape.
+        mask: bool [...], True where a token counts; None: all do.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    _same_shape("block outputs", student, teacher)
+    truth = teacher.float()
+    difference = student.float() - truth
+    if mask is not None:  # where, not a product: a padded row may hold anything
+        mask = mask.reshape(student.shape[:-1])
+        difference, truth = (torch.where(mask[..., None], value, 0) for value in (difference, truth))
+    return difference.square().sum(), truth.square().sum()
+
+
 def contrast_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0, *, reverse: bool = False) -> Tensor:
     """`divergence` between two matrices of image-text similarities [B, B]: mean over its rows and its columns."""
     rows = divergence(student, teacher, temperature, reverse=reverse)

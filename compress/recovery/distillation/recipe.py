@@ -25,6 +25,8 @@ class Recipe:
 
     Attributes:
         losses: name (of LOSSES) -> weight, at the model's output.
+        block_share: part of the steps in which first every cut block learns by itself; 0: none. Where nothing else is
+            learnt from, all of them.
         features: also supervise block outputs.
         staged: grow the set of supervised blocks, then drop it; otherwise everything is supervised all the time.
         feature_share: part of the samples that the feature stages get; None: what the paper's schedule gives them.
@@ -34,6 +36,7 @@ class Recipe:
     """
 
     losses: Mapping[str, float]
+    block_share: float = 0.0
     features: bool = False
     staged: bool = False
     feature_share: float | None = None
@@ -42,13 +45,18 @@ class Recipe:
     hidden_states: tuple[int, ...] = (-1,)
 
     def __post_init__(self) -> None:
-        if not self.features and not any(self.losses.values()):
+        if not (self.block_share or self.whole):
             raise UnsuitableOptionError(f"the recipe has nothing to learn from; {ACCEPTED}")
         for name, weight in self.losses.items():
             if name not in LOSSES:
                 raise UnsuitableOptionError(f"the loss {name!r} is unknown; {ACCEPTED}")
             if not (math.isfinite(weight) and weight > 0):
                 raise UnsuitableOptionError(f"the weight {weight} of {name!r} is not a positive number; {ACCEPTED}")
+        if not 0 <= self.block_share < 1:
+            raise UnsuitableOptionError(
+                f"the share {self.block_share} of the blocks leaves nothing to them or to the model; choose one "
+                "between 0 and 1, such as 0.3"
+            )
         if self.feature_share is not None and not 0 < self.feature_share < 1:
             raise UnsuitableOptionError(
                 f"the share {self.feature_share} of the feature stages leaves nothing to them or to the answers; "
@@ -60,9 +68,20 @@ class Recipe:
             raise UnsuitableOptionError("the loss 'hidden' needs a hidden state to compare; -1 is the last")
 
     @property
+    def whole(self) -> bool:
+        """Whether anything is learnt by the model as a whole."""
+        return self.features or any(self.losses.values())
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether anything is learnt from the dense model."""
-        return self.features or any(name in TAUGHT for name in self.losses)
+        return bool(self.block_share) or self.features or any(name in TAUGHT for name in self.losses)
+
+    def block_steps(self, steps: int) -> int:
+        """How many of the steps of a run every cut block learns by itself; one at least is left to what follows."""
+        if not (self.block_share and self.whole):
+            return steps if self.block_share else 0
+        return min(max(1, round(self.block_share * steps)), steps - 1)
 
 
 PROGRESSIONS: Mapping[str, Recipe] = {  # a row: a recipe whose supervised blocks grow, by its term
@@ -70,9 +89,10 @@ PROGRESSIONS: Mapping[str, Recipe] = {  # a row: a recipe whose supervised block
     "lpd": Recipe({"sft": 1.0, "kl": 1.0, "hidden": 1.0}, features=True, staged=True, feature_share=0.2),
     "lpd-paper": Recipe({"sft": 1.0, "kl": 1.0}, features=True, staged=True, literal=True),
 }
+STARTS: Mapping[str, float] = {"blockwise": 0.3}  # a row: what a recipe can begin with -> its share of the steps
 ACCEPTED = (
     f"accepted are {', '.join(PROGRESSIONS)} and sums of {', '.join(LOSSES)}, with weights if wanted, such as "
-    "'sft+0.5*kl'"
+    f"'sft+0.5*kl', and {', '.join(STARTS)} alone or before them, as 'blockwise+lpd'"
 )
 
 
@@ -122,12 +142,17 @@ def parse_recipe(text: str) -> Recipe:
     """A recipe of PROGRESSIONS, or a sum of losses such as `sft`, `kl+hidden`, `sft+0.5*kl`.
 
     To the losses of a progression's last stage others join, or weigh anew: `lpd+rkl`, `lpd+0.5*kl`, `lpd+0*hidden` for
-    none.
+    none. What STARTS names comes before them, or alone: `blockwise`, `blockwise+lpd`.
 
     Raises:
         UnsuitableOptionError: an unknown or repeated loss, or a weight that is not positive.
     """
     terms = [term.strip() for term in text.split("+")]
+    starts = [term for term in terms if term in STARTS]
+    if len(starts) > 1:
+        raise UnsuitableOptionError(f"recipe {text!r}: {starts[0]!r} comes twice; give it once")
+    terms = [term for term in terms if term not in STARTS]
+    block_share = sum(STARTS[term] for term in starts)
     rows = {term: PROGRESSIONS[term] for term in terms if term in PROGRESSIONS}
     row = next(iter(rows.values()), None)
     if len(rows) > 1:
@@ -146,8 +171,9 @@ def parse_recipe(text: str) -> Recipe:
         if term not in PROGRESSIONS:
             losses[name] = _weight(text, factor) if star else 1.0
     if row is None:
-        return Recipe(losses)
-    return replace(row, losses={name: weight for name, weight in losses.items() if weight != 0})
+        return Recipe(losses, block_share)
+    losses = {name: weight for name, weight in losses.items() if weight != 0}
+    return replace(row, losses=losses, block_share=block_share)
 
 
 def _weight(text: str, factor: str) -> float:

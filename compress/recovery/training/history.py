@@ -7,7 +7,7 @@ import os
 import resource
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
@@ -79,6 +79,19 @@ class History:
         """What the record of a run says."""
         facts = {name: value for name, value in asdict(self).items() if name not in TO_GO_ON}
         return {**facts, "tokens_per_second": self.tokens_per_second, "helped": self.helped}
+
+    def after(self, first: History) -> History:
+        """Of both, this training having gone on from what another one gave, whose states count as this one's first."""
+        sums = ("steps", "seconds", "stepping_seconds", "tokens", "skipped", "validations", "validation_seconds")
+        return replace(
+            self,
+            **{name: getattr(first, name) + getattr(self, name) for name in sums},
+            best_step=first.steps + self.best_step,
+            first=first.first,
+            first_least=first.first_least,
+            peak_memory_bytes=max(first.peak_memory_bytes, self.peak_memory_bytes),
+            stages=[*first.stages, *self.stages],
+        )
 
     def add_validation(self, found: Validation | None, last_stage: bool) -> bool:
         """Note a validation of the student as it is, None if it was no number; whether this state is to be kept.

@@ -132,7 +132,7 @@ class Stepper:
             for name, value in {"": loss.detach(), **parts}.items():
                 part = value.float() * share
                 total[name] = total[name] + part if name in total else part
-        return total, sum(_tokens(batch) for batch in batches)
+        return total, sum(tokens_of(batch) for batch in batches)
 
     def _shares(self, batches: Sequence[Batch], stage: Stage) -> Sequence[float | Tensor]:
         weights = [_weight(batch, stage) for batch in batches]
@@ -167,9 +167,10 @@ def _weight(batch: Batch, stage: Stage) -> int:
     if labels is not None and not ANSWER_LOSSES.isdisjoint(stage.losses):
         return int((labels != IGNORED).sum())
     vision_only = not stage.losses and {block.tower for block in stage.blocks} <= {"vision"}
-    return len(batch["input_ids"]) if labels is None or vision_only else _tokens(batch)
+    return len(batch["input_ids"]) if labels is None or vision_only else tokens_of(batch)
 
 
-def _tokens(batch: Batch) -> int:
+def tokens_of(batch: Batch) -> int:
+    """Its input tokens without padding."""
     mask = batch.get("attention_mask")
     return batch["input_ids"].numel() if mask is None else int(mask.sum())

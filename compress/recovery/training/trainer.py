@@ -66,7 +66,7 @@ def train(
         workers = Workers(distiller, options.precision, options.weight_decay)
         try:
             files = StateFolder(folder, writer=workers.rank == 0)
-            with _sigterms() as signals:
+            with sigterms() as signals:
                 return _Training(task, options, workers, files, progress).go(signals)
         finally:
             workers.close()
@@ -263,7 +263,7 @@ class _Training:
 
 
 @contextmanager
-def _sigterms() -> Iterator[list[int]]:
+def sigterms() -> Iterator[list[int]]:
     """Those received inside, instead of dying of one; in a thread that is not the main one it cannot."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():

@@ -61,13 +61,13 @@ class Workers:
             _name_blocks(distiller, self.accelerator.state.fsdp_plugin)
         else:
             distiller.to(self.device)
-        adam = _adam(_trained(distiller), decay, self.device)
+        optimizer = adam(_trained(distiller), decay, self.device)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)  # accelerate knows no newer name
-            self.model, prepared = self.accelerator.prepare(distiller, adam)
+            self.model, prepared = self.accelerator.prepare(distiller, optimizer)
         # accelerate's wrapper is for scaled steps; it looks for packages on the disk in every step.
         self._scaled = prepared if self.accelerator.scaler is not None else None
-        self.optimizer = adam
+        self.optimizer = optimizer
         self.trained = _trained(distiller)
         self._parameters = list(self.model.parameters())  # all: accelerate recognises a model by them
         self.dtype = next((p.dtype for p in distiller.student.parameters() if p.is_floating_point()), torch.float32)
@@ -157,6 +157,12 @@ def own_accelerate() -> Iterator[None]:
             GradientState._reset_state()
 
 
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
+    """Matrix products inside are in `bf16` or `fp16`; `no`: in the dtype of the weights."""
+    dtype = DTYPES.get(precision)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
 def sharded() -> bool:
     """Whether accelerate's configuration asks for FSDP."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
@@ -199,8 +205,8 @@ def _trained(distiller: Distiller) -> dict[str, nn.Parameter]:
     return {name: value for name, value in distiller.student.named_parameters() if value.requires_grad}
 
 
-def _adam(trained: Mapping[str, nn.Parameter], decay: float, device: torch.device) -> torch.optim.AdamW:
-    """Vectors (biases, norms) do not decay; the learning rate is set before every step."""
+def adam(trained: Mapping[str, nn.Parameter], decay: float, device: torch.device) -> torch.optim.AdamW:
+    """Of parameters by name. Vectors (biases, norms) do not decay; the learning rate is set before every step."""
     if not trained:
         raise UnsuitableOptionError("nothing of the student is to be trained; choose low-rank layers, projector or all")
     groups = [

@@ -40,6 +40,8 @@ def recovery_section(files: RunFiles) -> Iterator[Said]:
     if is_finished:
         yield from _findings(stage)
         yield _stage_table(stage)
+        if "blocks" in stage:
+            yield _block_table(stage)
     if validations:
         yield _validation_table(validations)
     if is_finished:
@@ -119,6 +121,19 @@ def _stage_table(stage: Facts) -> Table:
     ]
     columns = ("", "stage", "steps", "tokens", "seconds", "first loss", "last loss")
     return Table("Stages of the training", columns, rows, f"{RECOVER}.stages", texts=2)
+
+
+def _block_table(stage: Facts) -> Table:
+    rows = [
+        (
+            *(shown(one["block"]), figure(one["before"]), figure(one["after"])),
+            whole(one["best_step"]) if one["best_step"] else "as it was cut",
+        )
+        for one in stage["blocks"]
+    ]
+    columns = ("block", "missed when cut", "missed when kept", "state of step")
+    title = "Blocks by themselves: share of the dense output's energy that they miss on the validation samples"
+    return Table(title, columns, rows, f"{RECOVER}.blocks", texts=1)
 
 
 def _validation_table(lines: list[Facts]) -> Table:

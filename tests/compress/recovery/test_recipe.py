@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from itertools import pairwise
 
@@ -86,6 +87,36 @@ def test_the_feature_stages_get_the_asked_share_in_the_paper_s_proportions(data,
     assert 1 - task.share == pytest.approx(share)
     ratios = [one.share / other.share for one, other in zip(asked, paper, strict=True)]
     assert ratios == pytest.approx([ratios[0]] * len(ratios))
+
+
+def test_blockwise_begins_any_recipe_and_has_its_share_of_the_steps():
+    alone, before = parse_recipe("blockwise"), parse_recipe("blockwise + lpd+rkl")
+    assert (alone.whole, alone.needs_teacher, alone.block_steps(100)) == (False, True, 100)
+    assert replace(before, block_share=0) == parse_recipe("lpd+rkl")
+    assert before.block_steps(100) == 30
+    assert recipe_of(RecoverOptions(recover="blockwise+sft", block_share=0.5)).block_steps(100) == 50
+    assert parse_recipe("sft").block_steps(100) == 0
+    assert [parse_recipe("lpd+blockwise").block_steps(steps) for steps in (1, 2, 3)] == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recover": "blockwise+blockwise"}, "'blockwise' comes twice"),
+        ({"recover": "0.5*blockwise"}, "'blockwise' is no loss"),
+        ({"recover": "blockwise", "block_share": 0.5}, "--block-share is for blockwise before another recipe"),
+        ({"recover": "lpd", "block_share": 0.5}, "--block-share is for blockwise before another recipe"),
+        ({"recover": "blockwise+lpd", "block_share": 1.0}, "choose one between 0 and 1"),
+        ({"recover": "blockwise", "train": "projector"}, "no block holds the projector"),
+        ({"recover": "blockwise+sft", "train": "projector"}, "no block holds the projector"),
+        ({"recover": "blockwise", "train": "lora+projector"}, "no block holds the projector"),
+        ({"recover": "blockwise", "accumulate": 2}, "--accumulate is for the training of the model as a whole"),
+        ({"recover": "blockwise", "temperature": 2.0}, "--temperature is for the losses kl and rkl"),
+    ],
+)
+def test_what_a_block_wise_recovery_would_not_use_is_refused(options, message):
+    with pytest.raises(UnsuitableOptionError, match=re.escape(message)):
+        recipe_of(RecoverOptions(**options))
 
 
 def test_the_share_is_a_fifth_unless_asked_or_the_paper_s():
