@@ -85,7 +85,7 @@ def states_of(run: Path, seed: int, arguments: argparse.Namespace, others: Seque
             cut = run / ("cut" if (run / "cut").is_dir() else "model")
             history = recover(how, plan, cut, data, Path(folder, "training"), silent).history
     finally:
-        Work.judge = replaced  # type: ignore[method-assign,assignment]
+        Work.judge = replaced  # type: ignore[method-assign]
     facts = {"held_out": len(data.validation), "trained": history.steps, "removed": round(plan.removed_fraction, 4)}
     return {
         **facts,

@@ -105,27 +105,6 @@ def test_the_hidden_states_asked_for_are_the_ones_compared(run: Path) -> None:
     assert losses[0] != pytest.approx(losses[1])
 
 
-@pytest.mark.parametrize("recipe", ["blockwise", "blockwise+sft"])
-def test_blocks_learn_by_themselves_alone_and_before_the_whole(run: Path, recipe: str) -> None:
-    """What each of them learnt stands in the record and in the report; the state that is kept is never worse."""
-    result = recover_run(run, {**SHORT, "recover": recipe, "recall": False, "learning_rate": 0.003})
-    facts = json.loads((run / "run.json").read_text())["stages"]["recover"]
-    alone = recipe == "blockwise"
-    assert [(part["name"], part["steps"]) for part in facts["stages"]] == [
-        ("blocks", 8 if alone else 2),
-        *([] if alone else [("task", 6)]),
-    ]
-    assert facts["steps"] == 8
-    assert {one["steps"] for one in facts["blocks"]} == {facts["stages"][0]["steps"]}
-    assert all(one["after"] <= one["before"] for one in facts["blocks"])
-    assert facts["stages"][0]["last_loss"] < facts["stages"][0]["first_loss"]
-    assert result.recovery["helped"] == (facts["best_step"] > 0)
-    assert "Blocks by themselves" in (run / "report.html").read_text()
-    assert not (run / "recovery").exists()
-    cut, model = ((run / name / "model.safetensors").read_bytes() for name in ("cut", "model"))
-    assert (cut != model) == facts["helped"]
-
-
 def test_the_same_recovery_again_does_nothing(run: Path) -> None:
     before = (run / "model" / "model.safetensors").stat().st_mtime_ns
     recover_run(run, SHORT)

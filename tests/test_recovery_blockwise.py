@@ -1,0 +1,41 @@
+"""The recover stage block by block: what stands in the record, alone and before a training of the whole."""
+
+import json
+from pathlib import Path
+
+import pytest
+from short_recoveries import SHORT, options_in
+
+from slimvlm.pipeline import compress, recover_run
+from slimvlm.serve.report.document import Table
+from slimvlm.serve.report.files import read_run
+from slimvlm.serve.report.sections.training import recovery_section
+
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+
+def test_blocks_learn_by_themselves_alone_and_before_the_whole(tmp_path: Path) -> None:
+    asked = {"recall": False, "learning_rate": 0.003}
+    compress(options_in(tmp_path, recover="blockwise", **asked))
+    run = tmp_path / "out"
+    alone = _recovered(run)
+    assert [(part["name"], part["steps"]) for part in alone["stages"]] == [("blocks", 8)]
+    tables = [one for one in recovery_section(read_run(run)) if isinstance(one, Table)]
+    assert [len(one.rows) for one in tables if one.title.startswith("Blocks")] == [len(alone["blocks"])]
+    recover_run(run, {**SHORT, **asked, "recover": "blockwise+sft"})
+    both = _recovered(run)
+    assert [(part["name"], part["steps"]) for part in both["stages"]] == [("blocks", 2), ("task", 6)]
+
+
+def _recovered(run: Path) -> dict:
+    """What the record says, where it says what is so."""
+    facts = json.loads((run / "run.json").read_text())["stages"]["recover"]
+    assert facts["steps"] == 8
+    assert {one["steps"] for one in facts["blocks"]} == {facts["stages"][0]["steps"]}
+    assert all(one["after"] <= one["before"] for one in facts["blocks"])
+    assert facts["stages"][0]["last_loss"] < facts["stages"][0]["first_loss"]
+    assert facts["helped"] == (facts["best_step"] > 0)
+    assert not (run / "recovery").exists()
+    cut, model = ((run / name / "model.safetensors").read_bytes() for name in ("cut", "model"))
+    assert (cut != model) == facts["helped"]
+    return facts
