@@ -240,6 +240,8 @@ class RecoverOptions(LowRank, TrainOptions):
             validations read at most 15 % of what the training reads.
         teacher: checkpoint to learn from; default: the dense model.
         train: `lora`, `projector`, `lora+projector` or `full`.
+        frozen: form (of IN_TORCH) in which the teacher, and the weights under low-rank layers, are held while these are
+            trained; None: as they are.
         staged: let the set of supervised blocks grow; False: all losses all the time.
         block_share: of the steps, for `blockwise` before another recipe; None: the recipe's own.
         feature_share: of the samples, for the stages in which it grows; None: the recipe's own.
@@ -258,6 +260,7 @@ class RecoverOptions(LowRank, TrainOptions):
     validation_samples: int | None = None
     teacher: str | None = None
     train: str = "lora"
+    frozen: str | None = None
     staged: bool = True
     block_share: float | None = None
     feature_share: float | None = None

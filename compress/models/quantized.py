@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, cast  # torchao's configs and tensors, and the loaders of transformers
 
@@ -70,18 +70,14 @@ def quantize(model: PreTrainedModel, form: str) -> dict[str, int]:
     """
     require_torchao()
     put_together(model)  # stacked experts are no linears: they stay as they are
-    from torchao.quantization import quantize_
     from transformers import TorchAoConfig
     from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
     if (only := IN_TORCH[form]) is not None:
         for parameter in model.parameters():  # also those that the family's class would keep in fp32
             parameter.data = parameter.data.to(getattr(torch, only))
-    linears, names = quantizable(model), dict[str, str]()
-    for name, linear in linears.items():
-        names[name] = form if linear.in_features % BLOCK == 0 else "int8"
-    for kind in set(names.values()):
-        quantize_(model, CONFIGS[kind](), filter_fn=lambda _, name, kind=kind: names.get(name) == kind)
+    linears = quantizable(model)
+    names = _put_into(model, linears, form)
     others = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in linears]
 
     class Quantizer(TorchAoHfQuantizer):
@@ -94,16 +90,46 @@ def quantize(model: PreTrainedModel, form: str) -> dict[str, int]:
     return dict(Counter(names.values()))
 
 
+def hold_in(model: PreTrainedModel, form: str, besides: Collection[nn.Module] = ()) -> list[nn.Linear]:
+    """Puts linears of a float model into `form` as `quantize` does, to be computed with alone, in the dtype they had;
+    those that are in it now.
+
+    Args:
+        besides: linears that stay as they are.
+
+    Raises:
+        MissingDependencyError: no torchao.
+    """
+    require_torchao()
+    linears = {name: linear for name, linear in quantizable(model).items() if linear not in besides}
+    _put_into(model, linears, form)
+    return list(linears.values())
+
+
+def _put_into(model: PreTrainedModel, linears: Mapping[str, nn.Linear], form: str) -> dict[str, str]:
+    """By name the form that each of the linears is in now: rows that are no multiples of a block are in 8 bits."""
+    from torchao.quantization import quantize_
+
+    names = {name: form if linear.in_features % BLOCK == 0 else "int8" for name, linear in linears.items()}
+    for kind in set(names.values()):
+        quantize_(model, CONFIGS[kind](), filter_fn=lambda _, name, kind=kind: names.get(name) == kind)
+    return names
+
+
 def quantizable(model: PreTrainedModel) -> dict[str, nn.Linear]:
     """The linears that are called, besides the output head. torch's own attention (the pooling of SigLIP) reads the
-    weights of its parts without calling them.
+    weights of its parts without calling them; torchao takes no matrix of one column.
     """
     head = model.get_output_embeddings()
     read = {
         part for module in model.modules() if isinstance(module, nn.MultiheadAttention) for part in module.modules()
     }
     found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return {name: one for name, one in found.items() if one is not head and one not in read and one.weight.numel()}
+    return {
+        name: one
+        for name, one in found.items()
+        if one is not head and one not in read and one.weight.numel() > len(one.weight)
+    }
 
 
 def pack(model: PreTrainedModel) -> None:

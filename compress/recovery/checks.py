@@ -8,7 +8,8 @@ from dataclasses import fields, replace
 from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.models.checkpoint import build_meta
 from slimvlm.compress.models.families import Family
-from slimvlm.compress.options import ROUNDED, TRAINED, LearnOptions, RecoverOptions
+from slimvlm.compress.models.quantized import require_torchao
+from slimvlm.compress.options import IN_TORCH, ROUNDED, TRAINED, LearnOptions, RecoverOptions
 from slimvlm.compress.recovery.adapters.targets import check_ranks, find_targets
 from slimvlm.compress.recovery.distillation.recipe import Recipe, parse_recipe
 from slimvlm.compress.recovery.distillation.teacher_checks import check_states, check_teacher
@@ -22,6 +23,7 @@ def recipe_of(options: RecoverOptions) -> Recipe:
 
     Raises:
         UnsuitableOptionError: a recipe that is none, or an option that would change nothing.
+        MissingDependencyError: a frozen base without torchao.
     """
     states = tuple(dict.fromkeys(options.hidden_states))
     recipe = replace(parse_recipe(options.recover), temperature=options.temperature, hidden_states=states)
@@ -42,12 +44,30 @@ def recipe_of(options: RecoverOptions) -> Recipe:
             f"--recover-as {options.recover_as} is no variant that a recovery can be trained for; choose one of "
             f"{', '.join(ROUNDED)}, whose weights alone are rounded"
         )
+    if options.frozen is not None:
+        _check_frozen(options, recipe)
     for name, purpose in _idle(options, recipe):
         if getattr(options, name) != DEFAULTS[name]:
             raise UnsuitableOptionError(
                 f"--{name.replace('_', '-')} is for {purpose}, which this recovery goes without; leave it out"
             )
     return recipe
+
+
+def _check_frozen(options: RecoverOptions, recipe: Recipe) -> None:
+    if options.frozen not in IN_TORCH:
+        raise UnsuitableOptionError(f"--frozen {options.frozen} is unknown; choose one of {', '.join(IN_TORCH)}")
+    require_torchao()
+    if "lora" not in options.train and not recipe.needs_teacher:
+        raise UnsuitableOptionError(
+            f"--frozen {options.frozen} holds what is not trained, and --train {options.train} without a teacher has "
+            "nothing of the kind to hold; leave it out, or train low-rank layers (--train lora)"
+        )
+    if options.recover_as is not None:
+        raise UnsuitableOptionError(
+            f"--recover-as {options.recover_as} rounds the weights anew in every forward, and --frozen "
+            f"{options.frozen} holds them rounded otherwise; give one of both"
+        )
 
 
 def require_projector(options: RecoverOptions, family: Family) -> None:

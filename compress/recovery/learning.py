@@ -160,6 +160,6 @@ def _cache(options: LearnOptions, data: Trained, folder: Path) -> TeacherCache |
         return None
     _, digest = locate(options.teacher or options.model)
     drawn = f"{options.seed} {options.data_fraction} {len(data.validation)}"
-    collation = f"{digest} {data.digest} {drawn} {options.dtype} {options.precision}"
+    collation = f"{digest} {data.digest} {drawn} {options.dtype} {options.precision} {options.frozen}"
     name = hashlib.sha256(collation.encode()).hexdigest()[:16]
     return TeacherCache(folder / name, options.teacher_cache)

@@ -22,6 +22,7 @@ from slimvlm.compress.models.projections import resolve
 from slimvlm.compress.options import NOT_GIVEN, LearnOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.progress import Progress
+from slimvlm.compress.recovery.adapters.frozen import freeze
 from slimvlm.compress.recovery.adapters.recall import attach, merge
 from slimvlm.compress.recovery.adapters.rounding import rounded
 from slimvlm.compress.recovery.adapters.slices import Slices
@@ -33,7 +34,7 @@ from slimvlm.compress.recovery.distillation.teacher_checks import check_family, 
 from slimvlm.compress.recovery.learning import Work, followed
 from slimvlm.compress.recovery.training.choice import as_good_as
 from slimvlm.compress.recovery.training.history import History
-from slimvlm.compress.recovery.training.state import load_best
+from slimvlm.compress.recovery.training.state import load_best, restore
 from slimvlm.compress.recovery.training.workers import sharded
 
 # Adam's best rate falls with the width: the rate is this over the hidden size of the language model. Tuned on the
@@ -75,7 +76,7 @@ def recover(
     recipe = recipe_of(options)
     if sharded():  # no device holds the whole models
         options = replace(options, device="cpu")
-        _require_whole_blocks(recipe)
+        _check_sharded(options, recipe)
     loaded = _load_student(options, student, data)
     options = _settled(options, recipe, loaded, data)
     teacher = _load_teacher(options, plan, loaded) if recipe.needs_teacher else None
@@ -89,7 +90,9 @@ def recover(
         loaded = _load_student(options, student, data)
         adapted = _prepare(options, plan, loaded)
         load_best(loaded.model, folder)
-    elif not history.helped and not recipe.whole:  # a training takes back itself what did not help
+    elif options.frozen and adapted is not None and history.helped:
+        loaded, adapted = _float_again(replace(options, frozen=None), plan, work, student)
+    elif not history.helped and (options.frozen or not recipe.whole):  # a training takes back itself what did not help
         loaded, adapted = _load_student(options, student, data), None
     difference = _merge(loaded, adapted, work.collator.training(data.training[:CHECKED_SAMPLES]))
     if history.helped and history.first_least and not sharded():  # on the host it would take hours
@@ -101,13 +104,24 @@ def recover(
     return Recovered(loaded, history, difference, learnt)
 
 
-def _require_whole_blocks(recipe: Recipe) -> None:
-    """Raises UnsuitableOptionError where blocks are to learn that FSDP would take apart."""
-    if recipe.block_share:
+def _check_sharded(options: LearnOptions, recipe: Recipe) -> None:
+    """Raises UnsuitableOptionError for what FSDP, which takes blocks and weights apart, cannot do."""
+    asked = [name for name, wanted in (("blockwise", recipe.block_share), ("--frozen", options.frozen)) if wanted]
+    if asked:
         raise UnsuitableOptionError(
-            "blockwise trains whole blocks, one process each, and accelerate's configuration shards them (FSDP); start "
-            "it by torchrun without that configuration"
+            f"{asked[0]} needs whole blocks, and accelerate's configuration shards them (FSDP); start it by torchrun "
+            "without that configuration, or leave it out"
         )
+
+
+def _float_again(options: LearnOptions, plan: Plan, work: Work, student: Path) -> tuple[Loaded, PeftModel | None]:
+    """A fresh student, its weights in floating point, with what the one of `work` has learnt."""
+    learnt = {name: value.detach() for name, value in work.loaded.model.named_parameters() if value.requires_grad}
+    loaded = _load_student(options, student, work.data)
+    adapted = _prepare(options, plan, loaded)
+    parameters = dict(loaded.model.named_parameters())
+    restore({name: parameters[name] for name in learnt}, learnt, work.folder)
+    return loaded, adapted
 
 
 def _merge(loaded: Loaded, adapted: PeftModel | None, batch: Batch) -> float:
@@ -154,6 +168,9 @@ def _prepare(options: LearnOptions, plan: Plan, loaded: Loaded) -> PeftModel | N
     """Say what is trained, in place; the adapted model, where low-rank layers were added."""
     model, family = loaded.model, loaded.family
     model.requires_grad_(options.train == "full")
+    if options.frozen and "lora" in options.train:
+        trained = family.projector if "projector" in options.train else ()
+        freeze(model, options.frozen, [resolve(model, path, family) for path in trained])
     adapted = None
     if "lora" in options.train:
         slices = Slices(_dense_folder(options.model, plan), model, plan) if options.recall else None
@@ -186,6 +203,8 @@ def _load_teacher(options: LearnOptions, plan: Plan, loaded: Loaded) -> PreTrain
     check_family(teacher, loaded.family)
     check_teacher(loaded.model, teacher, loaded.family, followed(plan, teacher, loaded.family))
     attend_as(teacher, loaded.model)
+    if options.frozen:
+        freeze(teacher, options.frozen)
     return teacher.requires_grad_(False)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from slimvlm.compress.options import PRECISIONS, SCHEDULES, TRAINED, RecoverOptions
+from slimvlm.compress.options import IN_TORCH, PRECISIONS, SCHEDULES, TRAINED, RecoverOptions
 from slimvlm.compress.recovery.distillation.recipe import LOSSES, PROGRESSIONS, STARTS
 from slimvlm.console.options.making import (
     COUNT,
@@ -44,6 +44,7 @@ goal_options = panel(
     option("--validation-samples", type=COUNT, help="Held out, by image, to keep the best state; else by the steps."),
     option("--teacher", type=NAME, metavar="MODEL", help="Learn from this checkpoint; else from the dense model."),
     option("--train", type=click.Choice(TRAINED), help="What is trained."),
+    option("--frozen", type=click.Choice(tuple(IN_TORCH)), help="Hold what is not trained in 8 or 4 bits meanwhile."),
     option("--recover-as", type=TEXT, metavar="VARIANT", help="Train for the weights of this export: q8, q4 or q2."),
     option("--rank", type=COUNT, help="Of the low-rank update."),
     option("--recall-rank", type=COUNT, help="Of the branch through the pruned weights."),

@@ -9,7 +9,7 @@ from torch import nn
 
 from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.models.families import Attention, Family, find_family
-from slimvlm.compress.models.groups import depths_of
+from slimvlm.compress.models.groups import depths_of, parts_of
 from slimvlm.compress.models.projections import resolve
 from slimvlm.compress.recovery.distillation.recipe import Recipe
 
@@ -74,8 +74,13 @@ def _outline(model: nn.Module, family: Family) -> dict[str, object]:
     config: Any = model.config  # transformers' own, one class per family
     widths = {}
     for tower in family.towers:
-        part = next(part for part in tower.parts if isinstance(part, Attention))
-        output: Any = resolve(model, f"{tower.blocks}.0.{part.module}.{part.output}", family)
+        layer, part = next(  # not every block has one everywhere
+            (layer, part)
+            for layer in range(depths_of(model, family)[tower.name])
+            for part in parts_of(model, family, tower, layer)
+            if isinstance(part, Attention)
+        )
+        output: Any = resolve(model, f"{tower.blocks}.{layer}.{part.module}.{part.output}", family)
         widths[tower.name] = output.weight.shape[0]
     images = {name: getattr(config.vision_config, name, None) for name in ("image_size", "patch_size")}
     return {"vocabulary": config.text_config.vocab_size, "residual widths": widths, "images": images}
