@@ -2,7 +2,8 @@
 and what would be written.
 
 Times are those of one batch on this device, measured after one to warm up, times how many there are; a cut model is
-taken to be faster by as much as it is smaller.
+taken to be faster by as much as it is smaller. Of the refit one system of each size is solved. An export is as many
+operations as are traced, a profile as many cells as it takes its time for.
 """
 
 from __future__ import annotations
@@ -13,8 +14,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
+from slimvlm.compress.allocate.budget import Budget, plan_units
+from slimvlm.compress.allocate.facts import facts_of
 from slimvlm.compress.criteria.criterion import CRITERIA
+from slimvlm.compress.criteria.scoring import score_groups
 from slimvlm.compress.data.collate import collated, collator_of
 from slimvlm.compress.data.splits import Measured, Trained, steps_of
 from slimvlm.compress.evaluation.evaluate import evaluate, evaluation_batch
@@ -22,6 +28,7 @@ from slimvlm.compress.evaluation.soundness import check_computes
 from slimvlm.compress.files.folders import require_room
 from slimvlm.compress.models.checkpoint import build_meta
 from slimvlm.compress.models.computing import frees_memory, load_to_compute, stored_bytes
+from slimvlm.compress.models.families import Family
 from slimvlm.compress.models.groups import Group, count_parameters, find_groups
 from slimvlm.compress.models.inspection import Inspection, inspect_model
 from slimvlm.compress.options import CompressOptions
@@ -30,16 +37,25 @@ from slimvlm.compress.recovery.checks import recipe_of
 from slimvlm.compress.rounds import Planning, round_share
 from slimvlm.compress.runs import CUT, EXPORT, MODEL
 from slimvlm.compress.slicing.compensation import COMPENSATIONS
+from slimvlm.compress.slicing.refit import LEAST, MOST, cut_projections
 from slimvlm.compress.stages.plan import planning_of
 from slimvlm.compress.statistics.collect import bytes_kept, calibration_batch, collect
+from slimvlm.compress.statistics.reading import Batches
 from slimvlm.compress.statistics.rows import STATISTICS, CalibrationOptions
+from slimvlm.export.options import ExportOptions
 from slimvlm.export.packages import installed_formats
 from slimvlm.export.variants import FULL, VARIANTS
+from slimvlm.serve.costing.cost import fitted
+from slimvlm.serve.measuring.device import launch_seconds
 from slimvlm.serve.measuring.memory import held_bytes, peak_bytes, reset_peak
+from slimvlm.serve.options import BACKENDS, ONNX, TORCH, ProfileOptions
+from slimvlm.serve.stage import CELL_SECONDS
 
 FORWARD = 1 / 3  # of a forward and a backward pass
 TRAINED_BYTES = 12  # per trained parameter: its gradient and two moments in fp32
-TRIED = 3  # at most: calibrated, learnt, evaluated
+TRIED = 5  # at most: calibrated, learnt, evaluated, refitted twice
+DECODER_TESTS = 2  # of every backend
+LOADS = 3  # what loading, saving and reading again in the slice stage take, in loads of the model
 
 
 @dataclass(frozen=True)
@@ -89,12 +105,19 @@ class Foreseen:
 
 @dataclass(frozen=True)
 class Pace:
-    """What one batch took: seconds of a calibration batch of `size`, of a sample learnt from, and of one evaluated."""
+    """What one batch took: seconds of a calibration batch of `size`, of a sample learnt from, and of one evaluated; of
+    the refit for one sample that is read and for all that is solved; of loading the model, and of an operation.
+    """
 
     size: int
     calibrated: float
     learnt: float
     evaluated: float
+    read: float
+    solved: float
+    loaded: float
+    launched: float
+    linears: int
     peak: int | None
     held: int  # bytes before any batch, the model included
     weights: int  # bytes of the model
@@ -140,7 +163,9 @@ def foresee(
 def _pace(options: CompressOptions, planning: Planning, data: Measured, learns: bool, progress: Progress) -> Pace:
     """Load the model, and time one batch of everything that is done with many."""
     reset_peak()
+    began = time.perf_counter()
     loaded = load_to_compute(options, options.model)
+    load = time.perf_counter() - began
     model, collator, wanted = loaded.model, collator_of(loaded), planning.calibration
     check_computes(model, collator, data.calibration[0], options.model)
     size = calibration_batch(loaded, collator, data.calibration, wanted, options.batch_size)
@@ -163,11 +188,18 @@ def _pace(options: CompressOptions, planning: Planning, data: Measured, learns: 
     groups, gate = find_groups(model, loaded.family), CRITERIA["gate"].calibration()
     asked = evaluation_batch(model.device, options.batch_size)
     questions = data.evaluation[:asked]
+    evaluated = seconds_of(lambda: evaluate(model, collator, questions, batch_size=asked)) / len(questions)
+    read, solved = _refitted(model, loaded.family, groups, options, batch, seconds_of)
     return Pace(
         size=size,
         calibrated=calibrated,
         learnt=collected(gate, groups) / len(data.calibration[:size]) if learns else 0.0,
-        evaluated=seconds_of(lambda: evaluate(model, collator, questions, batch_size=asked)) / len(questions),
+        evaluated=evaluated,
+        read=read / len(data.calibration[:size]),
+        solved=solved,
+        loaded=load,
+        launched=launch_seconds(model.device),
+        linears=sum(isinstance(module, nn.Linear) for module in model.modules()),
         peak=peak,
         held=held,
         weights=sum(weight.numel() * weight.itemsize for weight in model.parameters()),
@@ -175,6 +207,38 @@ def _pace(options: CompressOptions, planning: Planning, data: Measured, learns: 
         activations=bytes_kept(model, loaded.family, groups, batch[0](), gate) // len(data.calibration[:size]),
         device=str(model.device),
     )
+
+
+def _refitted(
+    model: PreTrainedModel,
+    family: Family,
+    groups: Sequence[Group],
+    options: CompressOptions,
+    batch: Batches,
+    seconds_of: Callable[[Callable[[], object]], float],
+) -> tuple[float, float]:
+    """Seconds of one reading of `batch` for the refit, and of solving for all projections, by one of each size."""
+    fit = COMPENSATIONS[options.compensation]
+    if fit.place is None:
+        return 0.0, 0.0
+    scores = score_groups(groups, CRITERIA["random"], seed=options.seed)
+    keep = plan_units(groups, scores, Budget(ratio=options.ratio), facts_of(model, groups)).keep
+    first = list({(group.tower, group.kind, group.size): group for group in reversed(groups)}.values())
+    work, tried = (_solving(model, family, some, keep) for some in (groups, first))
+    least = min(first, key=lambda group: group.size * group.head_dim)  # next to nothing is solved
+    one = seconds_of(lambda: fit(model, family, [least], keep, batch))
+    all_sizes = seconds_of(lambda: fit(model, family, first, keep, batch))
+    readings = -(-work[1] // min(MOST, max(LEAST, count_parameters(model))))
+    return readings * one, max(0.0, all_sizes - one) * work[0] / tried[0]
+
+
+def _solving(
+    model: PreTrainedModel, family: Family, groups: Sequence[Group], keep: Mapping[str, Sequence[int]]
+) -> tuple[int, int]:
+    """(operations, up to a factor; bytes of sums) of the refit of the output projections of these groups."""
+    sides, _ = cut_projections(model, family, groups, keep)
+    shapes = [side.module.weight.shape for side in sides]
+    return sum(inner**2 * (inner + width) for width, inner in shapes), sum(4 * inner**2 for _, inner in shapes)
 
 
 def _now(device: torch.device) -> float:
@@ -196,13 +260,16 @@ def _steps(
         how = "forward and backward" if backward else "forward"
         does = f"{_many(planning.steps, 'round')} of {_many(batches, 'batch')} of {pace.size}, {how}"
         besides = "" if planning.asks is None else f"; besides what --allocator {options.allocator} asks, not foreseen"
-        yield Step("plan", does + besides, looked * batches * pace.calibrated)
+        sizes = [1 - options.ratio * share for share in before[1:] if COMPENSATIONS[planning.between].place]
+        between = sum(size * len(data.calibration) * pace.read + size**2 * pace.solved for size in sizes)
+        yield Step("plan", does + besides, pace.loaded + looked * batches * pace.calibrated + between)
     else:
         yield Step("plan", f"{options.criterion} reads no samples", 0.0)
     if options.target:
         yield Step("fit", "cuts are tried until one meets the targets", None)
-    if COMPENSATIONS[options.compensation].place:
-        yield Step("slice", f"{options.compensation}: what is left is fitted to the dense outputs", None)
+    fits = COMPENSATIONS[options.compensation].place is not None
+    does = f"{options.compensation}: what is left is fitted to the dense outputs" if fits else "cut, saved and checked"
+    yield Step("slice", does, LOADS * pace.loaded + len(data.calibration) * pace.read + pace.solved)
     if trained is not None:
         steps = steps_of(options, trained)
         taught = FORWARD if recipe_of(options).needs_teacher else 0.0
@@ -214,9 +281,18 @@ def _steps(
     names = "dense, with the images shuffled" + (", cut" if trained is not None else "") + ", slim"
     yield Step("evaluate", f"{len(data.evaluation)} questions: {names}", models * len(data.evaluation) * pace.evaluated)
     if formats := _formats(options):
-        yield Step("export", f"{', '.join(formats)}, each checked against torch", None)
+        written = sum(len(options.variants) or 1 if form == ONNX else 1 for form in formats)
+        traced = fitted()["seconds"]["trace"] * pace.linears * pace.launched
+        checked = ExportOptions.samples * pace.evaluated * left
+        seconds = pace.loaded + len(formats) * traced + written * checked
+        yield Step("export", f"{', '.join(formats)}, each checked against torch", seconds)
     if options.profile:
-        yield Step("profile", "latency and memory of both models, in turns", None)
+        run = {
+            form: len(options.variants) or 1 if form == ONNX else 1 for form in (TORCH, *formats) if form in BACKENDS
+        }
+        cells = sum(run.values()) * (len(ProfileOptions.batch_sizes) + DECODER_TESTS)
+        starting = ProfileOptions.starts * (1 + left) * pace.loaded
+        yield Step("profile", "latency and memory of both models, in turns", cells * (CELL_SECONDS + starting))
 
 
 def _many(number: int, thing: str) -> str:

@@ -6,7 +6,11 @@ Makes a checkpoint of random weights with the shapes of a real model (`scaling/s
 through the job, each stage in a process of its own: the plan (calibration of 8 samples, half of the parameters), the
 slice stage (refit where it is asked for, cut, save, both checks) and the export of q4 graphs. Before them, each in a
 process too, the pace: a plain forward and backward pass of the same model, weights frozen, and our calibration over all
-samples, twice. One line per run is added to `results/scale.jsonl`; the files are removed afterwards.
+samples, twice. A run is a line of `results/scale.jsonl`, in the place of an earlier one with the same options; the
+files are removed afterwards.
+
+    python benchmarks/scale.py --check    what the model of the cost (serve/costing) says of these runs, and its errors
+    python benchmarks/scale.py --fit      fits the factors of that model to them first
 """
 
 from __future__ import annotations
@@ -21,17 +25,19 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from scaling.fitting import anatomy, fit, table
 from scaling.making import make
 from scaling.shapes import DTYPE, SHAPES
 
 from slimvlm.compress.data.collate import collated, collator_of
 from slimvlm.compress.data.questions import ask
 from slimvlm.compress.data.splits import read_measured
+from slimvlm.compress.errors import CheckFailedError
 from slimvlm.compress.files.writing import installed_versions
 from slimvlm.compress.models.computing import load_to_compute, undisturbed
 from slimvlm.compress.models.groups import count_parameters
@@ -46,8 +52,12 @@ from slimvlm.console.progress import progress
 from slimvlm.export.job import export_checkpoint
 from slimvlm.export.options import ExportOptions
 from slimvlm.pipeline import make_plan
+from slimvlm.serve.costing.cost import fitted
+from slimvlm.serve.costing.probe import measure_machine
 
 RESULTS = Path(__file__).parent / "results" / "scale.jsonl"
+FITTED = Path(__file__).parents[1] / "serve" / "costing" / "fitted.json"
+ASKED = ("stream", "threads", "rounds", "compensation")  # and the shape: what makes two runs the same
 RATIO, VARIANT = 0.5, "q4"
 POLL = 0.02  # seconds between two looks at the memory
 Facts = dict[str, Any]
@@ -149,9 +159,14 @@ def export(job: argparse.Namespace) -> Facts:
         trust_remote_code=True,
         **({"stream": job.stream} if "stream" in {field.name for field in fields(ExportOptions)} else {}),
     )
+    failed = ""
     with progress(quiet=False) as tell:
-        export_checkpoint(job.folder / "out" / MODEL, job.folder / "export", options, tell)
-    return {"bytes": sum(file.stat().st_size for file in (job.folder / "export").rglob("*") if file.is_file())}
+        try:
+            export_checkpoint(job.folder / "out" / MODEL, job.folder / "export", options, tell)
+        except CheckFailedError as error:  # random weights choose among tokens that are as good as equal
+            failed = str(error).replace(str(job.folder), "")
+    size = sum(file.stat().st_size for file in (job.folder / "export").rglob("*") if file.is_file())
+    return {"bytes": size, "check_failed": failed}
 
 
 def write(job: argparse.Namespace) -> Facts:
@@ -231,6 +246,21 @@ def in_processes(job: argparse.Namespace) -> dict[str, Facts]:
     return found
 
 
+def read(results: Path) -> list[Facts]:
+    """The runs so far."""
+    lines = results.read_text(encoding="utf-8").splitlines() if results.is_file() else []
+    return [json.loads(line) for line in lines]
+
+
+def check(job: argparse.Namespace) -> None:
+    """What the model of the cost says of the runs; with `--fit` its factors are fitted to them and written first."""
+    rows = read(job.results)
+    if job.fit:
+        FITTED.write_text(json.dumps(fit(rows), indent=2) + "\n", encoding="utf-8")
+        fitted.cache_clear()
+    print(table(rows))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="smolvlm-256m")
@@ -241,13 +271,19 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--folder", type=Path, help="where the files go, and stay; default: a temporary one")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--check", action="store_true", help="hold the model of the cost against the results")
+    parser.add_argument("--fit", action="store_true", help="fit its factors to them")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     job = parser.parse_args()
     if job.stage is not None:
         run_stage(job)
         return
+    if job.check or job.fit:
+        check(job)
+        return
     stays = job.folder is not None
     job.folder = job.folder or Path(tempfile.mkdtemp(prefix="scale-"))
+    machine = measure_machine(anatomy(job.shape).dtype, job.folder.parent, job.threads)
     try:
         stages = in_processes(job)
     finally:
@@ -257,12 +293,13 @@ def main() -> None:
         "shape": job.shape,
         "says": SHAPES[job.shape].says,
         "dtype": str(DTYPE).removeprefix("torch."),
-        **{name: getattr(job, name) for name in ("stream", "threads", "rounds", "compensation")},
+        **{name: getattr(job, name) for name in ASKED},
+        "machine": asdict(machine),
         "stages": stages,
         "versions": installed_versions(),
     }
-    with job.results.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    kept = [other for other in read(job.results) if any(other[name] != row[name] for name in ("shape", *ASKED))]
+    job.results.write_text("".join(json.dumps(one) + "\n" for one in (*kept, row)), encoding="utf-8")
 
 
 if __name__ == "__main__":

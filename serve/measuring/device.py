@@ -54,7 +54,7 @@ def measure_device(device: torch.device, threads: int, dtypes: Sequence[str] = (
                 copies[str(size)] = max(_copy_rate(device, size), copies.get(str(size), 0.0))
             for name in (name for name in dtypes if name in DTYPES):
                 rates[name] = max(_matmul_rate(device, DTYPES[name]), rates.get(name, 0.0))
-            launches.append(_launch_seconds(device))
+            launches.append(launch_seconds(device))
     return Device(
         kind=device.type,
         threads=threads,
@@ -190,7 +190,7 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return best
 
 
-def _launch_seconds(device: torch.device) -> float:
+def launch_seconds(device: torch.device) -> float:
     """Of one matrix product with nothing to do, as part of many: what any operation costs at least."""
     inputs, weights = torch.ones(1, 8, device=device), torch.ones(8, 8, device=device)
 

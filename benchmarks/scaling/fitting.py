@@ -1,0 +1,132 @@
+"""The model of the cost (serve/costing) against what `benchmarks/scale.py` measured, and its factors fitted to that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from scaling.making import ANSWER, SAMPLES
+from scaling.shapes import DTYPE, SHAPES
+from transformers import AutoModelForImageTextToText
+
+from slimvlm.compress.models.families import find_family
+from slimvlm.serve.costing.anatomy import Anatomy, model_anatomy
+from slimvlm.serve.costing.asked import Asked
+from slimvlm.serve.costing.cost import RESOURCES, CostModel, Factors, Ideal, fitted
+from slimvlm.serve.costing.machines import Machine
+
+Row = Mapping[str, Any]  # a line of scale.jsonl
+STAGES = ("plan", "slice", "export")
+BUSY = 0.7  # share of its threads that a process must have had for its seconds to count
+TRUST = 0.05  # how much a factor as it is weighs against one measured time
+
+
+@dataclass(frozen=True)
+class Point:
+    """A time or a peak that was measured, and what the model says of it: `said`, made of `ideal` where it is a time."""
+
+    shape: str
+    stream: str
+    what: str
+    measured: float
+    said: float
+    ideal: Ideal | None = None
+
+    @property
+    def error(self) -> float:
+        """Relative to what was measured."""
+        return self.said / self.measured - 1
+
+
+@cache
+def anatomy(name: str) -> Anatomy:
+    """Of a row of SHAPES."""
+    config = SHAPES[name].config()
+    config.dtype = DTYPE
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, dtype=DTYPE)
+    return model_anatomy(model, find_family(config), SHAPES[name].side)
+
+
+def was_alone(row: Row) -> bool:
+    """Whether the run had its processors to itself."""
+    shares = [stage["processor_seconds"] / stage["seconds"] for stage in row["stages"].values() if "seconds" in stage]
+    return sum(shares) / max(len(shares), 1) >= BUSY * row["threads"]
+
+
+def points(rows: Iterable[Row], factors: Factors | None = None) -> list[Point]:
+    """Every time and every peak; times only of runs that had the machine to themselves."""
+    return [point for row in rows for point in _points(row, factors or fitted())]
+
+
+def _points(row: Row, factors: Factors) -> Iterator[Point]:
+    stages, streamed = row["stages"], row["stream"] == "on"
+    text = stages.get("plain", {}).get("tokens", [0, 0])[1]
+    asked = Asked(
+        samples=SAMPLES,
+        rounds=row["rounds"],
+        refit=row["compensation"] != "none",
+        text_tokens=text,
+        answer_tokens=ANSWER + 1,
+        cached=True,
+    )
+    model = CostModel(anatomy(row["shape"]), asked, Machine(**row["machine"]), factors)
+    where = row["shape"], row["stream"]
+    ideals = {
+        "plain": ("per_sample", model.passes(1, 1, 1)),
+        "calibrate": ("per_sample", model.calibration(SAMPLES, streamed).times(1 / SAMPLES)),
+        **{name: ("seconds", model.ideal(name, streamed)) for name in STAGES},
+    }
+    for name, (what, ideal) in ideals.items():
+        if what in stages.get(name, {}) and was_alone(row):
+            yield Point(*where, f"{name}: seconds", stages[name][what], model.sum(ideal), ideal)
+    for name in STAGES:
+        if "peak_bytes" in stages.get(name, {}):
+            yield Point(*where, f"{name}: peak bytes", stages[name]["peak_bytes"], model.peak(name, streamed))
+
+
+def fit(rows: Sequence[Row]) -> Factors:
+    """The factors on seconds that leave the least squares of relative errors; what no time depends on stays."""
+    before = np.array([fitted()["seconds"][name] for name in RESOURCES])
+    timed = [point for point in points(rows) if point.ideal is not None]
+    shares = [[getattr(point.ideal, name) / point.measured for name in RESOURCES] for point in timed]
+    system = np.vstack([np.array(shares).reshape(-1, len(RESOURCES)), np.diag(TRUST / before)])
+    target = np.concatenate([np.ones(len(timed)), np.full(len(RESOURCES), TRUST)])
+    used = np.ones(len(RESOURCES), dtype=bool)
+    while True:  # a factor below zero is none
+        found = np.zeros(len(RESOURCES))
+        found[used] = np.linalg.lstsq(system[:, used], target, rcond=None)[0]
+        if (found >= 0).all():
+            break
+        used &= found > 0
+    seconds = {name: round(float(factor), 3) for name, factor in zip(RESOURCES, found, strict=True)}
+    return {**fitted(), "seconds": seconds}
+
+
+def table(rows: Sequence[Row]) -> str:
+    """What was measured, what the model says, and its error, a line each; sums of a run's seconds at the end."""
+    found = points(rows)
+    lines = [f"{'':44} {'measured':>12} {'model':>12} {'error':>7}"]
+    for point in found:
+        scale, unit = (2**30, "GiB") if "bytes" in point.what else (1, "s")
+        name = f"{point.shape}, streamed {point.stream}, {point.what}"
+        numbers = f"{point.measured / scale:>9.2f} {unit:>2} {point.said / scale:>9.2f} {unit:>2}"
+        lines.append(f"{name:60} {numbers} {point.error:>+7.0%}")
+    for (shape, stream), error in totals(found).items():
+        lines.append(f"{f'{shape}, streamed {stream}, all stages: seconds':60} {error:>+33.0%}")
+    return "\n".join(lines)
+
+
+def totals(found: Iterable[Point]) -> dict[tuple[str, str], float]:
+    """Error of the seconds of plan, slice and export together, by (shape, streamed)."""
+    sums: dict[tuple[str, str], list[float]] = {}
+    for point in found:
+        if point.ideal is not None and point.what.startswith(STAGES):
+            both = sums.setdefault((point.shape, point.stream), [0.0, 0.0])
+            both[0] += point.measured
+            both[1] += point.said
+    return {run: said / measured - 1 for run, (measured, said) in sums.items()}
