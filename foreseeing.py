@@ -55,6 +55,7 @@ FORWARD = 1 / 3  # of a forward and a backward pass
 TRAINED_BYTES = 12  # per trained parameter: its gradient and two moments in fp32
 TRIED = 5  # at most: calibrated, learnt, evaluated, refitted twice
 DECODER_TESTS = 2  # of every backend
+DECIDED = 2 / 3  # of the seconds of a cell: many are decided sooner
 LOADS = 3  # what loading, saving and reading again in the slice stage take, in loads of the model
 
 
@@ -292,7 +293,9 @@ def _steps(
         }
         cells = sum(run.values()) * (len(ProfileOptions.batch_sizes) + DECODER_TESTS)
         starting = ProfileOptions.starts * (1 + left) * pace.loaded
-        yield Step("profile", "latency and memory of both models, in turns", cells * (CELL_SECONDS + starting))
+        yield Step(
+            "profile", "latency and memory of both models, in turns", cells * (DECIDED * CELL_SECONDS + starting)
+        )
 
 
 def _many(number: int, thing: str) -> str:
