@@ -282,10 +282,10 @@ def _steps(
     names = "dense, with the images shuffled" + (", cut" if trained is not None else "") + ", slim"
     yield Step("evaluate", f"{len(data.evaluation)} questions: {names}", models * len(data.evaluation) * pace.evaluated)
     if formats := _formats(options):
-        written = sum(len(options.variants) or 1 if form == ONNX else 1 for form in formats)
+        graphs = sum(len(options.variants) or 1 if form == ONNX else 1 for form in formats)
         traced = fitted()["seconds"]["trace"] * pace.linears * pace.launched
         checked = ExportOptions.samples * pace.evaluated * left
-        seconds = pace.loaded + len(formats) * traced + written * checked
+        seconds = pace.loaded + len(formats) * traced + graphs * checked
         yield Step("export", f"{', '.join(formats)}, each checked against torch", seconds)
     if options.profile:
         run = {
