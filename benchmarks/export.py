@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import shutil
 import sys
 import tempfile
 import threading
@@ -24,7 +23,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from pkgutil import resolve_name
 
 import numpy as np
 import torch
@@ -43,7 +41,7 @@ from slimvlm.export.running.manifest import VERSIONED
 from slimvlm.export.running.runners import SessionRunner
 from slimvlm.export.variants import VARIANTS
 from slimvlm.export.writers.onnx_rewriting import fuse
-from slimvlm.export.writers.onnx_writer import write_onnx
+from slimvlm.export.writers.onnx_writer import trace_onnx, write_onnx, write_variant
 
 PROMPT, VOCABULARY, IMAGE_TOKEN = 128, 8000, 7999
 
@@ -83,15 +81,14 @@ def speed(repeats: int, exporter: str) -> dict[str, object]:
         files: dict[str, Path] = {}
         for name, heads, channels in (("dense", 16, 4096), ("half", 8, 2048)):
             graph = decoder_of(medium(heads, channels), torch.zeros(2, 3, 16, 16))
-            full, fused = (Path(scratch) / f"{name}{suffix}.onnx" for suffix in ("", "_fused"))
-            write_onnx(graph, full, ExportOptions(exporter=exporter))
-            shutil.copyfile(full, fused)
-            fuse(fused, "cpu", EXTERNAL_BYTES)
-            files |= {f"{name} fp32": full, f"{name} fp32 fused": fused}
-            made = [(full, row, row.name) for row in VARIANTS.values() if row.writer and row.dtype == "float32"]
-            for source, row, kind in [*made, (fused, VARIANTS["int8"], "int8 fused")]:
+            full = trace_onnx(graph, ExportOptions(exporter=exporter)).model
+            fused = full.clone()
+            fuse(fused, "cpu")
+            made = [(full, row, row.name) for row in VARIANTS.values() if row.dtype == "float32"]
+            made += [(fused, VARIANTS[kind], f"{kind} fused") for kind in ("fp32", "int8")]
+            for source, row, kind in made:
                 files[f"{name} {kind}"] = target = Path(scratch) / f"{name} {kind}.onnx"
-                resolve_name(str(row.writer))(source, target, row, EXTERNAL_BYTES)
+                write_variant(source, target, row, EXTERNAL_BYTES)
         runs = {name: _runs(path) for name, path in files.items()}
         least = {name: [float("inf")] * 2 for name in runs}
         for _ in range(repeats):

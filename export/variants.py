@@ -44,8 +44,8 @@ class Variant:
         suffix: of file names, as transformers.js asks for them.
         dtype: torch's name of what the graph is traced in, which its activations and its cache keep.
         weight_bytes: of one weight of a matrix, its part of a scale included.
-        writer: of ONNX graphs alone, `module:function`: (traced graph's file, file to be, the variant, bytes from
-            which weights stand apart); none where the graph is written as it was traced.
+        writer: of ONNX graphs alone, `module:function`: (traced model, the variant, a folder for files in between) ->
+            rewritten model, which may be the same one; none where the graph is written as it was traced.
         bits: of a weight, for writers that can be told.
         torch: what a checkpoint has instead of graphs; None where there is no such thing.
     """

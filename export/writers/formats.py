@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from pkgutil import resolve_name
 
 from slimvlm.compress.progress import Progress
 from slimvlm.export.graphs.graph import Graph
 from slimvlm.export.options import ExportOptions
 from slimvlm.export.running.manifest import Artifact
 from slimvlm.export.running.names import EMBED
-from slimvlm.export.variants import TRACED, VARIANTS, Variant
+from slimvlm.export.variants import Variant
 from slimvlm.export.writers.torch_writer import compiled_name, write_pt2, write_torchscript
 
 
@@ -38,36 +36,31 @@ def write_graphs(
 
 
 def _onnx(folder: Path, graph: Graph, variants: Sequence[Variant], options: ExportOptions) -> Iterator[Artifact]:
-    """The graph is written once; the quantized variants are made of that file, which is kept where it is asked for."""
+    """The graph is traced once; every variant is a rewriting of it, and reads the weights anew."""
     from slimvlm.export.writers.onnx_rewriting import fuse
-    from slimvlm.export.writers.onnx_writer import write_onnx
+    from slimvlm.export.writers.onnx_writer import trace_onnx, write_variant
     from slimvlm.export.writers.rounding import largest_shift
 
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        for variant in (VARIANTS[TRACED[variants[0].dtype]], *(row for row in variants if row.writer)):
-            started, file = time.perf_counter(), _file("onnx", graph, variant, ".onnx")
-            steps = None
-            target = folder / file if variant in variants else Path(scratch) / Path(file).name
-            if variant.writer is None:
-                written, source = write_onnx(graph, target, options), target
-                if options.fuse is not None:
-                    fuse(target, options.fuse, options.external_bytes)
-            else:
-                resolve_name(variant.writer)(source, target, variant, options.external_bytes)
-                steps = largest_shift(source, target, variant)
-            if variant in variants:
-                yield Artifact(
-                    graph=graph.name,
-                    format="onnx",
-                    variant=variant.name,
-                    file=file,
-                    exporter=written.exporter,
-                    seconds=time.perf_counter() - started,
-                    opset=written.opset,
-                    fallback_reason=written.fallback_reason,
-                    fused_for=options.fuse,
-                    steps=steps,
-                )
+    started = time.perf_counter()
+    traced = trace_onnx(graph, options)
+    if options.fuse is not None:
+        fuse(traced.model, options.fuse)
+    for variant in variants:
+        file = _file("onnx", graph, variant, ".onnx")
+        write_variant(traced.model, folder / file, variant, options.external_bytes)
+        yield Artifact(
+            graph=graph.name,
+            format="onnx",
+            variant=variant.name,
+            file=file,
+            exporter=traced.exporter,
+            seconds=time.perf_counter() - started,
+            opset=traced.opset,
+            fallback_reason=traced.fallback_reason,
+            fused_for=options.fuse,
+            steps=largest_shift(traced.model, folder / file, variant) if variant.is_rounded else None,
+        )
+        started = time.perf_counter()
 
 
 def _torchscript(folder: Path, graph: Graph, variants: Sequence[Variant], _: ExportOptions) -> Iterator[Artifact]:

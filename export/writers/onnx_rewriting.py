@@ -2,47 +2,48 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 import onnx
 import onnx_ir
 
+from slimvlm.export.options import EXTERNAL_BYTES
 from slimvlm.export.running.quiet import quiet
 from slimvlm.export.variants import Variant
-from slimvlm.export.writers.onnx_writer import save_onnx
+from slimvlm.export.writers.onnx_writer import data_name, save_onnx
 
 QUANTIZED_OPERATORS = ["MatMul", "Gemm", "Gather"]  # no convolutions: one per image, and slow in int8 on a CPU
 
 
-def quantize_int8(source: Path, target: Path, _: Variant, external_bytes: int) -> None:
-    """Writes `source` with int8 weights, one scale per output channel; activations are quantized as they come."""
+def quantize_int8(model: onnx_ir.Model, _: Variant, scratch: Path) -> onnx_ir.Model:
+    """A model with int8 weights, one scale per output channel; activations are quantized as they come.
+
+    ONNX Runtime does this from file to file: those are written into the folder `scratch`, and in memory is the result.
+    """
     with quiet():
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    with quiet(), tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        draft = Path(scratch) / target.name
+    source, draft = scratch / "full.onnx", scratch / "int8.onnx"
+    save_onnx(model, source, EXTERNAL_BYTES)
+    with quiet():
         quantize_dynamic(
             source,
             draft,
             op_types_to_quantize=QUANTIZED_OPERATORS,
             per_channel=True,
             weight_type=QuantType.QInt8,
-            use_external_data_format=source.with_name(source.name + "_data").exists(),
+            use_external_data_format=source.with_name(data_name(source)).exists(),
         )
-        save_onnx(onnx_ir.serde.deserialize_model(onnx.load(draft)), target, external_bytes)
+    return onnx_ir.serde.deserialize_model(onnx.load(draft))
 
 
-def fuse(path: Path, provider: str, external_bytes: int) -> None:
-    """Rewrites a graph with ONNX Runtime's fused operators for an execution provider (`cpu`, `cuda`)."""
+def fuse(model: onnx_ir.Model, provider: str) -> None:
+    """Rewrites a model with ONNX Runtime's fused operators for an execution provider (`cpu`, `cuda`)."""
     from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
 
-    model = onnx_ir.load(path)
     with quiet():
         fuse_for_onnxruntime(model, provider)
     _split_turned_products(model)
-    onnx_ir.external_data.load_to_model(model)
-    save_onnx(model, path, external_bytes)
 
 
 def _split_turned_products(model: onnx_ir.Model) -> None:

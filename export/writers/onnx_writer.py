@@ -1,6 +1,7 @@
-"""One graph -> one `.onnx` file: the dynamo exporter first, the TorchScript-based one where that fails.
+"""One graph -> ONNX: the dynamo exporter first, the TorchScript-based one where that fails.
 
-An exporter may silently fix an axis that was asked to vary; the saved graph is looked at, and such a graph is refused.
+An exporter may silently fix an axis that was asked to vary; the graph is looked at, and such a one is refused. Weights
+are read when they are written, one after the other: no second copy of them is ever in memory.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -23,26 +25,43 @@ from slimvlm.compress.errors import UnsupportedModelError
 from slimvlm.export.graphs.graph import Graph
 from slimvlm.export.options import DYNAMO, TORCHSCRIPT, ExportOptions
 from slimvlm.export.running.quiet import quiet
+from slimvlm.export.variants import FULL, VARIANTS, Variant
 from slimvlm.export.writers.tracing import exported_program, first_line
 
 INSIDE_BYTES = 256  # smaller weights stand in the graph
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
-    """How a graph was written: exporter, opset, and why the first exporter was not used, if so."""
+class Traced:
+    """A graph as ONNX, in memory but for its weights: by which exporter, opset, and why not by the first, if so."""
 
+    model: onnx_ir.Model
     exporter: str
     opset: int
     fallback_reason: str | None = None
 
 
-def write_onnx(graph: Graph, path: Path, options: ExportOptions) -> Written:
-    """Writes `path`, and `path` with suffix `.onnx_data` beside it where the weights exceed the threshold.
+def write_onnx(graph: Graph, path: Path, options: ExportOptions) -> Traced:
+    """`trace_onnx` and `write_variant`, of the graph as it is traced."""
+    traced = trace_onnx(graph, options)
+    write_variant(traced.model, path, VARIANTS[FULL], options.external_bytes)
+    return traced
+
+
+def write_variant(traced: onnx_ir.Model, path: Path, variant: Variant, external_bytes: int) -> None:
+    """Writes a traced model as the variant has it, with files of its writer's in between in the same folder."""
+    model = traced.clone()
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        if variant.writer is not None:
+            model = resolve_name(variant.writer)(model, variant, Path(scratch))
+        save_onnx(model, path, external_bytes)
+
+
+def trace_onnx(graph: Graph, options: ExportOptions) -> Traced:
+    """The graph as ONNX; its weights are those of the module, which `save_onnx` reads.
 
     Raises:
         UnsupportedModelError: no exporter gives this graph with all its axes.
-        OSError: the file cannot be written.
     """
     wanted = (DYNAMO, TORCHSCRIPT) if options.exporter == "auto" else (options.exporter,)
     failures = []
@@ -57,8 +76,7 @@ def write_onnx(graph: Graph, path: Path, options: ExportOptions) -> Written:
             failures.append(f"{exporter}: {first_line(error)}")
             continue
         _name_shapes(graph, model)
-        save_onnx(model, path, options.external_bytes)
-        return Written(exporter, model.opset_imports[""], "; ".join(failures) or None)
+        return Traced(model, exporter, model.opset_imports[""], "; ".join(failures) or None)
     raise UnsupportedModelError(f"{graph.name} cannot be exported to ONNX ({'; '.join(failures)})")
 
 
@@ -66,8 +84,11 @@ def save_onnx(model: onnx_ir.Model, path: Path, external_bytes: int) -> None:
     """Saves a model, with its weights in `<name>.onnx_data` beside it (the name transformers.js expects) if large.
 
     Of a weight only the tensor is written, not its shape a second time: int8 transposes weights and then finds the
-    second one wrong. Weights that are in another file already stay there. What the exporter notes of every operator
+    second one wrong. Weights that are in another graph's file stay there. What the exporter notes of every operator
     (lines of code, paths of this machine) is left out: in a small model it is as large as the int8 weights of a layer.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     for node in model.graph.all_nodes():
         node.metadata_props.clear()
@@ -76,14 +97,41 @@ def save_onnx(model: onnx_ir.Model, path: Path, external_bytes: int) -> None:
     for value in model.graph.initializers.values():
         value.shape = value.type = None
         value.metadata_props.clear()
-    own = [value for value in model.graph.initializers.values() if not isinstance(value.const_value, ExternalTensor)]
-    large = [value for value in own if value.const_value is not None and value.const_value.nbytes > INSIDE_BYTES]
-    tensors = [value.const_value for value in large if value.const_value is not None]
-    if tensors and sum(tensor.nbytes for tensor in tensors) >= external_bytes:
-        beside = onnx_ir.external_data.convert_tensors_to_external(tensors, path.parent, data_name(path))
-        for value, tensor in zip(large, beside, strict=True):
-            value.const_value = tensor
+    data = path.with_name(data_name(path))
+    held = [(value, value.const_value) for value in model.graph.initializers.values() if value.const_value is not None]
+    own = [(value, tensor) for value, tensor in held if not _stays(tensor, data)]
+    large = [(value, tensor) for value, tensor in own if tensor.nbytes > INSIDE_BYTES]
+    if large and sum(tensor.nbytes for _, tensor in large) >= external_bytes:
+        values, tensors = zip(*large, strict=True)
+        with quiet():  # it warns that what was in the file before is no more
+            beside = onnx_ir.external_data.convert_tensors_to_external(tensors, path.parent, data.name)
+        for value, apart in zip(values, beside, strict=True):
+            value.const_value = apart
+    else:
+        for value, tensor in own:
+            if isinstance(tensor, ExternalTensor):
+                value.const_value = onnx_ir.tensor(numbers(tensor), name=value.name)
+        data.unlink(missing_ok=True)
     onnx_ir.save(model, path)
+
+
+def _stays(tensor: onnx_ir.TensorProtocol, data: Path) -> bool:
+    """Whether a weight is in a file already, and that is not the one to be written."""
+    return isinstance(tensor, ExternalTensor) and Path(tensor.location).name != data.name
+
+
+def numbers(tensor: onnx_ir.TensorProtocol, first: int = 0, most: int | None = None) -> np.ndarray:
+    """A weight as an array, or `most` of its numbers from the `first` on, in one row.
+
+    What is in a file is read: of a mapped one all that was looked at would stay in memory.
+    """
+    if isinstance(tensor, ExternalTensor):
+        kind = tensor.dtype.numpy()
+        count = tensor.size if most is None else min(most, tensor.size - first)
+        read = np.fromfile(tensor.path, kind, count, offset=(tensor.offset or 0) + first * kind.itemsize)
+        return read if most is not None else read.reshape(tensor.shape.numpy())
+    held = tensor.numpy()
+    return held if most is None else held.reshape(-1)[first : first + most]
 
 
 def data_name(path: Path) -> str:

@@ -14,24 +14,22 @@ import onnx_ir
 
 from slimvlm.compress.options import BLOCK
 from slimvlm.export.variants import Variant
+from slimvlm.export.writers.onnx_writer import numbers
 
 WITHIN = 1.05  # steps: half a one, or a whole on the side that has a code less, and what a scale in half precision adds
 AT_ONCE = 2**22  # weights that are compared at a time
 
-Numbers = Mapping[str, np.ndarray]
+Weights = Mapping[str, onnx_ir.TensorProtocol]
 Pair = tuple[np.ndarray, np.ndarray, int]  # weights that share a scale along the last axis, in full and rounded; bits
 
 
-def largest_shift(source: Path, target: Path, variant: Variant) -> float:
-    """Largest distance of a weight in `target` from that in `source`, in steps of those that it shares a scale with.
+def largest_shift(full: onnx_ir.Model, target: Path, variant: Variant) -> float:
+    """Largest distance of a weight in the file `target` from that in `full`, in steps of those it shares a scale with.
 
     A step is the largest of these weights over 2^(bits - 1). Infinite where a weight is missing.
     """
-    full, worst = onnx_ir.load(source).graph, 0.0
-    written = _numbers(onnx_ir.load(target).graph)
-    for name, rows, is_product in _rows(full):
-        if name in written:
-            continue  # as it was
+    written, worst = _weights(onnx_ir.load(target).graph), 0.0
+    for name, rows, is_product in _rows(full.graph, written):
         for wanted, found, bits in _pairs(name, rows, written, variant.bits, is_product):
             step = np.abs(wanted).max(-1) / 2 ** (bits - 1)
             error = np.abs(found - wanted.astype(np.float32)).max(-1)
@@ -40,34 +38,38 @@ def largest_shift(source: Path, target: Path, variant: Variant) -> float:
     return worst
 
 
-def _numbers(graph: onnx_ir.Graph) -> Numbers:
+def _weights(graph: onnx_ir.Graph) -> Weights:
     """The weights of a graph by name."""
     found = {name: value.const_value for name, value in graph.initializers.items()}
-    return {name: tensor.numpy() for name, tensor in found.items() if tensor is not None}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
-def _rows(graph: onnx_ir.Graph) -> Iterator[tuple[str, np.ndarray, bool]]:
-    """Every weight of a matrix, a table or a convolution: its name, rows (one per output), whether it multiplies."""
-    weights = _numbers(graph)
+def _rows(graph: onnx_ir.Graph, written: Weights) -> Iterator[tuple[str, np.ndarray, bool]]:
+    """Every matrix, table or kernel that is not as it was: its name, rows (one per output), whether it multiplies."""
+    weights = _weights(graph)
     for node in graph:
         at = 0 if node.op_type == "Gather" else 1
         value = node.inputs[at] if node.op_type in ("MatMul", "Gemm", "Gather", "Conv") else None
-        weight = weights.get(str(value.name)) if value is not None else None
-        if weight is None or weight.ndim < 2 or not np.issubdtype(weight.dtype, np.floating):
+        name = "" if value is None else str(value.name)
+        weight = weights.get(name)
+        if weight is None or name in written or len(weight.shape) < 2 or not weight.dtype.is_floating_point():
             continue
         turned = node.op_type == "MatMul" or (node.op_type == "Gemm" and not node.attributes.get_int("transB", 0))
-        yield str(value.name), weight.T if turned else weight, node.op_type in ("MatMul", "Gemm")  # type: ignore[union-attr]
+        yield name, numbers(weight).T if turned else numbers(weight), node.op_type in ("MatMul", "Gemm")
 
 
-def _pairs(name: str, rows: np.ndarray, written: Numbers, bits: int, is_product: bool) -> Iterator[Pair]:
+def _pairs(name: str, rows: np.ndarray, written: Weights, bits: int, is_product: bool) -> Iterator[Pair]:
     """Rows [N, ...] beside what became of them; infinitely far where that is not there."""
     suffix = "" if is_product else "_rows"
-    if (codes := written.get(f"{name}_q{bits}{suffix}")) is not None:
-        yield from _blocks(rows, codes, written[f"{name}_q{bits}_scales{suffix}"], bits)
+    if f"{name}_q{bits}{suffix}" in written:
+        codes, scales = (numbers(written[f"{name}_q{bits}{part}{suffix}"]) for part in ("", "_scales"))
+        yield from _blocks(rows, codes, scales, bits)
         return
     for codes_name, scale_name in (("_int8", "_scales"), ("_quantized", "_scale")):
-        if (codes := written.get(name + codes_name)) is not None:
-            zero, scale = written.get(f"{name}_zero_point", np.zeros(1, np.int8)), written[name + scale_name]
+        if name + codes_name in written:
+            codes, scale = numbers(written[name + codes_name]), numbers(written[name + scale_name])
+            point = written.get(f"{name}_zero_point")
+            zero = np.zeros(1, np.int8) if point is None else numbers(point)
             groups = scale.size, -1
             codes, zero = (codes.T if is_product else codes).reshape(groups), zero.reshape(-1, 1)
             yield rows.reshape(groups), (codes.astype(np.float32) - zero) * scale.reshape(-1, 1), 8

@@ -13,7 +13,10 @@ from typing import Any
 import numpy as np
 import onnx_ir
 
-from slimvlm.export.writers.onnx_writer import INSIDE_BYTES, save_onnx
+from slimvlm.export.writers.onnx_writer import INSIDE_BYTES, numbers, save_onnx
+
+AT_ONCE = 2**22  # numbers that are compared at a time
+Found = tuple[onnx_ir.Value, str, bool]  # a reader's weight, its name in the owner, whether it is transposed there
 
 
 def share_table(owner: Path, readers: Sequence[Path], external_bytes: int) -> None:
@@ -22,57 +25,58 @@ def share_table(owner: Path, readers: Sequence[Path], external_bytes: int) -> No
 
     Nothing changes where no reader does. All files lie in one folder.
     """
-    model = _loaded(owner)
-    held = [value for value in model.graph.initializers.values() if value.const_value is not None]
-    table = [value for value in held if value.const_value.nbytes > INSIDE_BYTES]  # type: ignore[union-attr]
-    tied = {path: found for path in readers if (found := _holding(_loaded(path), table))}
+    model = onnx_ir.load(owner)
+    held = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+    table = [tensor for tensor in held if tensor.nbytes > INSIDE_BYTES]
+    tied = {path: (reader, found) for path in readers if (found := _found(reader := onnx_ir.load(path), table))}
     if not tied:
         return
     save_onnx(model, owner, external_bytes=0)
     weights = onnx_ir.load(owner).graph.initializers
-    for path, (reader, values) in tied.items():
-        for value, name in values:
-            _replace(reader, value, weights[name].const_value)
+    for path, (reader, found) in tied.items():
+        for value, name, is_turned in found:
+            _replace(reader, value, weights[name].const_value, is_turned)
         save_onnx(reader, path, external_bytes)
 
 
-def _loaded(path: Path) -> onnx_ir.Model:
-    model = onnx_ir.load(path)
-    onnx_ir.external_data.load_to_model(model)  # its files are about to be written again
-    return model
-
-
-def _holding(
-    model: onnx_ir.Model, table: Sequence[onnx_ir.Value]
-) -> tuple[onnx_ir.Model, list[tuple[onnx_ir.Value, str]]] | None:
-    """The model and its weights that are the table's, with the names that those have there."""
+def _found(model: onnx_ir.Model, table: Sequence[onnx_ir.TensorProtocol]) -> list[Found]:
+    """Those of a model's weights that are the table's."""
     found = []
     for value in model.graph.initializers.values():
-        if value.const_value is not None:
-            found += [(value, str(part.name)) for part in table if _same(value, part)][:1]
-    return (model, found) if found else None
+        if (held := value.const_value) is None:
+            continue
+        for part in table:
+            if held.nbytes != part.nbytes or held.dtype != part.dtype:
+                continue
+            if (is_same := _is_same(held, part)) or _is_turned(held, part):
+                found.append((value, str(part.name), not is_same))
+                break
+    return found
 
 
-def _same(value: onnx_ir.Value, part: onnx_ir.Value) -> bool:
-    held, wanted = value.const_value, part.const_value
-    assert held is not None and wanted is not None
-    if held.nbytes != wanted.nbytes or held.dtype != wanted.dtype:
+def _is_same(held: onnx_ir.TensorProtocol, part: onnx_ir.TensorProtocol) -> bool:
+    """Whether all bits are, in whatever shape; read up to the first that is not."""
+    counts = range(0, part.size, AT_ONCE)
+    pairs = ((numbers(held, at, AT_ONCE), numbers(part, at, AT_ONCE)) for at in counts)
+    return all(left.tobytes() == right.tobytes() for left, right in pairs)
+
+
+def _is_turned(held: onnx_ir.TensorProtocol, part: onnx_ir.TensorProtocol) -> bool:
+    if len(held.shape) != 2 or held.shape.numpy() != part.shape.numpy()[::-1]:
         return False
-    return held.tobytes() == wanted.tobytes() or _is_turned(held, wanted)
+    rows, wanted = numbers(held).T, numbers(part)
+    each = max(1, AT_ONCE // max(1, wanted.shape[1]))
+    return all(np.array_equal(rows[at : at + each], wanted[at : at + each]) for at in range(0, len(wanted), each))
 
 
-def _is_turned(held: onnx_ir.TensorProtocol, wanted: onnx_ir.TensorProtocol) -> bool:
-    return len(held.shape) == 2 and np.array_equal(held.numpy(), wanted.numpy().T)
-
-
-def _replace(model: onnx_ir.Model, value: onnx_ir.Value, weights: Any) -> None:
+def _replace(model: onnx_ir.Model, value: onnx_ir.Value, weights: Any, is_turned: bool) -> None:
     """Puts the shared weights, an `onnx_ir.ExternalTensor`, in the place of an initializer."""
     held = value.const_value
     assert held is not None
-    if held.tobytes() == weights.tobytes():
+    if not is_turned:
         place = weights.location, weights.offset, weights.length, weights.dtype
         value.const_value = onnx_ir.ExternalTensor(
-            *place, shape=onnx_ir.Shape(held.numpy().shape), name=str(value.name), base_dir=weights.base_dir
+            *place, shape=onnx_ir.Shape(held.shape.numpy()), name=str(value.name), base_dir=weights.base_dir
         )
         return
     shared = onnx_ir.Value(name=f"{value.name}_shared", const_value=weights)

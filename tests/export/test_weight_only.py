@@ -13,8 +13,7 @@ from slimvlm.compress.recovery.adapters.rounding import round_blocks
 from slimvlm.export.options import EXTERNAL_BYTES, ExportOptions
 from slimvlm.export.running.runners import SessionRunner
 from slimvlm.export.variants import VARIANTS
-from slimvlm.export.writers.onnx_writer import write_onnx
-from slimvlm.export.writers.weight_only import quantize_weights
+from slimvlm.export.writers.onnx_writer import trace_onnx, write_variant
 
 
 @pytest.mark.parametrize("width, count", WIDTHS)
@@ -22,10 +21,10 @@ from slimvlm.export.writers.weight_only import quantize_weights
     "variant", [row for row in VARIANTS.values() if "weight_only" in str(row.writer)], ids=lambda given: given.name
 )
 def test_every_weight_stays_within_a_step_of_its_block(tmp_path, variant, width, count):
-    module, source, target = Weights(width, count), tmp_path / "full.onnx", tmp_path / "few.onnx"
+    module, target = Weights(width, count), tmp_path / "few.onnx"
     graph = module.graph(getattr(torch, variant.dtype))
-    write_onnx(graph, source, ExportOptions(exporter="torchscript"))
-    quantize_weights(source, target, variant, EXTERNAL_BYTES)
+    traced = trace_onnx(graph, ExportOptions(exporter="torchscript")).model
+    write_variant(traced, target, variant, EXTERNAL_BYTES)
     found = SessionRunner({"weights": target}).run("weights", {port.name: port.sample.numpy() for port in graph.inputs})
     wanted = {"flat": module.flat.weight, "deep": module.deep.weight, "table": module.table.weight}
     for name, weight in wanted.items():
@@ -42,10 +41,10 @@ def test_every_weight_stays_within_a_step_of_its_block(tmp_path, variant, width,
 @pytest.mark.parametrize("width, count", WIDTHS)
 @pytest.mark.parametrize("name", ROUNDED)
 def test_a_recovery_rounds_weights_as_they_are_written(tmp_path, name, width, count):
-    module, source, target = Weights(width, count), tmp_path / "full.onnx", tmp_path / "few.onnx"
+    module, target = Weights(width, count), tmp_path / "few.onnx"
     graph = module.graph(torch.float32)
-    write_onnx(graph, source, ExportOptions(exporter="torchscript"))
-    quantize_weights(source, target, VARIANTS[name], EXTERNAL_BYTES)
+    traced = trace_onnx(graph, ExportOptions(exporter="torchscript")).model
+    write_variant(traced, target, VARIANTS[name], EXTERNAL_BYTES)
     found = SessionRunner({"weights": target}).run("weights", {port.name: port.sample.numpy() for port in graph.inputs})
     for part in ("deep", "table"):
         wanted = round_blocks(getattr(module, part).weight.detach(), VARIANTS[name].bits).numpy()
@@ -63,7 +62,7 @@ def steps(rows: np.ndarray, bits: int) -> np.ndarray:
 def test_what_would_not_get_smaller_stays_as_it_is(tmp_path):
     """A row of one number: its scale alone is as large."""
     graph = Weights(1, 7).graph(torch.float32)
-    write_onnx(graph, tmp_path / "full.onnx", ExportOptions(exporter="torchscript"))
-    quantize_weights(tmp_path / "full.onnx", tmp_path / "few.onnx", VARIANTS["q4"], EXTERNAL_BYTES)
+    traced = trace_onnx(graph, ExportOptions(exporter="torchscript")).model
+    write_variant(traced, tmp_path / "few.onnx", VARIANTS["q4"], EXTERNAL_BYTES)
     kinds = {node.op_type for node in onnx.load(tmp_path / "few.onnx").graph.node}
     assert not kinds & {"MatMulNBits", "GatherBlockQuantized"}
