@@ -5,19 +5,20 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from slimvlm.compress.data.collate import Collator, collator_of
 from slimvlm.compress.data.samples import Sample
-from slimvlm.compress.errors import CheckFailedError, CheckpointError, OutputError
+from slimvlm.compress.errors import CheckFailedError, CheckpointError, OutputError, UnsuitableOptionError
 from slimvlm.compress.evaluation.soundness import check_computes
 from slimvlm.compress.files.folders import holds_others, listed_files, refuse_inside, reserved, written_folder
 from slimvlm.compress.files.writing import reported_as_output_errors
-from slimvlm.compress.models.checkpoint import build_meta, load_model
-from slimvlm.compress.models.computing import cast
+from slimvlm.compress.models.checkpoint import build_meta, load_model, stream_model
+from slimvlm.compress.models.computing import cast, is_to_be_streamed
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.export.checks.files import check_graphs
 from slimvlm.export.checks.reference import Reference, export_samples, first_batch, image_size, make_reference
@@ -28,7 +29,7 @@ from slimvlm.export.client.genai import genai_graphs, write_genai
 from slimvlm.export.client.preprocessing import write_example
 from slimvlm.export.graphs.build import build_graphs, check_exportable
 from slimvlm.export.graphs.graph import Graph, Model
-from slimvlm.export.options import ExportOptions
+from slimvlm.export.options import STREAMED_BYTES, TORCHSCRIPT, ExportOptions
 from slimvlm.export.packages import require_packages
 from slimvlm.export.running.manifest import Document, Manifest
 from slimvlm.export.variants import VARIANTS, Variant
@@ -61,8 +62,12 @@ def export_checkpoint(
         refuse_occupied(tar_name(out), options.overwrite)
     meta, family = build_meta(checkpoint, options.trust_remote_code)
     check_exportable(meta.config, family)
+    streams = _streams(options, meta)
+    if streams:
+        options = replace(options, external_bytes=min(options.external_bytes, STREAMED_BYTES))
+    load = partial(stream_model if streams else load_model, checkpoint, dtype=torch.float32)
     with reserved(out):
-        loaded = load_model(checkpoint, trust_remote_code=options.trust_remote_code, dtype=torch.float32)
+        loaded = load(trust_remote_code=options.trust_remote_code)
         collator = collator_of(loaded)
         origin = {"source": checkpoint, "digest": loaded.digest, "family": loaded.family.name}
         return export_model(loaded.model, collator, out, options, progress, origin)
@@ -107,6 +112,22 @@ def export_model(
     return result
 
 
+def _streams(options: ExportOptions, meta: Model) -> bool:
+    """Whether the model is streamed; by `auto` where it and a session of its graphs do not fit in fp32.
+
+    Raises:
+        UnsuitableOptionError: it is asked for what holds all weights in memory.
+    """
+    if options.formats == ("onnx",) and options.exporter != TORCHSCRIPT:
+        return is_to_be_streamed(options.stream, 2 * 4 * sum(weight.numel() for weight in meta.parameters()))
+    if options.stream == "on":
+        raise UnsuitableOptionError(
+            "--stream on writes ONNX graphs by the dynamo exporter; what TorchScript and torch.export write is made of "
+            "all weights in memory: leave --stream out"
+        )
+    return False
+
+
 def _graphs(model: Model, collator: Collator, samples: Sequence[Sample]) -> tuple[Graph, ...]:
     batch = first_batch(collator, samples)
     return build_graphs(model, collator.family, batch) + genai_graphs(model, collator.family)
@@ -141,7 +162,7 @@ def earlier_export(folder: Path) -> tuple[str, ...]:
 
 def _stated(options: ExportOptions) -> Document:
     stated = {**asdict(options), "data": None if options.data is None else str(options.data)}
-    return {name: value for name, value in stated.items() if name not in ("overwrite", "trust_remote_code")}
+    return {name: value for name, value in stated.items() if name not in ("overwrite", "trust_remote_code", "stream")}
 
 
 def _write_client(folder: Path, model: Model, reference: Reference, options: ExportOptions, manifest: Manifest) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slimvlm.compress.errors import UnsuitableOptionError
+from slimvlm.compress.options import STREAM
 from slimvlm.export.variants import FULL, QUANTIZED, TRACED, VARIANTS
 
 FORMATS = ("onnx", "torchscript", "pt2")
@@ -15,6 +16,7 @@ EXPORTERS = ("auto", DYNAMO, TORCHSCRIPT)
 FUSIONS = ("cpu", "cuda")
 OPSETS = range(18, 24)
 EXTERNAL_BYTES = 2 * 10**9  # a file of the ONNX format ends at 2 GiB
+STREAMED_BYTES = 2**28  # the same, of a model that does not fit into memory: a graph is put together there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,7 @@ class ExportOptions:
         max_new_tokens: longest generation in these checks.
         aoti: also compile the torch.export programs ahead of time (needs a C++ compiler).
         bundle: add a README and the whole folder as `<out>.tar`.
+        stream: of STREAM: blocks are read when they are needed, and weights when they are written.
         external_bytes: weights from this size on stand in a file beside their graph.
     """
 
@@ -54,6 +57,7 @@ class ExportOptions:
     bundle: bool = False
     overwrite: bool = False
     trust_remote_code: bool = False
+    stream: str = "auto"
     external_bytes: int = EXTERNAL_BYTES
 
     @property
@@ -68,7 +72,13 @@ class ExportOptions:
         Raises:
             UnsuitableOptionError: an unknown value, or options that contradict each other.
         """
-        known = {"dtype": DTYPES, "quantize": (None, *QUANTIZED), "exporter": EXPORTERS, "fuse": (None, *FUSIONS)}
+        known = {
+            "dtype": DTYPES,
+            "quantize": (None, *QUANTIZED),
+            "exporter": EXPORTERS,
+            "fuse": (None, *FUSIONS),
+            "stream": STREAM,
+        }
         for name, accepted in known.items():
             if (value := getattr(self, name)) not in accepted:
                 choices = ", ".join(item for item in accepted if item)

@@ -117,6 +117,7 @@ export_options = together(
         export_option("--max-new-tokens", type=COUNT, help="Longest generation in these checks."),
         export_option("--seed", type=SEED, help="Of the choice of samples."),
     ),
+    stream_option,
     panel(DATA, remote_code),
 )
 frontier_options = together(

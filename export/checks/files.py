@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from slimvlm.compress.progress import Progress
 from slimvlm.export.checks.parity import measure
 from slimvlm.export.checks.reference import Reference, check_tokens, graph_ports, port_of
 from slimvlm.export.graphs.graph import Graph
+from slimvlm.export.graphs.sizes import is_streamed
 from slimvlm.export.running.generation import Runner
 from slimvlm.export.running.manifest import Artifact, Manifest
 from slimvlm.export.running.runners import runner_of
@@ -30,12 +32,13 @@ def check_graphs(
     """Checks the files of these graphs, each format and variant, and notes in `manifest` what was found."""
     manifest.generation = reference.prompting
     sets: dict[str, list[Artifact]] = {}
+    open_runner = _parted if any(is_streamed(graph.module) for graph in graphs) else runner_of
     for artifact in artifacts:
         _note_ports(artifact, next(graph for graph in graphs if graph.name == artifact.graph), reference)
         sets.setdefault(artifact.backend, []).append(artifact)
     for done, together in enumerate(sets.values()):
         progress("check", done, len(sets))
-        _check_set(folder, together, reference, manifest)
+        _check_set(partial(open_runner, folder, together), together, reference, manifest)
     progress("check", len(sets), len(sets))
 
 
@@ -46,7 +49,16 @@ def _note_ports(artifact: Artifact, graph: Graph, reference: Reference) -> None:
     artifact.outputs = [port_of(name, seen[name], axes) for name, axes in graph.outputs.items()]
 
 
-def _check_set(folder: Path, artifacts: list[Artifact], reference: Reference, manifest: Manifest) -> None:
+def _parted(folder: Path, artifacts: Sequence[Artifact]) -> Runner:
+    """Of graphs of a model that is not in memory."""
+    from slimvlm.export.running.parts import PartedRunner
+
+    return PartedRunner({artifact.graph: folder / artifact.file for artifact in artifacts})
+
+
+def _check_set(
+    open_runner: Callable[[], Runner], artifacts: list[Artifact], reference: Reference, manifest: Manifest
+) -> None:
     """One format and variant: all its graphs alone, then together."""
     form, variant = artifacts[0].format, artifacts[0].variant
     judged = asdict(VARIANTS[variant].tolerance)
@@ -54,7 +66,7 @@ def _check_set(folder: Path, artifacts: list[Artifact], reference: Reference, ma
         judged = {name: value for name, value in judged.items() if name not in ("relative", "cosine")}
     manifest.tolerances[variant] = judged
     try:
-        runner = runner_of(folder, artifacts)
+        runner = open_runner()
     except Exception as error:  # a runtime that cannot load its own file: that is what is checked here
         for artifact in artifacts:
             artifact.ok = False

@@ -31,6 +31,7 @@ from slimvlm.export.graphs.graph import (
     present,
 )
 from slimvlm.export.graphs.masks import attention_masks
+from slimvlm.export.graphs.sizes import output_shapes
 from slimvlm.export.graphs.windows import reaches
 from slimvlm.export.running.names import DECODER, EMBED
 
@@ -159,8 +160,7 @@ def decoder_graph(model: Model, family: Family) -> Graph:
     return Graph(DECODER, module, ports, {"logits": ROWS, **present(ports[3:], TOTAL)})
 
 
-@torch.no_grad()
 def _cache_sizes(decoder: Decoder, embeds: Tensor, positions: Tensor) -> list[tuple[int, int]]:
     """(K, D) of every layer, measured: after a cut no config states them."""
-    outputs = decoder(embeds, torch.ones(embeds.shape[:2], dtype=torch.long), positions)
-    return [(keys.shape[1], keys.shape[3]) for keys in outputs[1::2]]
+    shapes = output_shapes(decoder, (embeds, torch.ones(embeds.shape[:2], dtype=torch.long), positions))
+    return [(keys[1], keys[3]) for keys in shapes[1::2]]

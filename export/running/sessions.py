@@ -50,10 +50,11 @@ def providers_of(graph: str, device: str, half: bool = False, engines: str | Non
     return [(PROVIDERS[kind], options), cuda]
 
 
-def open_session(path: Path, providers: Sequence[Provider], threads: int = 0) -> Session:
+def open_session(path: Path, providers: Sequence[Provider], threads: int = 0, graph: bytes | None = None) -> Session:
     """An `onnxruntime.InferenceSession`.
 
     Args:
+        graph: to open in the place of that in the file, beside which its weights are.
         providers: of `providers_of`.
         threads: of one operator; 0 is the runtime's choice. They wait for work without spinning.
 
@@ -76,8 +77,10 @@ def open_session(path: Path, providers: Sequence[Provider], threads: int = 0) ->
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # errors are raised as well; once is enough
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if graph is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     try:
-        session = onnxruntime.InferenceSession(path, sess_options=options, providers=list(providers))
+        session = onnxruntime.InferenceSession(graph or path, sess_options=options, providers=list(providers))
     except Exception as error:  # the runtime's own exceptions have no common base
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UnreadableGraphError(f"{path} cannot be opened by ONNX Runtime ({reason}); export it again") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -22,7 +23,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from slimvlm.compress.errors import UnsupportedModelError
+from slimvlm.compress.models.streaming.lazy import Lazy, read
 from slimvlm.export.graphs.graph import Graph
+from slimvlm.export.graphs.sizes import is_streamed, output_shapes
 from slimvlm.export.options import DYNAMO, TORCHSCRIPT, ExportOptions
 from slimvlm.export.running.quiet import quiet
 from slimvlm.export.variants import FULL, VARIANTS, Variant
@@ -64,6 +67,8 @@ def trace_onnx(graph: Graph, options: ExportOptions) -> Traced:
         UnsupportedModelError: no exporter gives this graph with all its axes.
     """
     wanted = (DYNAMO, TORCHSCRIPT) if options.exporter == "auto" else (options.exporter,)
+    if is_streamed(graph.module):  # the other exporter copies every weight
+        wanted = (DYNAMO,)
     failures = []
     for exporter in wanted:
         try:
@@ -159,11 +164,28 @@ def _by_dynamo(graph: Graph, opset: int) -> onnx_ir.Model:
         output_names=list(graph.outputs),
         opset_version=opset,
         verbose=False,
+        optimize=False,
     )
     if program is None:
         raise ValueError("the exporter gave nothing")
+    _read_when_written(graph.module, program.model)
+    program.optimize()
     _divide(program.model)
     return program.model
+
+
+def _read_when_written(module: torch.nn.Module, model: onnx_ir.Model) -> None:
+    """Puts weights that are read when their values are asked for in the place of the fake ones that were traced."""
+    weights = dict(module.named_parameters(remove_duplicate=False))
+    for name, value in model.graph.initializers.items():
+        weight = weights.get(name)
+        if isinstance(weight, Lazy) and (fake := value.const_value) is not None:
+            values = partial(_values, weight, name)
+            value.const_value = onnx_ir.LazyTensor(values, fake.dtype, onnx_ir.Shape(weight.shape), name=name)
+
+
+def _values(weight: Lazy, name: str) -> onnx_ir.TensorProtocol:
+    return onnx_ir.tensor(read([weight])[0].detach().numpy(), name=name)
 
 
 def _divide(model: onnx_ir.Model) -> None:
@@ -255,12 +277,10 @@ WRITTEN_BY = {DYNAMO: _by_dynamo, TORCHSCRIPT: _by_torchscript}
 
 def _name_shapes(graph: Graph, model: onnx_ir.Model) -> None:
     """States every input's and output's shape with our names: exporters write sums of symbols and made-up ones."""
-    inputs = {port.name: (port.sample, port.axes) for port in graph.inputs}
-    with torch.no_grad():
-        results = graph.module(*graph.samples)
-    results = (results,) if isinstance(results, Tensor) else results
-    outputs = dict(zip(graph.outputs, zip(results, graph.outputs.values(), strict=True), strict=True))
+    inputs = {port.name: (port.sample.shape, port.axes) for port in graph.inputs}
+    found = zip(output_shapes(graph.module, graph.samples), graph.outputs.values(), strict=True)
+    outputs = dict(zip(graph.outputs, found, strict=True))
     for values, known in ((model.graph.inputs, inputs), (model.graph.outputs, outputs)):
         for value in values:
-            tensor, axes = known[value.name or ""]
-            value.shape = onnx_ir.Shape([axes.get(axis, size) for axis, size in enumerate(tensor.shape)])
+            shape, axes = known[value.name or ""]
+            value.shape = onnx_ir.Shape([axes.get(axis, size) for axis, size in enumerate(shape)])

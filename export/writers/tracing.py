@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from slimvlm.export.graphs.graph import TOTAL, Graph
+from slimvlm.export.graphs.sizes import fake_weights
 
 _PROGRAMS: WeakKeyDictionary[nn.Module, torch.export.ExportedProgram] = WeakKeyDictionary()  # of living graphs
 
@@ -42,7 +43,7 @@ def exported_program(graph: Graph) -> torch.export.ExportedProgram:
     if graph.module not in _PROGRAMS:
         # An axis of several rows an image: else one image is taken for another case than two.
         oblivious = torch.fx.experimental._config.patch(backed_size_oblivious=bool(graph.unit))  # type: ignore[attr-defined]
-        with torch.no_grad(), oblivious:
+        with torch.no_grad(), oblivious, fake_weights(graph.module):
             _PROGRAMS[graph.module] = torch.export.export(
                 graph.module, graph.samples, dynamic_shapes=dynamic_shapes(graph), strict=False
             )

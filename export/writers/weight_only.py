@@ -147,12 +147,12 @@ def _lookup(rounder: Rounder, node: onnx_ir.Node) -> list[onnx_ir.Node]:
 def _convolution(rounder: Rounder, node: onnx_ir.Node) -> list[onnx_ir.Node]:
     """With a kernel [out, in, ...] in int8, a scale for every output; it is made floats again before it is used."""
     given, weight, *bias = node.inputs
-    if weight is None or 0 in (sizes := _sizes(weight)) or not sizes:
+    if weight is None or weight.const_value is None or not _sizes(weight) or 0 in _sizes(weight):
         return []
     kernel = numbers(weight.const_value)
     largest = np.abs(kernel).max(axis=tuple(range(1, kernel.ndim)), keepdims=True)
     scales = np.where(largest > 0, largest, 1) / 127
-    parts = {"int8": np.round(kernel / scales).astype(np.int8), "scales": scales.ravel()}
+    parts: dict[str, np.ndarray] = {"int8": np.round(kernel / scales).astype(np.int8), "scales": scales.ravel()}
     made = [_held(rounder.graph, onnx_ir.tensor(part, name=f"{weight.name}_{name}")) for name, part in parts.items()]
     floats = onnx_ir.node("DequantizeLinear", made, {"axis": 0})
     return [floats, onnx_ir.node("Conv", [given, floats.outputs[0], *bias], node.attributes)]

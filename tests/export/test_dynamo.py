@@ -7,6 +7,8 @@ from exports import random_feeds, shallow_model, size_of, tiny_samples
 from tiny_models import FACTORIES
 from torch import nn
 
+from slimvlm.compress.models.checkpoint import stream_model
+from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.export.checks.parity import Case, measure
 from slimvlm.export.checks.reference import first_batch, graph_ports, torch_runner
 from slimvlm.export.graphs.build import build_graphs
@@ -36,11 +38,18 @@ def as_program(graph, path):
 
 @pytest.mark.parametrize("name", FACTORIES)
 def test_dynamo_and_torch_export_write_the_graphs_of_every_family(tmp_path, name):
+    """ONNX of the streamed model, whose graphs are those of the one in memory (test_streamed.py), programs of that."""
     model, collator = shallow_model(name)
-    graphs = build_graphs(model, collator.family, first_batch(collator, tiny_samples(3, size_of(name))))
-    for graph in graphs if name in DECODERS else graphs[:1]:
+    save_checkpoint(tmp_path / "model", model, None, None)
+    models, batch = (
+        (model, stream_model(tmp_path / "model").model),
+        first_batch(collator, tiny_samples(3, size_of(name))),
+    )
+    graphs = list(zip(*(build_graphs(one, collator.family, batch) for one in models), strict=True))
+    for graph, streamed in graphs if name in DECODERS else graphs[:1]:
         feeds = {port.name: port.sample.numpy() for port in graph.inputs}
-        runners = (by_dynamo(graph, tmp_path / f"{graph.name}.onnx"), as_program(graph, tmp_path / f"{graph.name}.pt2"))
+        path = tmp_path / graph.name
+        runners = (by_dynamo(streamed, path.with_suffix(".onnx")), as_program(graph, path.with_suffix(".pt2")))
         for what, given in (("as traced", feeds), ("the first of the batch", first_row(graph, feeds))):
             case = Case(graph.name, what, given, torch_runner([graph]).run(graph.name, given))
             for runner in runners:

@@ -17,6 +17,7 @@ from slimvlm.compress.evaluation.evaluate import evaluate
 from slimvlm.compress.models.families import FAMILIES, Export
 from slimvlm.export.checks.answers import retell, torch_answers
 from slimvlm.export.graphs.decoder import Decoder, Embed
+from slimvlm.export.running import parts
 from slimvlm.export.running.generation import empty_cache
 from slimvlm.export.running.runners import SessionRunner, runner_of
 
@@ -141,6 +142,25 @@ def test_a_dual_encoder_gives_the_embeddings_of_torch(exported):
         artifacts = exported(name).manifest.artifacts
         assert [artifact.graph for artifact in artifacts] == ["vision_model", "text_model"]
         assert [artifact.outputs[0].name for artifact in artifacts] == outputs
+
+
+@pytest.mark.parametrize("name", ("smolvlm", "blip2_t5", "clip"))
+def test_a_graph_run_a_part_at_a_time_gives_what_it_gives_as_a_whole(exported, name, monkeypatch):
+    monkeypatch.setattr(parts, "PART_BYTES", 4000)
+    out, artifacts, random = exported(name).out, exported(name).manifest.artifacts, np.random.default_rng(0)
+    files = {artifact.graph: out / artifact.file for artifact in artifacts}
+    whole, parted = SessionRunner(files), parts.PartedRunner(files)
+    sizes = {"batch_size": 2, "past_sequence_length": 4, "total_sequence_length": 7}
+    for graph in files:
+        assert parted.inputs(graph) == whole.inputs(graph)
+        feeds = {}
+        for port in whole.inputs(graph):
+            shape = [size if isinstance(size, int) else sizes.get(size, 3) for size in port.shape]
+            feeds[port.name] = (random.random(shape) + 0.5).astype(port.dtype)
+        found, wanted = parted.run(graph, feeds), whole.run(graph, feeds)
+        assert found.keys() == wanted.keys()
+        assert all(np.allclose(found[name], wanted[name], rtol=1e-4, atol=1e-5) for name in found)
+    assert len(parts.parts_of(onnx.load(files[graph]).graph)) > 3
 
 
 def test_windows_of_qwen_vision_keep_apart_in_the_graph(exported):

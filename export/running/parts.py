@@ -1,0 +1,116 @@
+"""ONNX graphs that do not fit into memory, run a part at a time: consecutive operators with the weights they read.
+
+What a part gives goes into the next one, and its session is gone by then. The operators are those of the whole graph;
+only what the runtime would have fused across the border of two parts is computed by each on its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import onnx
+
+from slimvlm.export.running.generation import Arrays, PortInfo
+from slimvlm.export.running.runners import SessionRunner, fitting
+from slimvlm.export.running.sessions import open_session, providers_of
+
+PART_BYTES = 2**28  # of weights; an operator that reads more is a part of its own
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Operators, the names of what they read (weights, values) and of what others want of them."""
+
+    nodes: tuple[onnx.NodeProto, ...]
+    weights: frozenset[str]
+    takes: frozenset[str]
+    gives: frozenset[str]
+
+
+class PartedRunner(SessionRunner):
+    """As `SessionRunner`, on the CPU, with one part of one graph in memory."""
+
+    @cached_property
+    def _graphs(self) -> dict[str, onnx.ModelProto]:
+        """Without the weights that stand apart."""
+        return {name: onnx.load(path, load_external_data=False) for name, path in self.files.items()}
+
+    def _asked(self, graph: str) -> tuple[tuple[PortInfo, ...], tuple[str, ...]]:
+        held = self._graphs[graph].graph
+        return tuple(map(_port, held.input)), tuple(value.name for value in held.output)
+
+    def run(self, graph: str, feeds: Arrays) -> Arrays:
+        """As `SessionRunner.run`."""
+        names, values = self.outputs(graph), dict(fitting(self.inputs(graph), feeds))
+        parts = parts_of(self._graphs[graph].graph)
+        for place, part in enumerate(parts):
+            given, wanted = {name: values[name] for name in part.takes}, sorted(part.gives)
+            alone = _model(self._graphs[graph], part, given)
+            session = open_session(self.files[graph], providers_of(graph, "cpu"), self._threads, alone)
+            values |= zip(wanted, session.run(wanted, given), strict=True)
+            needed = set(names).union(*(later.takes for later in parts[place + 1 :]))
+            values = {name: value for name, value in values.items() if name in needed}
+        return {name: values[name] for name in names}
+
+
+def parts_of(graph: onnx.GraphProto) -> list[Part]:
+    """The graph cut before every operator with which more than PART_BYTES of weights would be read."""
+    sizes = {weight.name: _bytes(weight) for weight in graph.initializer}
+    groups: list[list[onnx.NodeProto]] = []
+    held: set[str] = set()
+    for node in graph.node:
+        read = _read(node) & sizes.keys()
+        if not groups or sum(sizes[name] for name in held | read) > PART_BYTES:
+            groups.append([])
+            held = set()
+        groups[-1].append(node)
+        held |= read
+    values = {value.name for value in graph.input} | {name for node in graph.node for name in node.output}
+    wanted, parts = {value.name for value in graph.output}, list[Part]()
+    for nodes in reversed(groups):
+        made = {name for node in nodes for name in node.output}
+        used = set().union(*map(_read, nodes))
+        takes = (used & values) - made
+        parts.append(Part(tuple(nodes), frozenset(used & sizes.keys()), frozenset(takes), frozenset(wanted & made)))
+        wanted |= takes
+    return parts[::-1]
+
+
+def _read(node: onnx.NodeProto) -> set[str]:
+    """The names that an operator reads, also those that a graph inside of it does."""
+    graphs = (graph for attribute in node.attribute for graph in (attribute.g, *attribute.graphs))
+    return set(node.input).union(*(_read(inner) for graph in graphs for inner in graph.node)) - {""}
+
+
+def _bytes(weight: onnx.TensorProto) -> int:
+    apart = {entry.key: entry.value for entry in weight.external_data}
+    return int(apart.get("length", weight.ByteSize()))
+
+
+def _model(whole: onnx.ModelProto, part: Part, given: Arrays) -> bytes:
+    """The part as a graph of its own, whose weights stay where they are."""
+    graph = onnx.helper.make_graph(
+        part.nodes,
+        whole.graph.name,
+        [_typed(name, array) for name, array in given.items()],
+        [onnx.ValueInfoProto(name=name) for name in sorted(part.gives)],
+        [weight for weight in whole.graph.initializer if weight.name in part.weights],
+    )
+    model = onnx.ModelProto(ir_version=whole.ir_version, graph=graph)
+    model.opset_import.extend(whole.opset_import)
+    model.functions.extend(whole.functions)
+    alone: bytes = model.SerializeToString()
+    return alone
+
+
+def _typed(name: str, array: np.ndarray) -> onnx.ValueInfoProto:
+    kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+    return onnx.helper.make_tensor_value_info(name, kind, [None] * array.ndim)
+
+
+def _port(value: onnx.ValueInfoProto) -> PortInfo:
+    held = value.type.tensor_type
+    shape = tuple(dim.dim_param or dim.dim_value for dim in held.shape.dim)
+    return PortInfo(value.name, str(onnx.helper.tensor_dtype_to_np_dtype(held.elem_type)), shape)
