@@ -20,14 +20,15 @@ from slimvlm.compress.files.locks import locked_folder
 from slimvlm.compress.models.checkpoint import build_meta
 from slimvlm.compress.models.computing import cast, load_to_compute, stored_bytes
 from slimvlm.compress.models.saving import save_checkpoint
-from slimvlm.compress.options import STAGES, CompressOptions, DeliverOptions, EvaluateOptions, PlanOptions
+from slimvlm.compress.options import READ, STAGES, CompressOptions, DeliverOptions, EvaluateOptions, PlanOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.recovery.checks import check_models, recipe_of
-from slimvlm.compress.run_record import options_of, outputs_of, read_record
+from slimvlm.compress.run_record import RECORD, options_of, outputs_of, read_record
 from slimvlm.compress.runs import AGAIN, MODEL, PLAN, RunFolder
 from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.compress.slicing.compensation import COMPENSATIONS
+from slimvlm.compress.stages.alike import require_alike
 from slimvlm.compress.stages.evaluate import evaluate_model, evaluate_seeing_and_blind, evaluate_stage
 from slimvlm.compress.stages.plan import check_plan, chosen_criterion, plan_stage, read_plan
 from slimvlm.compress.stages.recover import recover_stage
@@ -46,8 +47,6 @@ from slimvlm.serve.options import split_backend
 from slimvlm.serve.profile import Profile
 from slimvlm.serve.stage import profile_stage
 from slimvlm.serve.targets import is_torch, what_runs
-
-READ = ("model", "data", "eval_data", "recover_data", "teacher")  # options that name what is not in the run folder
 
 
 @dataclass(frozen=True)
@@ -263,8 +262,10 @@ def _compress(options: CompressOptions, progress: Progress, plan_only: bool) -> 
     """Whatever can be refused is refused first; then the folder is touched, by the first process."""
     out = options.out
     run, data, training = _opened(options, plan_only)
+    if processes.count() > 1:
+        require_alike(options, data, training() if options.recover != "none" and not plan_only else None)
     with run.begun() if run is not None else nullcontext():
-        processes.wait_for_all()
+        processes.require_shared(out / RECORD)
         run = run or RunFolder(out, options.identity(), resume=True, writer=False)
         if plan_only or (fit := fit_whole(run, options, data, progress)) is None:  # else nothing is to be calibrated
             by_time = options.cost != "parameters" and not run.finished("plan")

@@ -55,6 +55,10 @@ class DeviceError(SlimvlmError):
     """The device asked for is not there."""
 
 
+class ProcessLostError(SlimvlmError):
+    """Another process of the same job has ended without a word."""
+
+
 class OutputError(SlimvlmError):
     """The output folder cannot be written, is not empty, or the disk is full."""
 

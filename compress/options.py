@@ -15,6 +15,7 @@ from slimvlm.compress.files.decoding import decode_fields
 
 TRUST_DISCOVERED = "SLIMVLM_TRUST_DISCOVERED"  # of the environment: --trust-discovered, for all processes of a run
 STAGES = ("plan", "fit", "slice", "recover", "evaluate", "export", "profile", "frontier")
+READ = ("model", "data", "eval_data", "recover_data", "teacher")  # options that name what is not in the run folder
 ATTENTION_UNITS = ("auto", "kv-group", "query-slot")
 KINDS = ("attention", "mlp")
 LAYOUTS = ("per-layer", "stock")

@@ -9,10 +9,36 @@ from slimvlm.demo import MODEL, SAMPLES
 WORDS = ["compress", str(MODEL), "--recover", "none", "--samples", "8", "--batch-size", "2", "--rounds", "1"]
 
 
+JOB = """
+import os, sys
+from pathlib import Path
+from slimvlm.cli import main
+from slimvlm.compress.processes import sharing
+from slimvlm.demo import MODEL, SAMPLES
+
+sharing.VISIBLE = 0.0
+here, what = Path(sys.argv[0]).parent, sys.argv[1]
+if what == "version":
+    (here / "slimvlm-9.9.dist-info").mkdir()
+    (here / "slimvlm-9.9.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\\nName: slimvlm\\nVersion: 9.9\\n")
+    sys.path.insert(0, str(here))
+if what == "elsewhere":
+    (here / what).mkdir()
+    os.chdir(here / what)
+sys.argv[1:] = ["compress", str(MODEL), "out", "--data", str(SAMPLES / "train.jsonl"), "--recover", "none"]
+main()
+"""
+
+
 def sentences(folder: Path, *different: list[str | Path]) -> list[str]:
     """What `slimvlm compress` says in two processes, each with words of its own: it refuses in one sentence."""
+    return refusals(folder, *(["slimvlm", *WORDS, *words] for words in different))
+
+
+def refusals(folder: Path, *words: list[str | Path]) -> list[str]:
+    """What two processes say, which refuse in one sentence."""
     said = []
-    for ended in run_pair(folder, *(["slimvlm", *WORDS, *words] for words in different)):
+    for ended in run_pair(folder, *words):
         text = ended.stderr.read_text()
         assert ended.returncode == 3 and "Traceback" not in text, text[-3000:]
         said.append(next(line for line in text.splitlines() if line.startswith("Error:")))
@@ -32,3 +58,23 @@ def test_data_that_one_process_cannot_read_are_refused_by_the_one_that_computes_
     good, bad = ([tmp_path / "out", "--data", data] for data in (SAMPLES / "train.jsonl", tmp_path / "bad.jsonl"))
     first, second = sentences(tmp_path, good, bad)
     assert first == second and "bad.jsonl" in first
+
+
+def test_options_and_samples_that_differ_are_refused_by_both(tmp_path: Path) -> None:
+    words = [tmp_path / "out", "--data", SAMPLES / "train.jsonl"]
+    first, second = sentences(tmp_path, words, [*words, "--ratio", "0.4"])
+    assert first == second and "process 1 on " in first and "--ratio = 0.4, and process 0 has --ratio = 0.5" in first
+    first, second = sentences(tmp_path, words, [tmp_path / "out", "--data", SAMPLES / "val.jsonl"])
+    assert first == second and "samples = " in first
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_not_shared_is_refused_by_both(tmp_path: Path) -> None:
+    """With another version of slimvlm, too."""
+    (tmp_path / "job.py").write_text(JOB)
+    for name, says in (
+        ("version", "slimvlm = 9.9, and process 0 has slimvlm = "),
+        ("elsewhere", "on a disk they share"),
+    ):
+        first, second = refusals(tmp_path, [tmp_path / "job.py", "here"], [tmp_path / "job.py", name])
+        assert first == second and says in first

@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from slimvlm.compress.card import BASE_CARD, CARD
-from slimvlm.compress.errors import CheckpointError, UnsuitableOptionError, one_line
+from slimvlm.compress.errors import CheckpointError, UnsuitableOptionError, foreign, one_line
 from slimvlm.compress.files.decoding import read
 from slimvlm.compress.files.folders import MANIFEST, Listing
 from slimvlm.compress.files.writing import file_digest
@@ -192,6 +192,17 @@ def stored_types(name: str | os.PathLike[str]) -> dict[str, int]:
         for kind, shape in stored_weights(path).values():
             found[kind] = found.get(kind, 0) + math.prod(shape)
     return found
+
+
+def weight_sizes(name: str | os.PathLike[str]) -> dict[str, int]:
+    """Bytes of the weight files of a checkpoint by their names, without reading them.
+
+    Raises:
+        CheckpointError: it is not there, or lacks one.
+    """
+    files = weight_files(_weight_folder(name))
+    with foreign(f"{name} is incomplete", "copy or download it again"):
+        return {path.name: path.stat().st_size for path in files}
 
 
 def _weight_folder(name: str | os.PathLike[str]) -> Path:

@@ -6,7 +6,17 @@ saves and evaluates alone. What computes on GPUs is exchanged between them (NCCL
 
 from slimvlm.compress.processes.devices import pick_device
 from slimvlm.compress.processes.joining import LAUNCH, joined, leave, numbered
-from slimvlm.compress.processes.sharing import alone, count, rank, reduce, share, tell, wait_for_all
+from slimvlm.compress.processes.sharing import (
+    alone,
+    count,
+    rank,
+    reduce,
+    require_same,
+    require_shared,
+    share,
+    tell,
+    wait_for_all,
+)
 
 __all__ = [
     "LAUNCH",
@@ -18,6 +28,8 @@ __all__ = [
     "pick_device",
     "rank",
     "reduce",
+    "require_same",
+    "require_shared",
     "share",
     "tell",
     "wait_for_all",

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -18,52 +19,76 @@ from torch import distributed
 
 from slimvlm.compress import errors
 from slimvlm.compress.errors import SlimvlmError, UnsuitableOptionError, foreign
+from slimvlm.compress.processes.watching import LEFT, NOTICED, REFUSED, Watch
 
 LAUNCH = "start several processes by torchrun or accelerate launch, or unset WORLD_SIZE for one"
 PATIENCE = timedelta(days=1)  # with the work of the first process; that a process died is noticed at once
 GOODBYE = timedelta(seconds=30)  # until the others have read why the first one stops
-REFUSED, LEFT = "refused", "left"  # keys of the store
 
-_meeting: list[tuple[distributed.Store, int, int]] = []  # of the group this module joined: words, rank, count
+
+@dataclass(frozen=True)
+class _Meeting:
+    """The group that this module joined: where words are left, this process's number, how many, and who watches."""
+
+    store: distributed.Store
+    me: int
+    count: int
+    watch: Watch
+
+
+_meeting: list[_Meeting] = []
 
 
 @contextmanager
 def joined() -> Iterator[None]:
     """Inside, this is one of the processes the launcher describes; what one of them refuses they all refuse, with the
-    same sentence. Does nothing in a single process, or where the caller has joined a group already.
+    same sentence, and where one is gone the others end. Does nothing in a single process, or where the caller has
+    joined a group already.
 
     Raises:
         UnsuitableOptionError: what the launcher set is wrong, or the processes do not find each other.
+        ProcessLostError: one of them has ended without a word.
     """
     count, _ = numbered("WORLD_SIZE", 1), numbered("LOCAL_RANK", 0)  # accelerate reads that, too
     if count < 2 or distributed.is_initialized():
         yield
         return
+    word: str | None = None
     try:
         _join(count)
-        yield
+        with _meeting[0].watch.raising():
+            yield
+        word = LEFT
     except SlimvlmError as error:
         _tell(error)
+        word = REFUSED
         raise
     except RuntimeError as error:  # of a collective whose other side has gone
-        told = _told()
-        if told is None:
+        why = _told() or (_meeting[0].watch.error(NOTICED) if _meeting else None)
+        if why is None:
             raise
-        raise told from error
+        word = LEFT
+        raise why from error
+    except SystemExit:
+        word = LEFT
+        raise
     finally:
-        leave()
+        leave(word)
 
 
-def leave() -> None:
-    """Leave the process group, if one was joined."""
+def leave(word: str | None = LEFT) -> None:
+    """Leave the process group, if one was joined; without a `word` the others take this process for lost."""
+    meeting = _meeting.pop() if _meeting else None
+    if meeting is not None and word is not None:
+        meeting.watch.leave(word)
     if distributed.is_initialized():
         distributed.destroy_process_group()
-    if _meeting:
-        store, me, count = _meeting.pop()
+    if meeting is not None:
         with suppress(RuntimeError):  # the first process, which may hold the store, has gone
-            store.set(f"{LEFT}/{me}", "")
-            if me == 0 and store.check([REFUSED]):
-                store.wait([f"{LEFT}/{other}" for other in range(count)], GOODBYE)
+            meeting.store.set(f"{LEFT}/{meeting.me}", "")
+            if meeting.me == 0 and not meeting.watch.lost and meeting.store.check([REFUSED]):
+                meeting.store.wait([f"{LEFT}/{other}" for other in range(meeting.count)], GOODBYE)
+        meeting.watch.close()
 
 
 def numbered(name: str, default: int) -> int:
@@ -88,7 +113,8 @@ def _join(count: int) -> None:
     try:
         with foreign("the processes find no other", LAUNCH, UnsuitableOptionError):
             found, _, _ = next(distributed.rendezvous("env://", me, count, timeout=timedelta(minutes=5)))
-            _meeting[:] = [(distributed.PrefixStore("slimvlm", found), me, count)]
+            store = distributed.PrefixStore("slimvlm", found)
+            _meeting[:] = [_Meeting(store, me, count, Watch(store, me, count, _told))]
             distributed.init_process_group(
                 "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
                 store=distributed.PrefixStore("group", found),
@@ -102,17 +128,17 @@ def _join(count: int) -> None:
 
 def _tell(error: SlimvlmError) -> None:
     """The first refusal counts."""
-    for store, _, _ in _meeting:
+    for meeting in _meeting:
         with suppress(RuntimeError):
-            store.compare_set(REFUSED, "", json.dumps([type(error).__name__, str(error)]))
+            meeting.store.compare_set(REFUSED, "", json.dumps([type(error).__name__, str(error)]))
 
 
 def _told() -> SlimvlmError | None:
     """What a process refused."""
-    for store, _, _ in _meeting:
+    for meeting in _meeting:
         with suppress(RuntimeError):
-            if store.check([REFUSED]):
-                name, message = json.loads(store.get(REFUSED))
+            if meeting.store.check([REFUSED]):
+                name, message = json.loads(meeting.store.get(REFUSED))
                 kind: type[SlimvlmError] = getattr(errors, name)
                 return kind(message)
     return None
