@@ -37,7 +37,7 @@ FILES = (RECORD, PLAN, ORDER, ROUNDS, SCORES, FIT, JOURNAL, QUALITY, PROFILE, FR
 TRAINING, TEACHER = "recovery", "teacher"  # a training that is not finished; the teacher's outputs
 AGAIN = "run the command that wrote it again"  # after a file of a run that cannot be read
 # Any below: the values of JSON, which `read_record` has checked.
-TRAINED = ("state.safetensors", "best-*.safetensors", "block-*.safetensors", JOURNAL)
+TRAINED = ("state.json", "state-*/*.safetensors", "best-*/*.safetensors", "block-*.safetensors", JOURNAL)
 
 
 def run_files(folder: Path) -> list[str]:

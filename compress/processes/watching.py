@@ -103,7 +103,7 @@ class Watch:
                     selector.register(watched, selectors.EVENT_READ, watched)
             while not self._over.is_set():
                 for key, _ in selector.select(timeout=1.0):
-                    one = key.data
+                    one: socket.socket = key.data
                     if one is self._listening:
                         peer = self._accept(one)
                         selector.register(peer, selectors.EVENT_READ, peer)

@@ -15,7 +15,6 @@ from mutations import GONE, VALUES, mutated, places, written
 from profiles import example_profile
 from report_runs import Story, write_run
 from run_records import edit_record
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from slimvlm.compress.errors import SlimvlmError
@@ -48,7 +47,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     best = files.save_best({"a": torch.zeros(1)}, 3)
     facts = History(steps=3, best=(0.5, -1.0), best_file=best)
     facts.add_step("task", 0.1, 10, 0.1)
-    files.save(weights, {"facts": asdict(facts), "training": {"samples": 1}, "scaler": None}, best)
+    files.save(weights, {"facts": asdict(facts), "training": {"samples": 1}, "scaler": None}, 3, best)
     edit_record(out, lambda record: record["stages"].update(export=_finished(formats=["onnx"], checks=[CHECK])))
     edit_record(out, lambda record: record["stages"].update(profile=_finished(backends=["torch"])))
     return out
@@ -134,18 +133,13 @@ SHOWN = ("run.json", "plan.json", "quality.json", "profile.json", "recovery.json
 
 
 def document_of(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
-            return json.loads(file.metadata()["facts"])
     if path.suffix == ".jsonl":
         return [json.loads(line) for line in path.read_text().splitlines()]
     return json.loads(path.read_text())
 
 
 def write(path: Path, document: Any) -> None:
-    if path.suffix == ".safetensors":
-        save_file({"weight/a": torch.zeros(1)}, path, {"facts": json.dumps(document)})
-    elif path.suffix == ".jsonl":
+    if path.suffix == ".jsonl":
         lines = document if isinstance(document, list) else [document]
         path.write_bytes(b"".join(written(line) + b"\n" for line in lines))
     elif path.name == "run.json" and isinstance(document, dict):

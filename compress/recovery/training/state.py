@@ -1,179 +1,217 @@
-"""What a training keeps on disk: its last checkpoint and its best weights, as safetensors with JSON in the header.
+"""What a training keeps on disk: its last checkpoint and its best weights, as safetensors of torch's own distributed
+checkpoints (DCP): every process writes what it holds, and any number of them reads that again.
 
-`state.safetensors` holds the trained weights, the moments of the optimiser and the facts of the training so far;
-`best-STEP.safetensors` the trained weights with the best validation. A file gets its name only after it was written and
-flushed beside it, and a best one is deleted only when no checkpoint names it any more: a training killed at any moment
-goes on from its last checkpoint. No state of a random generator is kept: every step seeds its own (see `trainer`).
+`state.json` holds the facts of the training so far and names two folders: `state-STEP` with the trained weights and the
+moments of the optimiser, `best-STEP` with the trained weights that have the best validation. It gets its name only
+after all was written and flushed, and a folder is deleted only when no checkpoint names it any more: a training killed
+at any moment goes on from its last checkpoint. No state of a random generator is kept: every step seeds its own (see
+`trainer`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+import shutil
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, TypedDict
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from slimvlm.compress.errors import RecoveryError
-from slimvlm.compress.files.decoding import MisfitError, decode
-from slimvlm.compress.files.writing import PARTIAL, load_tensors, save_tensors
+from slimvlm.compress import processes
+from slimvlm.compress.errors import OutputError, RecoveryError, one_line
+from slimvlm.compress.files.decoding import MisfitError, content_of, decode, dump, parse, shown
+from slimvlm.compress.files.writing import PARTIAL, sync, write_text
 from slimvlm.compress.recovery.training.history import History
 
-STATE = "state.safetensors"
+STATE = "state.json"
 WEIGHT = "weight/"  # before the names of weights in a checkpoint
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW, per parameter
 
 
-class Saved(NamedTuple):
-    """Tensors by name, and the facts that were saved with them (Any: the values of JSON)."""
-
-    tensors: dict[str, Tensor]
-    facts: dict[str, Any]
-
-
-class BestFacts(TypedDict):
-    """In the header of the best weights."""
-
-    step: int
-
-
 class StateFacts(TypedDict):
-    """In the header of a checkpoint: what is known so far, whose training it is, which file holds the best weights."""
+    """A checkpoint: what is known so far, whose training it is, which folders hold its tensors and the best weights."""
 
     facts: History
     training: dict[str, Any]
     scaler: dict[str, Any] | None
+    tensors: str
     best_file: str
 
 
 class StateFolder:
-    """The files of one training.
+    """The files of one training. What saves is called by all processes that share the training, what reads by any.
 
     Args:
         path: the folder; created when absent.
-        writer: of several processes one writes; all read.
+        writer: of several processes one writes the facts, and removes what is left of earlier ones.
     """
 
     def __init__(self, path: Path, writer: bool = True) -> None:
         self.path, self.writer = path, writer
-        self._named_best = ""  # by the checkpoint on disk
+        self._named: set[str] = set()  # folders, by the checkpoint on disk
         if writer:
             path.mkdir(parents=True, exist_ok=True)
 
-    def save(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], best: str) -> None:
-        """Replace the checkpoint by this one, which goes with the best weights in the file `best`.
+    def save(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], step: int, best: str) -> None:
+        """Replace the checkpoint by this one, which goes with the best weights in the folder `best`.
 
         Raises:
             OutputError: it cannot be written, or the disk is full; the earlier checkpoint is still there.
         """
-        self._write(STATE, tensors, {**facts, "best_file": best})
-        self._named_best = best
-        self._keep_best(best)
+        name = f"state-{step:08d}"
+        self._put(name, tensors)
+        if self.writer:
+            write_text(self.path / STATE, dump({**facts, "tensors": name, "best_file": best}))
+        self._named = {name, best}
+        self._keep(name, best)
 
     def save_best(self, tensors: Mapping[str, Tensor], step: int) -> str:
-        """Keep these as the best weights; the name of their file.
+        """Keep these as the best weights; the name of their folder.
 
         Raises:
             OutputError: they cannot be written, or the disk is full; those before are still there.
         """
-        name = f"best-{step:08d}.safetensors"
-        self._write(name, tensors, {"step": step})
-        self._keep_best(name)
+        name = f"best-{step:08d}"
+        self._put(name, tensors)
+        self._keep(name)
         return name
 
-    def load(self) -> Saved | None:
-        """The checkpoint; None if there is none.
+    def load(self) -> StateFacts | None:
+        """The checkpoint, without its tensors; None if there is none.
 
         Raises:
             RecoveryError: it is damaged.
         """
         if not (self.path / STATE).is_file():
             return None
-        saved = self._read(STATE, StateFacts)
-        self._named_best = saved.facts["best_file"]
-        return saved
+        with self._readable(STATE):
+            facts: StateFacts = decode(parse(content_of(self.path / STATE)), StateFacts)
+            for kind, name in (("state", facts["tensors"]), ("best", facts["best_file"])):
+                if not re.fullmatch(rf"{kind}-[0-9]{{8}}", name) and (kind, name) != ("best", ""):
+                    raise MisfitError(f"{shown(name)} is no folder of this one")
+        self._named = {facts["tensors"], facts["best_file"]}
+        return facts
 
-    def read(self, name: str) -> Saved:
-        """The best weights in the file `name` of this folder.
+    def shapes(self, name: str) -> dict[str, torch.Size]:
+        """Those of the tensors in the folder `name`.
 
         Raises:
             RecoveryError: it is missing or damaged.
         """
-        return self._read(name, BestFacts)
+        with self._readable(name):
+            found = HuggingFaceStorageReader(str(self.path / name)).read_metadata().state_dict_metadata
+        return {key: tensor.size for key, tensor in found.items() if isinstance(tensor, TensorStorageMetadata)}
 
-    def _read(self, name: str, wanted: Any) -> Saved:
-        path = self.path / name
-        try:
-            if Path(name).name != name:
-                raise MisfitError("it lies in another folder")
-            tensors, facts = load_tensors(path)
-            return Saved(tensors, decode(facts.get("facts"), wanted))
-        except ValueError as error:
-            raise RecoveryError(
-                f"{path} is no readable state of a training ({error}); delete the folder to train from the start"
-            ) from None
+    def fill(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Put what the folder `name` holds into these tensors, which may be sharded, and otherwise than what wrote it.
+
+        Raises:
+            RecoveryError: one is missing, or of another shape: then nothing was changed; or the folder is damaged.
+        """
+        shapes = self.shapes(name)
+        for key, tensor in tensors.items():
+            if shapes.get(key) != tensor.shape:
+                raise RecoveryError(
+                    f"{self.path} holds no {key.removeprefix(WEIGHT)} of this shape; delete the folder to train from "
+                    "the start"
+                )
+        with self._readable(name), torch.no_grad():
+            if tensors:
+                checkpoint.load(tensors, storage_reader=HuggingFaceStorageReader(str(self.path / name)), no_dist=True)
 
     def clear(self) -> None:
         """Forget an earlier training."""
         if self.writer:
-            for path in (self.path / STATE, *self.path.glob("best-*.safetensors"), *self.path.glob(f".*{PARTIAL}")):
+            for path in (self.path / STATE, *self.path.glob(f".*{PARTIAL}")):
                 path.unlink(missing_ok=True)
+            self._named = set()
+            self._keep()
 
-    def _write(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    def _put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write the folder `name`, unless it is there and named: then it is of this step of this training."""
+        if name in self._named:
+            return
+        folder = self.path / name
         if self.writer:
-            save_tensors(self.path / name, tensors, {"facts": facts})
-
-    def _keep_best(self, name: str) -> None:
+            shutil.rmtree(folder, ignore_errors=True)  # of a process that died while it wrote
+        processes.reduce(stays := torch.tensor(int(self.writer and folder.exists())), "max")
+        if stays:
+            raise OutputError(f"{folder} is in the way and cannot be removed; check permissions, or remove it")
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it is in one process
+                checkpoint.save(
+                    {key: tensor.detach().contiguous() for key, tensor in tensors.items()},
+                    storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
+                    no_dist=processes.count() == 1,
+                )
+        except CheckpointException as error:
+            raise _cannot_write(folder, error) from error
         if self.writer:
-            for path in self.path.glob("best-*.safetensors"):
-                if path.name not in (name, self._named_best):
-                    path.unlink()
+            sync(folder)
+
+    def _keep(self, *names: str) -> None:
+        """Remove the folders that are neither these nor named."""
+        if self.writer:
+            for path in (*self.path.glob("state-*"), *self.path.glob("best-*")):
+                if path.name not in {*names, *self._named}:
+                    shutil.rmtree(path, ignore_errors=True)
+
+    @contextmanager
+    def _readable(self, name: str) -> Iterator[None]:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            try:
+                yield
+            except (OSError, ValueError, KeyError, CheckpointException, SafetensorError) as error:
+                raise RecoveryError(
+                    f"{self.path / name} is no readable state of a training ({_reason(error)}); delete the folder to "
+                    "train from the start"
+                ) from None
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor on the host; gathered from all processes (which must all call this) where it is sharded."""
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().contiguous()
+def _cannot_write(folder: Path, error: CheckpointException) -> OutputError:
+    return OutputError(
+        f"cannot write {folder}: {_reason(error)}; check free space and permissions, or choose another folder"
+    )
 
 
-def restore(
-    parameters: Mapping[str, nn.Parameter], saved: Mapping[str, Tensor], folder: Path, prefix: str = ""
-) -> None:
-    """Fill parameters, which may be sharded, with the saved tensors of their names after `prefix`; every process gives
-    the whole ones.
-
-    Raises:
-        RecoveryError: one is missing, or of another shape; nothing was changed.
-    """
-    for name, parameter in parameters.items():
-        if prefix + name not in saved or saved[prefix + name].shape != parameter.shape:
-            raise RecoveryError(f"{folder} holds no {name} of this shape; delete the folder to train from the start")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(_like(parameter, saved[prefix + name]))
+def _reason(error: BaseException) -> str:
+    """What a process says first."""
+    if isinstance(error, CheckpointException):
+        error = next((failed[0] for failed in error.failures.values()), error)
+    return getattr(error, "strerror", None) or one_line(error)
 
 
 def moments(optimizer: torch.optim.Optimizer, trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """What AdamW remembers, keyed `moment/parameter`; nothing for parameters that had no gradient yet."""
     return {
-        f"{moment}/{name}": whole(optimizer.state[parameter][moment])
+        f"{moment}/{name}": optimizer.state[parameter][moment]
         for name, parameter in trained.items()
         if parameter in optimizer.state
         for moment in MOMENTS
     }
 
 
-def set_moments(
-    optimizer: torch.optim.Optimizer, trained: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
-) -> None:
-    """Make AdamW remember what `moments` gave."""
+def make_moments(
+    optimizer: torch.optim.Optimizer, trained: Mapping[str, nn.Parameter], known: Collection[str]
+) -> dict[str, Tensor]:
+    """Room for what AdamW remembered, as `moments` gives it, where its keys are `known`; to be filled."""
     for name, parameter in trained.items():
-        if f"{MOMENTS[0]}/{name}" in tensors:
-            step, *averages = (tensors[f"{moment}/{name}"] for moment in MOMENTS)
-            values = [step.to(parameter.device), *(_like(parameter, average) for average in averages)]
-            optimizer.state[parameter] = dict(zip(MOMENTS, values, strict=True))
+        if f"{MOMENTS[0]}/{name}" in known:
+            step = torch.zeros((), device=parameter.device)
+            averages = (torch.zeros_like(parameter, memory_format=torch.preserve_format) for _ in MOMENTS[1:])
+            optimizer.state[parameter] = dict(zip(MOMENTS, (step, *averages), strict=True))
+    return moments(optimizer, trained)
 
 
 def load_best(student: nn.Module, folder: Path) -> None:
@@ -189,12 +227,7 @@ def load_best(student: nn.Module, folder: Path) -> None:
     saved = files.load()
     if saved is None:
         raise RecoveryError(f"{folder} holds no training; give the folder `train` was given")
-    best, parameters = files.read(saved.facts["best_file"]).tensors, dict(student.named_parameters())
-    if foreign := sorted(best.keys() - parameters.keys()):
+    best, parameters = saved["best_file"], dict(student.named_parameters())
+    if foreign := sorted((learnt := files.shapes(best)).keys() - parameters.keys()):
         raise RecoveryError(f"{folder} holds the training of another model, which has {foreign[0]}")
-    restore({name: parameters[name] for name in best}, best, folder)
-
-
-def _like(target: Tensor, value: Tensor) -> Tensor:
-    value = value.to(device=target.device, dtype=target.dtype)
-    return distribute_tensor(value, target.device_mesh, target.placements) if isinstance(target, DTensor) else value
+    files.fill(best, {name: parameters[name].detach() for name in learnt})

@@ -30,7 +30,7 @@ from slimvlm.compress.recovery.distillation.distiller import Distiller
 from slimvlm.compress.recovery.training.choice import Validation
 from slimvlm.compress.recovery.training.history import History, Journal, peak_memory
 from slimvlm.compress.recovery.training.schedule import Schedule, check_training
-from slimvlm.compress.recovery.training.state import WEIGHT, StateFolder, moments, restore, set_moments, whole
+from slimvlm.compress.recovery.training.state import WEIGHT, StateFolder, make_moments, moments
 from slimvlm.compress.recovery.training.stepping import Stepper, Task
 from slimvlm.compress.recovery.training.workers import Workers, own_accelerate
 
@@ -102,7 +102,7 @@ class _Training:
             if self.workers.sum(torch.tensor(float(len(signals)), device=self.workers.device)) > 0:
                 raise SystemExit(TERMINATED)
             if self.facts.best_step != self.facts.steps:
-                restore(self.workers.trained, self.files.read(self.facts.best_file).tensors, self.files.path)
+                self.files.fill(self.facts.best_file, self._weights())
         finally:
             self.journal.close()
         self.facts.seconds = time.perf_counter() - self.began
@@ -184,10 +184,9 @@ class _Training:
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
         tensors = {WEIGHT + name: value for name, value in self._weights().items()}
-        if tensors:
-            tensors |= moments(self.workers.optimizer, self.workers.trained)
+        tensors |= moments(self.workers.optimizer, self.workers.trained)
         with self._together():
-            self.files.save(tensors, facts, self.facts.best_file)
+            self.files.save(tensors, facts, self.facts.steps, self.facts.best_file)
 
     def _start(self) -> None:
         """From the checkpoint, if there is one."""
@@ -195,12 +194,14 @@ class _Training:
         if saved is None:
             self.files.clear()
         else:
-            self._require_same_training(saved.facts["training"])
-            restore(self.workers.trained, saved.tensors, self.files.path, WEIGHT)
-            set_moments(self.workers.optimizer, self.workers.trained, saved.tensors)
-            if saved.facts["scaler"] is not None and self.workers.accelerator.scaler is not None:
-                self.workers.accelerator.scaler.load_state_dict(saved.facts["scaler"])
-            self.facts = saved.facts["facts"]
+            self._require_same_training(saved["training"])
+            tensors = {WEIGHT + name: value for name, value in self._weights().items()}
+            known = self.files.shapes(saved["tensors"])
+            tensors |= make_moments(self.workers.optimizer, self.workers.trained, known)
+            self.files.fill(saved["tensors"], tensors)
+            if saved["scaler"] is not None and self.workers.accelerator.scaler is not None:
+                self.workers.accelerator.scaler.load_state_dict(saved["scaler"])
+            self.facts = saved["facts"]
         if self.workers.first_says([self.facts.steps, saved is not None]) != (self.facts.steps, saved is not None):
             raise RecoveryError(
                 f"process {self.workers.rank} finds another training in {self.files.path} than the first process; all "
@@ -209,10 +210,7 @@ class _Training:
         self.journal = Journal(self.files.path, self.facts.journal_bytes, self.files.writer)
 
     def _weights(self) -> dict[str, Tensor]:
-        """Nothing in a process that neither writes nor has a share of them."""
-        if not (self.files.writer or self.workers.sharded):
-            return {}
-        return {name: whole(value) for name, value in self.workers.trained.items()}
+        return {name: value.detach() for name, value in self.workers.trained.items()}
 
     def _fingerprint(self) -> dict[str, Any]:
         """What must be the same for a training to go on, as JSON (Any); how often it is saved may change."""

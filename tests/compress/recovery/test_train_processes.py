@@ -1,11 +1,11 @@
-"""Training by two processes: the loss of one, with copies of the weights and with shards of them."""
+"""Training by several processes: the loss of one, with copies of the weights and with shards of them."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from pairs import run_pair
+from pairs import run_together
 from staged_training import staged_training
 from toy_distiller import ToyDistiller, toy_task
 from train_options import train_options
@@ -30,20 +30,19 @@ from slimvlm.compress import processes
 from train_options import train_options
 from slimvlm.compress.recovery.training.trainer import train
 
-folder, steps, rank = Path(sys.argv[1]), int(sys.argv[2]), int(os.environ["RANK"])
+folder, steps = Path(sys.argv[1]), int(sys.argv[2])
+rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 torch.set_num_threads(1)
-distributed.init_process_group("gloo", init_method=f"file://{folder}/meet{sys.argv[3]}", rank=rank, world_size=2)
+distributed.init_process_group("gloo", init_method=f"file://{folder}/meet{sys.argv[3]}", rank=rank, world_size=world)
 distiller = ToyDistiller()
-options = train_options(
-    steps=6, train_batch_size=5, accumulate=2, learning_rate=1e-2, checkpoint_every=2, validate_every=3
-)
+options = train_options(steps=6, train_batch_size=5, learning_rate=1e-2, checkpoint_every=2, validate_every=3)
 
 def validate():
     return 0.0, -token_loss(distiller.student)
 
 def progress(stage, step, of, note):
     if step == steps:
-        os.kill(os.getpid(), signal.SIGTERM)  # this one only; the other is told by it
+        os.kill(os.getpid(), signal.SIGTERM)  # this one only; the others are told by it
 
 train(distiller, toy_task(validate=validate), options, folder / "run", progress)
 sharded = [isinstance(value, DTensor) for value in distiller.parameters()]
@@ -69,11 +68,11 @@ processes.leave()
 """
 
 
-def two_processes(folder: Path, steps: int = 100, worker: str = WORKER, **environment: str) -> list[int | None]:
+def processes(folder: Path, count: int, steps: int = 100, worker: str = WORKER, **environment: str) -> set[int | None]:
     """Exit statuses. The processes meet through a file."""
     (folder / "worker.py").write_text(worker)
     words = [folder / "worker.py", folder, steps, len(list(folder.glob("meet*")))]
-    return [process.returncode for process in run_pair(folder, words, **environment)]
+    return {process.returncode for process in run_together(folder, count, words, **environment)}
 
 
 def curve(folder: Path, name: str) -> list[float]:
@@ -98,20 +97,21 @@ def assert_as_alone(folder: Path, alone: tuple[Path, ToyDistiller]) -> None:
         torch.testing.assert_close(value, student.state_dict()[name], rtol=0, atol=1e-4)
 
 
-def test_two_processes_with_half_the_batch_follow_the_loss_of_one(tmp_path, alone) -> None:
-    assert two_processes(tmp_path) == [0, 0]
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_with_a_part_of_the_batch_follow_the_loss_of_one(count, tmp_path, alone) -> None:
+    assert processes(tmp_path, count) == {0}
     assert_as_alone(tmp_path, alone)
 
 
-def test_sharded_student_and_teacher_follow_the_loss_of_one(tmp_path, alone) -> None:
-    # Some steps by these processes, the others by two that go on from their checkpoint.
-    assert two_processes(tmp_path, steps=2, **SHARDED) == [143, 143]
-    assert two_processes(tmp_path, **SHARDED) == [0, 0]
+def test_sharded_student_and_teacher_follow_the_loss_of_one_whoever_goes_on(tmp_path, alone) -> None:
+    assert processes(tmp_path, 4, steps=2, **SHARDED) == {143}
+    assert processes(tmp_path, 2, steps=4, **SHARDED) == {143}
+    assert processes(tmp_path, 2) == {0}  # each with all weights
     assert_as_alone(tmp_path, alone)
 
 
 def test_stages_that_end_a_forward_early_work_with_shards(tmp_path) -> None:
-    assert two_processes(tmp_path, worker=STAGED_WORKER, **SHARDED) == [0, 0]
+    assert processes(tmp_path, 2, worker=STAGED_WORKER, **SHARDED) == {0}
     whole = staged_training(tmp_path / "alone", accumulate=2)
     assert curve(tmp_path / "run", "loss") == pytest.approx(curve(tmp_path / "alone", "loss"), rel=1e-3)
     before = [parameter.clone() for parameter in whole.student.parameters()]

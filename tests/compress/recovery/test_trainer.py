@@ -179,7 +179,7 @@ def test_after_sigkill_a_training_reaches_the_same_weights(tmp_path) -> None:
 def test_sigterm_saves_and_exits(tmp_path, when, saved_at) -> None:
     assert killed(tmp_path / "stopped", when, signal.SIGTERM) == 128 + signal.SIGTERM
     saved = StateFolder(tmp_path / "stopped", writer=False).load()
-    assert saved is not None and saved.facts["facts"].steps == saved_at  # the step under way was finished
+    assert saved is not None and saved["facts"].steps == saved_at  # the step under way was finished
     whole, resumed = ToyDistiller(dropout=0.2), ToyDistiller(dropout=0.2)
     history, again = run(whole, tmp_path / "whole"), run(resumed, tmp_path / "stopped")
     assert_same(weights(whole.student), weights(resumed.student))
@@ -216,9 +216,12 @@ def test_ten_in_a_row_stop_the_training_and_keep_the_last_good_state(tmp_path) -
     distiller = ToyDistiller(poison=range(6, 100))
     with pytest.raises(RecoveryError, match="10 steps in a row, up to step 16"):
         run(distiller, tmp_path, replace(OPTIONS, steps=30), stages=TASK)
-    saved = StateFolder(tmp_path, writer=False).load()
-    assert saved is not None and saved.facts["facts"].steps == 6
-    assert all(value.isfinite().all() for value in saved.tensors.values())
+    files = StateFolder(tmp_path, writer=False)
+    saved = files.load()
+    assert saved is not None and saved["facts"].steps == 6
+    found = {name: torch.zeros(shape) for name, shape in files.shapes(saved["tensors"]).items()}
+    files.fill(saved["tensors"], found)
+    assert all(value.isfinite().all() for value in found.values())
 
 
 def test_a_training_that_only_hurts_returns_the_starting_weights(tmp_path) -> None:
@@ -244,7 +247,7 @@ def test_the_best_weights_are_returned_not_the_last(tmp_path) -> None:
     fresh = ToyDistiller().student
     load_best(fresh, tmp_path)
     assert_same(seen[2], weights(fresh))
-    assert [path.name for path in tmp_path.glob("best-*")] == ["best-00000008.safetensors"]
+    assert [path.name for path in tmp_path.glob("best-*")] == ["best-00000008"]
 
 
 def test_a_score_that_is_no_number_is_never_the_best(tmp_path) -> None:
@@ -292,7 +295,7 @@ def test_a_full_disk_stops_the_training_and_keeps_the_checkpoint(small_disk) -> 
     with pytest.raises(OutputError, match="free space"):
         run(ToyDistiller(), small_disk / "run", progress=fill_disk)
     saved = StateFolder(small_disk / "run", writer=False).load()
-    assert saved is not None and saved.facts["facts"].steps == 4
+    assert saved is not None and saved["facts"].steps == 4
     (small_disk / "filler").unlink()
     whole, resumed = ToyDistiller(), ToyDistiller()
     run(whole, small_disk.parent / "whole")
