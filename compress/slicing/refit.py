@@ -167,9 +167,7 @@ def mean_losses(losses: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return by_cut, after
 
 
-Solved = tuple[
-    Tensor, Tensor | None, Tensor
-]  # weight, bias, [share of the output's energy lost by the cut alone, after]
+Solved = tuple[Tensor, Tensor | None, Tensor]  # weight, bias, [lost by the cut alone, after all]
 
 
 def _solve_all(
