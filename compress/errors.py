@@ -56,7 +56,7 @@ class DeviceError(SlimvlmError):
 
 
 class ProcessLostError(SlimvlmError):
-    """Another process of the same job has ended without a word."""
+    """Another process of the same job has ended before it was done."""
 
 
 class OutputError(SlimvlmError):

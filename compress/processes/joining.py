@@ -19,7 +19,7 @@ from torch import distributed
 
 from slimvlm.compress import errors
 from slimvlm.compress.errors import SlimvlmError, UnsuitableOptionError, foreign
-from slimvlm.compress.processes.watching import LEFT, NOTICED, REFUSED, Watch
+from slimvlm.compress.processes.watching import LEFT, NOTICED, REFUSED, TERMINATED, Watch
 
 LAUNCH = "start several processes by torchrun or accelerate launch, or unset WORLD_SIZE for one"
 PATIENCE = timedelta(days=1)  # with the work of the first process; that a process died is noticed at once
@@ -47,7 +47,7 @@ def joined() -> Iterator[None]:
 
     Raises:
         UnsuitableOptionError: what the launcher set is wrong, or the processes do not find each other.
-        ProcessLostError: one of them has ended without a word.
+        ProcessLostError: one of them has ended before the job was done.
     """
     count, _ = numbered("WORLD_SIZE", 1), numbered("LOCAL_RANK", 0)  # accelerate reads that, too
     if count < 2 or distributed.is_initialized():
@@ -70,7 +70,7 @@ def joined() -> Iterator[None]:
         word = LEFT
         raise why from error
     except SystemExit:
-        word = LEFT
+        word = TERMINATED
         raise
     finally:
         leave(word)

@@ -22,7 +22,7 @@ from slimvlm.compress.errors import ProcessLostError, SlimvlmError
 KEY = "watch"  # of the store: where the first process listens
 PATIENCE = 30.0  # seconds that a process is given to end by itself, once another one has gone
 NOTICED = 3.0  # seconds after which it is known that a process has gone, where a connection to it broke
-LEFT, REFUSED, LOST = "left", "refused", "lost"  # words; after the last one, who
+LEFT, TERMINATED, REFUSED, LOST = "left", "terminated", "refused", "lost"  # words; after the last one, who
 KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}  # seconds, seconds, times
 
 
@@ -35,7 +35,7 @@ class Watch:
 
     def __init__(self, store: distributed.Store, me: int, count: int, told: Callable[[], SlimvlmError | None]) -> None:
         self.me, self.count, self.told = me, count, told
-        self._word = ""
+        self._word, self._ending = "", False
         self._main: int | None = None  # the thread to interrupt
         self._heard, self._over = threading.Event(), threading.Event()
         self._peers: dict[socket.socket, tuple[int, str]] = {}
@@ -63,7 +63,7 @@ class Watch:
             return
         before = signal.signal(signal.SIGUSR1, self._interrupt)
         self._main = threading.get_ident()
-        if self._heard.is_set():
+        if self._ending:
             self._raise_in_main()
         try:
             yield
@@ -120,15 +120,18 @@ class Watch:
         """What a process says; whether it may say more."""
         number, host = self._peers[peer]
         word = _read(peer) or f"{LOST} {number} on {host}"
-        if word != LEFT:
+        if word == TERMINATED:  # so are the others, as a rule: they may save what they have
+            self._word = f"{LOST} {number} on {host}"
+            self._heard.set()
+        elif word != LEFT:
             self._end(word)
         return False
 
     def _end(self, word: str) -> None:
         """This process must end, and those that are connected to it."""
-        if self._over.is_set() or self._heard.is_set():
+        if self._over.is_set() or self._ending:
             return
-        self._word = word
+        self._word, self._ending = word, True
         self._heard.set()
         for peer in [*self._peers]:
             self._say(peer, word)
@@ -148,7 +151,7 @@ class Watch:
                 signal.pthread_kill(self._main, signal.SIGUSR1)
 
     def _interrupt(self, *_: object) -> None:
-        if self._heard.is_set() and self._main is not None:
+        if self._ending and self._main is not None:
             self._main = None  # once: what cleans up afterwards is not to be interrupted
             raise self._why()
 
@@ -156,8 +159,8 @@ class Watch:
         word, _, who = self._word.partition(" ")
         refused = self.told() if word == REFUSED else None
         return refused or ProcessLostError(
-            f"process {who} has ended without a word (killed, crashed, or its host is gone), so this one ends, too; "
-            "what was finished is kept: start again with --resume, with as many processes or with another number"
+            f"process {who} has ended before the job was done (killed, crashed, or its host is gone), so this one ends, "
+            "too; what was finished is kept: start again with --resume, with as many processes or with another number"
         )
 
     def _say(self, peer: socket.socket, word: str) -> None:

@@ -25,6 +25,7 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from slimvlm.compress import processes
 from slimvlm.compress.errors import OutputError, RecoveryError, one_line
@@ -192,6 +193,29 @@ def _reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or one_line(error)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor on the host; gathered from all processes (which must all call this) where it is sharded."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().contiguous()
+
+
+def restore(
+    parameters: Mapping[str, nn.Parameter], saved: Mapping[str, Tensor], folder: Path, prefix: str = ""
+) -> None:
+    """Fill parameters, which may be sharded, with the saved tensors of their names after `prefix`; every process gives
+    the whole ones.
+
+    Raises:
+        RecoveryError: one is missing, or of another shape; nothing was changed.
+    """
+    for name, parameter in parameters.items():
+        if prefix + name not in saved or saved[prefix + name].shape != parameter.shape:
+            raise RecoveryError(f"{folder} holds no {name} of this shape; delete the folder to train from the start")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(_like(parameter, saved[prefix + name]))
+
+
 def moments(optimizer: torch.optim.Optimizer, trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """What AdamW remembers, keyed `moment/parameter`; nothing for parameters that had no gradient yet."""
     return {
@@ -200,6 +224,17 @@ def moments(optimizer: torch.optim.Optimizer, trained: Mapping[str, nn.Parameter
         if parameter in optimizer.state
         for moment in MOMENTS
     }
+
+
+def set_moments(
+    optimizer: torch.optim.Optimizer, trained: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
+) -> None:
+    """Make AdamW remember what `moments` gave."""
+    for name, parameter in trained.items():
+        if f"{MOMENTS[0]}/{name}" in tensors:
+            step, *averages = (tensors[f"{moment}/{name}"] for moment in MOMENTS)
+            values = [step.to(parameter.device), *(_like(parameter, average) for average in averages)]
+            optimizer.state[parameter] = dict(zip(MOMENTS, values, strict=True))
 
 
 def make_moments(
@@ -231,3 +266,8 @@ def load_best(student: nn.Module, folder: Path) -> None:
     if foreign := sorted((learnt := files.shapes(best)).keys() - parameters.keys()):
         raise RecoveryError(f"{folder} holds the training of another model, which has {foreign[0]}")
     files.fill(best, {name: parameters[name].detach() for name in learnt})
+
+
+def _like(target: Tensor, value: Tensor) -> Tensor:
+    value = value.to(device=target.device, dtype=target.dtype)
+    return distribute_tensor(value, target.device_mesh, target.placements) if isinstance(target, DTensor) else value
