@@ -159,8 +159,8 @@ class Watch:
         word, _, who = self._word.partition(" ")
         refused = self.told() if word == REFUSED else None
         return refused or ProcessLostError(
-            f"process {who} has ended before the job was done (killed, crashed, or its host is gone), so this one ends, "
-            "too; what was finished is kept: start again with --resume, with as many processes or with another number"
+            f"process {who} has ended before the job was done (killed, crashed, or its host is gone), so this one "
+            "ends, too; what was finished is kept: start again with --resume, with as many processes or another number"
         )
 
     def _say(self, peer: socket.socket, word: str) -> None:
