@@ -20,12 +20,14 @@ from slimvlm.compress.evaluation.evaluate import evaluate, evaluation_batch
 from slimvlm.compress.models.checkpoint import Loaded, locate
 from slimvlm.compress.models.families import Family
 from slimvlm.compress.models.groups import depths_of
+from slimvlm.compress.models.streaming.weights import streamed
 from slimvlm.compress.options import LearnOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.progress import Progress
 from slimvlm.compress.recovery.blockwise.blocks import STAGE, Course, learn_blocks
 from slimvlm.compress.recovery.blockwise.lessons import Lesson, WholeTeacher
 from slimvlm.compress.recovery.blockwise.pupil import Learnt
+from slimvlm.compress.recovery.blockwise.streamed import StreamedTeacher, held_bytes
 from slimvlm.compress.recovery.distillation.distiller import Distiller
 from slimvlm.compress.recovery.distillation.recipe import Recipe, make_stages, match_blocks
 from slimvlm.compress.recovery.distillation.teacher_cache import TeacherCache
@@ -36,6 +38,8 @@ from slimvlm.compress.recovery.training.stepping import Task
 from slimvlm.compress.recovery.training.trainer import train
 from slimvlm.compress.run_record import Training
 from slimvlm.compress.runs import TEACHER
+
+HELD = 4 * 2**30  # bytes of the batches on their way through a streamed teacher, besides the held-out ones
 
 
 @dataclass(frozen=True)
@@ -115,15 +119,22 @@ class Work:
         return validation_of(evaluate(model, self.collator, self.data.validation, batch_size=size))
 
     def _course(self, lessons: Sequence[Lesson], options: LearnOptions) -> Course:
-        """Steps have the batches that a training of the whole model would have; held out are all validation samples."""
+        """Steps have the batches that a training of the whole model would have; of a streamed teacher, through which
+        all of them go together, the first of them again and again. Held out are all validation samples.
+        """
         assert self.teacher is not None
         training, held_out, size = self.data.training, self.data.validation, options.train_batch_size
         order = [tuple(batch_indices(len(training), size, options.seed, step)) for step in range(options.steps)]
         numbers = {chosen: number for number, chosen in enumerate(dict.fromkeys(order))}
+        if streamed(self.teacher):
+            most = max(1, HELD // held_bytes(self.teacher, self._batch(training, order[0])))
+            order = [order[step % most] for step in range(options.steps)]
+            numbers = {chosen: number for number, chosen in enumerate(dict.fromkeys(order))}
         looks = [range(first, min(first + size, len(held_out))) for first in range(0, len(held_out), size)]
         batches = [partial(self._batch, training, chosen) for chosen in numbers]
         batches += [partial(self._batch, held_out, chosen) for chosen in looks]
-        teacher = WholeTeacher(self.teacher, self.loaded.family, batches, options.precision)
+        teaching = StreamedTeacher if streamed(self.teacher) else WholeTeacher
+        teacher = teaching(self.teacher, self.loaded.family, batches, options.precision)
         identity = f"{locate(options.teacher or options.model)[1]} {self.data.digest} {options.data_fraction}"
         steps = [numbers[chosen] for chosen in order]
         return Course(lessons, teacher, steps, range(len(numbers), len(batches)), options.seed, identity)

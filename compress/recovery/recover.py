@@ -19,6 +19,7 @@ from slimvlm.compress.evaluation.equality import CHECKED_SAMPLES, TOLERANCE, out
 from slimvlm.compress.models.checkpoint import Loaded, locate
 from slimvlm.compress.models.computing import as_stored, attend_as, cast, load_to_compute
 from slimvlm.compress.models.projections import resolve
+from slimvlm.compress.models.streaming.weights import streamed
 from slimvlm.compress.options import NOT_GIVEN, LearnOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.progress import Progress
@@ -79,7 +80,7 @@ def recover(
         _check_sharded(options, recipe)
     loaded = _load_student(options, student, data)
     options = _settled(options, recipe, loaded, data)
-    teacher = _load_teacher(options, plan, loaded) if recipe.needs_teacher else None
+    teacher = _load_teacher(options, plan, loaded, recipe) if recipe.needs_teacher else None
     lessons = lessons_of(loaded.model, teacher, loaded.family, plan.blocks) if teacher and recipe.block_share else []
     adapted = _prepare(options, plan, loaded)
     work = Work(options, recipe, loaded, teacher, data, folder, progress)
@@ -196,14 +197,16 @@ def _dense_folder(name: str, plan: Plan) -> Path:
     return folder
 
 
-def _load_teacher(options: LearnOptions, plan: Plan, loaded: Loaded) -> PreTrainedModel:
-    """The model that is learnt from, computing as the student does."""
+def _load_teacher(options: LearnOptions, plan: Plan, loaded: Loaded, recipe: Recipe) -> PreTrainedModel:
+    """The model that is learnt from, computing as the student does. Where blocks alone learn, its own may be read one
+    after the other.
+    """
     folder = options.teacher or str(_dense_folder(options.model, plan))
-    teacher = load_to_compute(options, folder).model
+    teacher = load_to_compute(options, folder, beside=None if recipe.whole else 0.0).model
     check_family(teacher, loaded.family)
     check_teacher(loaded.model, teacher, loaded.family, followed(plan, teacher, loaded.family))
     attend_as(teacher, loaded.model)
-    if options.frozen:
+    if options.frozen and not streamed(teacher):
         freeze(teacher, options.frozen)
     return teacher.requires_grad_(False)
 

@@ -20,7 +20,7 @@ from slimvlm.console.options.delivering import (
     plan_options,
     quality_limit,
 )
-from slimvlm.console.options.making import FOLDER, again_options, output_options
+from slimvlm.console.options.making import FOLDER, again_options, output_options, stream_option
 from slimvlm.console.options.recovering import recover_options
 from slimvlm.console.printing import print_warning
 from slimvlm.console.progress import progress, show_job
@@ -146,6 +146,7 @@ def apply(model: str, plan_file: Path, out: Path, as_json: bool, quiet: bool, **
 @click.argument("run", type=FOLDER)
 @recover_options
 @again_options
+@stream_option
 @quality_limit
 @formats_option
 @output_options

@@ -63,7 +63,7 @@ def learn_blocks(
         progress: called after every step, with ("recover", step, steps, blocks and what they miss).
 
     Returns:
-        What became of each lesson, and the input tokens that this process has read in steps.
+        What became of each lesson, and the input tokens of the steps of a block.
 
     Raises:
         RecoveryError: the files of another process are not there.
@@ -84,7 +84,8 @@ def learn_blocks(
         lessons = [pupil.lesson for pupil in left.values()]
         for chosen in course.teacher.passes(lessons, lambda lesson: size[lesson.path]):
             taught = [left[lesson.path] for lesson in chosen]
-            tokens += _teach(taught, course, options, signals, partial(_tell, mine, options, progress))
+            told = partial(_tell, mine, options, progress)
+            tokens = max(tokens, _teach(taught, course, options, signals, told))
     processes.wait_for_all()
     for pupil in pupils:
         if pupil not in mine and not pupil.finished():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimvlm.compress.data.collate import Batch
-from slimvlm.compress.data.questions import PATCHES, patch_mask, placed, pose, stream_through
+from slimvlm.compress.data.questions import PATCHES, Inputs, Masks, patch_mask, placed, pose, stream_through
 from slimvlm.compress.models.computing import in_passes
 from slimvlm.compress.models.families import Family
 from slimvlm.compress.models.groups import count_parameters, depths_of
@@ -104,12 +104,10 @@ class WholeTeacher:
     @torch.no_grad()
     def read(self, number: int, lessons: Sequence[Lesson]) -> Reading:
         """See `Teacher`."""
-        weight, batch = next(self.model.parameters()), self.batches[number]()
-        posed = pose(self.model, self.family, batch)
-        masks = placed({**posed.masks, PATCHES: patch_mask(self.model, batch)}, weight.device)
-        watched = _Watched(lessons)
-        with watched.on(self.model), suppress(_SeenAllError), autocast(weight.device, self.precision):
-            self.model(**placed(posed.inputs, weight.device, weight.dtype))
+        batch, watched = self.batches[number](), _Watched(lessons)
+        inputs, masks = asked_of(self.model, self.family, batch)
+        with watched.on(self.model), suppress(_SeenAllError), autocast(self.model.device, self.precision):
+            self.model(**inputs)
         taught = {lesson.path: watched.taught(lesson, masks.get(lesson.stream)) for lesson in lessons}
         return Reading(taught, tokens_of(batch))
 
@@ -135,16 +133,13 @@ class _Watched:
 
     def taught(self, lesson: Lesson, mask: Tensor | None) -> Taught:
         """Of a forward that is over."""
-        args, kwargs = self.called[lesson.path]
-        hidden = self.given[lesson.path]
-        if args:
-            return Taught((hidden, *args[1:]), kwargs, self.outputs[lesson.path], mask)
-        return Taught(args, {**kwargs, HIDDEN: hidden}, self.outputs[lesson.path], mask)
+        called = with_hidden(*self.called[lesson.path], self.given[lesson.path])
+        return Taught(*called, self.outputs[lesson.path], mask)
 
     # Cloned: blocks and what is between them may write into what they are given.
 
     def _first(self, path: str, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self.given[path] = (args[0] if args else kwargs[HIDDEN]).clone()
+        self.given[path] = hidden_of(args, kwargs).clone()
 
     def _place(self, path: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.called[path] = args, kwargs
@@ -153,6 +148,26 @@ class _Watched:
         self.outputs[path] = output_of(output).clone()
         if len(self.outputs) == len(self.lessons):
             raise _SeenAllError
+
+
+def asked_of(model: PreTrainedModel, family: Family, batch: Batch) -> tuple[Inputs, Masks]:
+    """(arguments of the model's forward, by stream the tokens that count), where the model is."""
+    weight, posed = next(model.parameters()), pose(model, family, batch)
+    masks = placed({**posed.masks, PATCHES: patch_mask(model, batch)}, weight.device)
+    return placed(posed.inputs, weight.device, weight.dtype), masks
+
+
+def hidden_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The hidden states among the arguments of a block."""
+    found: Tensor = args[0] if args else kwargs[HIDDEN]
+    return found
+
+
+def with_hidden(
+    args: Sequence[Any], kwargs: Mapping[str, Any], hidden: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same arguments with other hidden states."""
+    return ((hidden, *args[1:]), {**kwargs}) if args else ((), {**kwargs, HIDDEN: hidden})
 
 
 def output_of(output: Any) -> Tensor:

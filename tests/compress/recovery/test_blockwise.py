@@ -12,17 +12,20 @@ import torch
 from plans import keep_blocks, random_plan
 from tiny_models import EVERY, tiny_model
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from train_options import train_options
 
 from slimvlm.compress.data.questions import stream_through
+from slimvlm.compress.models.checkpoint import load_model, stream_model
 from slimvlm.compress.models.families import Family, find_family
 from slimvlm.compress.models.groups import depths_of
 from slimvlm.compress.options import LowRank, TrainOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.recovery.adapters.recall import attach
 from slimvlm.compress.recovery.blockwise.blocks import Course, learn_blocks
-from slimvlm.compress.recovery.blockwise.lessons import Lesson, Reading, WholeTeacher, lessons_of
+from slimvlm.compress.recovery.blockwise.lessons import Lesson, Reading, Taught, WholeTeacher, lessons_of
 from slimvlm.compress.recovery.blockwise.pupil import Learnt, Pupil
+from slimvlm.compress.recovery.blockwise.streamed import StreamedTeacher
 from slimvlm.compress.slicing.apply import apply_plan
 
 SAMPLES = 4
@@ -78,6 +81,52 @@ def test_a_dense_block_called_as_it_is_taught_gives_what_it_is_to_give(name: str
         pupil.look(reading.taught[lesson.path])
         pupil.judge()
         assert pupil.learnt.before == pytest.approx(0, abs=1e-9), lesson.path
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_model_read_block_by_block_teaches_what_the_whole_one_teaches(name: str) -> None:
+    """Also the work of blocks that left: of every tower the first, where one can leave."""
+    model, family = dense(name), family_of(name)
+    plan = keep_blocks(model, lambda group: [group.blocks[0].index] if len(group.blocks) > 1 else [])
+    student = student_of(name, plan)
+    lessons = lessons_of(student, model, family, plan.blocks)
+    whole = WholeTeacher(model, family, batches(name)).read(1, lessons)
+    teacher, asked = StreamedTeacher(model, family, batches(name)), []
+    for chosen in teacher.passes(lessons, lambda _: 0):
+        assert torch.is_grad_enabled()
+        asked += chosen
+        for _ in range(2):  # as often as it likes
+            reading = teacher.read(1, chosen)
+            assert reading.tokens == whole.tokens
+            for lesson in chosen:
+                same(reading.taught[lesson.path], whole.taught[lesson.path])
+    assert asked == lessons
+    for tower in family.towers:  # nothing stays behind
+        assert all("forward" not in block.__dict__ for block in model.get_submodule(tower.blocks))
+
+
+def same(one: Taught, other: Taught) -> None:
+    leaves = [tree_leaves((found.args, dict(found.kwargs), found.output, found.mask)) for found in (one, other)]
+    for left, right in zip(*leaves, strict=True):
+        if isinstance(left, torch.Tensor):
+            torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
+
+
+def test_blocks_learn_the_same_from_a_checkpoint_read_block_by_block(tmp_path: Path) -> None:
+    model, family = dense("qwen2_vl"), family_of("qwen2_vl")
+    copy.deepcopy(model).save_pretrained(tmp_path / "dense")
+    plan, found = random_plan(model, seed=1), []
+    for kind, teacher in (
+        (WholeTeacher, load_model(tmp_path / "dense", attention="eager").model),
+        (StreamedTeacher, stream_model(tmp_path / "dense", attention="eager").model),
+    ):
+        student = student_of("qwen2_vl", plan)
+        lessons = lessons_of(student, teacher, family, {})
+        course = Course(lessons, kind(teacher, family, batches("qwen2_vl")), [0] * 4, [1])
+        learnt, tokens = learn_blocks(student, course, options_of(), tmp_path / kind.__name__)
+        found.append(([one.block for one in learnt], tokens, torch.tensor([one.after for one in learnt])))
+    assert found[0][:2] == found[1][:2]
+    torch.testing.assert_close(found[0][2], found[1][2], rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -1,0 +1,134 @@
+"""The answers of a dense model whose blocks are read one after the other: see compress/streaming.
+
+All batches come to a block together. The lesson that ends there is learnt meanwhile, as often as it likes, and then
+they go on: what they had read is held in memory, and of the dense model one block and the one that comes next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast  # Any: what transformers' blocks take
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from slimvlm.compress.data.collate import Batch
+from slimvlm.compress.data.questions import Masks
+from slimvlm.compress.models.families import Family
+from slimvlm.compress.recovery.blockwise.lessons import (
+    Lesson,
+    Reading,
+    Taught,
+    asked_of,
+    hidden_of,
+    output_of,
+    with_hidden,
+)
+from slimvlm.compress.recovery.training.stepping import tokens_of
+from slimvlm.compress.recovery.training.workers import autocast
+from slimvlm.compress.streaming.blocks import Blocks, blocks_of
+from slimvlm.compress.streaming.passage import Passages
+
+OF_STATES = 3  # hidden states of a batch are held as what a block read, what it gave, and for a lesson on its way
+Called = tuple[tuple[Any, ...], Mapping[str, Any]]
+
+
+class StreamedTeacher:
+    """A dense model whose blocks need not be there. Arguments as of `WholeTeacher`."""
+
+    def __init__(
+        self, model: PreTrainedModel, family: Family, batches: Sequence[Callable[[], Batch]], precision: str = "no"
+    ) -> None:
+        self.model, self.family, self.batches, self.precision = model, family, batches, precision
+        self._masks: dict[int, Masks] = {}
+        self._tokens: dict[int, int] = {}
+        self._given: dict[str, list[Tensor]] = {}  # by lesson, of every batch
+        self._called: dict[str, list[Called]] = {}
+        self._here: list[Called] = []  # how the block where all batches are is called
+        self._compute: Callable[..., Any]
+
+    def passes(self, lessons: Sequence[Lesson], size: Callable[[Lesson], int]) -> Iterator[Sequence[Lesson]]:
+        """One lesson at a time, in the order in which batches come to its end."""
+        lane, left = greenlet(partial(self._go, lessons)), len(lessons)
+        try:
+            while left and (lesson := self._next(lane)) is not None:
+                yield [lesson]
+                left -= 1
+        finally:
+            lane.throw()  # what comes after the last lesson is nobody's
+
+    @torch.no_grad()
+    def read(self, number: int, lessons: Sequence[Lesson]) -> Reading:
+        """See `Teacher`."""
+        taught = {}
+        for lesson in lessons:
+            args, kwargs = self._here[number]
+            args, kwargs = with_hidden(args, kwargs, hidden_of(args, kwargs).clone())  # a block may write into it
+            with autocast(hidden_of(args, kwargs).device, self.precision):
+                output = output_of(self._compute(*args, **kwargs))
+            called = with_hidden(*self._called[lesson.path][number], self._given[lesson.path][number].clone())
+            taught[lesson.path] = Taught(*called, output, self._masks[number].get(lesson.stream))
+        return Reading(taught, self._tokens[number])
+
+    @staticmethod
+    def _next(lane: greenlet) -> Lesson | None:
+        """Let the batches go on to the end of the next lesson; None: there is none. The grad mode is this side's."""
+        mode = torch.is_grad_enabled()
+        try:
+            found = lane.switch()
+        finally:
+            torch.set_grad_enabled(mode)
+        return None if lane.dead else found
+
+    def _go(self, lessons: Sequence[Lesson]) -> None:
+        """Through all blocks, with a stop at the end of every lesson."""
+        order = blocks_of(self.model, self.family)
+        forwards = [partial(self._forward, number) for number in range(len(self.batches))]
+        passages = Passages(self.model, order, forwards, learning=False)
+        with Blocks(self.model, order) as blocks:
+
+            @contextmanager
+            def at(path: str) -> Iterator[None]:
+                if not passages.asked(path):
+                    yield
+                    return
+                with blocks.held(path):
+                    self._stop(path, passages, lessons)
+                    with autocast(blocks.device, self.precision):
+                        yield
+
+            passages.forward(at, lambda _: None, lambda _: None)
+
+    def _stop(self, path: str, passages: Passages, lessons: Sequence[Lesson]) -> None:
+        """Keep what lessons need of this block; have those learnt that end here."""
+        calls = [one.call for one in passages.passages if one.call is not None and one.call.path == path]
+        called: list[Called] = [(call.args, call.kwargs) for call in calls]
+        for lesson in lessons:
+            if lesson.first == path:
+                self._given[lesson.path] = [hidden_of(*one).clone() for one in called]
+            if lesson.place == path:
+                self._called[lesson.path] = called
+        for lesson in lessons:
+            if lesson.last == path:
+                self._here, self._compute = called, passages.compute[path]
+                cast(greenlet, getcurrent().parent).switch(lesson)
+                torch.set_grad_enabled(False)
+                del self._given[lesson.path], self._called[lesson.path]
+        self._here = []
+
+    def _forward(self, number: int) -> None:
+        batch = self.batches[number]()
+        inputs, masks = asked_of(self.model, self.family, batch)
+        self._masks[number], self._tokens[number] = masks, tokens_of(batch)
+        self.model(**inputs)
+
+
+def held_bytes(model: PreTrainedModel, batch: Batch) -> int:
+    """About what a batch takes while it is on its way through a streamed model."""
+    weight, config = next(model.parameters()), model.config.get_text_config()
+    states: int = OF_STATES * batch["input_ids"].numel() * config.hidden_size * weight.element_size()
+    return states + sum(value.nbytes for value in batch.values() if isinstance(value, Tensor))
