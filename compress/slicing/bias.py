@@ -20,7 +20,7 @@ from slimvlm.compress.models.families import Family
 from slimvlm.compress.models.groups import Group
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.slicing.cuts import complement
-from slimvlm.compress.slicing.refit import Batches, Refit, cut_projections, look, mean_losses, shifted
+from slimvlm.compress.slicing.refit import Batches, Refit, cut_projections, keeping, look, mean_losses, shifted
 from slimvlm.compress.statistics.collector import Collector, Reduce, Side
 from slimvlm.compress.statistics.rows import Statistic
 
@@ -84,7 +84,7 @@ def give_means(  # noqa: PLR0913 (as `refit`)
     """
     sides, kept = cut_projections(model, family, groups, keep)
     sides = [side for side in sides if side.expert is None]  # stacked, experts have no bias
-    weights, losses = {}, []
+    weights, losses, hold = {}, [], keeping(model)
 
     def solve(chosen: Sequence[Side], seen: Mapping[str, Tensor]) -> None:
         for side in chosen:
@@ -94,7 +94,7 @@ def give_means(  # noqa: PLR0913 (as `refit`)
                 raise CalibrationError(f"the inputs of {side.path} are not finite, or there are none; check the data")
             weight = side.module.weight.detach()
             bias = shifted(side.module.bias, mean.float(), weight.dtype)
-            weights[side.path] = (weight.index_select(1, kept[side.path].to(weight.device)), bias)
+            weights[side.path] = hold(weight.index_select(1, kept[side.path].to(weight.device))), hold(bias)
             left = cut - tokens * mean.square().sum()
             losses.append(((cut / whole).item(), (left / whole).clamp(min=0).item()))
 

@@ -60,15 +60,17 @@ class Refit:
         """Replace the weights of the cut `model`, in place; `places`: where it has the modules of the dense one. What
         gets its first bias is told in the model's record.
         """
+        weights = streamed(model)
+        put = weights.put if weights else Tensor.copy_
         with torch.no_grad():
             for path, (weight, bias) in self.weights.items():
                 place = places(path)
                 module = model.get_submodule(place)
-                module.get_parameter("weight").copy_(weight)
+                put(module.get_parameter("weight"), weight)
                 if bias is not None and module.bias is None:
                     getattr(model.config, RECORD).setdefault("biases", {})[place] = len(give_bias(module))
                 if bias is not None:
-                    module.get_parameter("bias").copy_(bias)
+                    put(module.get_parameter("bias"), bias)
         return model
 
 
@@ -96,14 +98,14 @@ def refit(  # noqa: PLR0913 (the model with what is known of it, what is kept, w
         CalibrationError: a sum is not finite, or there are no tokens.
     """
     sides, kept = cut_projections(model, family, groups, keep)
-    weights, losses = {}, []
+    weights, losses, hold = {}, [], keeping(model)
 
     def solve(chosen: Sequence[Side], seen: dict[str, Tensor]) -> None:
         # Nothing is known of an expert that no token was sent to.
         known = [side for side in chosen if seen[f"{side.path}:tokens"] or side.expert is None]
         found = [[seen.pop(key) for key in (side.path, f"{side.path}:sum", f"{side.path}:tokens")] for side in known]
         for side, (weight, bias, lost) in zip(known, _solve_all(known, kept, biased, found), strict=True):
-            weights[side.path] = (weight, bias)
+            weights[side.path] = hold(weight), None if bias is None else hold(bias)
             losses.append((lost[0].item(), lost[1].item()))
 
     bound = memory or min(MOST, max(LEAST, count_parameters(model)))
@@ -159,6 +161,12 @@ def look(
 
 def _told(progress: Progress, before: int, total: int, done: int) -> None:
     progress("refit", before + done, total)
+
+
+def keeping(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What holds a new weight until it is put into the cut model: one that is streamed, in files beyond a bound."""
+    weights = streamed(model)
+    return weights.keep if weights else lambda weight: weight
 
 
 def mean_losses(losses: Sequence[tuple[float, float]]) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import Any
+from weakref import finalize
 
 import torch
 from safetensors import safe_open
@@ -98,6 +99,7 @@ class StreamedWeights:
     def __init__(self, shards: Sequence[Shard], bound: int = HELD) -> None:
         self.shards, self.bound, self.held = tuple(shards), bound, 0
         self._scratch: TemporaryDirectory[str] | None = None
+        self._written = 0
 
     def put(self, parameter: nn.Parameter, values: Tensor) -> None:
         """Give a parameter other values, of its shape; they are kept in its dtype.
@@ -105,19 +107,36 @@ class StreamedWeights:
         Raises:
             OutputError: the disk is full.
         """
-        if not isinstance(parameter, Lazy):
-            with torch.no_grad():
-                parameter.copy_(values)
+        if isinstance(parameter, Lazy):
+            parameter.source = self.keep(values.to(parameter.dtype)).source
             return
-        values = values.detach().to("cpu", parameter.dtype, copy=True)
+        with torch.no_grad():
+            parameter.copy_(values)
+
+    def keep(self, values: Tensor) -> Lazy:
+        """What stands for these values as long as somebody has it.
+
+        Raises:
+            OutputError: the disk is full.
+        """
+        if isinstance(values, Lazy):
+            return values
+        values = values.detach().to("cpu", copy=True)
+        source: Source = Held(values)
         if self.held + values.nbytes <= self.bound:
             self.held += values.nbytes
-            parameter.source = Held(values)
-            return
-        self._scratch = self._scratch or TemporaryDirectory(prefix="slimvlm-weights-")
-        path = Path(self._scratch.name, f"{sum(1 for _ in Path(self._scratch.name).iterdir())}.safetensors")
-        save_tensors(path, {"values": values}, {})
-        parameter.source = Stored(Shard(path), "values")
+            finalize(source, self._give_up, values.nbytes)
+        else:
+            self._scratch = self._scratch or TemporaryDirectory(prefix="slimvlm-weights-")
+            self._written += 1
+            path = Path(self._scratch.name, f"{self._written}.safetensors")
+            save_tensors(path, {"values": values}, {})
+            source = Stored(Shard(path), "values")
+            finalize(source, path.unlink, missing_ok=True)
+        return Lazy.of(source, torch.empty_like(values, device="meta"))
+
+    def _give_up(self, freed: int) -> None:
+        self.held -= freed
 
     def check_unchanged(self) -> None:
         """Raises CheckpointError if a shard was changed since it was opened; also every reading finds that."""

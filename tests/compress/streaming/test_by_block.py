@@ -8,29 +8,24 @@ from typing import Any, cast
 
 import pytest
 import torch
-from tiny_models import COVERING, EVERY, Tiny, tiny_model
+from streaming import pair
+from tiny_models import COVERING, EVERY, Tiny
 from torch import nn
 
+from slimvlm.compress.allocate.budget import Budget
+from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.errors import CalibrationError, UnsuitableOptionError
-from slimvlm.compress.models.checkpoint import stream_model
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import find_units
-from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.models.streaming.lazy import Lazy
+from slimvlm.compress.rounds import Planning, plan_in_rounds
 from slimvlm.compress.statistics.collect import Calibration, collect
 from slimvlm.compress.statistics.reading import Batches
 from slimvlm.compress.statistics.rows import STATISTICS, CalibrationOptions, token_rule
 from slimvlm.compress.streaming.blocks import blocks_of
 
-FORWARD = (("input-norms", "moments", "fluctuation"), ("turning",), ("first-order",))  # the last, of whole groups
-BACKWARD = (("first", "angles", "input-norms", "gate"), ("fisher", "gate-obs", "moments"))
-
-
-def pair(folder: Path, name: str) -> tuple[Tiny, Tiny]:
-    """A tiny model in memory, and read from a checkpoint when it is needed."""
-    tiny = tiny_model(name, "sdpa")
-    save_checkpoint(folder / "dense", tiny.model, None, None, max_shard_size="60KB")
-    return tiny, Tiny(stream_model(folder / "dense", attention="sdpa").model, tiny.inputs)
+OTHERS = (("input-norms", "moments", "fluctuation"), ("turning",), ("first-order",), ("fisher", "gate"))
+ROUNDS = Planning(Budget(0.15), CRITERIA["gate"], rounds=2, between="refit")
 
 
 def calibrate(tiny: Tiny, batches: Batches, *statistics: str, **options: Any) -> Calibration:
@@ -68,19 +63,22 @@ def ragged(tiny: Tiny) -> list[dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("name", [*EVERY, *COVERING])
-def test_statistics_are_those_of_the_whole_model_in_every_family(tmp_path: Path, name: str) -> None:
+def test_statistics_and_plans_are_those_of_the_whole_model_in_every_family(tmp_path: Path, name: str) -> None:
     whole, streamed = pair(tmp_path, name)
-    batches = [whole.inputs(2), whole.inputs(2)]
-    for statistics in BACKWARD:
-        assert_same(calibrate(whole, batches, *statistics), calibrate(streamed, batches, *statistics))
+    batches = [whole.inputs(2)]
+    assert_same(*(calibrate(one, batches, "first", "angles", "input-norms", "gate-obs") for one in (whole, streamed)))
+    left, right = (plan_in_rounds(one.model, lambda _: batches, ROUNDS).plan for one in (whole, streamed))
+    assert right.sizes == left.sizes and right.keep.keys() == left.keep.keys()
+    differing = sum(len(set(kept) ^ set(right.keep[key])) for key, kept in left.keep.items())
+    assert differing <= 0.01 * sum(left.sizes.values())  # of two units that are worth the same, either
     assert all(isinstance(streamed.model.get_parameter(name), Lazy) for name in block_weights(streamed.model))
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl", "blip2_t5", "mllama", "clip"])
-def test_what_a_forward_tells_and_what_whole_groups_tell_is_the_same_too(tmp_path: Path, name: str) -> None:
+def test_what_a_forward_and_squares_and_whole_blocks_and_groups_tell_is_the_same_too(tmp_path: Path, name: str) -> None:
     whole, streamed = pair(tmp_path, name)
     batches = [whole.inputs(2), whole.inputs(2)]
-    for statistics in FORWARD:
+    for statistics in OTHERS:
         assert_same(calibrate(whole, batches, *statistics), calibrate(streamed, batches, *statistics))
 
 
