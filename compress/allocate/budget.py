@@ -106,7 +106,7 @@ def order_units(groups: Sequence[Group], scores: Scores, budget: Budget, facts: 
     if len({group.kind == BLOCK for group in groups}) > 1:
         raise ValueError("blocks and what is inside them are planned one after the other; see Plan.compose")
     if budget.layout == "stock":
-        lines = stock_lines_of(groups, scores, budget.round_channels, facts.family)
+        lines = stock_lines_of(groups, scores, budget.round_channels, facts)
     else:
         lines = lines_of(groups, scores, budget.round_channels)
     whens, rescued = _allocate(lines, budget, facts), []

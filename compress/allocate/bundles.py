@@ -1,26 +1,33 @@
 """What the allocators take or leave: bundles of units, ranked by score.
 
 A bundle is usually one unit. For widths that are a multiple of N it is N channels of neighbouring rank; for the stock
-layout it is the i-th lowest unit of every group whose width one config field sets.
+layout it is the i-th lowest unit of every group whose width one config field sets, and so many ranks that the
+unmodified class builds what is left.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
+from huggingface_hub.errors import StrictDataclassError
 from numpy.typing import NDArray
+from transformers import PreTrainedConfig
 
 from slimvlm.compress.allocate.costs import Cost, Times
+from slimvlm.compress.allocate.facts import Facts
 from slimvlm.compress.allocate.pool import Floats, Integers, Pool
 from slimvlm.compress.criteria.scoring import Scores
 from slimvlm.compress.errors import InfeasibleBudgetError
 from slimvlm.compress.models.experts import ALIGNED
-from slimvlm.compress.models.families import Experts, Family
+from slimvlm.compress.models.families import Attention, Experts, Mlp
 from slimvlm.compress.models.groups import Group
+from slimvlm.compress.models.saving import set_fields, stock_values
 
 
 @dataclass(frozen=True)
@@ -67,10 +74,10 @@ class Line:
 
 def lines_of(groups: Sequence[Group], scores: Scores, round_channels: int) -> list[Line]:
     """One line per group."""
-    return [_line((group,), scores, round_channels) for group in groups]
+    return [_line((group,), scores, _widths(group, round_channels)) for group in groups]
 
 
-def stock_lines_of(groups: Sequence[Group], scores: Scores, round_channels: int, family: Family) -> list[Line]:
+def stock_lines_of(groups: Sequence[Group], scores: Scores, round_channels: int, facts: Facts) -> list[Line]:
     """One line per set of config fields of the unmodified class; groups whose width it cannot set are left out.
 
     Raises:
@@ -82,7 +89,8 @@ def stock_lines_of(groups: Sequence[Group], scores: Scores, round_channels: int,
             classes.setdefault((group.home.config, *(name for name, _ in group.part.fields)), []).append(group)
     if not classes:
         raise InfeasibleBudgetError(
-            f"layout stock: the unmodified class of family {family.name!r} can build no cut; use --layout per-layer"
+            f"layout stock: the unmodified class of family {facts.family.name!r} can build no cut; "
+            "use --layout per-layer"
         )
     for fields, members in classes.items():
         if len({(group.size, group.num_units) for group in members}) > 1:
@@ -90,7 +98,10 @@ def stock_lines_of(groups: Sequence[Group], scores: Scores, round_channels: int,
                 f"layout stock: {'.'.join(fields[:2])} holds for layers that have different widths already; "
                 "use --layout per-layer"
             )
-    return [_line(tuple(members), scores, round_channels) for members in classes.values()]
+    return [
+        _line(tuple(members), scores, _buildable(members[0], _widths(members[0], round_channels), facts.config))
+        for members in classes.values()
+    ]
 
 
 def pool_of(
@@ -133,13 +144,33 @@ def _places(lines: Sequence[Line]) -> list[Floats]:
     return places
 
 
-def _line(groups: tuple[Group, ...], scores: Scores, round_channels: int) -> Line:
-    units = groups[0].num_units
-    step = round_channels if groups[0].kind == "mlp" else 1
-    if isinstance(groups[0].part, Experts):
+def _widths(group: Group, round_channels: int) -> Integers:
+    """The numbers of units it may keep, besides all and none."""
+    step = round_channels if group.kind == "mlp" else 1
+    if isinstance(group.part, Experts):
         step = math.lcm(step, ALIGNED)
-    # The first bundle brings the width to a multiple of the step.
-    bounds = np.unique(np.concatenate([[0], np.arange(units % step, units + 1, step)]))
+    return np.arange(step, group.num_units, step)
+
+
+def _buildable(group: Group, widths: Integers, config: PreTrainedConfig) -> Integers:
+    """Those of `widths` that the config of the unmodified class takes: any number of blocks and channels, not of heads
+    and times the block's width."""
+    if not isinstance(group.part, Attention) and not (isinstance(group.part, Mlp) and group.part.ratio):
+        return widths
+    return np.array([units for units in widths.tolist() if _takes(config, group.narrowed(units))], dtype=np.int64)
+
+
+def _takes(config: PreTrainedConfig, group: Group) -> bool:
+    try:
+        set_fields(copy.copy(attrgetter(group.home.config)(config)), stock_values(group))
+    except StrictDataclassError:
+        return False
+    return True
+
+
+def _line(groups: tuple[Group, ...], scores: Scores, widths: Integers) -> Line:
+    units = groups[0].num_units
+    bounds = np.unique(np.concatenate([[0], units - widths, [units]]))
     values = [scores.values[group.key].double().numpy() for group in groups]
     ranks = tuple(np.argsort(value, kind="stable") for value in values)
     weights = np.array([group.weights_per_unit for group in groups], dtype=np.float64)

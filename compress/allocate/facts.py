@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 from slimvlm.compress.models.families import Family, find_family
 from slimvlm.compress.models.groups import Dead, Group, count_parameters, dead_blocks, weigh
@@ -19,6 +20,7 @@ class Facts:
 
     Attributes:
         family: its row.
+        config: of the model.
         parameters: of the whole model, tied weights once.
         towers: tower -> parameters of its blocks (norms and biases included).
         macs: tower -> multiply-accumulates per token of the linears of its blocks.
@@ -29,6 +31,7 @@ class Facts:
     """
 
     family: Family
+    config: PreTrainedConfig
     parameters: int
     towers: Mapping[str, int]
     macs: Mapping[str, int]
@@ -52,6 +55,7 @@ def facts_of(model: nn.Module, groups: Sequence[Group], dense: Facts | None = No
         kinds[group.kind] += int(group.parameters.sum())
     return Facts(
         family=family,
+        config=model.config,
         parameters=count_parameters(model),
         towers={tower.name: count_parameters(model.get_submodule(tower.blocks)) for tower in family.towers},
         macs={tower.name: weigh(tower, model.get_submodule(tower.blocks).children())[1] for tower in family.towers},

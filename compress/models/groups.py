@@ -145,6 +145,12 @@ class Group:
         """Query heads per KV head (1 for plain multi-head attention and MLPs), or channels per expert."""
         return self.size // self.kv_heads if self.kv_heads else 1
 
+    def narrowed(self, units: int) -> Group:
+        """The group with so many of its units; what it consists of stays unsaid."""
+        per_kv = self.slots or not self.kv_heads
+        kv_heads = self.kv_heads if per_kv else units
+        return replace(self, size=units * self.indices_per_unit, num_units=units, kv_heads=kv_heads)
+
     def indices_of(self, member: Member) -> range:
         """The indices of the group, or the KV heads, whose rows or columns `member` has."""
         if member.expert is not None:

@@ -9,7 +9,8 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from slimvlm.compress.card import write_card
 from slimvlm.compress.errors import CheckpointError
@@ -34,8 +35,8 @@ from slimvlm.compress.files.folders import (
 from slimvlm.compress.files.writing import write_text
 from slimvlm.compress.models.checkpoint import CARRIED, PLAN, build_meta, load_model, weight_files
 from slimvlm.compress.models.experts import ALIGNED, together
-from slimvlm.compress.models.families import Experts, Family, find_family
-from slimvlm.compress.models.groups import count_parameters, find_groups
+from slimvlm.compress.models.families import Experts, Family, Mlp, find_family
+from slimvlm.compress.models.groups import Group, count_parameters, find_groups
 from slimvlm.compress.models.modeling_slim import RECORD
 from slimvlm.compress.models.quantized import held_form, quantize, require_torchao
 from slimvlm.compress.models.streaming.weights import streamed
@@ -151,9 +152,8 @@ def stock_model(model: PreTrainedModel) -> PreTrainedModel:
     if record:
         family = find_family(model.config)
         for path, fields in stock_fields(model, family, {*record["shapes"], *record.get("stacked", ())}).items():
-            config = attrgetter(path)(stock.config)
-            for name, value in fields.items():
-                setattr(config, name, value)
+            with _refused():
+                set_fields(attrgetter(path)(stock.config), fields)
     for name in (RECORD, "auto_map"):
         if hasattr(stock.config, name):
             delattr(stock.config, name)
@@ -165,13 +165,10 @@ def stock_model(model: PreTrainedModel) -> PreTrainedModel:
 def _check_build(model: PreTrainedModel) -> None:
     """The class must build exactly these sizes: a config field may size more than what was cut (SigLIP's pooling head),
     or be refused (Llama wants a number of heads that divides the hidden size)."""
-    try:
+    with _refused():
         config = type(model.config).from_dict(model.config.to_dict())  # as a reload does: checks the values
         with torch.device("meta"):
             built = type(model)(config)
-    except (ValueError, StrictDataclassError) as error:
-        why = " ".join(str(error).split())
-        raise CheckpointError(f"layout stock: the unmodified class refuses these sizes ({why}); {ADVICE}") from error
     expected = {name: tensor.shape for name, tensor in built.state_dict().items()}
     for name, tensor in model.state_dict().items():
         if expected.get(name) != tensor.shape:
@@ -179,14 +176,44 @@ def _check_build(model: PreTrainedModel) -> None:
             raise CheckpointError(f"layout stock: the unmodified class would build {name} as {sizes}; {ADVICE}")
 
 
-def stock_fields(model: nn.Module, family: Family, cut: set[str]) -> dict[str, dict[str, int]]:
+@contextmanager
+def _refused() -> Iterator[None]:
+    """Errors of the class or its config as one of ours."""
+    try:
+        yield
+    except (ValueError, StrictDataclassError) as error:
+        why = " ".join(str(error).split())
+        raise CheckpointError(f"layout stock: the unmodified class refuses these sizes ({why}); {ADVICE}") from error
+
+
+def set_fields(config: PreTrainedConfig, fields: Mapping[str, float]) -> None:
+    """Set `fields` in `config`, in place.
+
+    Raises:
+        StrictDataclassError: it refuses one of them, or what they are together.
+    """
+    for name, value in fields.items():
+        setattr(config, name, value)
+    config.validate()
+
+
+def stock_values(group: Group) -> dict[str, float]:
+    """Field of the config of the group's tower -> value that builds its present size; empty: none does."""
+    sizes: dict[str, float] = {"size": group.size, "heads": group.size, "per_head": group.heads_per_kv}
+    sizes |= {"kv_heads": group.kv_heads, "head_dim": group.head_dim}
+    if isinstance(group.part, Mlp) and group.part.ratio:
+        hidden = group.weights_per_unit // len(group.members)
+        # A fraction is a little larger than it has to be, for the class rounds its product down.
+        sizes["ratio"] = (group.size + 0.5) / hidden if group.size % hidden else group.size // hidden
+    return {name: sizes[fact] for name, fact in group.part.fields}
+
+
+def stock_fields(model: nn.Module, family: Family, cut: set[str]) -> dict[str, dict[str, float]]:
     """Config path -> field -> value that build the present sizes of `model`, of which the modules `cut` were cut."""
-    values: dict[tuple[str, str], dict[int, str]] = {}
+    values: dict[tuple[str, str], dict[float, str]] = {}
     changed = set()
     for group in find_groups(model, family):
-        sizes = {"size": group.size, "heads": group.size, "kv_heads": group.kv_heads, "head_dim": group.head_dim}
-        sizes["per_head"] = group.heads_per_kv
-        facts = {(group.home.config, name): sizes[fact] for name, fact in group.part.fields}
+        facts = {(group.home.config, name): value for name, value in stock_values(group).items()}
         if cut & {group.path, *(member.path for member in group.members)}:
             if not facts:
                 raise CheckpointError(
@@ -200,7 +227,7 @@ def stock_fields(model: nn.Module, family: Family, cut: set[str]) -> dict[str, d
             changed |= set(facts)
         for field, value in facts.items():
             values.setdefault(field, {}).setdefault(value, group.key)
-    fields: dict[str, dict[str, int]] = {}
+    fields: dict[str, dict[str, float]] = {}
     for path, name in sorted(changed):
         found = values[path, name]
         if len(found) > 1:

@@ -20,4 +20,4 @@ FUSED = Attention("attn", ("qkv",), "proj", patch=HEADS)
 GATED_MLP = Mlp(GATED, "mlp.down_proj", stock="intermediate_size")
 PLAIN_MLP = Mlp(("mlp.fc1",), "mlp.fc2", stock="intermediate_size")
 FUSED_MLP = Mlp(("mlp.gate_up_proj",), "mlp.down_proj", stock="intermediate_size")
-UNSIZED_MLP = Mlp(("mlp.fc1",), "mlp.fc2")  # its width is made of a ratio: no stock cut
+RATIO_MLP = Mlp(("mlp.fc1",), "mlp.fc2", stock="mlp_ratio", ratio=True)

@@ -39,7 +39,7 @@ class Attention:
 
     @property
     def fields(self) -> tuple[tuple[str, str], ...]:
-        """Config fields -> facts of a group (see `stock_fields`) from which the unmodified class builds its size."""
+        """Config fields -> facts of a group (see `stock_values`) from which the unmodified class builds its size."""
         return () if self.forward else self.stock  # the replaced forward is what the unmodified class lacks
 
     @property
@@ -51,19 +51,21 @@ class Attention:
 @dataclass(frozen=True, slots=True)
 class Mlp:
     """One MLP of a block: `rows` lose rows (one, where gate and up are fused), `output` loses columns; `stock`: the
-    config field of its width, if any; `optional` as of an attention.
+    config field of its width, if any, or with `ratio`, of how many times as wide as the block it is; `optional` as of
+    an attention.
     """
 
     rows: tuple[str, ...]
     output: str
     key: str = "mlp"
     stock: str | None = None
+    ratio: bool = False
     optional: bool = False
 
     @property
     def fields(self) -> tuple[tuple[str, str], ...]:
         """As of an attention."""
-        return () if self.stock is None else ((self.stock, "size"),)
+        return () if self.stock is None else ((self.stock, "ratio" if self.ratio else "size"),)
 
     @property
     def exit(self) -> str:

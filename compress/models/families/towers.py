@@ -15,8 +15,8 @@ from slimvlm.compress.models.families.parts import (
     GROUPS,
     HEADS,
     PLAIN_MLP,
+    RATIO_MLP,
     SEPARATE,
-    UNSIZED_MLP,
 )
 from slimvlm.compress.models.families.rows import Attention, Mlp, Stacks, Tower
 
@@ -34,7 +34,7 @@ SIGLIP = replace(VIT, pooled="vision_use_head")
 DINOV2 = _vision(
     "encoder.layer",
     Attention("attention", SEPARATE, "o_proj", patch=(("num_attention_heads", "heads"),)),
-    UNSIZED_MLP,
+    RATIO_MLP,
     before=CLS,
 )
 PIXTRAL = _vision(
@@ -65,7 +65,7 @@ BLIP2 = _vision(
     PLAIN_MLP,
     before=CLASS,
 )
-QWEN2 = _vision("blocks", FUSED, UNSIZED_MLP)
+QWEN2 = _vision("blocks", FUSED, RATIO_MLP)
 QWEN2_5 = replace(
     _vision("blocks", FUSED, GATED_MLP),
     numbered=("fullatt_block_indexes",),
@@ -79,7 +79,7 @@ QWEN3 = replace(
 JANUS = _vision(
     "encoder.layers",
     Attention("self_attn", SEPARATE, "projection_layer", patch=(*HEADS, ("embed_dim", "width"))),
-    UNSIZED_MLP,
+    RATIO_MLP,
 )
 GOT_OCR2 = _vision(
     "layers",
@@ -125,7 +125,7 @@ TOWERS: dict[str, Stacks] = {
     "qwen3_vl_moe_vision": QWEN3,
     "qwen3_omni_moe_vision_encoder": QWEN3,
     "qwen3_5_moe_vision": replace(QWEN3, numbered=(), deepstack=None),
-    "step3p5_vision": replace(VIT, blocks="layers", parts=(ENCODER, UNSIZED_MLP)),
+    "step3p5_vision": replace(VIT, blocks="layers", parts=(ENCODER, RATIO_MLP)),
     "qwen3_5_vision": replace(QWEN3, numbered=(), deepstack=None),
     "instructblipvideo_vision_model": BLIP2,
     "gemma4_vision": GEMMA4,

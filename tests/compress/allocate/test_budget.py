@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from paper_scale import blip2_flan_t5_xl
 from tiny_models import FACTORIES, tiny_model
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlavaForConditionalGeneration, PreTrainedConfig
 
 from slimvlm.compress.allocate.allocators import ALLOCATORS
 from slimvlm.compress.allocate.budget import Budget, plan_units
@@ -24,6 +25,7 @@ from slimvlm.compress.models.families import FAMILIES, TEXTS, find_family
 from slimvlm.compress.models.families.parts import GATED_MLP
 from slimvlm.compress.models.groups import Group, count_parameters, find_groups
 from slimvlm.compress.models.projections import Member
+from slimvlm.compress.models.saving import stock_model
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.slicing.apply import apply_plan
 
@@ -76,7 +78,7 @@ def single_mlp(values: list[float], unprunable: int = 5) -> tuple[tuple[Group, .
     scores = Scores(CRITERIA["taylor"], {group.key: Tensor(values)}, {group.key: torch.arange(size)[:, None]})
     prunable = 9 * size
     facts = Facts(
-        FAMILIES[0], prunable + unprunable, {"language": prunable}, {"language": prunable},
+        FAMILIES[0], PreTrainedConfig(), prunable + unprunable, {"language": prunable}, {"language": prunable},
         {"mlp": prunable, "attention": 0}, {group.key: size},
     )  # fmt: skip
     return (group,), scores, facts
@@ -197,6 +199,33 @@ def test_the_stock_layout_cuts_alike_what_one_config_field_sets_and_nothing_else
     assert widths["vision", "attention"] == {4}  # no config field builds a CLIP tower with fewer heads
     assert widths["vision", "mlp"] != {48} and widths["language", "mlp"] != {40}
     assert plan.layout == "stock"
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_the_unmodified_class_builds_what_a_stock_plan_leaves(name):
+    model, groups, scores = prepared(name)
+    stock_model(apply_plan(model, plan_units(groups, scores, Budget(0.05, layout="stock"), facts_of(model, groups))))
+
+
+def test_a_stock_plan_leaves_a_number_of_heads_that_the_config_takes():
+    config = tiny_model("llava").model.config
+    config.text_config = LlamaConfig(
+        hidden_size=32, num_attention_heads=8, num_key_value_heads=4, head_dim=16, intermediate_size=8,
+        num_hidden_layers=2, vocab_size=config.text_config.vocab_size,
+    )  # fmt: skip
+    model = LlavaForConditionalGeneration(config)
+    groups = find_groups(model, find_family(config))
+    scores = score_groups(groups, CRITERIA["random"])
+    for ratio, heads in ((0.1, {8, 4}), (0.3, {4, 2})):  # 32 is no multiple of 6
+        plan = plan_units(groups, scores, Budget(ratio, layout="stock"), facts_of(model, groups))
+        kept = {len(plan.keep[group.key]) for group in groups if group.tower == "language" and group.kind != "mlp"}
+        assert len(kept) == 1 and kept < heads
+
+
+def test_a_width_that_is_a_ratio_in_the_config_leaves_in_whole_multiples_of_the_block():
+    plan, groups = plan_for("qwen2_vl", Budget(0.18, layout="stock"))
+    widths = [len(plan.keep[group.key]) for group in groups if group.tower == "vision" and group.kind == "mlp"]
+    assert widths == [32, 32]  # of 64; the width of the blocks is 32
 
 
 def test_towers_that_share_a_config_field_cannot_have_a_ratio_of_their_own_in_the_stock_layout():

@@ -16,6 +16,7 @@ from tiny_models import COVERING, EVERY, tiny_model
 from slimvlm.compress.errors import UnsupportedModelError
 from slimvlm.compress.models.families import FAMILIES, TEXTS, TOWERS, Attention, Mixer, find_family
 from slimvlm.compress.models.groups import count_parameters, find_groups
+from slimvlm.compress.models.saving import stock_values
 from slimvlm.compress.slicing.apply import apply_plan
 
 NAMES = [*EVERY, *COVERING]
@@ -61,8 +62,7 @@ def test_paths_resolve_and_sizes_are_those_of_the_config(name):
             heads = first_of(config, "num_attention_heads", "num_heads")
             assert (group.size, group.kv_heads) == (heads, getattr(config, "num_key_value_heads", None) or heads)
         elif part.stock:
-            width = group.heads_per_kv if group.kv_heads else group.size
-            assert width == getattr(config, part.stock)
+            assert stock_values(group) == {part.stock: getattr(config, part.stock)}
         found.add((group.tower, part.key))
     parts = [(tower.name, part) for tower in family.towers for part in tower.parts]
     assert found == {(tower, part.key) for tower, part in parts if not isinstance(part, Mixer)}

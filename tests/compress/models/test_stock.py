@@ -49,7 +49,7 @@ def cut_one(name, key, count):
             "text_config.intermediate_size would have to be 40 for .*0.mlp, 8 for language.1",
         ),
         ("llava", "vision.", "the unmodified class cannot build a narrower vision.0.attn"),
-        ("qwen2_vl", "vision.0.mlp", "cannot build a narrower vision.0.mlp"),
+        ("qwen2_vl", "vision.0.mlp", "vision_config.mlp_ratio would have to be 0.265625 for vision.0.mlp, 2 for"),
         ("blip2_t5", "encoder.0.attn", "cannot build a narrower encoder.0.attn"),
         ("siglip", "vision.0.mlp", "cannot build a narrower vision.0.mlp"),
     ],
@@ -79,6 +79,13 @@ def test_a_number_of_heads_that_the_config_refuses_is_refused_with_its_reason():
     apply_plan(model, plan)  # Llama wants a number of heads that divides the hidden size
     with pytest.raises(CheckpointError, match="refuses these sizes .*32. is not a multiple of .* heads .3."):
         stock_model(model)
+
+
+def test_a_width_that_the_config_has_no_ratio_for_is_refused_with_its_reason():
+    model = tiny_model("qwen2_vl").model
+    plan = make_plan(model, lambda group: range(8 if group.kind == "mlp" else group.size))
+    with pytest.raises(CheckpointError, match="layout stock: .* refuses these sizes .*mlp_ratio.* expected int"):
+        stock_model(apply_plan(model, plan))
 
 
 def test_a_model_that_was_not_cut_is_its_own_stock_form():
