@@ -1,4 +1,4 @@
-"""A file with the options of `slimvlm compress`: what `--config` reads, and what `--write-config` writes."""
+"""A file with the options of a command, of `compress` above all: what `--config` reads and `--write-config` writes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def run(*words: object) -> Result:
     return result
 
 
-def parsed(*words: object) -> dict[str, object]:
-    return COMPRESS.make_context("compress", [str(word) for word in words]).params
+def parsed(*words: object, command: str = "compress") -> dict[str, object]:
+    return main.commands[command].make_context(command, [str(word) for word in words]).params
 
 
 @pytest.fixture
@@ -124,6 +124,39 @@ def test_what_a_file_says_wrongly_is_refused_with_its_place(folder: Path, text: 
     assert (result.exit_code, result.stdout) == (3, "")
     assert "recipe.toml does not fit: " in result.stderr and says in result.stderr
     assert result.stderr.count("\n") == 1 and not (folder / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "told"),
+    [
+        ("plan", 'model = "vlm"\ndata = "train.jsonl"\nratio = 0.3', {"ratio": 0.3}),
+        ("export", 'model = "vlm"\nformat = ["pt2"]\nsamples = 3', {"formats": ("pt2",), "samples": 3}),
+        ("evaluate", 'model = "vlm"\ndata = "train.jsonl"\nagainst = "org/name"', {"against": "org/name"}),
+        ("profile", 'slim = "vlm"\nbackend = ["onnx"]\nmax-ttft-ms = 3', {"max_ttft_ms": 3.0}),
+    ],
+)
+def test_other_commands_read_files_of_their_own_options(
+    folder: Path, command: str, text: str, told: dict[str, object]
+) -> None:
+    path = recipe(folder, text)
+    out = ("out",) if command in ("plan", "export") else ()
+    found = parsed("--config", path, *out, command=command)
+    assert told.items() <= found.items() and found.get("model", found.get("slim")) == str(folder / "kept/vlm")
+    assert found.get("out") == (Path("out") if out else None)
+    over = parsed("other", "--config", path, *out, command=command)
+    assert over.get("model", over.get("slim")) == "other"
+    written = CliRunner().invoke(main, [command, "--config", str(path), "--write-config"]).stdout
+    assert parsed("--config", recipe(folder, written), *out, command=command) == found
+
+
+def test_the_record_of_a_run_says_what_to_plan_and_nothing_of_what_does_not_begin_one(folder: Path) -> None:
+    result = CliRunner().invoke(main, ["export", "out", "made", "--config", str(folder / "run.json")])
+    assert result.exit_code == 2  # it is not there
+    (folder / "run.json").write_text("{}")
+    result = CliRunner().invoke(main, ["export", "out", "made", "--config", str(folder / "run.json")])
+    assert (
+        result.exit_code == 3 and "has the options of slimvlm compress, which are not those of export" in result.stderr
+    )
 
 
 def test_a_file_that_is_none_is_refused(folder: Path) -> None:

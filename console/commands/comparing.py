@@ -14,6 +14,7 @@ from slimvlm.console.options.cutting import sample_options
 from slimvlm.console.options.delivering import frontier_options, samples_limit
 from slimvlm.console.options.making import DATA, NAME, model_options, option, output_options, panel
 from slimvlm.console.options.measuring import profile_options
+from slimvlm.console.options.recipe import recipe_options
 from slimvlm.console.progress import progress, show_job
 from slimvlm.serve.frontier.options import OWN, FrontierOptions
 from slimvlm.serve.options import ProfileOptions
@@ -49,6 +50,7 @@ def frontier(as_json: bool, quiet: bool, **values: Any) -> None:
 @samples_limit
 @panel(DATA, option("--against", type=NAME, metavar="MODEL", help="Compare with this one on the same samples."))
 @model_options
+@recipe_options
 @output_options
 def evaluate(against: str | None, as_json: bool, quiet: bool, **values: Any) -> None:
     """Measure how well MODEL answers.
@@ -71,6 +73,7 @@ def evaluate(against: str | None, as_json: bool, quiet: bool, **values: Any) -> 
 )
 @click.argument("slim", type=NAME)
 @profile_options
+@recipe_options
 @output_options
 def profile(as_json: bool, quiet: bool, **values: Any) -> None:
     """Measure what SLIM costs to run, next to a dense model.

@@ -119,6 +119,7 @@ export_options = together(
     ),
     stream_option,
     panel(DATA, remote_code),
+    recipe_options,
 )
 frontier_options = together(
     click.argument("model", type=NAME),
@@ -164,7 +165,7 @@ cut_options = together(
     ratio_option,
 )
 plan_options = together(
-    cut_options, removal_options, ranking_options, evaluation_options, folder_options, output_options
+    cut_options, recipe_options, removal_options, ranking_options, evaluation_options, folder_options, output_options
 )
 compress_options = together(
     cut_options,

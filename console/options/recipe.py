@@ -32,7 +32,8 @@ class Recipe(PanelOption):
         path, args = super().handle_parse_result(ctx, opts, args)
         if isinstance(path, Path) and not ctx.resilient_parsing:
             ctx.default_map = read_recipe(path, ctx.command)
-            if "model" in ctx.default_map and [isinstance(opts.get(name), str) for name in ARGUMENTS] == [True, False]:
+            given = [isinstance(opts.get(name), str) for name in ARGUMENTS]
+            if "model" in ctx.default_map and given == [True, False] and _has(ctx.command, "out"):
                 opts["out"] = opts.pop("model")
         return path, args
 
@@ -56,16 +57,29 @@ def read_recipe(path: Path, command: click.Command) -> dict[str, Any]:
     """What the file says, by the names of the command's parameters, each as the command line would say it.
 
     Raises:
-        UnsuitableOptionError: it cannot be read; or the place in it that says what nothing can take.
+        UnsuitableOptionError: it cannot be read; or the place in it that says what nothing can take; or it is the
+            record of a run, and the command begins none.
         OutputError: it is the record of a run, and damaged.
     """
     is_run = path.name == RECORD
     # A run's paths are as they were typed, in the folder it was started in.
     folder = Path() if is_run else path.parent
     by_key = {word(one).replace("-", "_"): one for one in recipe_parameters(command)}
+    if is_run and not _has(command, "ratio"):
+        raise UnsuitableOptionError(
+            f"{path} has the options of slimvlm compress, which are not those of {command.name}; "
+            + ADVICE.format(command.name)
+        )
     with refused_as(path, UnsuitableOptionError, ADVICE.format(command.name)):
-        told = known_keys(replayed(read_record(path.parent)) if is_run else read_document(path), by_key)
+        if is_run:  # it says what later stages do, too
+            told = {key: value for key, value in replayed(read_record(path.parent)).items() if key in by_key}
+        else:
+            told = known_keys(read_document(path), by_key)
         return {str(by_key[key].name): told_value(folder, by_key[key], value) for key, value in told.items()}
+
+
+def _has(command: click.Command, name: str) -> bool:
+    return any(one.name == name for one in command.params)
 
 
 def recipe_parameters(command: click.Command) -> list[click.Parameter]:
@@ -136,7 +150,7 @@ recipe_options = panel(
         type=FILE,
         is_eager=True,
         expose_value=False,
-        help="Options, and MODEL, from a TOML file or run.json; the command line wins.",
+        help="Options, and MODEL, from a TOML file, or of compress and plan a run.json; the command line wins.",
     ),
     option(
         "--write-config",
