@@ -69,11 +69,23 @@ def _renumber(model: PreTrainedModel, tower: Tower, kept: Sequence[int]) -> None
     for name in tower.listed:
         if isinstance(listed := getattr(config, name, None), list):
             setattr(config, name, [listed[index] for index in kept])
+    if tower.stepped:
+        _number_stepped(config, tower.stepped, len(model.get_submodule(tower.blocks)))  # type: ignore[arg-type]
     for name in tower.numbered:
         numbers = [place for place, index in enumerate(kept) if index in (getattr(config, name) or ())]
         for owner in (config, *_around(model, tower)):
             if getattr(owner, name, None) is not None:
                 setattr(owner, name, numbers)
+
+
+def _number_stepped(config: Any, fields: tuple[str, str], blocks: int) -> None:
+    """Name by number all blocks that a step leaves out."""
+    step, others = fields
+    every = getattr(config, step)
+    setattr(
+        config, others, [index for index in range(blocks) if index in getattr(config, others) or (index + 1) % every]
+    )
+    setattr(config, step, 1)
 
 
 def _around(model: nn.Module, tower: Tower) -> Iterator[nn.Module]:

@@ -63,6 +63,7 @@ QWEN3_VL_MOE = replace(
         Experts("mlp.experts", "num_experts_per_tok", stock="moe_intermediate_size", optional=True),
     ),
     numbered=("mlp_only_layers",),
+    stepped=("decoder_sparse_step", "mlp_only_layers"),
     deepstack=DEEPSTACK,
 )
 CROSS = replace(GQA_HIDDEN, module="cross_attn", key="cross_attn", optional=True)

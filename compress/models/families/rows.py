@@ -130,6 +130,8 @@ class Tower:
             into the first block; blocks behind the last of them are dead. None: the output of the last block is.
         listed: fields of its config with one entry per block, where the text model has them.
         numbered: fields of its config, and attributes of the modules around the blocks, that name some by number.
+        stepped: where every so manieth block is of another kind: the field of its config that says how manieth, and one
+            of `numbered` with those that are not so all the same.
         deepstack: where the model's config numbers the vision blocks whose outputs are added behind as many first
             language blocks: these can leave neither here nor there.
         first: (module, table, flag): the first block alone owns `table` of its `module`, and `flag` says that it does.
@@ -150,6 +152,7 @@ class Tower:
     depth: tuple[str, ...] = ("num_hidden_layers",)
     listed: tuple[str, ...] = ("layer_types", "no_rope_layers")
     numbered: tuple[str, ...] = ()
+    stepped: tuple[str, str] | None = None
     deepstack: str | None = None
     first: tuple[str, str, str] | None = None
     pooled: str | None = None

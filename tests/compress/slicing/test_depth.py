@@ -147,6 +147,19 @@ def test_what_is_listed_or_numbered_per_block_follows():
     assert qwen.config.vision_config.fullatt_block_indexes == qwen.model.visual.fullatt_block_indexes == [0]
 
 
+def test_where_every_second_block_has_experts_those_that_stay_keep_theirs():
+    config = tiny_model("qwen3_vl_moe").model.config
+    config.text_config.num_hidden_layers, config.text_config.decoder_sparse_step = 6, 2
+    config.text_config.mlp_only_layers = [1]
+    model = transformers.Qwen3VLMoeForConditionalGeneration(config)
+    plan = keep_blocks(model, lambda group: [1, 4] if group.tower == "language" else [])
+    apply_plan(model, plan)
+    assert (config.text_config.decoder_sparse_step, config.text_config.mlp_only_layers) == (1, [0, 1])
+    assert find_groups(transformers.Qwen3VLMoeForConditionalGeneration(config), find_family(config)) == find_groups(
+        model, find_family(config)
+    )
+
+
 @pytest.mark.parametrize(("states", "left"), [(-2, 1), ((-2, 1), [1, 0]), (-1, 2)])
 def test_the_states_that_are_read_are_counted_without_the_block(states, left):
     tiny = reading("llava", states)
