@@ -69,7 +69,7 @@ def export_checkpoint(
     with reserved(out):
         loaded = load(trust_remote_code=options.trust_remote_code)
         collator = collator_of(loaded)
-        origin = {"source": checkpoint, "digest": loaded.digest, "family": loaded.family.name}
+        origin = {"source": _public(checkpoint), "digest": loaded.digest, "family": loaded.family.name}
         return export_model(loaded.model, collator, out, options, progress, origin)
 
 
@@ -160,8 +160,13 @@ def earlier_export(folder: Path) -> tuple[str, ...]:
     return listed_files(folder)
 
 
+def _public(name: str | os.PathLike[str]) -> str:
+    """A name on the hub, or of what lies here without the folders it lies in: a manifest is given away."""
+    return Path(name).absolute().name if Path(name).exists() else os.fspath(name)
+
+
 def _stated(options: ExportOptions) -> Document:
-    stated = {**asdict(options), "data": None if options.data is None else str(options.data)}
+    stated = {**asdict(options), "data": None if options.data is None else _public(options.data)}
     return {name: value for name, value in stated.items() if name not in ("overwrite", "trust_remote_code", "stream")}
 
 

@@ -209,10 +209,10 @@ def _found(given: str, name: str, trust_remote_code: bool) -> Target:
 
 
 def _export_target(name: str, folder: Path, trust_remote_code: bool) -> Target:
-    """Its shapes are those of the checkpoint it was made of, if that is still where it was."""
+    """Its shapes are those of the checkpoint it was made of, if that lies beside it."""
     model = Manifest.read(folder).model
-    source, shapes, checkpoint = Path(str(model.get("source", ""))), None, None
-    if source.is_absolute() and source.is_dir():
+    source, shapes, checkpoint = folder.absolute().parent / str(model.get("source")), None, None
+    if (source / "config.json").is_file():
         found, digest = locate(source)
         if digest == model.get("digest"):
             checkpoint, shapes = found, checkpoint_shapes(found, trust_remote_code)

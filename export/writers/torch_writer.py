@@ -47,6 +47,8 @@ def write_pt2(graph: Graph, path: Path, aoti: bool) -> None:
         raise
     except Exception as error:  # whatever the traced code or the compiler raises
         raise UnsupportedModelError(f"{graph.name} cannot be exported by torch.export ({first_line(error)})") from error
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of this machine
     _save(lambda: torch.export.save(program, path), path)
 
 

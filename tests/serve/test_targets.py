@@ -47,6 +47,11 @@ def test_run_model_and_export_are_the_same_model_with_its_graphs(copied, name):
     assert not has_graphs(target, "onnx")
 
 
+def test_the_manifest_of_an_export_names_no_folder_of_the_machine(copied, run):
+    text = (run / "export" / MANIFEST).read_text()
+    assert json.loads(text)["model"]["source"] == "model" and str(run) not in text and str(run.parent) not in text
+
+
 def test_an_export_of_other_weights_is_not_taken_for_the_models(copied):
     manifest = json.loads((copied / "export" / MANIFEST).read_text())
     manifest["model"]["digest"] = "another"
@@ -56,7 +61,7 @@ def test_an_export_of_other_weights_is_not_taken_for_the_models(copied):
 
 def test_graphs_whose_checkpoint_is_gone_are_measured_without_shapes(copied):
     manifest = json.loads((copied / "export" / MANIFEST).read_text())
-    manifest["model"]["source"] = str(copied / "moved")
+    manifest["model"]["source"] = "moved"
     (copied / "export" / MANIFEST).write_text(json.dumps(manifest))
     target = find_target(str(copied / "export"))
     assert (target.checkpoint, target.shapes) == (None, None)
