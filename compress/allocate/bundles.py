@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from huggingface_hub.errors import StrictDataclassError
 from numpy.typing import NDArray
-from transformers import PreTrainedConfig
 
 from slimvlm.compress.allocate.costs import Cost, Times
 from slimvlm.compress.allocate.facts import Facts
@@ -152,7 +151,7 @@ def _widths(group: Group, round_channels: int) -> Integers:
     return np.arange(step, group.num_units, step)
 
 
-def _buildable(group: Group, widths: Integers, config: PreTrainedConfig) -> Integers:
+def _buildable(group: Group, widths: Integers, config: object) -> Integers:
     """Those of `widths` that the config of the unmodified class takes: any number of blocks and channels, not of heads
     and times the block's width."""
     if not isinstance(group.part, Attention) and not (isinstance(group.part, Mlp) and group.part.ratio):
@@ -160,7 +159,7 @@ def _buildable(group: Group, widths: Integers, config: PreTrainedConfig) -> Inte
     return np.array([units for units in widths.tolist() if _takes(config, group.narrowed(units))], dtype=np.int64)
 
 
-def _takes(config: PreTrainedConfig, group: Group) -> bool:
+def _takes(config: object, group: Group) -> bool:
     try:
         set_fields(copy.copy(attrgetter(group.home.config)(config)), stock_values(group))
     except StrictDataclassError:

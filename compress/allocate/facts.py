@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
-from transformers import PreTrainedConfig
 
 from slimvlm.compress.models.families import Family, find_family
 from slimvlm.compress.models.groups import Dead, Group, count_parameters, dead_blocks, weigh
@@ -31,7 +30,7 @@ class Facts:
     """
 
     family: Family
-    config: PreTrainedConfig
+    config: object
     parameters: int
     towers: Mapping[str, int]
     macs: Mapping[str, int]
