@@ -10,7 +10,8 @@ samples, twice. A run is a line of `results/scale.jsonl`, in the place of an ear
 files are removed afterwards.
 
     python benchmarks/scale.py --check    what the model of the cost (serve/costing) says of these runs, and its errors
-    python benchmarks/scale.py --fit      fits the factors of that model to them first
+    python benchmarks/scale.py --fit      fits the factors of that model to them first, and says anew in
+                                          `results/cost.json` what real models take on known machines
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scaling.fitting import anatomy, fit, table
+from scaling.fitting import anatomy, costs, fit, table
 from scaling.making import make
 from scaling.shapes import DTYPE, SHAPES
 
@@ -55,7 +56,7 @@ from slimvlm.pipeline import make_plan
 from slimvlm.serve.costing.cost import fitted
 from slimvlm.serve.costing.probe import measure_machine
 
-RESULTS = Path(__file__).parent / "results" / "scale.jsonl"
+RESULTS, COSTS = (Path(__file__).parent / "results" / name for name in ("scale.jsonl", "cost.json"))
 FITTED = Path(__file__).parents[1] / "serve" / "costing" / "fitted.json"
 ASKED = ("stream", "threads", "rounds", "compensation")  # and the shape: what makes two runs the same
 RATIO, VARIANT = 0.5, "q4"
@@ -258,6 +259,7 @@ def check(job: argparse.Namespace) -> None:
     if job.fit:
         FITTED.write_text(json.dumps(fit(rows), indent=2) + "\n", encoding="utf-8")
         fitted.cache_clear()
+        COSTS.write_text(json.dumps(costs(), indent=1) + "\n", encoding="utf-8")
     print(table(rows))
 
 

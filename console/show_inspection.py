@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from slimvlm.serve.costing.cost import Cost, StageCost
     from slimvlm.serve.costing.job import Costs
 
+NOT_FITTED = "assumed: no run has been fitted yet, so times are of the right order at best"
 NOT_SO = "-"  # a stage that needs the whole model
 
 
@@ -79,6 +80,9 @@ def show_costs(found: Costs, *, as_json: bool) -> None:
     )
     for cost in found.costs:
         _print_cost(cost)
+    print_line()
+    runs = found.costs[0].runs
+    print_line(f"factors  {f'fitted to {len(runs)} runs: ' + '; '.join(runs) if runs else NOT_FITTED}")
 
 
 def _print_cost(cost: Cost) -> None:

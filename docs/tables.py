@@ -20,10 +20,12 @@ from slimvlm.cli import main as slimvlm
 from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.models.families import FAMILIES
 from slimvlm.compress.statistics.rows import STATISTICS
+from slimvlm.console.progress import duration
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/families.md")
-TYPES = ROOT / "benchmarks" / "results" / "types.json"
+PAGES = ("README.md", "docs/families.md", "docs/scale.md")
+TYPES, SCALE, COSTS = (ROOT / "benchmarks" / "results" / name for name in ("types.json", "scale.jsonl", "cost.json"))
+WHEN_STREAMED = {"on": "block by block", "off": "whole", "auto": "as it fits"}
 ADVICE = "a table is not what the registries say; run make readme"
 
 
@@ -85,6 +87,40 @@ def types() -> str:
         why = record.get("why", "").partition("; known")[0].replace("|", "\\|")
         rows.append((f"`{name}`", reached(record), cut, why))
     return table(("type", "how far", "is cut", "why no further"), rows)
+
+
+def scale() -> str:
+    """The runs of benchmarks/scale.py: seconds, peak memory and bytes read of every stage."""
+    rows = []
+    for line in SCALE.read_text(encoding="utf-8").splitlines():
+        run = json.loads(line)
+        used, passed = (
+            sum(stage.get(kind, 0) for stage in run["stages"].values()) for kind in ("processor_seconds", "seconds")
+        )
+        alone = used >= 0.7 * run["threads"] * passed
+        for name in ("calibrate", "plan", "slice", "export"):
+            stage = run["stages"].get(name, {})
+            if "seconds" in stage:
+                seconds = f"{stage['seconds']:.0f}" if alone else ""  # not of a machine that others used, too
+                size = [f"{stage[kind] / 1e9:.2f}" for kind in ("peak_bytes", "read_bytes", "written_bytes")]
+                rows.append((run["says"], WHEN_STREAMED[run["stream"]], name, seconds, *size))
+    return table(("model", "read", "stage", "seconds", "peak GB", "GB read", "GB written"), rows)
+
+
+def costs() -> str:
+    """What benchmarks/scale.py --fit says that a compression of real models takes on known machines."""
+    rows = []
+    for cost in json.loads(COSTS.read_text(encoding="utf-8")):
+        stages = {stage["name"]: stage for stage in cost["stages"]}
+        done = [stages[name] for name in ("plan", "slice", "export")]
+        times = [duration(sum(stage[kind] for stage in done)) for kind in ("seconds", "streamed_seconds")]
+        peaks = [max(stage[kind] for stage in done) / 1e9 for kind in ("peak_bytes", "streamed_peak_bytes")]
+        fits = peaks[0] * 1e9 <= cost["memory_bytes"]
+        whole = (times[0] if fits else "does not fit", f"{peaks[0]:.3g}")
+        streamed = (times[1], f"{peaks[1]:.3g}")
+        rows.append((cost["model"], cost["machine"], *whole, *streamed, f"{cost['disk_bytes'] / 1e9:.3g}"))
+    head = ("model", "machine", "whole", "GB of memory", "block by block", "GB of memory", "GB of disk")
+    return table(head, rows)
 
 
 def reached(record: dict[str, dict[str, str]]) -> str:

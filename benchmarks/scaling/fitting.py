@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from scaling.making import ANSWER, SAMPLES
-from scaling.shapes import DTYPE, SHAPES
+from scaling.shapes import DTYPE, SHAPES, WHOLE
 from transformers import AutoModelForImageTextToText
 
 from slimvlm.compress.models.families import find_family
 from slimvlm.serve.costing.anatomy import Anatomy, model_anatomy
 from slimvlm.serve.costing.asked import Asked
-from slimvlm.serve.costing.cost import RESOURCES, CostModel, Factors, Ideal, fitted
-from slimvlm.serve.costing.machines import Machine
+from slimvlm.serve.costing.cost import RESOURCES, CostModel, Factors, Ideal, cost_of, fitted
+from slimvlm.serve.costing.machines import MACHINES, Machine
 
 Row = Mapping[str, Any]  # a line of scale.jsonl
 STAGES = ("plan", "slice", "export")
@@ -45,11 +45,25 @@ class Point:
 @cache
 def anatomy(name: str) -> Anatomy:
     """Of a row of SHAPES."""
-    config = SHAPES[name].config()
+    return _anatomy(SHAPES[name].config(), SHAPES[name].side)
+
+
+def _anatomy(config: Any, side: int | None = None) -> Anatomy:
     config.dtype = DTYPE
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=DTYPE)
-    return model_anatomy(model, find_family(config), SHAPES[name].side)
+    return model_anatomy(model, find_family(config), side)
+
+
+def costs() -> list[dict[str, Any]]:
+    """What the default compression takes of real models, whole ones, on the known machines."""
+    found = []
+    for name, config in WHOLE.items():
+        model = _anatomy(config())
+        for machine in MACHINES:
+            cost = cost_of(model, Asked(), MACHINES[machine])
+            found.append({"model": name, "device": machine, "disk_bytes": cost.disk_bytes, **asdict(cost)})
+    return found
 
 
 def was_alone(row: Row) -> bool:
@@ -104,11 +118,14 @@ def fit(rows: Sequence[Row]) -> Factors:
             break
         used &= found > 0
     seconds = {name: round(float(factor), 3) for name, factor in zip(RESOURCES, found, strict=True)}
-    return {**fitted(), "seconds": seconds}
+    runs = sorted({f"{point.shape}, streamed {point.stream}" for point in timed})
+    return Factors(seconds=seconds, bytes=fitted()["bytes"], runs=runs)
 
 
 def table(rows: Sequence[Row]) -> str:
-    """What was measured, what the model says, and its error, a line each; sums of a run's seconds at the end."""
+    """What was measured, what the model says, and its error; at the end the sums of the seconds of each run, and what a
+    sample of our calibration takes against a plain forward and backward pass.
+    """
     found = points(rows)
     lines = [f"{'':44} {'measured':>12} {'model':>12} {'error':>7}"]
     for point in found:
@@ -118,6 +135,10 @@ def table(rows: Sequence[Row]) -> str:
         lines.append(f"{name:60} {numbers} {point.error:>+7.0%}")
     for (shape, stream), error in totals(found).items():
         lines.append(f"{f'{shape}, streamed {stream}, all stages: seconds':60} {error:>+33.0%}")
+    for row in rows:
+        ours, plain = (row["stages"].get(stage, {}).get("per_sample") for stage in ("calibrate", "plain"))
+        if ours and plain:
+            lines.append(f"{row['shape']}, streamed {row['stream']}: a sample takes {ours / plain:.2f} x a plain pass")
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -153,19 +154,19 @@ def _qwen25_7b() -> PreTrainedConfig:
     return _qwen_config(Qwen2_5_VLConfig, text, _vision(3584))
 
 
-def _qwen25_72b() -> PreTrainedConfig:
-    """Two blocks of 80, and two of the vision tower's 32: one that attends within windows, one that does not."""
+def _qwen25_72b(blocks: int = 2, vision_blocks: int = 2) -> PreTrainedConfig:
+    """By default two blocks of 80, and two of the vision tower's 32: one attends within windows, one does not."""
     text = {
         "vocab_size": 152064,
         "hidden_size": 8192,
         "intermediate_size": 29568,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": blocks,
         "num_attention_heads": 64,
         "num_key_value_heads": 8,
     }
-    return _qwen_config(
-        Qwen2_5_VLConfig, text, _vision(8192, depth=2, intermediate_size=3456, fullatt_block_indexes=[1])
-    )
+    whole = [block for block in (7, 15, 23, 31) if block < vision_blocks] or [vision_blocks - 1]
+    vision = _vision(8192, depth=vision_blocks, intermediate_size=3456, fullatt_block_indexes=whole)
+    return _qwen_config(Qwen2_5_VLConfig, text, vision)
 
 
 SHAPES = {
@@ -175,5 +176,11 @@ SHAPES = {
     "qwen2.5-vl-72b": Shape(
         _qwen25_72b, _qwen, 112, "Qwen2.5-VL-72B, two of 80 text blocks and two of 32 vision blocks"
     ),
+}
+WHOLE: dict[str, Callable[[], PreTrainedConfig]] = {  # whose cost is told, with all their blocks
+    "SmolVLM-256M": _smolvlm,
+    "Qwen2-VL-2B": _qwen2_2b,
+    "Qwen2.5-VL-7B": _qwen25_7b,
+    "Qwen2.5-VL-72B": partial(_qwen25_72b, 80, 32),
 }
 DTYPE = torch.bfloat16

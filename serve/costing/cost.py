@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib.resources import files
+from typing import TypedDict
 
 from slimvlm.compress.evaluation.equality import CHECKED_SAMPLES
 from slimvlm.compress.rounds import Planning, round_share
@@ -98,10 +99,11 @@ class PartCost:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a compression takes on a machine."""
+    """What a compression takes on a machine; `runs`: what the factors were fitted to."""
 
     machine: str
     measured: bool
+    runs: tuple[str, ...]
     memory_bytes: int
     parts: tuple[PartCost, ...]
     stages: tuple[StageCost, ...]
@@ -112,12 +114,19 @@ class Cost:
         return sum(stage.written_bytes for stage in self.stages) + max(stage.scratch_bytes for stage in self.stages)
 
 
-Factors = Mapping[str, Mapping[str, float]]
+class Factors(TypedDict):
+    """`seconds`: resource -> factor on its ideal time; `bytes`: `base`, of a process without a model, and `kept`, values
+    per width that a forward pass leaves for its backward pass; `runs`: what they were fitted to, none: assumptions.
+    """
+
+    seconds: dict[str, float]
+    bytes: dict[str, float]
+    runs: list[str]
 
 
 @cache
 def fitted() -> Factors:
-    """`seconds`: resource -> factor on its ideal time; `bytes`: of a process without a model, and of what is kept."""
+    """Those of `fitted.json`."""
     found: Factors = json.loads(files(__package__).joinpath("fitted.json").read_text())
     return found
 
@@ -128,6 +137,7 @@ def cost_of(anatomy: Anatomy, asked: Asked, machine: Machine) -> Cost:
     return Cost(
         machine=machine.says,
         measured=machine.measured,
+        runs=tuple(fitted()["runs"]),
         memory_bytes=machine.memory_bytes,
         parts=tuple(model.part(kind) for kind in anatomy.blocks),
         stages=tuple(model.stages()),
@@ -148,12 +158,18 @@ class CostModel:
         self.resident = (anatomy.parameters - anatomy.in_blocks) * anatomy.itemsize
         self.block = max(kind.parameters for kind in anatomy.blocks) * anatomy.itemsize
 
+    @property
+    def batch(self) -> int:
+        """Samples at once: as many as the machine takes, if memory holds them beside the whole model; one at least."""
+        room = self.machine.memory_bytes - self._peak(self.stored)
+        return max(1, min(self.machine.batch_size, int(room / self._kept())))
+
     # -------------------------------------------------------------- ideal times
 
     def passes(self, samples: float, forward: float, backward: float, dtype: str | None = None) -> Ideal:
         """So many forward and backward passes over samples, which the devices divide among them."""
         dtype = dtype or self.anatomy.dtype
-        batch = min(self.machine.batch_size, max(1, math.ceil(samples)))
+        batch = min(self.batch, max(1, math.ceil(samples)))
         work, batches = self._work(batch, dtype), samples / batch / self.machine.devices
         attention = work.flops.get(ATTENTION, 0.0)
         flops = forward * work.total_flops + backward * (work.total_flops + attention)
@@ -221,12 +237,12 @@ class CostModel:
     # -------------------------------------------------------------- bytes
 
     def _kept(self) -> float:
-        """What a forward pass over one batch keeps for its backward pass."""
+        """What a forward pass over one sample keeps for its backward pass."""
         values = sum(
             kind.blocks * self.tokens[kind.sees] * (kind.width + kind.attention + kind.macs / max(kind.width, 1) / 3)
             for kind in self.anatomy.blocks
         )
-        return self.factors["bytes"]["kept"] * self.machine.batch_size * values * self.anatomy.itemsize
+        return self.factors["bytes"]["kept"] * values * self.anatomy.itemsize
 
     def _inputs(self) -> float:
         """Inputs of all blocks for all samples."""
@@ -279,15 +295,15 @@ class CostModel:
         stored, left = self.stored, self.asked.left
         if streamed:
             moving = self.resident + 2 * self.block + self.anatomy.largest * self.anatomy.itemsize
-            kept = self._kept() / sum(kind.blocks for kind in self.anatomy.blocks)
+            kept = self.batch * self._kept() / sum(kind.blocks for kind in self.anatomy.blocks)
             more = {"plan": min(self._inputs(), INPUTS_KEPT) + kept, "slice": self._largest_sums(True)}
             return self._peak(moving, more.get(stage, 0))
         between = self._largest_sums(False) if self.asked.rounds > 1 else 0
         model, besides = {
-            "plan": (stored, max(self._kept(), between)),
+            "plan": (stored, max(self.batch * self._kept(), between)),
             "slice": ((1 + left) * stored, self._largest_sums(False) + 8 * self.anatomy.largest),  # checked in fp32
-            "recover": ((1 + left) * stored, 2 * self._kept()),
-            "evaluate": (stored, self._kept() / 10),
+            "recover": ((1 + left) * stored, 2 * self.batch * self._kept()),
+            "evaluate": (stored, self.batch * self._kept() / 10),
             "export": (4 * left * self.anatomy.parameters, 4 * left * self.anatomy.parameters),
         }[stage]
         return self._peak(model, besides)
