@@ -115,8 +115,8 @@ class Cost:
 
 
 class Factors(TypedDict):
-    """`seconds`: resource -> factor on its ideal time; `bytes`: `base`, of a process without a model, and `kept`, values
-    per width that a forward pass leaves for its backward pass; `runs`: what they were fitted to, none: assumptions.
+    """`seconds`: resource -> factor on its ideal time; `bytes`: `base`, of a process without a model, and `kept`,
+    values per width that a forward pass leaves for its backward pass; `runs`: what they were fitted to.
     """
 
     seconds: dict[str, float]
