@@ -30,8 +30,9 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-from scaling.fitting import anatomy, costs, fit, table
+from scaling.fitting import anatomy, cost_model, costs, fit, table
 from scaling.making import make
 from scaling.shapes import DTYPE, SHAPES
 
@@ -39,6 +40,7 @@ from slimvlm.compress.data.collate import collated, collator_of
 from slimvlm.compress.data.questions import ask
 from slimvlm.compress.data.splits import read_measured
 from slimvlm.compress.errors import CheckFailedError
+from slimvlm.compress.files.folders import require_room
 from slimvlm.compress.files.writing import installed_versions
 from slimvlm.compress.models.computing import load_to_compute, undisturbed
 from slimvlm.compress.models.groups import count_parameters
@@ -53,13 +55,15 @@ from slimvlm.console.progress import progress
 from slimvlm.export.job import export_checkpoint
 from slimvlm.export.options import ExportOptions
 from slimvlm.pipeline import make_plan
-from slimvlm.serve.costing.cost import fitted
+from slimvlm.serve.costing.cost import CostModel, fitted
 from slimvlm.serve.costing.probe import measure_machine
 
 RESULTS, COSTS = (Path(__file__).parent / "results" / name for name in ("scale.jsonl", "cost.json"))
 FITTED = Path(__file__).parents[1] / "serve" / "costing" / "fitted.json"
 ASKED = ("stream", "threads", "rounds", "compensation")  # and the shape: what makes two runs the same
 RATIO, VARIANT = 0.5, "q4"
+PACES = ("plain", "calibrate")  # stages that no other one needs
+KEPT_AT_ONCE = 1.8  # times the checkpoint: itself, half of it, and graphs
 POLL = 0.02  # seconds between two looks at the memory
 Facts = dict[str, Any]
 
@@ -232,10 +236,25 @@ def run_stage(job: argparse.Namespace) -> None:
     (job.folder / f"{job.stage}.json").write_text(json.dumps({**took, **facts}))
 
 
-def in_processes(job: argparse.Namespace) -> dict[str, Facts]:
-    """All stages, until one fails; what each took."""
+def _lacking(job: argparse.Namespace, stage: str, model: CostModel) -> str:
+    """What the stage needs and the machine has not; empty: it has all."""
+    if stage == "make":
+        return ""
+    streamed = job.stream == "on" and stage != "plain"
+    needed, free = model.peak("plan" if stage in PACES else stage, streamed), psutil.virtual_memory().available
+    return f"needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free" if needed > free else ""
+
+
+def in_processes(job: argparse.Namespace, model: CostModel) -> dict[str, Facts]:
+    """All stages, until one fails; what each took. What will not fit into the memory that is free is not tried."""
     found: dict[str, Facts] = {}
     for stage in job.stages:
+        if lacking := _lacking(job, stage, model):
+            found[stage] = {"skipped": lacking}
+            print(stage, lacking, flush=True)
+            if stage in PACES:
+                continue
+            break
         words = [sys.executable, __file__, *sys.argv[1:], "--stage", stage, "--folder", str(job.folder)]
         threads = {"OMP_NUM_THREADS": str(job.threads), "MKL_NUM_THREADS": str(job.threads)}
         done = subprocess.run(words, env={**os.environ, **threads}, check=False)
@@ -286,8 +305,10 @@ def main() -> None:
     stays = job.folder is not None
     job.folder = job.folder or Path(tempfile.mkdtemp(prefix="scale-"))
     machine = measure_machine(anatomy(job.shape).dtype, job.folder.parent, job.threads)
+    model = cost_model(job.shape, job.rounds, job.compensation, machine)
     try:
-        stages = in_processes(job)
+        require_room(job.folder, round(KEPT_AT_ONCE * model.stored))
+        stages = in_processes(job, model)
     finally:
         if not stays:
             shutil.rmtree(job.folder)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scaling.making import ANSWER, SAMPLES
+from scaling.making import ANSWER, QUESTION, SAMPLES
 from scaling.shapes import DTYPE, SHAPES, WHOLE
 from transformers import AutoModelForImageTextToText
 
@@ -66,6 +66,26 @@ def costs() -> list[dict[str, Any]]:
     return found
 
 
+def cost_model(
+    shape: str,
+    rounds: int,
+    compensation: str,
+    machine: Machine,
+    text_tokens: int = 2 * QUESTION,
+    factors: Factors | None = None,
+) -> CostModel:
+    """Of a run of `benchmarks/scale.py`: the checkpoint was just written, and is read from the system's cache."""
+    asked = Asked(
+        samples=SAMPLES,
+        rounds=rounds,
+        refit=compensation != "none",
+        text_tokens=text_tokens,
+        answer_tokens=ANSWER + 1,
+        cached=True,
+    )
+    return CostModel(anatomy(shape), asked, machine, factors)
+
+
 def was_alone(row: Row) -> bool:
     """Whether the run had its processors to itself."""
     shares = [stage["processor_seconds"] / stage["seconds"] for stage in row["stages"].values() if "seconds" in stage]
@@ -80,15 +100,7 @@ def points(rows: Iterable[Row], factors: Factors | None = None) -> list[Point]:
 def _points(row: Row, factors: Factors) -> Iterator[Point]:
     stages, streamed = row["stages"], row["stream"] == "on"
     text = stages.get("plain", {}).get("tokens", [0, 0])[1]
-    asked = Asked(
-        samples=SAMPLES,
-        rounds=row["rounds"],
-        refit=row["compensation"] != "none",
-        text_tokens=text,
-        answer_tokens=ANSWER + 1,
-        cached=True,
-    )
-    model = CostModel(anatomy(row["shape"]), asked, Machine(**row["machine"]), factors)
+    model = cost_model(row["shape"], row["rounds"], row["compensation"], Machine(**row["machine"]), text, factors)
     where = row["shape"], row["stream"]
     ideals = {
         "plain": ("per_sample", model.passes(1, 1, 1)),
