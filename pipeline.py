@@ -32,7 +32,7 @@ from slimvlm.compress.stages.alike import require_alike
 from slimvlm.compress.stages.evaluate import evaluate_model, evaluate_seeing_and_blind, evaluate_stage
 from slimvlm.compress.stages.plan import check_plan, chosen_criterion, plan_stage, read_plan
 from slimvlm.compress.stages.recover import recover_stage
-from slimvlm.compress.stages.slice import save_cut, slice_stage
+from slimvlm.compress.stages.slice import BESIDE, save_cut, slice_stage
 from slimvlm.export import ExportOptions, evaluate_export
 from slimvlm.export.packages import require_packages
 from slimvlm.export.push import Pushed, check_hub, push_folder
@@ -165,7 +165,7 @@ def apply_saved_plan(
             )
     require_room(out, plan.parameters_after * stored_bytes(build_meta(model, options.trust_remote_code)[0]))
     with reserved(out):
-        loaded = load_to_compute(options, model)
+        loaded = load_to_compute(options, model, beside=BESIDE)
         if loaded.digest != plan.model_digest:
             raise CheckpointError(
                 f"{plan_file} was made for other weights than {model} "

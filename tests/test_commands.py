@@ -86,6 +86,13 @@ def test_apply_replays_the_plan_of_compress(finished: tuple[Path, Result], tmp_p
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
+def test_apply_of_a_streamed_model_writes_what_compress_does(finished: tuple[Path, Result], tmp_path: Path) -> None:
+    out, streamed = finished[0], tmp_path / "streamed"
+    assert run("apply", MODEL, out / "plan.json", streamed, "--stream", "on").exit_code == 0
+    for name in ("model.safetensors", "config.json", "plan.json"):
+        assert (streamed / name).read_bytes() == (out / "model" / name).read_bytes(), name
+
+
 def test_the_record_of_a_run_is_a_recipe_that_makes_the_same_plan(
     finished: tuple[Path, Result], tmp_path: Path
 ) -> None:

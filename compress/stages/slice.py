@@ -40,6 +40,8 @@ from slimvlm.compress.slicing.depth import place
 from slimvlm.compress.slicing.mask import mask_plan
 from slimvlm.compress.slicing.refit import Refit
 
+BESIDE = 2  # bytes per weight that a refit and a written shard take beside the model
+
 
 @frees_memory
 def slice_stage(run: RunFolder, options: PlanOptions, plan: Plan, data: Measured, progress: Progress) -> None:
@@ -51,10 +53,10 @@ def slice_stage(run: RunFolder, options: PlanOptions, plan: Plan, data: Measured
     with run.stage("slice") as facts:
         if run.writer:
             run.remove(MODEL, CUT)  # of a process that died before it could say finished
-            loaded = load_to_compute(options, options.model)
+            loaded = load_to_compute(options, options.model, beside=BESIDE)
             facts.update(save_cut(run.path / MODEL, loaded, options, plan, data.calibration, progress))
         elif COMPENSATIONS[options.compensation].place:
-            _refit(load_to_compute(options, options.model), options, plan, data.calibration, progress)
+            _refit(load_to_compute(options, options.model, beside=BESIDE), options, plan, data.calibration, progress)
 
 
 def save_cut(
@@ -82,14 +84,14 @@ def save_cut(
         del fitted  # as large as what it replaced
     save_checkpoint(out, as_stored(model), loaded.processor, plan, plan.layout)
     if not facts["masked_difference"] <= TOLERANCE[torch.float32]:  # on a badly cut model that may be rounding
-        dense = load_to_compute(options, options.model).model
+        dense = load_to_compute(options, options.model, beside=BESIDE).model
         facts["masked_difference"] = masked_difference(dense, plan, batch, torch.float64)
     if not facts["masked_difference"] <= TOLERANCE[torch.float32]:
         raise CheckFailedError(
             f"{out}: the cut model differs from the masked dense model by {facts['masked_difference']:.2e} "
             f"(relative, in fp64; accepted {TOLERANCE[torch.float32]:.0e}); please report this model"
         )
-    reloaded = load_to_compute(options, str(out)).model
+    reloaded = load_to_compute(options, str(out), beside=BESIDE).model
     facts["reload_difference"] = reload_difference(cast(model, computed), reloaded, batch, out)
     return facts
 

@@ -127,6 +127,8 @@ class Lazy(Tensor):
             return _carry_out(func, args, kwargs)
         if func == SET_DATA:
             first.source = args[1].source
+        elif changes and func is Tensor.copy_ and args[1].shape == first.shape:
+            first.source = _held(args[1].detach().to(first.dtype))
         elif changes and name != "requires_grad_":
             first.source = Made(func, tree_map(_source_of, (tuple(args), kwargs)), changes)
         elif func in SAME:
@@ -170,6 +172,10 @@ def _order(source: Source, order: dict[Source, None]) -> None:
 
 def _source_of(value: Any) -> Any:
     return value.source if isinstance(value, Lazy) else value
+
+
+def _held(value: Tensor) -> Source:
+    return value.source if isinstance(value, Lazy) else Held(value.clone())
 
 
 def _is_real(leaf: Any) -> bool:
