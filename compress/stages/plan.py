@@ -32,7 +32,9 @@ from slimvlm.compress.progress import Progress
 from slimvlm.compress.rounds import Planned, Planning, check_budget, plan_in_rounds, score_units
 from slimvlm.compress.runs import AGAIN, ORDER, PLAN, ROUNDS, SCORES, RunFolder
 from slimvlm.compress.slicing.compensation import COMPENSATIONS
-from slimvlm.compress.statistics.collect import calibration_batch, importance_of
+from slimvlm.compress.statistics.by_block import check_by_block
+from slimvlm.compress.statistics.collect import ACTIVATIONS, calibration_batch, importance_of
+from slimvlm.compress.statistics.collectors.gradients import MATRICES
 from slimvlm.compress.statistics.pools import check_pool
 from slimvlm.compress.statistics.rows import ALL, POORLY_FITTED, token_rule
 
@@ -133,6 +135,8 @@ def check_plan(options: PlanOptions) -> None:
             f"--cost {options.cost} is of widths, and --depth-ratio or the criterion influence takes whole blocks; "
             "choose another --criterion, or leave --depth-ratio out"
         )
+    if planning.asks and options.stream == "on":
+        check_by_block(planning.asks.statistics)
     model, _ = build_meta(options.model, options.trust_remote_code)
     _check_biases(model, planning, options)
     check_pool(planning.criterion.tokens, find_family(model.config), model.config)
@@ -144,13 +148,22 @@ def dense_scores(options: PlanOptions, data: Measured, progress: Progress) -> Sc
     """What the units of the dense model are worth: what the first round of any plan with this criterion, and an
     allocator that asks the same, begins with.
     """
-    loaded = load_to_compute(options, options.model)
-    collator, planning = collator_of(loaded), planning_of(options)
+    planning = planning_of(options)
+    loaded = load_to_compute(options, options.model, beside=_beside(planning))
+    collator = collator_of(loaded)
     check_computes(loaded.model, collator, data.calibration[0], options.model)
     size = calibration_batch(loaded, collator, data.calibration, planning.calibration, options.batch_size)
     work = (loaded.model, planning.groups(loaded.model), lambda: collated(collator, data.calibration, size))
     importance = importance_of(*work, planning.asks, progress)
     return replace(score_units(*work, planning, progress), importance=importance)
+
+
+def _beside(planning: Planning) -> float:
+    """Bytes per weight that planning takes beside the weights: activations and the refit's sums, and those of
+    gradients.
+    """
+    matrices = max((MATRICES.get(name, 0) for name in planning.calibration.statistics), default=0)
+    return ACTIVATIONS + 1 + 4 * matrices
 
 
 def _check_biases(model: nn.Module, planning: Planning, options: PlanOptions) -> None:
@@ -183,13 +196,13 @@ def plan_stage(
         return read(path, Plan, OutputError, AGAIN)
     partial = run.path / ROUNDS
     with run.stage("plan") as facts:
-        loaded = load_to_compute(options, options.model)
+        planning = replace(planning_of(options, times), known=known)
+        loaded = load_to_compute(options, options.model, beside=_beside(planning))
         collator = collator_of(loaded)
         check_computes(loaded.model, collator, data.calibration[0], options.model)
         done = (
             Order.read(partial, OutputError, f"remove {partial} to plan from the start") if partial.is_file() else None
         )
-        planning = replace(planning_of(options, times), known=known)
         size = calibration_batch(loaded, collator, data.calibration, planning.calibration, options.batch_size)
 
         def keep(planned: Planned) -> None:

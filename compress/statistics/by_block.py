@@ -5,7 +5,7 @@ What is collected at a block is finished before the next one is looked at, so th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import count
@@ -21,12 +21,22 @@ from slimvlm.compress.models.families import Family
 from slimvlm.compress.statistics.collector import Collector, Side
 from slimvlm.compress.statistics.loss import loss
 from slimvlm.compress.statistics.reading import Batches, Reading, Seen, Watched
+from slimvlm.compress.statistics.rows import STATISTICS
 from slimvlm.compress.streaming.blocks import Blocks, blocks_of
 from slimvlm.compress.streaming.passage import Passages
 
 STEPS = 2  # of a batch at a block: there, and back
 
 Found = Callable[[Sequence[Side], dict[str, Tensor]], None]  # what was seen of some sides, at once
+
+
+def check_by_block(statistics: Iterable[str]) -> None:
+    """Raises UnsuitableOptionError for those that a model read block by block does not tell."""
+    if any(STATISTICS[name].reads == "perturbed" for name in statistics):
+        raise UnsuitableOptionError(
+            "losses with changed weights need the whole model at once, and it is read block by block; choose "
+            "another --allocator, or --stream off"
+        )
 
 
 class ReadingByBlock(Reading):
@@ -56,16 +66,13 @@ class ReadingByBlock(Reading):
 
     def _go(self, watched: Watched, always: Sequence[Collector]) -> tuple[Seen, dict[str, int]]:
         everyone = [*watched, *always]
-        if any(collector.statistic.reads == "perturbed" for collector in everyone):
-            raise UnsuitableOptionError(
-                "losses with changed weights need the whole model at once, and it is read block by block; choose "
-                "another --allocator, or --stream off"
-            )
+        check_by_block(collector.statistic.name for collector in everyone)
         counted, asked = self.counts(), dict[int, Question]()
         for index in self.indices:
             if (question := self.question(index, len(asked), counted)) is not None:
                 asked[index] = question
-        self.told(STEPS * len(self.blocks) * (len(self.indices) - len(asked)))
+        if len(asked) < len(self.indices):
+            self.told(STEPS * len(self.blocks) * (len(self.indices) - len(asked)))
         learning = any(collector.statistic.reads == "backward" for collector in everyone)
         forwards = [partial(loss, self.model, question, self.threshold) for question in asked.values()]
         passages = Passages(self.model, self.blocks, forwards, learning)
