@@ -18,6 +18,7 @@ from torch import nn
 
 from slimvlm.compress import processes
 from slimvlm.compress.errors import RecoveryError
+from slimvlm.compress.files.folders import require_room
 from slimvlm.compress.options import TrainOptions
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.recovery.blockwise.lessons import Lesson, Teacher
@@ -67,18 +68,20 @@ def learn_blocks(
 
     Raises:
         RecoveryError: the files of another process are not there.
-        OutputError: the folder cannot be written.
+        OutputError: the folder cannot be written, or what blocks learn with has no room there.
         SystemExit: after SIGTERM, with everything saved.
     """
     options = replace(options, warmup=min(options.warmup, options.steps // 4))
     check_training(options)
+    size = bytes_of(student, course.lessons)
+    require_room(folder, sum(size.values()))
     folder.mkdir(parents=True, exist_ok=True)
     identity = _identity(course, options)
     pupils = [Pupil(student, lesson, options, folder, identity, course.seed) for lesson in course.lessons]
     pupils = [pupil for pupil in pupils if pupil.trained]
     mine = pupils[processes.rank() :: processes.count()]
     left = {pupil.lesson.path: pupil for pupil in mine if not pupil.finished()}
-    size, tokens = bytes_of(student, course.lessons), 0
+    tokens = 0
     cuda = {pupil.device for pupil in mine if pupil.device.type == "cuda"}
     with torch.random.fork_rng(cuda), sigterms() as signals:
         lessons = [pupil.lesson for pupil in left.values()]

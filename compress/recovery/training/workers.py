@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from slimvlm.compress.data.questions import placed
 from slimvlm.compress.errors import DeviceError, UnsuitableOptionError, foreign
 from slimvlm.compress.processes import LAUNCH
+from slimvlm.compress.recovery.adapters.frozen import FrozenLinear
 from slimvlm.compress.recovery.distillation.distiller import Distiller
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -61,6 +62,7 @@ class Workers:
             _name_blocks(distiller, self.accelerator.state.fsdp_plugin)
         else:
             distiller.to(self.device)
+            _leave_codes(distiller)
         optimizer = adam(_trained(distiller), decay, self.device)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)  # accelerate knows no newer name
@@ -214,6 +216,13 @@ def adam(trained: Mapping[str, nn.Parameter], decay: float, device: torch.device
         {"params": [value for value in trained.values() if value.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]], fused=device.type in ("cpu", "cuda"))
+
+
+def _leave_codes(distiller: nn.Module) -> None:
+    """Tell DDP to send no weights of codes, which it cannot: every process has read the same ones."""
+    codes = [f"{path}.weight" for path, module in distiller.named_modules() if isinstance(module, FrozenLinear)]
+    if codes:
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(distiller, codes)
 
 
 def _name_blocks(distiller: nn.Module, plugin: FullyShardedDataParallelPlugin) -> None:

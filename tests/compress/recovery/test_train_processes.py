@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from blockwise_training import blockwise_training
 from pairs import run_together
+from safetensors import safe_open
 from staged_training import staged_training
 from toy_distiller import ToyDistiller, toy_task
 from train_options import train_options
@@ -67,6 +69,23 @@ assert all(isinstance(value, DTensor) for value in distiller.parameters())
 processes.leave()
 """
 
+BLOCKS_WORKER = """
+import json, os, sys
+from pathlib import Path
+import torch
+from torch import distributed
+from safetensors.torch import save_file
+from blockwise_training import blockwise_training
+from slimvlm.compress import processes
+
+folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+torch.set_num_threads(1)
+distributed.init_process_group("gloo", init_method=f"file://{folder}/meet{sys.argv[3]}", rank=rank, world_size=2)
+learnt, read = blockwise_training(folder / "run")
+save_file(learnt, folder / f"learnt-{rank}.safetensors", {"read": json.dumps(read)})
+processes.leave()
+"""
+
 
 def processes(folder: Path, count: int, steps: int = 100, worker: str = WORKER, **environment: str) -> set[int | None]:
     """Exit statuses. The processes meet through a file."""
@@ -118,3 +137,17 @@ def test_stages_that_end_a_forward_early_work_with_shards(tmp_path) -> None:
     load_best(whole.student, tmp_path / "run")
     for mine, theirs in zip(before, whole.student.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-3)
+
+
+def test_two_processes_share_the_blocks_and_both_have_what_one_learns(tmp_path: Path) -> None:
+    """Each block is learnt by one of them; on a frozen base they then train the whole together."""
+    alone, everyone = blockwise_training(tmp_path / "alone")
+    assert processes(tmp_path, 2, worker=BLOCKS_WORKER) == {0}
+    read = []
+    for rank in range(2):
+        with safe_open(tmp_path / f"learnt-{rank}.safetensors", "pt") as file:
+            read.append(json.loads(file.metadata()["read"]))
+            assert set(file.keys()) == alone.keys()
+            for name, value in alone.items():
+                torch.testing.assert_close(file.get_tensor(name), value, rtol=1e-4, atol=1e-6)
+    assert read == [everyone[0::2], everyone[1::2]]
