@@ -56,7 +56,7 @@ class Made(Source):
     def __init__(self, function: Callable[..., Any], given: tuple[Any, Any], changed: bool = False) -> None:
         self.function, self.changed = function, changed
         leaves, self.form = tree_flatten(given)
-        self.leaves = [None if isinstance(leaf, Source) else leaf for leaf in leaves]
+        self.leaves = [None if isinstance(leaf, Source) else _where_values_are(leaf) for leaf in leaves]
         self.places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Source)]
         self.parents = tuple(leaf for leaf in leaves if isinstance(leaf, Source))
 
@@ -168,6 +168,12 @@ def _order(source: Source, order: dict[Source, None]) -> None:
         for parent in source.parents:
             _order(parent, order)
         order[source] = None
+
+
+def _where_values_are(leaf: Any) -> Any:
+    """The CPU in the place of the meta device, on which a lazy tensor is asked to stay: `to("meta", dtype)`."""
+    on_meta = isinstance(leaf, str | torch.device) and str(leaf) == "meta"
+    return torch.device("cpu") if on_meta else leaf
 
 
 def _source_of(value: Any) -> Any:

@@ -90,6 +90,13 @@ def test_a_streamed_model_is_written_in_the_stock_layout_as_a_whole_one(tmp_path
     cut_both_ways(tmp_path, name, lambda model: uniform_plan(model, "query-slot"), "stock")
 
 
+def test_weights_are_read_in_the_dtype_that_is_asked_for(tmp_path):
+    save_checkpoint(tmp_path / "half", tiny_model("llava").model.to(torch.bfloat16), None, None)
+    whole, part = (load(tmp_path / "half", dtype=torch.float32).model for load in (load_model, stream_model))
+    check_same(part, whole)
+    assert not any(value.is_meta for value in read(list(part.parameters())))
+
+
 def test_a_shard_that_changes_is_refused_where_it_is_read(tmp_path):
     save_checkpoint(tmp_path / "dense", tiny_model("llava").model, None, None)
     model = stream_model(tmp_path / "dense").model
