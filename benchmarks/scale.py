@@ -7,7 +7,7 @@ through the job, each stage in a process of its own: the plan (calibration of 8 
 slice stage (refit where it is asked for, cut, save, both checks) and the export of q4 graphs. Before them, each in a
 process too, the pace: a plain forward and backward pass of the same model, weights frozen, and our calibration over all
 samples, twice. A run is a line of `results/scale.jsonl`, in the place of an earlier one with the same options; the
-files are removed afterwards.
+files are removed afterwards. `--stages make export` is the export of the whole model alone.
 
     python benchmarks/scale.py --check    what the model of the cost (serve/costing) says of these runs, and its errors
     python benchmarks/scale.py --fit      fits the factors of that model to them first, and says anew in
@@ -155,7 +155,8 @@ def cut(job: argparse.Namespace) -> Facts:
 
 
 def export(job: argparse.Namespace) -> Facts:
-    """Graphs of the cut model, checked against torch."""
+    """Graphs of the cut model, or of the whole one where none was cut, checked against torch."""
+    cut_model, whole = job.folder / "out" / MODEL, job.folder / "model"
     options = ExportOptions(
         variants=(VARIANT,),
         data=job.folder / "val.jsonl",
@@ -167,7 +168,7 @@ def export(job: argparse.Namespace) -> Facts:
     failed = ""
     with progress(quiet=False) as tell:
         try:
-            export_checkpoint(job.folder / "out" / MODEL, job.folder / "export", options, tell)
+            export_checkpoint(cut_model if cut_model.is_dir() else whole, job.folder / "export", options, tell)
         except CheckFailedError as error:  # random weights choose among tokens that are as good as equal
             failed = str(error).replace(str(job.folder), "")
     size = sum(file.stat().st_size for file in (job.folder / "export").rglob("*") if file.is_file())

@@ -142,6 +142,19 @@ def _vision(out: int, **sizes: Any) -> dict[str, Any]:
     }
 
 
+def _qwen25_3b() -> PreTrainedConfig:
+    text = {
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    }
+    return _qwen_config(Qwen2_5_VLConfig, text, _vision(2048))
+
+
 def _qwen25_7b() -> PreTrainedConfig:
     text = {
         "vocab_size": 152064,
@@ -172,6 +185,7 @@ def _qwen25_72b(blocks: int = 2, vision_blocks: int = 2) -> PreTrainedConfig:
 SHAPES = {
     "smolvlm-256m": Shape(_smolvlm, _idefics3, 512, "SmolVLM-256M"),
     "qwen2-vl-2b": Shape(_qwen2_2b, _qwen, 112, "Qwen2-VL-2B"),
+    "qwen2.5-vl-3b": Shape(_qwen25_3b, _qwen, 112, "Qwen2.5-VL-3B"),
     "qwen2.5-vl-7b": Shape(_qwen25_7b, _qwen, 112, "Qwen2.5-VL-7B"),
     "qwen2.5-vl-72b": Shape(
         _qwen25_72b, _qwen, 112, "Qwen2.5-VL-72B, two of 80 text blocks and two of 32 vision blocks"
