@@ -15,10 +15,18 @@ from slimvlm.compress.data.collate import Collator, collator_of
 from slimvlm.compress.data.samples import Sample
 from slimvlm.compress.errors import CheckFailedError, CheckpointError, OutputError, UnsuitableOptionError
 from slimvlm.compress.evaluation.soundness import check_computes
-from slimvlm.compress.files.folders import holds_others, listed_files, refuse_inside, reserved, written_folder
+from slimvlm.compress.files.folders import (
+    holds_others,
+    listed_files,
+    refuse_inside,
+    require_room,
+    reserved,
+    written_folder,
+)
 from slimvlm.compress.files.writing import reported_as_output_errors
 from slimvlm.compress.models.checkpoint import build_meta, load_model, stream_model
 from slimvlm.compress.models.computing import cast, is_to_be_streamed
+from slimvlm.compress.models.groups import count_parameters
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.export.checks.files import check_graphs
 from slimvlm.export.checks.reference import Reference, export_samples, first_batch, image_size, make_reference
@@ -32,7 +40,7 @@ from slimvlm.export.graphs.graph import Graph, Model
 from slimvlm.export.options import STREAMED_BYTES, TORCHSCRIPT, ExportOptions
 from slimvlm.export.packages import require_packages
 from slimvlm.export.running.manifest import Document, Manifest
-from slimvlm.export.variants import VARIANTS, Variant
+from slimvlm.export.variants import QUANTIZED, VARIANTS, Variant
 from slimvlm.export.writers.formats import write_graphs
 
 
@@ -62,6 +70,7 @@ def export_checkpoint(
         refuse_occupied(tar_name(out), options.overwrite)
     meta, family = build_meta(checkpoint, options.trust_remote_code)
     check_exportable(meta.config, family)
+    require_room(out, _bytes_written(options, meta))
     streams = _streams(options, meta)
     if streams:
         options = replace(options, external_bytes=min(options.external_bytes, STREAMED_BYTES))
@@ -119,13 +128,20 @@ def _streams(options: ExportOptions, meta: Model) -> bool:
         UnsuitableOptionError: it is asked for what holds all weights in memory.
     """
     if options.formats == ("onnx",) and options.exporter != TORCHSCRIPT:
-        return is_to_be_streamed(options.stream, 2 * 4 * sum(weight.numel() for weight in meta.parameters()))
+        return is_to_be_streamed(options.stream, 2 * 4 * count_parameters(meta))
     if options.stream == "on":
         raise UnsuitableOptionError(
             "--stream on writes ONNX graphs by the dynamo exporter; what TorchScript and torch.export write is made of "
             "all weights in memory: leave --stream out"
         )
     return False
+
+
+def _bytes_written(options: ExportOptions, meta: Model) -> int:
+    """About what the weights of all graphs take."""
+    traced, rounded = set(options.written) - set(QUANTIZED), set(options.written) & set(QUANTIZED)
+    written = [name for form in options.formats for name in (traced | rounded if form == "onnx" else traced)]
+    return round(count_parameters(meta) * sum(VARIANTS[name].weight_bytes for name in written))
 
 
 def _graphs(model: Model, collator: Collator, samples: Sequence[Sample]) -> tuple[Graph, ...]:

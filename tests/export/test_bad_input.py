@@ -41,6 +41,15 @@ from slimvlm.export.running.manifest import Manifest
 from slimvlm.export.variants import VARIANTS
 
 
+def test_an_export_that_the_disk_has_no_room_for_is_refused_before_a_weight_is_read(tmp_path):
+    config = tiny_model("llava").model.config
+    config.text_config.vocab_size = 2**36
+    config.save_pretrained(tmp_path / "model")
+    with pytest.raises(OutputError, match=r"would take about .* of space are free there; make room") as refused:
+        export_checkpoint(tmp_path / "model", tmp_path / "out", ExportOptions(variants=("fp32", "q4")))
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     "options, words",
     (
