@@ -12,12 +12,18 @@ from slimvlm.compress.options import CompressOptions
 from slimvlm.pipeline import compress
 
 JOB = """
-import json, sys
+import json, os, sys
 from pathlib import Path
-from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.options import CompressOptions
 from slimvlm.pipeline import compress
 
+written = (Path(sys.argv[0]).parent / f"written.{os.environ['RANK']}").open("w")
+
+def note(event, args):
+    if event == "open" and isinstance(args[0], str | bytes | os.PathLike) and args[2] & (os.O_WRONLY | os.O_RDWR):
+        print(os.path.abspath(os.fsdecode(args[0])), file=written, flush=True)
+
+sys.addaudithook(note)
 options = json.loads(sys.argv[1])
 paths = {name: Path(options[name]) for name in ("out", "data", "eval_data")}
 compress(CompressOptions(**{**options, **paths, "export": ()}))
@@ -46,6 +52,9 @@ def test_two_processes_recover_the_model_that_one_recovers(alone, tmp_path: Path
     (tmp_path / "job.py").write_text(JOB)
     words = [tmp_path / "job.py", json.dumps({**two, "out": str(tmp_path / "two")})]
     assert_done(run_pair(tmp_path, words, **sharding))
+    first, second = ({*(tmp_path / f"written.{rank}").read_text().splitlines()} for rank in (0, 1))
+    inside = [{path for path in paths if path.startswith(str(tmp_path / "two"))} for paths in (first, second)]
+    assert all(inside) and not inside[0] & inside[1]  # each writes files of its own
     folders = (alone.out / "model", tmp_path / "two" / "model", alone.out / "cut")
     one, together, cut = (load_file(folder / "model.safetensors") for folder in folders)
     for name, value in one.items():

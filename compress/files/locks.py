@@ -20,7 +20,7 @@ from slimvlm.compress.files.writing import reported_as_output_errors
 
 LOCK = ".lock"
 LONGEST = 1000  # bytes of what a holder says of itself
-NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of file systems that know none: go without
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of file systems that know none
 
 _held = threading.local()  # what a thread holds it may lock again
 
@@ -41,7 +41,9 @@ class Holder:
 def locked_folder(folder: Path, what: Path | None = None) -> Iterator[None]:
     """Hold a folder until the block ends; it is made if it is not there, and goes again if nothing is put into it.
 
-    The lock is the system's (flock) and ends with the process, however that ends: none is ever left behind.
+    The lock is the system's (flock) and ends with the process, however that ends: none is ever left behind. Where the
+    file system knows none (some that hosts share), the file is the lock: one that a killed process left on this host is
+    taken over, for those of other hosts the message names the file.
 
     Args:
         what: named in messages instead of `folder`.
@@ -90,24 +92,61 @@ def _locked(lock: Path, what: Path) -> Iterator[None]:
 def _acquire(lock: Path, what: Path) -> int:
     while True:
         with reported_as_output_errors(what):
-            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+            descriptor, made = _opened(lock)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in NO_LOCKS:
+            if error.errno not in NO_LOCKS or not (made or _left_behind(lock)):
                 said = os.pread(descriptor, LONGEST, 0)
                 os.close(descriptor)
                 holder = _holder(said) or "another process"
+                ended = f" (or remove {lock}, if that has ended)" if error.errno in NO_LOCKS else ""
                 raise InUseError(
-                    f"{what} is in use by {holder}; wait until it is done, or choose another name"
+                    f"{what} is in use by {holder}; wait until it is done{ended}, or choose another name"
                 ) from None
         if lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat()):
             break
-        os.close(descriptor)  # of a holder that took it away just now
+        os.close(descriptor)  # of a holder that took it away just now, or that is gone
     me = Holder(os.getpid(), socket.gethostname(), datetime.now(UTC).isoformat(" ", "seconds"))
     os.truncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps(asdict(me)).encode(), 0)
     return descriptor
+
+
+def _opened(lock: Path) -> tuple[int, bool]:
+    """The file, and whether it was made by this process, which it is by one alone."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        return os.open(lock, flags | os.O_EXCL, 0o666), True
+    except FileExistsError:
+        return os.open(lock, flags, 0o666), False
+
+
+def _left_behind(lock: Path) -> bool:
+    """Whether the file was of a process of this host that is gone: then it is no more. Renamed first, which of several
+    processes one can.
+    """
+    aside = lock.with_name(f"{lock.name}.{os.getpid()}")
+    with suppress(OSError):
+        holder = _holder(lock.read_bytes()[:LONGEST])
+        if holder is None or holder.host != socket.gethostname() or _runs(holder.pid):
+            return False
+        lock.rename(aside)
+        if _holder(aside.read_bytes()[:LONGEST]) == holder:
+            aside.unlink()
+            return True
+        aside.rename(lock)  # of one that took it over just now
+    return False
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # somebody else's
+    return True
 
 
 def holder_of(folder: Path) -> int | None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from plans import random_plan
 from tiny_models import Tiny, tiny_model
 
 from slimvlm.compress.allocate.budget import Budget
 from slimvlm.compress.criteria.criterion import CRITERIA
+from slimvlm.compress.models.checkpoint import stream_model
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import find_groups
+from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.rounds import Planned, Planning, plan_in_rounds
 from slimvlm.compress.slicing.compensation import COMPENSATIONS
+from slimvlm.compress.statistics.collect import collect
+from slimvlm.compress.statistics.rows import CalibrationOptions
 
 FEW = ("llava", "clip", "blip2_t5")
 SAMPLES = (3, 2, 4)  # of a batch; with four processes one has none
@@ -28,9 +34,28 @@ def batches_of(tiny: Tiny) -> list[dict[str, torch.Tensor]]:
     return batches
 
 
-def compensate_all(name: str) -> dict[str, torch.Tensor]:
+def streamed(folder: Path, name: str) -> Tiny:
+    """The model, read block by block from `folder`, where `save` put it."""
+    return Tiny(stream_model(folder / name, attention="sdpa").model, tiny_model(name, "sdpa").inputs)
+
+
+def save(folder: Path, name: str) -> None:
+    """Put the model where `streamed` finds it."""
+    save_checkpoint(folder / name, tiny_model(name, "sdpa").model, None, None)
+
+
+def statistics_of(tiny: Tiny) -> dict[str, torch.Tensor]:
+    """Some that need a backward pass and one that needs none."""
+    family = find_family(tiny.model.config)
+    groups = find_groups(tiny.model, family)
+    seen = collect(
+        tiny.model, family, groups, batches_of(tiny), CalibrationOptions(("gate", "first", "input-norms"))
+    ).seen
+    return {f"{name} {key}": value for name, values in seen.items() for key, value in values.items()}
+
+
+def compensate_all(tiny: Tiny) -> dict[str, torch.Tensor]:
     """The weights and biases of every compensation of a random cut, and what it loses."""
-    tiny = tiny_model(name)
     family, plan = find_family(tiny.model.config), random_plan(tiny.model)
     groups = find_groups(tiny.model, family, plan.attention_unit)
     batches = [lambda batch=batch: batch for batch in batches_of(tiny)]

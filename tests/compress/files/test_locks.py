@@ -1,5 +1,8 @@
 """Two processes never write one folder: the second is told who does, and a killed one leaves no lock."""
 
+import errno
+import fcntl
+import inspect
 import os
 import re
 import signal
@@ -36,6 +39,31 @@ def test_a_second_process_is_told_who_holds_it_until_the_first_is_killed(tmp_pat
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+def refusing(*_: object) -> None:
+    """What flock says on a file system that knows no locks."""
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+def test_without_locks_of_the_file_system_the_file_is_the_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", refusing)
+    hold = f"import fcntl, errno\n{inspect.getsource(refusing)}\nfcntl.flock = refusing\n" + HOLD.format(
+        lock="locked_folder"
+    )
+    command = [sys.executable, "-c", hold, tmp_path]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        who = rf"in use by process {holder.pid} on .*or remove {re.escape(str(tmp_path))}/\.lock, if that has ended"
+        with pytest.raises(OutputError, match=who), locked_folder(tmp_path):
+            pass
+        holder.send_signal(signal.SIGKILL)
+    assert (tmp_path / ".lock").exists()
+    with locked_folder(tmp_path):  # whose holder is gone, from this host
+        assert os.listdir(tmp_path) == [".lock"]  # noqa: PTH208
+    (tmp_path / ".lock").write_text('{"pid": 1, "host": "elsewhere", "since": "2026"}')
+    with pytest.raises(OutputError, match="process 1 on elsewhere since 2026.*remove"), locked_folder(tmp_path):
+        pass
+
+
 def test_what_a_process_holds_it_may_lock_again(tmp_path):
     with locked_folder(tmp_path / "out"):
         with locked_folder(tmp_path / "out"):
@@ -46,8 +74,6 @@ def test_what_a_process_holds_it_may_lock_again(tmp_path):
 
 @pytest.mark.parametrize("content", ("", "not JSON", '{"pid": "x"}', "\0" * 5000))
 def test_a_holder_that_says_nothing_of_itself_is_another_process(tmp_path, content):
-    import fcntl
-
     with (tmp_path / ".lock").open("w") as file:
         file.write(content)
         file.flush()
