@@ -296,3 +296,18 @@ def test_what_another_course_left_in_the_folder_is_learnt_again(tmp_path: Path) 
         student, course_of("llava", student, plan), options_of(learning_rate=rates[1]), tmp_path / "fresh"
     )
     assert found[0] != found[1] == fresh
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", [WholeTeacher, StreamedTeacher])
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_blocks_learn_on_a_gpu(kind: type, precision: str, tmp_path: Path) -> None:
+    teacher, plan = copy.deepcopy(dense("llava")).cuda(), random_plan(dense("llava"), seed=1)
+    student = student_of("llava", plan).cuda()
+    lessons = lessons_of(student, teacher, family_of("llava"), {})
+    teaching = kind(teacher, family_of("llava"), batches("llava"), precision)
+    learnt, _ = learn_blocks(
+        student, Course(lessons, teaching, [0] * 4, [1]), options_of(precision=precision), tmp_path
+    )
+    assert sum(one.after for one in learnt) < sum(one.before for one in learnt)
