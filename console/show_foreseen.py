@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 HOW = (
     "by one batch timed here, times how many there are; a cut model is taken to be faster by as much as it is smaller, "
-    "and the stages without a figure come on top"
+    "and a search without a figure comes on top"
 )
 NAMED = 3  # unreadable samples
 
