@@ -44,6 +44,7 @@ from slimvlm.compress.files.folders import require_room
 from slimvlm.compress.files.writing import installed_versions
 from slimvlm.compress.models.computing import load_to_compute, undisturbed
 from slimvlm.compress.models.groups import count_parameters
+from slimvlm.compress.models.streaming.weights import streamed
 from slimvlm.compress.options import CompressOptions, ComputeOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.runs import MODEL, PLAN, RunFolder
@@ -70,7 +71,6 @@ Facts = dict[str, Any]
 
 def options_of(job: argparse.Namespace) -> CompressOptions:
     """Of the run in the folder of the job."""
-    streams = {"stream": job.stream} if "stream" in {field.name for field in fields(ComputeOptions)} else {}
     return CompressOptions(
         model=str(job.folder / "model"),
         out=job.folder / "out",
@@ -86,7 +86,7 @@ def options_of(job: argparse.Namespace) -> CompressOptions:
         device="cpu",
         trust_remote_code=True,
         resume=True,
-        **streams,
+        stream=job.stream,
     )
 
 
@@ -126,7 +126,7 @@ def calibrate(job: argparse.Namespace) -> Facts:
     """Seconds per sample of the calibration that the default criterion asks for, first and once more."""
     options = options_of(job)
     planning = planning_of(options)
-    loaded = load_to_compute(options, options.model)
+    loaded = load_to_compute(options, options.model, beside=1.0)
     batches = collated(collator_of(loaded), read_measured(options).calibration, 1)
     groups, seconds = planning.groups(loaded.model), []
     for _ in range(2):
@@ -134,7 +134,8 @@ def calibrate(job: argparse.Namespace) -> Facts:
         with progress(quiet=False) as tell:
             collect(loaded.model, loaded.family, groups, batches, planning.calibration, tell)
         seconds.append((time.perf_counter() - began) / len(batches))
-    return {"per_sample_first": seconds[0], "per_sample": seconds[1]}
+    by_block = streamed(loaded.model) is not None
+    return {"per_sample_first": seconds[0], "per_sample": seconds[1], "by_block": by_block}
 
 
 def plan(job: argparse.Namespace) -> Facts:
@@ -286,7 +287,7 @@ def check(job: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="smolvlm-256m")
-    parser.add_argument("--stream", choices=("on", "off", "auto"), default="off")
+    parser.add_argument("--stream", choices=("on", "off"), default="off")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--compensation", default="none")

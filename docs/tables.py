@@ -25,7 +25,7 @@ from slimvlm.console.progress import duration
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/families.md", "docs/scale.md")
 TYPES, SCALE, COSTS = (ROOT / "benchmarks" / "results" / name for name in ("types.json", "scale.jsonl", "cost.json"))
-WHEN_STREAMED = {"on": "block by block", "off": "whole", "auto": "as it fits"}
+WHEN_STREAMED = {"on": "block by block", "off": "whole"}
 ADVICE = "a table is not what the registries say; run make readme"
 
 
