@@ -113,6 +113,10 @@ def _points(row: Row, factors: Factors) -> Iterator[Point]:
     for name in STAGES:
         if "peak_bytes" in stages.get(name, {}):
             yield Point(*where, f"{name}: peak bytes", stages[name]["peak_bytes"], model.peak(name, streamed))
+        if streamed and "read_bytes" in stages.get(
+            name, {}
+        ):  # else weights are mapped, and what is read is not counted
+            yield Point(*where, f"{name}: bytes read", stages[name]["read_bytes"], model.read(name, streamed))
 
 
 def fit(rows: Sequence[Row]) -> Factors:

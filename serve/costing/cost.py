@@ -265,8 +265,9 @@ class CostModel:
         """The stage as ideal times, by resource."""
         asked, left, stored = self.asked, self.asked.left, self.stored
         checks = self.passes(2 * CHECKED_SAMPLES, 1, 0, "fp32") + self.passes(2 * CHECKED_SAMPLES, 1, 0).times(left)
+        tried = self.passes(1, 1, 0) + (self._streaming(1) if streamed else Ideal())  # one sample, whether it computes
         if stage == "plan":
-            found = self.loading(stored, streamed)
+            found = self.loading(stored, streamed) + tried
             for number, share in enumerate(_shares(asked), start=1):
                 found += self.calibration(asked.samples, streamed).times(share)
                 if asked.refit and number < asked.rounds:
@@ -274,9 +275,10 @@ class CostModel:
             return found
         if stage == "slice":
             fitted_to = self.refit(1.0, streamed) if asked.refit else Ideal()
-            read = self._streaming(2) if streamed else Ideal()
-            again = self.loading(left * stored, streamed)
-            return self.loading(stored, streamed) + fitted_to + checks + read + self._writing(left * stored) + again
+            # The masked model, the cut one before and after it is saved, and the saving itself; read again, the new one.
+            read = self._streaming(4) + self._streaming(left) if streamed else Ideal()
+            saved = self._writing(left * stored) + self.loading(left * stored, streamed)
+            return self.loading(stored, streamed) + tried + fitted_to + checks + read + saved
         if stage == "recover":
             student = self.passes(TRAINED, 1, 1).times(left)
             return self.loading(stored, False) + student + self.passes(TRAINED, 1, 0)
