@@ -275,7 +275,7 @@ class CostModel:
             return found
         if stage == "slice":
             fitted_to = self.refit(1.0, streamed) if asked.refit else Ideal()
-            # The masked model, the cut one before and after it is saved, and the saving itself; read again, the new one.
+            # Of the masked model, the cut one twice, and when it is saved; and of the new one.
             read = self._streaming(4) + self._streaming(left) if streamed else Ideal()
             saved = self._writing(left * stored) + self.loading(left * stored, streamed)
             return self.loading(stored, streamed) + tried + fitted_to + checks + read + saved
