@@ -25,7 +25,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ RESULTS, COSTS = (Path(__file__).parent / "results" / name for name in ("scale.j
 FITTED = Path(__file__).parents[1] / "serve" / "costing" / "fitted.json"
 ASKED = ("stream", "threads", "rounds", "compensation")  # and the shape: what makes two runs the same
 RATIO, VARIANT = 0.5, "q4"
+OTHERS = 0.05  # share of the processors that others may take while a run counts as alone
 PACES = ("plain", "calibrate")  # stages that no other one needs
 KEPT_AT_ONCE = 1.8  # times the checkpoint: itself, half of it, and graphs
 POLL = 0.02  # seconds between two looks at the memory
@@ -219,16 +220,23 @@ def counted(name: str) -> dict[str, int]:
     return found
 
 
+def _busy() -> float:
+    """Seconds that the processors of this machine have worked, for whomever."""
+    spent = psutil.cpu_times()
+    return float(spent.user + spent.nice + spent.system)
+
+
 def run_stage(job: argparse.Namespace) -> None:
     """One stage in this process; what it took goes to `STAGE.json`."""
     torch.set_num_threads(job.threads)
-    before, began, used = counted("io"), time.perf_counter(), time.process_time()
+    before, began, used, busy = counted("io"), time.perf_counter(), time.process_time(), _busy()
     with Watch() as watch:
         facts = STAGES[job.stage](job)
     seconds, after = time.perf_counter() - began, counted("io")
     took = {
         "seconds": round(seconds, 2),
         "processor_seconds": round(time.process_time() - used, 2),
+        "others_seconds": round(_busy() - busy - (time.process_time() - used), 2),
         "peak_bytes": counted("status")["VmHWM"],
         "peak_anonymous_bytes": watch.anonymous,
         "read_bytes": after["rchar"] - before["rchar"],
@@ -284,6 +292,13 @@ def check(job: argparse.Namespace) -> None:
     print(table(rows))
 
 
+def _was_alone(stages: Iterable[Facts]) -> bool:
+    """Whether other processes took next to nothing: seconds of a crowded machine say nothing."""
+    took = [(stage["others_seconds"], stage["seconds"]) for stage in stages if "seconds" in stage]
+    others, seconds = map(sum, zip(*took, strict=True)) if took else (0.0, 0.0)
+    return others <= OTHERS * (psutil.cpu_count() or 1) * seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="smolvlm-256m")
@@ -320,9 +335,12 @@ def main() -> None:
         "dtype": str(DTYPE).removeprefix("torch."),
         **{name: getattr(job, name) for name in ASKED},
         "machine": asdict(machine),
+        "alone": _was_alone(stages.values()),
         "stages": stages,
         "versions": installed_versions(),
     }
+    if job.stages != list(STAGES) and job.results == RESULTS:
+        return  # a part of a run is shown, and not kept
     kept = [other for other in read(job.results) if any(other[name] != row[name] for name in ("shape", *ASKED))]
     job.results.write_text("".join(json.dumps(one) + "\n" for one in (*kept, row)), encoding="utf-8")
 

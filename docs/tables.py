@@ -94,14 +94,10 @@ def scale() -> str:
     rows = []
     for line in SCALE.read_text(encoding="utf-8").splitlines():
         run = json.loads(line)
-        used, passed = (
-            sum(stage.get(kind, 0) for stage in run["stages"].values()) for kind in ("processor_seconds", "seconds")
-        )
-        alone = used >= 0.7 * run["threads"] * passed
         for name in ("calibrate", "plan", "slice", "export"):
             stage = run["stages"].get(name, {})
             if "seconds" in stage:
-                seconds = f"{stage['seconds']:.0f}" if alone else ""  # not of a machine that others used, too
+                seconds = f"{stage['seconds']:.0f}" if run["alone"] else ""  # not of a machine that others used, too
                 size = [f"{stage[kind] / 1e9:.2f}" for kind in ("peak_bytes", "read_bytes", "written_bytes")]
                 rows.append((run["says"], WHEN_STREAMED[run["stream"]], name, seconds, *size))
     return table(("model", "read", "stage", "seconds", "peak GB", "GB read", "GB written"), rows)

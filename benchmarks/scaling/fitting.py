@@ -21,7 +21,6 @@ from slimvlm.serve.costing.machines import MACHINES, Machine
 
 Row = Mapping[str, Any]  # a line of scale.jsonl
 STAGES = ("plan", "slice", "export")
-BUSY = 0.7  # share of its threads that a process must have had for its seconds to count
 TRUST = 0.05  # how much a factor as it is weighs against one measured time
 
 
@@ -86,12 +85,6 @@ def cost_model(
     return CostModel(anatomy(shape), asked, machine, factors)
 
 
-def was_alone(row: Row) -> bool:
-    """Whether the run had its processors to itself."""
-    shares = [stage["processor_seconds"] / stage["seconds"] for stage in row["stages"].values() if "seconds" in stage]
-    return sum(shares) / max(len(shares), 1) >= BUSY * row["threads"]
-
-
 def points(rows: Iterable[Row], factors: Factors | None = None) -> list[Point]:
     """Every time and every peak; times only of runs that had the machine to themselves."""
     return [point for row in rows for point in _points(row, factors or fitted())]
@@ -102,13 +95,14 @@ def _points(row: Row, factors: Factors) -> Iterator[Point]:
     text = stages.get("plain", {}).get("tokens", [0, 0])[1]
     model = cost_model(row["shape"], row["rounds"], row["compensation"], Machine(**row["machine"]), text, factors)
     where = row["shape"], row["stream"]
+    stages = {name: facts for name, facts in stages.items() if name != "export" or "slice" in stages}  # of a cut model
     ideals = {
         "plain": ("per_sample", model.passes(1, 1, 1)),
         "calibrate": ("per_sample", model.calibration(SAMPLES, streamed).times(1 / SAMPLES)),
         **{name: ("seconds", model.ideal(name, streamed)) for name in STAGES},
     }
     for name, (what, ideal) in ideals.items():
-        if what in stages.get(name, {}) and was_alone(row):
+        if what in stages.get(name, {}) and row["alone"]:
             yield Point(*where, f"{name}: seconds", stages[name][what], model.sum(ideal), ideal)
     for name in STAGES:
         if "peak_bytes" in stages.get(name, {}):
