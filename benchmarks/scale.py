@@ -2,7 +2,7 @@
 
     python benchmarks/scale.py --shape qwen2.5-vl-7b --stream on --threads 2
 
-Makes a checkpoint of random weights with the shapes of a real model (`scaling/shapes.py`) shard by shard, and takes it
+Makes a checkpoint of random weights with the shapes of a real model (`real_shapes/`) shard by shard, and takes it
 through the job, each stage in a process of its own: the plan (calibration of 8 samples, half of the parameters), the
 slice stage (refit where it is asked for, cut, save, both checks) and the export of q4 graphs. Before them, each in a
 process too, the pace: a plain forward and backward pass of the same model, weights frozen, and our calibration over all
@@ -32,9 +32,9 @@ from typing import Any
 
 import psutil
 import torch
-from scaling.fitting import anatomy, cost_model, costs, fit, table
-from scaling.making import make
-from scaling.shapes import DTYPE, SHAPES
+from real_shapes.fitting import anatomy, cost_model, costs, fit, table
+from real_shapes.making import make
+from real_shapes.shapes import DTYPE, SHAPES
 
 from slimvlm.compress.data.collate import collated, collator_of
 from slimvlm.compress.data.questions import ask

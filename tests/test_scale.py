@@ -22,7 +22,7 @@ RUNS = [json.loads(line) for line in (ROOT / "benchmarks/results/scale.jsonl").r
 def scaling():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "benchmarks")
-        from scaling import fitting, making, shapes
+        from real_shapes import fitting, making, shapes
     return SimpleNamespace(fitting=fitting, making=making, shapes=shapes)
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from scaling.processing_still import StillQwenProcessor
+from real_shapes.processing_still import StillQwenProcessor
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     Idefics3Processor,

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from real_shapes.shapes import DTYPE, TEXT, Shape
 from safetensors.torch import save_file
-from scaling.shapes import DTYPE, TEXT, Shape
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 

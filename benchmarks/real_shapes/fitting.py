@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from scaling.making import ANSWER, QUESTION, SAMPLES
-from scaling.shapes import DTYPE, SHAPES, WHOLE
+from real_shapes.making import ANSWER, QUESTION, SAMPLES
+from real_shapes.shapes import DTYPE, SHAPES, WHOLE
 from transformers import AutoModelForImageTextToText
 
 from slimvlm.compress.models.families import find_family
