@@ -21,7 +21,7 @@ from slimvlm.compress import processes
 from slimvlm.compress.models.checkpoint import Loaded, load_model, stored_types, stream_model
 from slimvlm.compress.models.quantized import check_dtype, typed
 from slimvlm.compress.models.streaming.lazy import Lazy
-from slimvlm.compress.models.streaming.weights import KINDS
+from slimvlm.compress.models.streaming.shards import KINDS
 from slimvlm.compress.options import ComputeOptions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

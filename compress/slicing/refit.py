@@ -166,7 +166,7 @@ def _told(progress: Progress, before: int, total: int, done: int) -> None:
 def keeping(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """What holds a new weight until it is put into the cut model: one that is streamed, in files beyond a bound."""
     weights = streamed(model)
-    return weights.keep if weights else lambda weight: weight
+    return weights.scratch.keep if weights else lambda weight: weight
 
 
 def mean_losses(losses: Sequence[tuple[float, float]]) -> tuple[float, float]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from typing import Any
@@ -76,12 +77,15 @@ class ReadingByBlock(Reading):
         learning = any(collector.statistic.reads == "backward" for collector in everyone)
         forwards = [partial(loss, self.model, question, self.threshold) for question in asked.values()]
         passages = Passages(self.model, self.blocks, forwards, learning)
+        del forwards  # with the inputs, which go when a forward has ended
+        indices, questions = list(asked), [replace(question, inputs={}) for question in asked.values()]
+        asked.clear()
         seen: Seen = {collector.statistic.name: {} for collector in everyone}
 
         def close(number: int, active: Sequence[Collector]) -> None:
             for collector in active:
                 if collector.statistic.reads == "backward":
-                    collector.close_batch(list(asked)[number], passages.results[number][0])
+                    collector.close_batch(indices[number], passages.results[number][0])
             self.told(STEPS // (1 + learning))
 
         def finish(collector: Collector, _: Sequence[Side]) -> None:
@@ -89,10 +93,10 @@ class ReadingByBlock(Reading):
             seen[collector.statistic.name] |= collector.finish(processes.reduce)
 
         if learning:
-            with _Sweep(passages, list(asked.values()), self.blocks, close, finish) as there:
+            with _Sweep(passages, questions, self.blocks, close, finish) as there:
                 passages.forward(there.at, there.see, there.seen)
         order = self.blocks[::-1] if learning else self.blocks
-        with _Sweep(passages, list(asked.values()), order, close, finish) as sweep:
+        with _Sweep(passages, questions, order, close, finish) as sweep:
             sweep.watched, sweep.active = watched, list(always)
             go = passages.backward if learning else passages.forward  # on the way back blocks are computed again
             go(sweep.at, sweep.see, sweep.seen)

@@ -20,8 +20,13 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils.weak import WeakIdKeyDictionary
 
 from slimvlm.compress.errors import UnsuitableOptionError
+from slimvlm.compress.models.streaming import lazy
+from slimvlm.compress.models.streaming.scratch import Scratch
+
+KEPT = 2 * 2**30  # bytes of what blocks have read that are kept in host memory; what is more goes into files
 
 At = Callable[[str], AbstractContextManager[object]]  # around all that is done at the block of a path
 See = Callable[[int], object]  # told of a passage, by its number
@@ -38,10 +43,13 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Step:
-    """What is left of a call: what was read, where the gradients of that go, and what stands for what came out."""
+    """What is left of a call: what was read, put away, and where it was; where its gradients go; and what stands for
+    what came out.
+    """
 
     path: str
     read: list[Any]
+    devices: dict[int, torch.device]
     spec: TreeSpec
     edges: dict[int, GradientEdge]
     given: list[Tensor | None]
@@ -100,7 +108,8 @@ class Passages:
         self.blocks = {path: model.get_submodule(path) for path in paths}
         self.compute = {path: block.forward for path, block in self.blocks.items()}
         self.passages = [Passage(forward) for forward in forwards]
-        self.learning = learning
+        self.learning, self.scratch = learning, Scratch(KEPT)
+        self._kept: Any = WeakIdKeyDictionary()
 
     def asked(self, path: str) -> bool:
         """Whether any passage waits at the block, or has been there and comes back."""
@@ -158,9 +167,17 @@ class Passages:
         parts, made = tree_flatten(output)
         given = [_begin(part) if _floats(part) else None for part in parts]
         handed = [part if leaf is None else _Handed.apply(leaf, part) for part, leaf in zip(parts, given, strict=True)]
-        read = [one.detach() if isinstance(one, Tensor) else one for one in read]
-        passage.steps.append(_Step(call.path, read, spec, edges, given))
+        devices = {place: one.device for place, one in enumerate(read) if isinstance(one, Tensor)}
+        read = [self._keep(one) if isinstance(one, Tensor) else one for one in read]
+        passage.steps.append(_Step(call.path, read, devices, spec, edges, given))
         return tree_unflatten(handed, made)
+
+    def _keep(self, value: Tensor) -> Tensor:
+        """What stands for what a block has read; blocks share what says where tokens are and which they see."""
+        if value not in self._kept or self._kept[value][0] != value._version:
+            self._kept[value] = value._version, self.scratch.keep(value)
+        kept: Tensor = self._kept[value][1]
+        return kept
 
     def _check_ended(self) -> None:
         for passage in self.passages:
@@ -202,10 +219,10 @@ def _stop(path: str, *args: object, **kwargs: object) -> object:
 
 def _back(block: nn.Module, step: _Step) -> None:
     """Compute a block again, and carry the gradients of what it gave to what it had read, and on."""
-    read = [
-        one.detach().requires_grad_(place in step.edges) if isinstance(one, Tensor) else one
-        for place, one in enumerate(step.read)
-    ]
+    kept = {place: one for place, one in enumerate(step.read) if isinstance(one, Tensor)}
+    read = list(step.read)
+    for place, value in zip(kept, lazy.read(list(kept.values())), strict=True):
+        read[place] = value.to(step.devices[place]).detach().requires_grad_(place in step.edges)
     args, kwargs = tree_unflatten(read, step.spec)
     parts, _ = tree_flatten(block(*args, **kwargs))
     reached = [

@@ -9,82 +9,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from threading import Lock
 from typing import Any
-from weakref import finalize
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slimvlm.compress.errors import CheckpointError, UnsuitableOptionError, foreign
-from slimvlm.compress.files.writing import save_tensors
-from slimvlm.compress.models.streaming.lazy import Held, Lazy, Source, read
+from slimvlm.compress.errors import UnsuitableOptionError
+from slimvlm.compress.models.streaming.lazy import Lazy, read
+from slimvlm.compress.models.streaming.scratch import Scratch
+from slimvlm.compress.models.streaming.shards import Shard
 
 HELD = 2**30
-AGAIN = "copy or download it again"
-KINDS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-KINDS |= {"I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool, "U8": torch.uint8}
-
-
-class Shard:
-    """A safetensors file, of which a tensor at a time is read into memory of its own.
-
-    Raises:
-        CheckpointError: it is damaged; also when it is read, or has changed since it was opened.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.checked = path, set[str]()
-        self._stamp, self._lock = _stamp(path), Lock()
-        with foreign(f"{path} is damaged", AGAIN):
-            self._file = safe_open(path, "pt", backend="pread")
-
-    def lazies(self) -> dict[str, Lazy]:
-        """All its tensors by name."""
-        found = {}
-        with foreign(f"{self.path} is damaged", AGAIN):
-            for name in self._file.keys():  # noqa: SIM118 (no mapping)
-                view = self._file.get_slice(name)
-                like = torch.empty(view.get_shape(), dtype=KINDS[view.get_dtype()], device="meta")
-                found[name] = Lazy.of(Stored(self, name), like)
-        return found
-
-    def tensor(self, name: str) -> Tensor:
-        """Of the file as it was opened, every value a number."""
-        self.check_unchanged()
-        with foreign(f"{self.path} is damaged", AGAIN), self._lock:
-            tensor: Tensor = self._file.get_tensor(name)
-        if name not in self.checked and tensor.is_floating_point() and tensor.numel():
-            if not torch.stack(torch.aminmax(tensor)).isfinite().all():
-                raise CheckpointError(
-                    f"{self.path}: {name} holds values that are not finite; nothing can be computed with them. Copy or "
-                    "download the checkpoint again, or take an earlier state of its training"
-                )
-            self.checked.add(name)
-        return tensor
-
-    def check_unchanged(self) -> None:
-        """Raises CheckpointError if the file is not the one that was opened."""
-        if _stamp(self.path) != self._stamp:
-            raise CheckpointError(
-                f"{self.path} was changed or replaced while it was read; start again, and leave it alone until the end"
-            )
-
-
-@dataclass(frozen=True, eq=False)
-class Stored(Source):
-    """A tensor of a shard."""
-
-    shard: Shard
-    name: str
-
-    def make(self, values: Sequence[Any]) -> Tensor:
-        return self.shard.tensor(self.name)
 
 
 class StreamedWeights:
@@ -97,9 +34,7 @@ class StreamedWeights:
     """
 
     def __init__(self, shards: Sequence[Shard], bound: int = HELD) -> None:
-        self.shards, self.bound, self.held = tuple(shards), bound, 0
-        self._scratch: TemporaryDirectory[str] | None = None
-        self._written = 0
+        self.shards, self.scratch = tuple(shards), Scratch(bound)
 
     def put(self, parameter: nn.Parameter, values: Tensor) -> None:
         """Give a parameter other values, of its shape; they are kept in its dtype.
@@ -108,35 +43,11 @@ class StreamedWeights:
             OutputError: the disk is full.
         """
         if isinstance(parameter, Lazy):
-            parameter.source = self.keep(values.to(parameter.dtype)).source
+            same = values.dtype == parameter.dtype
+            parameter.source = self.scratch.keep(values if same else values.to(parameter.dtype)).source
             return
         with torch.no_grad():
             parameter.copy_(values)
-
-    def keep(self, values: Tensor) -> Lazy:
-        """What stands for these values as long as somebody has it.
-
-        Raises:
-            OutputError: the disk is full.
-        """
-        if isinstance(values, Lazy):
-            return values
-        values = values.detach().to("cpu", copy=True)
-        source: Source = Held(values)
-        if self.held + values.nbytes <= self.bound:
-            self.held += values.nbytes
-            finalize(source, self._give_up, values.nbytes)
-        else:
-            self._scratch = self._scratch or TemporaryDirectory(prefix="slimvlm-weights-")
-            self._written += 1
-            path = Path(self._scratch.name, f"{self._written}.safetensors")
-            save_tensors(path, {"values": values}, {})
-            source = Stored(Shard(path), "values")
-            finalize(source, path.unlink, missing_ok=True)
-        return Lazy.of(source, torch.empty_like(values, device="meta"))
-
-    def _give_up(self, freed: int) -> None:
-        self.held -= freed
 
     def check_unchanged(self) -> None:
         """Raises CheckpointError if a shard was changed since it was opened; also every reading finds that."""
@@ -216,9 +127,3 @@ def _fill_buffers(model: PreTrainedModel) -> None:
                 module._buffers[name] = read([buffer])[0]
             elif buffer is not None and buffer.is_meta:
                 module._buffers[name] = made.get_submodule(path)._buffers[name]
-
-
-def _stamp(path: Path) -> tuple[int, int, int]:
-    with foreign(f"{path} cannot be read", AGAIN):
-        found = path.stat()
-    return found.st_size, found.st_mtime_ns, found.st_ino

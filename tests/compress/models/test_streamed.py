@@ -129,10 +129,10 @@ def test_weights_in_the_place_of_others_are_written_away_beyond_a_bound(tmp_path
     save_checkpoint(tmp_path / "dense", tiny_model("llava").model, None, None)
     model = stream_model(tmp_path / "dense").model
     weights, lazies = streamed(model), [parameter for parameter in model.parameters() if isinstance(parameter, Lazy)]
-    weights.bound = sum(lazy.nbytes for lazy in lazies) // 2
+    weights.scratch.bound = sum(lazy.nbytes for lazy in lazies) // 2
     values = [torch.randn(lazy.shape) for lazy in lazies]
     with torch.no_grad():
         for lazy, value in zip(lazies, values, strict=True):
             lazy.copy_(weights.keep(value))
-    assert 0 < weights.held <= weights.bound
+    assert 0 < weights.scratch.held <= weights.scratch.bound
     assert all(torch.equal(one, value) for one, value in zip(read(lazies), values, strict=True))

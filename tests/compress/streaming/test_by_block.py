@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +23,7 @@ from slimvlm.compress.rounds import Planning, plan_in_rounds
 from slimvlm.compress.statistics.collect import Calibration, collect
 from slimvlm.compress.statistics.reading import Batches
 from slimvlm.compress.statistics.rows import STATISTICS, CalibrationOptions, token_rule
+from slimvlm.compress.streaming import passage
 from slimvlm.compress.streaming.blocks import blocks_of
 
 OTHERS = (("input-norms", "moments", "fluctuation"), ("turning",), ("first-order",), ("fisher", "gate"))
@@ -50,8 +52,12 @@ def assert_same(left: Calibration, right: Calibration) -> None:
 
 def block_weights(model: nn.Module) -> list[str]:
     """Names of the parameters of blocks."""
-    blocks = tuple(f"{path}." for path in blocks_of(model, find_family(cast(Any, model).config)))
+    blocks = tuple(f"{path}." for path in blocks_of_model(model))
     return [name for name, _ in model.named_parameters() if name.startswith(blocks)]
+
+
+def blocks_of_model(model: nn.Module) -> list[str]:
+    return blocks_of(model, find_family(cast(Any, model).config))
 
 
 def ragged(tiny: Tiny) -> list[dict[str, torch.Tensor]]:
@@ -119,3 +125,39 @@ def test_a_gradient_that_is_not_finite_is_refused_and_the_model_stays_as_it_was(
     assert before == {name: module.__dict__.get("forward") for name, module in tiny.model.named_modules()}
     assert all(parameter.requires_grad and parameter.grad is None for parameter in tiny.model.parameters())
     assert not any(module._forward_pre_hooks for module in tiny.model.modules())
+
+
+def test_what_blocks_have_read_goes_into_files_beyond_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, streamed = pair(tmp_path, "blip2_t5")
+    written: list[int] = []
+
+    def count(*_: object) -> None:
+        written.append(len([*tmp_path.glob("slimvlm-*/*.safetensors")]))
+
+    monkeypatch.setattr(passage, "KEPT", 1000)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    options, batches = CalibrationOptions(("gate",)), [whole.inputs(2), whole.inputs(2)]
+    family: Any = find_family(cast(Any, streamed.model).config)
+    found = collect(streamed.model, family, find_units(streamed.model, family, "width"), batches, options, count)
+    assert_same(calibrate(whole, batches, "gate"), found)
+    assert max(written) > 10 and not [*tmp_path.glob("slimvlm-*/*.safetensors")]
+
+
+def test_no_more_than_two_blocks_are_in_memory_at_once(tmp_path: Path) -> None:
+    _, streamed = pair(tmp_path, "llava")
+    model: Any = streamed.model
+    ours = {id(parameter) for parameter in model.parameters()}
+    blocks = [sum(one.nbytes for one in model.get_submodule(path).parameters()) for path in blocks_of_model(model)]
+    held: list[int] = []
+
+    def weigh(*_: object) -> None:
+        alive = (one for one in gc.get_objects() if type(one) is nn.Parameter and not one.is_meta)
+        held.append(sum(one.nbytes for one in alive if id(one) not in ours and not isinstance(one, Lazy)))
+
+    family = find_family(model.config)
+    gc.collect()
+    weigh()  # those of other tests
+    others = held.pop()
+    options = CalibrationOptions(("gate", "input-norms"))
+    collect(model, family, find_units(model, family, "width"), [streamed.inputs(2)] * 3, options, weigh)
+    assert max(blocks) < max(held) - others <= 2 * max(blocks) < sum(blocks)
