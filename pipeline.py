@@ -18,7 +18,7 @@ from slimvlm.compress.files.decoding import read, shown
 from slimvlm.compress.files.folders import refuse_inside, require_free, require_room, reserved
 from slimvlm.compress.files.locks import locked_folder
 from slimvlm.compress.models.checkpoint import build_meta
-from slimvlm.compress.models.computing import cast, load_to_compute, stored_bytes
+from slimvlm.compress.models.computing import cast, load_to_compute, require_whole, stored_bytes
 from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.options import READ, STAGES, CompressOptions, DeliverOptions, EvaluateOptions, PlanOptions
 from slimvlm.compress.plan import Plan
@@ -261,6 +261,8 @@ def _opened(options: CompressOptions, plan_only: bool) -> tuple[RunFolder | None
 def _compress(options: CompressOptions, progress: Progress, plan_only: bool) -> Result:
     """Whatever can be refused is refused first; then the folder is touched, by the first process."""
     out = options.out
+    if not plan_only:
+        require_whole(options, options.model, "comparing a model before and after")
     run, data, training = _opened(options, plan_only)
     if processes.count() > 1:
         require_alike(options, data, training() if options.recover != "none" and not plan_only else None)

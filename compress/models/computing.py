@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from slimvlm.compress import processes
+from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.models.checkpoint import Loaded, load_model, stored_types, stream_model
 from slimvlm.compress.models.quantized import check_dtype, typed
 from slimvlm.compress.models.streaming.lazy import Lazy
@@ -103,6 +104,20 @@ def is_to_be_streamed(stream: str, bytes_needed: int, device: str = "cpu") -> bo
     free.
     """
     return stream == "on" if stream != "auto" else bytes_needed > free_memory(device)
+
+
+def require_whole(options: ComputeOptions, name: str, what: str) -> None:
+    """Refuse `what` where the weights alone do not fit into memory; `--stream off` lets it try.
+
+    Raises:
+        UnsuitableOptionError: so it is.
+    """
+    needed, free = bytes_to_compute(options, name, 0), free_memory(str(processes.pick_device(options.device)))
+    if options.stream != "off" and needed > free:
+        raise UnsuitableOptionError(
+            f"{what} needs all of {name} in memory, {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free; slimvlm "
+            "plan, apply and export read it block by block. Use these, a larger machine, or --stream off to try"
+        )
 
 
 def free_memory(device: str = "cpu") -> int:

@@ -16,7 +16,7 @@ from slimvlm.compress.evaluation.quality import COUNTED, Comparison, Quality, qu
 from slimvlm.compress.evaluation.soundness import check_computes
 from slimvlm.compress.files.decoding import content_of, dump, parse, refused_as
 from slimvlm.compress.files.writing import write_text
-from slimvlm.compress.models.computing import frees_memory, load_to_compute
+from slimvlm.compress.models.computing import frees_memory, load_to_compute, require_whole
 from slimvlm.compress.options import CutOptions, EvaluateOptions
 from slimvlm.compress.progress import Progress
 from slimvlm.compress.runs import AGAIN, CUT, MODEL, QUALITY, RunFolder
@@ -130,6 +130,8 @@ def _qualities(
     form: str | None,
 ) -> list[Quality]:
     """One evaluation per seed of `evaluate`, with the model loaded once."""
+    if form is None:
+        require_whole(options, name, "an evaluation")
     loaded = load_to_compute(options, name, form=form)
     collator = collator_of(loaded)
     check_computes(loaded.model, collator, samples[0], name)

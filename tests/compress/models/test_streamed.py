@@ -133,6 +133,6 @@ def test_weights_in_the_place_of_others_are_written_away_beyond_a_bound(tmp_path
     values = [torch.randn(lazy.shape) for lazy in lazies]
     with torch.no_grad():
         for lazy, value in zip(lazies, values, strict=True):
-            lazy.copy_(weights.keep(value))
+            lazy.copy_(weights.scratch.keep(value))
     assert 0 < weights.scratch.held <= weights.scratch.bound
     assert all(torch.equal(one, value) for one, value in zip(read(lazies), values, strict=True))

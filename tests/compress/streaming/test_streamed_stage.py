@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tiny_folders import write_tiny
 
 from slimvlm.compress.errors import UnsuitableOptionError
+from slimvlm.compress.models import computing
+from slimvlm.compress.models.computing import bytes_to_compute, free_memory, load_to_compute, require_whole
+from slimvlm.compress.models.streaming.weights import streamed
 from slimvlm.compress.options import CompressOptions
-from slimvlm.pipeline import make_plan
+from slimvlm.pipeline import compress, make_plan
 
 
 def options(folder: Path, out: str, **changes: object) -> CompressOptions:
@@ -46,3 +50,23 @@ def test_an_allocator_that_changes_weights_is_refused_before_the_model_is_read(t
     write_tiny(tmp_path, samples=8)
     with pytest.raises(UnsuitableOptionError, match="whole model at once.*--stream off"):
         make_plan(options(tmp_path, "out", allocator="ecoflap"))
+
+
+def test_a_model_that_a_container_has_no_room_for_is_planned_by_block_and_refused_where_it_must_be_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny(tmp_path, samples=8)
+    auto = options(tmp_path, "out", stream="auto")
+    needed = bytes_to_compute(auto, auto.model, 0)
+    (tmp_path / "memory.stat").write_text("anon 1000\nfile 77\n")
+    monkeypatch.setattr(computing, "CONTAINER", str(tmp_path))
+    for room, by_block in ((3 * needed, False), (2 * needed, True)):
+        (tmp_path / "memory.max").write_text(str(room + 1000))
+        assert free_memory() == room
+        assert bool(streamed(load_to_compute(auto, auto.model, beside=8).model)) is by_block
+    require_whole(auto, auto.model, "this")
+    (tmp_path / "memory.max").write_text(str(needed))
+    require_whole(replace(auto, stream="off"), auto.model, "this")
+    with pytest.raises(UnsuitableOptionError, match=r"needs all of .*my-vlm in memory, .* are free") as said:
+        compress(auto)
+    assert "\n" not in str(said.value) and not (tmp_path / "out").exists()
