@@ -1,9 +1,10 @@
 """The contract of every method: every criterion with every allocator, on a decoder with grouped queries and on an
-encoder-decoder. A new row is tested here without a line more.
+encoder-decoder; criteria also on a decoder with experts. A new row is tested here without a line more.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -23,6 +24,7 @@ from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.criteria.scoring import Scores, score_groups
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import Group, find_groups, find_units
+from slimvlm.compress.plan import BLOCK
 from slimvlm.compress.rounds import Planning
 from slimvlm.compress.statistics.collect import collect, importance_of
 from slimvlm.compress.statistics.rows import STATISTICS
@@ -34,6 +36,13 @@ UNBATCHED = [
     for name, row in CRITERIA.items()
     if not any(STATISTICS[statistic].per_batch for statistic in row.calibration().statistics)
 ]
+EXPERTS = "qwen3_vl_moe"
+WIDTHS = [name for name, row in CRITERIA.items() if row.units != BLOCK]
+
+
+def with_experts(criteria: Sequence[str]) -> list[tuple[str, str]]:
+    pairs = [(criterion, name) for criterion in criteria for name in NAMES]
+    return pairs + [(criterion, EXPERTS) for criterion in criteria if criterion in WIDTHS]
 
 
 @cache
@@ -47,7 +56,9 @@ def scored(name: str, criterion: str, order: str = "together") -> Scores:
     row, calibration = CRITERIA[criterion], None
     if row.calibration().statistics:
         samples = tiny.inputs(4)
-        batches = [{key: value[list(chosen)] for key, value in samples.items()} for chosen in ORDERS[order]]
+        # Patches of all images stand one after the other in some families.
+        each = {key: value.unflatten(0, (4, -1)) for key, value in samples.items()}
+        batches = [{k: v[list(chosen)].flatten(0, 1) for k, v in each.items()} for chosen in ORDERS[order]]
         family = find_family(tiny.model.config)
         calibration = collect(tiny.model, family, groups, batches, row.calibration())
     return score_groups(groups, row, calibration, tiny.model, seed=3)
@@ -69,8 +80,7 @@ def ordered(name: str, allocator: str, scores: Scores) -> Order:
     return order_units(groups, scores, Budget(0.3, allocator=allocator), facts_of(tiny.model, groups))
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize(("criterion", "name"), with_experts(list(CRITERIA)))
 def test_a_criterion_gives_every_unit_one_finite_score(criterion: str, name: str) -> None:
     scores = once(name, criterion)
     for group in tiny_groups(name, criterion)[1]:
@@ -80,14 +90,15 @@ def test_a_criterion_gives_every_unit_one_finite_score(criterion: str, name: str
         assert sorted(members.flatten().tolist()) == list(range(group.size))
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("criterion", UNBATCHED)
+@pytest.mark.parametrize(("criterion", "name"), with_experts(UNBATCHED))
 def test_scores_do_not_depend_on_batch_size_or_order(criterion: str, name: str) -> None:
     # A cosine on the edge of a bin may fall on either side after fp32 rounding.
     share = 0.9 if CRITERIA[criterion].angles else 1.0
     for order in ("apart", "pairs"):
         other = scored(name, criterion, order)
         for key, values in once(name, criterion).values.items():
+            if name == EXPERTS and (key.startswith("vision.") or key.endswith(".experts")):
+                continue  # one sequence of all images of a batch, or of all its tokens, is one example for a gate
             close = torch.isclose(other.values[key], values, rtol=1e-3, atol=1e-5 * values.max().item())
             assert close.float().mean() >= share, key
 
@@ -106,6 +117,19 @@ def test_a_plan_meets_its_budget_within_a_unit_keeps_the_floors_and_has_the_same
         assert all(len(plan.keep[group.key]) >= 0.1 * group.size for group in groups)
     assert all(plan.keep[group.key] for group in groups)
     assert ordered(name, allocator, once(name, criterion)).plan.to_json() == plan.to_json()
+
+
+@pytest.mark.parametrize("criterion", WIDTHS)
+def test_a_plan_keeps_as_many_channels_of_every_expert_and_meets_its_budget(criterion: str) -> None:
+    tiny, groups = tiny_groups(EXPERTS, criterion)
+    plan = order_units(
+        groups, once(EXPERTS, criterion), Budget(0.1, allocator="global"), facts_of(tiny.model, groups)
+    ).plan
+    unit = max(group.parameters.max() for group in groups)
+    assert abs(plan.parameters_before - plan.parameters_after - 0.1 * plan.parameters_before) <= unit
+    (experts,) = (group for group in groups if group.unit == "channel-slot")
+    kept = [index // experts.heads_per_kv for index in plan.keep[experts.key]]
+    assert len({kept.count(expert) for expert in range(experts.kv_heads)}) == 1
 
 
 @given(st.data(), st.floats(0, 0.3), st.floats(0, 0.3), st.integers(0, 2**16))
