@@ -134,10 +134,16 @@ FACTS: dict[str, Facts] = {
     "video_llama_3": Facts(image=images.merged),
     "vipllava": Facts({"vision_feature_layer": [-1, -2]}),
 }
+TIMM = "its vision tower is one of timm's, whose sizes no field of a config says"
 
 REASONS = {  # where the structure does not fit, in the place of what the job says
     "molmo2": "its pooling numbers the patches of a whole batch, which samples joined to a batch do not",
     "diffusion_gemma": "it writes a block of tokens at once by diffusion, not one after the other",
+    "fast_vlm": TIMM,
+    "gemma3n": TIMM,
+    "perception_lm": TIMM,
+    "kosmos-2": "a norm over all heads is inside its attention: without one of them the others come out differently",
+    "kosmos-2.5": "a norm over all channels is inside its MLPs: without one of them the others come out differently",
     "evolla": "it reads proteins, no images",
     "git": "the image's features stand before the text inside the model, so its logits are not those of the text alone",
     "mistral4": "the class that is mapped is a text model, without images",

@@ -58,10 +58,18 @@ class Job:
                 step()
             except Exception as error:
                 self.record["stages"][stage] = said(error).replace(str(self.folder), "the folder")
-                self.record["why"] = REASONS.get(self.type) or self.record["stages"][stage]
+                self.record["why"] = REASONS.get(self.type) or self.refusal() or self.record["stages"][stage]
                 break
             self.record["stages"][stage] = "ok"
         return self.record
+
+    def refusal(self) -> str | None:
+        """Slimvlm's own, of which a tiny model that cannot be built tells nothing."""
+        try:
+            find_family(transformers.CONFIG_MAPPING[self.type]())
+        except SlimvlmError as error:
+            return said(error)
+        return None
 
     def build(self) -> None:
         """A random model of its own class; norms and biases have noise, since zeros hide faults."""
@@ -146,9 +154,12 @@ def part_of(group: Group) -> str:
 
 
 def thirds(group: Group) -> list[int]:
-    """The first two thirds of the units; of query heads, per KV head."""
+    """The first two thirds of the units, or fewer, where a width is so many times the block's; of query heads, per KV
+    head.
+    """
     if group.kind == "mlp" and not group.slots:
-        return list(range(-(-2 * group.size // 3)))
+        step = group.weights_per_unit // len(group.members) if getattr(group.part, "ratio", False) else 1
+        return list(range(max(1, -(-2 * group.size // 3) // step) * step))
     if group.kv_heads == group.size:
         return list(range(group.size - max(1, group.size // 3)))
     per = group.heads_per_kv
