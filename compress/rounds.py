@@ -56,6 +56,8 @@ class Planning:
         depth: tower -> fraction of its parameters that leaves as whole blocks, by their influence, before the rounds.
         between: one of COMPENSATIONS, done to the model after every round but the last.
         known: the scores of the dense model, of an earlier plan: the first round takes them and reads no data.
+        until: the budget is that of all rounds, and this one ends where so much of the dense model has left. Where
+            steps are coarse, the fine ones that the last round needs would otherwise have left before.
 
     Raises:
         UnsuitableOptionError: more rounds than the allocator can make, or what excludes blocks that leave first.
@@ -72,6 +74,7 @@ class Planning:
     attention_unit: str = "auto"
     seed: int = 0
     known: Scores | None = None
+    until: float | None = None
 
     def __post_init__(self) -> None:
         allocator = ALLOCATORS[self.budget.allocator]
@@ -108,7 +111,10 @@ class Planning:
             return replace(self, budget=budget, criterion=influence, rounds=1, depth={}, known=None)
         share = round_share(number - bool(self.depth), self.rounds, self.power)
         known = self.known if number == 1 else None
-        return replace(self, budget=self.budget.scaled(share, begun), rounds=1, depth={}, known=known)
+        budget, until = self.budget.scaled(share, begun), None
+        if budget.layout == "stock" and number < self.steps:
+            budget, until = self.budget, budget.ratio
+        return replace(self, budget=budget, rounds=1, depth={}, known=known, until=until)
 
     def besides(self) -> dict[str, object]:
         """What a plan says of its making that neither its criterion nor its budget knows."""
@@ -238,6 +244,8 @@ def plan_in_rounds(
                 scores = replace(scores, importance=_named(importance, begun))
             scores = _agreed(scores)
         later = order_units(groups, scores, step.budget, _facts(model, groups, dense if order else None, begun))
+        if step.until is not None:
+            later = later.beginning(step.until, dense.parameters)
         plan = replace(
             later.plan,
             attention_unit=planning.attention_unit,

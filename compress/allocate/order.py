@@ -128,6 +128,15 @@ class Order:
             rescued=tuple(key for key in plan.rescued if keep.get(key) == plan.keep[key]),
         )
 
+    def beginning(self, ratio: float, whole: int) -> Order:
+        """Its first steps, as many as remove at most `ratio` of a model that had `whole` parameters when dense."""
+        plan = self.plan
+        present = plan.parameters_before - plan.dropped_parameters - self.parameters.sum(1).cumsum()
+        steps = int((present >= (1 - ratio) * whole).sum())
+        left = {key: np.where(gone < steps, gone, -1) for key, gone in self.left.items()}
+        shorter = replace(self.plan_after(steps), ratio=ratio)
+        return Order(shorter, left, self.parameters[:steps], self.macs[:steps], (steps,))
+
     def save(self, path: Path) -> None:
         """Write one safetensors file; a reader never sees half of it.
 

@@ -11,9 +11,11 @@ from slimvlm.compress.allocate.budget import Budget
 from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.criteria.scoring import Scores
 from slimvlm.compress.errors import UnsuitableOptionError
+from slimvlm.compress.models.checkpoint import load_model
 from slimvlm.compress.options import PlanOptions
 from slimvlm.compress.rounds import Planning, plan_in_rounds, score_units
 from slimvlm.compress.stages.plan import planning_of
+from slimvlm.demo import MODEL as DEMO
 
 
 def told(**begun) -> list[tuple]:
@@ -127,3 +129,12 @@ def test_what_an_allocator_asks_is_asked_once_of_the_dense_model_also_by_a_run_t
     (again,), _ = planned(done=first.order)
     assert again.order.digest == last.order.digest
     assert again.scores.importance == first.scores.importance == last.scores.importance
+
+
+@pytest.mark.parametrize("ratio", [0.35, 0.5])
+def test_rounds_of_a_stock_layout_leave_the_fine_steps_that_the_last_one_needs(ratio):
+    model = load_model(DEMO).model  # of its heads it can lose a half or three quarters, in all layers at once
+    planning = Planning(Budget(ratio, allocator="global", layout="stock"), CRITERIA["random"], rounds=4)
+    plan = plan_in_rounds(model, lambda _: [], planning).plan
+    assert (plan.rounds, plan.ratio) == (4, ratio)
+    assert plan.removed_fraction == pytest.approx(ratio, abs=0.001)
