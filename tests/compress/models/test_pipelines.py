@@ -13,11 +13,10 @@ import slimvlm
 from slimvlm.compress.errors import MissingDependencyError
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.saving import save_checkpoint
+from slimvlm.compress.options import LAYOUTS
 from slimvlm.compress.slicing.apply import apply_plan
 
 LABELS = ["cat", "dog", "red fox"]
-# What stock checkpoints answer is tested for every family in test_stock.py; here one of each kind.
-STOCK = [(name, "stock") for name in ("llava", "qwen2_5_vl", "paligemma", "blip2_opt", "blip2_t5", "clip")]
 
 
 def whole(name):
@@ -58,7 +57,8 @@ def said(run, processor, contrastive):
     return run(text=chat, max_new_tokens=3, do_sample=False, return_full_text=False)
 
 
-@pytest.mark.parametrize(("name", "layout"), [*((name, "per-layer") for name in PROCESSORS), *STOCK])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", PROCESSORS)
 def test_a_pipeline_takes_what_load_gives_and_the_folder_itself(tmp_path, monkeypatch, name, layout):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "code"))
     folder, given = saved(tmp_path / "slim", name, layout)
