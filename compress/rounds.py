@@ -189,6 +189,12 @@ def check_budget(model: PreTrainedModel, planning: Planning) -> None:
             apply_plan(model, order.plan)
 
 
+def _ordered(groups: Sequence[Group], scores: Scores, step: Planning, facts: Facts) -> Order:
+    """What goes in a round, which may be the beginning of what would go."""
+    order = order_units(groups, scores, step.budget, facts)
+    return order if step.until is None else order.beginning(step.until, (facts.dense or facts).parameters)
+
+
 def _facts(model: PreTrainedModel, groups: Sequence[Group], dense: Facts | None, begun: Plan | None) -> Facts:
     """Of the model as it is cut; `dense`, if it is."""
     known = None if dense is None else replace(dense, sizes=_named(dense.sizes, begun))
@@ -243,9 +249,7 @@ def plan_in_rounds(
             if importance is not None and step.asks is not None:
                 scores = replace(scores, importance=_named(importance, begun))
             scores = _agreed(scores)
-        later = order_units(groups, scores, step.budget, _facts(model, groups, dense if order else None, begun))
-        if step.until is not None:
-            later = later.beginning(step.until, dense.parameters)
+        later = _ordered(groups, scores, step, _facts(model, groups, dense if order else None, begun))
         plan = replace(
             later.plan,
             attention_unit=planning.attention_unit,

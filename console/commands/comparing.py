@@ -22,7 +22,7 @@ from slimvlm.serve.options import ProfileOptions
 
 @command(
     first=(
-        *("--data", "--ratios", "--variants", "--times", "--minutes", "--target", "--recover", "--steps"),
+        *("--data", "--ratios", "--variants", "--times", "--minutes", "--target", "--recover"),
         *("--eval-data", "--device", "--resume"),
     )
 )
@@ -44,7 +44,7 @@ def frontier(as_json: bool, quiet: bool, **values: Any) -> None:
     show_frontier.show_frontier(found, write_frontier_report(options.out), as_json=as_json)
 
 
-@command()
+@command(first=("--data", "--against", "--eval-samples", "--batch-size", "--device", "--dtype", "--config"))
 @click.argument("model", type=NAME)
 @sample_options
 @samples_limit

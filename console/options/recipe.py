@@ -150,7 +150,7 @@ recipe_options = panel(
         type=FILE,
         is_eager=True,
         expose_value=False,
-        help="Options, and MODEL, from a TOML file, or of compress and plan a run.json; the command line wins.",
+        help="Options from TOML or a run.json; the command line wins.",
     ),
     option(
         "--write-config",
