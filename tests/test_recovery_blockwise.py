@@ -26,6 +26,8 @@ def test_blocks_learn_by_themselves_alone_and_before_the_whole(tmp_path: Path) -
     recover_run(run, {**SHORT, **asked, "recover": "blockwise+sft", "frozen": "int8"})
     both = _recovered(run)
     assert [(part["name"], part["steps"]) for part in both["stages"]] == [("blocks", 2), ("task", 6)]
+    (table,) = (one for one in recovery_section(read_run(run)) if isinstance(one, Table) and one.title == "Validations")
+    assert [row[0] for row in table.rows] == ["2", "6", "8"]  # in steps of all
 
 
 def _recovered(run: Path) -> dict:

@@ -21,8 +21,10 @@ def recovery_section(files: RunFiles) -> Iterator[Said]:
         text = "The cut model was not trained afterwards: there was no recovery."
         yield from (text, Finding(text, "run.json: stages has no recover"))
         return
-    steps = [line for line in files.journal or [] if "stage" in line]
-    validations = [line for line in files.journal or [] if "validation" in line]
+    apart = stage["stages"][0]["steps"] if stage.get("blocks") else 0  # the journal is that of the whole model
+    lines = [{**line, "step": apart + line["step"]} for line in files.journal or []]
+    steps = [line for line in lines if "stage" in line]
+    validations = [line for line in lines if "validation" in line]
     is_finished = stage.get("status") == "finished"
     if not is_finished:
         yield "The recovery is not finished: this is what its journal holds so far."
@@ -33,7 +35,8 @@ def recovery_section(files: RunFiles) -> Iterator[Said]:
     if validations:
         yield (
             "The validation samples were held out of the training, by image. The last state that was not measurably "
-            "worse on them than one before it was kept (ringed); step 0 is the cut model before any training."
+            "worse on them than one before it was kept (ringed); step 0 is the cut model before any training"
+            f"{f', step {apart} what its blocks had learnt by themselves' if apart else ''}."
         )
     if any(line["loss"] is not None for line in steps):
         yield _chart(steps, validations, stage.get("best_step"))
