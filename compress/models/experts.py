@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from slimvlm.compress.errors import UnsupportedModelError
 from slimvlm.compress.models.families import Experts, Family
+from slimvlm.compress.models.streaming.lazy import Lazy, read_in
 
 ALIGNED = 8  # of which a width is a multiple: torch's grouped product reads rows of whole 16 bytes
 ROWS, OUTPUT = "gate_up_proj", "down_proj"  # [E, 2 I, C], the gates before the others; [E, C, I]
@@ -62,6 +63,9 @@ class ExpertsApart(nn.ModuleList):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Args: [tokens, C], the experts of every token and their weights, [tokens, chosen]."""
+        if isinstance(next(self.parameters()), Lazy):  # by itself, each would be read with all of them
+            with read_in(self, hidden_states.device):
+                return self.forward(hidden_states, top_k_index, top_k_weights)
         result = torch.zeros_like(hidden_states)
         expert: Any  # an Expert, or what peft has made of one
         for number, expert in enumerate(self):

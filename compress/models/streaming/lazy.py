@@ -10,7 +10,8 @@ a forward pass without gradients, one weight in memory at a time.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,16 +151,37 @@ def read(tensors: Sequence[Tensor]) -> list[Tensor]:
     uses = Counter(source for source in wanted if isinstance(source, Source))
     uses.update(parent for source in order for parent in source.parents)
     values: dict[Source, Any] = {}
-    for source in order:
-        values[source] = source.make([values[parent] for parent in source.parents])
-        for parent in source.parents:
-            uses[parent] -= 1
-            if not uses[parent]:
-                values.pop(parent, None)
+    with torch._C.DisableTorchFunction():  # values are what they are, whatever is computed in
+        for source in order:
+            values[source] = source.make([values[parent] for parent in source.parents])
+            for parent in source.parents:
+                uses[parent] -= 1
+                if not uses[parent]:
+                    values.pop(parent, None)
     found = (values[source] if isinstance(source, Source) else source for source in wanted)
     return [
         value.contiguous() if tensor.is_contiguous() else value for tensor, value in zip(tensors, found, strict=True)
     ]
+
+
+@contextmanager
+def read_in(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """The lazy parameters of `module` are in memory meanwhile, read at once: what several are made of, once."""
+    places = [
+        (owner, name, parameter)
+        for owner in module.modules()
+        for name, parameter in owner._parameters.items()
+        if parameter is not None and isinstance(parameter, Lazy)
+    ]
+    values = read([parameter for _, _, parameter in places])
+    for (owner, name, _), value in zip(places, values, strict=True):
+        owner._parameters[name] = nn.Parameter(value.to(device), requires_grad=False)
+    del values
+    try:
+        yield
+    finally:
+        for owner, name, parameter in places:
+            owner._parameters[name] = parameter
 
 
 def _order(source: Source, order: dict[Source, None]) -> None:

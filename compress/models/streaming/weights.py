@@ -29,7 +29,7 @@ class StreamedWeights:
 
     Args:
         shards: its files.
-        bound: bytes of weights that were put in the place of others and are held in memory; what is more is written
+        bound: bytes of what is kept to be put in the place of weights and is held in memory; what is more is written
             into files of the system's folder for temporary ones (TMPDIR), which go with the model.
     """
 
