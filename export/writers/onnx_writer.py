@@ -7,7 +7,7 @@ are read when they are written, one after the other: no second copy of them is e
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -169,6 +169,7 @@ def _by_dynamo(graph: Graph, opset: int) -> onnx_ir.Model:
     if program is None:
         raise ValueError("the exporter gave nothing")
     _read_when_written(graph.module, program.model)
+    _turn_when_written(program.model)
     program.optimize()
     _divide(program.model)
     return program.model
@@ -182,6 +183,30 @@ def _read_when_written(module: torch.nn.Module, model: onnx_ir.Model) -> None:
         if isinstance(weight, Lazy) and (fake := value.const_value) is not None:
             values = partial(_values, weight, name)
             value.const_value = onnx_ir.LazyTensor(values, fake.dtype, onnx_ir.Shape(weight.shape), name=name)
+
+
+def _turn_when_written(model: onnx_ir.Model) -> None:
+    """Takes weights with the Transpose that they go through: the optimizer would read all of them, and keep them."""
+    graph = model.graph
+    for node in [node for node in graph if node.op_type == "Transpose"]:
+        weight, output = node.inputs[0], node.outputs[0]
+        if weight is None or not weight.is_initializer() or len(weight.uses()) > 1 or output.is_graph_output():
+            continue
+        held, axes = weight.const_value, node.attributes.get_ints("perm")
+        if held is None or axes is None:
+            continue
+        shape = onnx_ir.Shape([held.shape.numpy()[axis] for axis in axes])
+        made = partial(_turned, held, axes)
+        tensor = onnx_ir.LazyTensor(made, held.dtype, shape, name=output.name)
+        turned = onnx_ir.Value(name=output.name, shape=shape, type=onnx_ir.TensorType(held.dtype), const_value=tensor)
+        output.replace_all_uses_with(turned)
+        graph.remove(node, safe=True)
+        graph.initializers.pop(str(weight.name))
+        graph.register_initializer(turned)
+
+
+def _turned(weight: onnx_ir.TensorProtocol, axes: Sequence[int]) -> onnx_ir.TensorProtocol:
+    return onnx_ir.tensor(weight.numpy().transpose(axes))
 
 
 def _values(weight: Lazy, name: str) -> onnx_ir.TensorProtocol:
