@@ -29,6 +29,7 @@ from slimvlm.serve.costing.machines import Machine
 from slimvlm.serve.judging.roofline import ATTENTION, Sizes, Work, count_costs, image_features
 
 INPUTS_KEPT = 2 * 2**30  # bytes of blocks' inputs that stay in memory; the rest goes to a scratch folder
+SHARD = 10**9  # bytes of a file of weights that is written at once
 LEAST, MOST = 128 * 2**20, 4 * 2**30  # of the refit's sums held at once, as slicing/refit.py has it
 TRAINED = 1000  # samples that a recovery is told for
 
@@ -298,7 +299,9 @@ class CostModel:
         if streamed:
             moving = self.resident + 2 * self.block + self.anatomy.largest * self.anatomy.itemsize
             kept = self.batch * self._kept() / sum(kind.blocks for kind in self.anatomy.blocks)
-            more = {"plan": min(self._inputs(), INPUTS_KEPT) + kept, "slice": self._largest_sums(True)}
+            written = min(SHARD, left * stored) + 8 * self.anatomy.largest  # a shard; checked in fp32
+            # Of a block's inputs there are those it read, and what stands for them where the one before gave them.
+            more = {"plan": 2 * min(self._inputs(), INPUTS_KEPT) + kept, "slice": self._largest_sums(True) + written}
             return self._peak(moving, more.get(stage, 0))
         between = self._largest_sums(False) if self.asked.rounds > 1 else 0
         model, besides = {
