@@ -1,14 +1,10 @@
-"""The tables of what was measured before there was `slimvlm study`, from the lines that were written then.
+"""The recovery tables of docs/recovery.md: what was measured before there was `slimvlm study`.
 
-    python benchmarks/earlier.py quality benchmarks/results/quality.jsonl [ROW ...]
-    python benchmarks/earlier.py quality benchmarks/results/candidates.jsonl   (700 questions of the validation split)
-    python benchmarks/earlier.py recovery benchmarks/results/recovery.jsonl
+    python benchmarks/earlier.py benchmarks/results/recovery.jsonl
 
-Nothing is measured here: `slimvlm study benchmarks/studies/demo.toml OUT` and `demo-recovery.toml` measure such rows
-anew.
-A cell holds the mean and the range over calibration sets (or seeds) of the exact match (mean of tasks), and the
-chance-corrected share of the dense model: 0 % for the model with its images shuffled. A cell whose models are more than
-1 % of all parameters off its column says so instead of a share.
+Nothing is measured here: `slimvlm study benchmarks/studies/demo-recovery.toml OUT` measures such rows anew.
+A cell holds the mean and the range over seeds of the exact match (mean of tasks), and the chance-corrected share of the
+dense model: 0 % for the model with its images shuffled.
 """
 
 from __future__ import annotations
@@ -21,31 +17,15 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-COMPARABLE = 0.01  # of all parameters
-METHODS = {
+METHODS = {  # what chose the units
     "default": "gates, 8 rounds (the default then)",
-    "gate-refit": "Gates, global, one shot, refitted",
-    "ukmi-refit": "UKMI, faithful, steps in proportion, refitted",
-    "taylor-refit": "Taylor, global, one shot, refitted",
-    "gate-obs-refit": "Gates x greedy OBS, global, one shot, refitted",
-    "gate-obs-4": "Gates x greedy OBS, 4 rounds, refitted between them",
-    "magnitude-refit": "Magnitude, per layer, refitted",
-    "random-refit": "Random, refitted",
     "no-refit": "gates, 8 rounds, without the refit",
-    "prefix": "The beginning of a default plan for 60 %",
-    "prefix-70": "The beginning of a default plan for 70 %",
-    "prefix-no-refit": "The beginning of one for 60 %, without the refit",
-    "even": "The beginning of one for 60 % in equal rounds",
-    "even-no-refit": "The beginning of one for 60 % in equal rounds, without the refit",
-    "ukmi-steps": "UKMI, faithful, steps in proportion",
-    "ukmi": "UKMI, faithful to the letter",
-    "fisher": "Fisher, global, one shot",
-    "gate": "Gates, global, one shot",
     "taylor": "Taylor, global, one shot",
-    "taylor-local": "Taylor, per layer (LLM-Pruner's way)",
-    "taylor-mlp": "Taylor, MLPs only, per layer",
+    "taylor-refit": "Taylor, global, one shot, refitted",
     "magnitude": "Magnitude, per layer",
+    "magnitude-refit": "Magnitude, per layer, refitted",
     "random": "Random",
+    "random-refit": "Random, refitted",
 }
 RECIPES = {
     "none": "no recovery",
@@ -76,50 +56,17 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def quality_table(rows: list[dict[str, Any]], methods: Sequence[str] = tuple(METHODS)) -> str:
-    """Markdown: a row per method, a column per ratio; mean (lowest-highest) and the chance-corrected mean."""
-    base = {row["method"]: row["score"] for row in rows if row["ratio"] is None}
-    cells: dict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        if row["ratio"] is not None and row["score"] is not None:
-            cells[row["method"], row["ratio"]].append(row)
-    ratios = sorted({ratio for _, ratio in cells})
-    lines = [
-        f"dense {base['dense']:.1f}, blind {base['blind']:.1f} (exact match, mean of tasks)",
-        "",
-        "| method | "
-        + " | ".join(f"{100 * ratio:.0f} % removed" for ratio in ratios)
-        + " | removed, % | seconds per plan |",
-        "|---|" + "---|" * (len(ratios) + 2),
-    ]
-    for method in methods:
-        found = [cells.get((method, ratio), []) for ratio in ratios]
-        if not any(found):
-            continue
-        columns = [_cell(cell, ratio, base) for ratio, cell in zip(ratios, found, strict=True)]
-        removed = ", ".join(f"{100 * mean(row['removed'] for row in cell):.1f}" if cell else "-" for cell in found)
-        seconds = mean(row["plan_seconds"] for cell in found for row in cell)
-        lines.append(f"| {METHODS[method]} | " + " | ".join(columns) + f" | {removed} | {seconds:.0f} |")
-    return "\n".join(lines)
+def base_of(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The score of the model without a cut, `dense` and `blind`."""
+    return {row["base"]: row["score"] for row in rows if "base" in row}
 
 
-def _cell(rows: list[dict[str, Any]], ratio: float, base: dict[str, float]) -> str:
-    if not rows:
-        return "not reachable"
-    scores = [row["score"] for row in rows]
-    kept = 100 * (mean(scores) - base["blind"]) / (base["dense"] - base["blind"])
-    off = max(abs(row["removed"] - ratio) for row in rows) > COMPARABLE
-    return f"{mean(scores):.1f} ({min(scores):.1f}-{max(scores):.1f}), " + (
-        "not comparable" if off else f"{kept:.0f} %"
-    )
-
-
-def print_recovery_tables(out: Path, dense: Path) -> None:
-    rows = [row for row in read(out) if row.get("split", "test") == "test"]
-    base = {row["method"]: row["score"] for row in read(dense) if row["ratio"] is None}
+def print_tables(file: Path) -> None:
+    rows = [row for row in read(file) if row.get("split", "test") == "test"]
+    base = base_of(rows)
     found: dict[tuple[Any, ...], list[float]] = defaultdict(list)
     for row in rows:
-        if "score" in row:
+        if "recipe" in row and "score" in row:
             steps = 0 if row["recipe"] == "none" else row["steps"]
             found[row["cut"], row["ratio"], row["recipe"], row["data"], steps].append(row["score"])
 
@@ -164,14 +111,8 @@ def _markdown(corner: str, columns: Sequence[str], recipes: Sequence[str], cell:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("quality", "recovery"))
     parser.add_argument("file", type=Path)
-    parser.add_argument("rows", nargs="*", metavar="ROW", help="of quality; else all")
-    arguments = parser.parse_args()
-    if arguments.what == "quality":
-        print(quality_table(read(arguments.file), arguments.rows or tuple(METHODS)))
-    else:
-        print_recovery_tables(arguments.file, arguments.file.with_name("quality.jsonl"))
+    print_tables(parser.parse_args().file)
 
 
 if __name__ == "__main__":

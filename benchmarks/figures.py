@@ -15,12 +15,14 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 
-from earlier import COMPARABLE, METHODS, RECIPES, STEPS, read
+from earlier import METHODS, RECIPES, STEPS, base_of, read
 
 from slimvlm.compress.files.decoding import dump
 from slimvlm.serve.advising.figures import Figure
 from slimvlm.serve.study.choosing import summaries
 from slimvlm.serve.study.study import TEST, rows_in
+
+COMPARABLE = 0.01  # of all parameters: what an earlier cut may be off its ratio
 
 
 def of_study(path: Path) -> Iterator[Figure]:
@@ -38,22 +40,18 @@ def of_study(path: Path) -> Iterator[Figure]:
 
 
 def of_earlier(path: Path) -> Iterator[Figure]:
-    dense = read(path.with_name("quality.jsonl"))
-    base = {row["method"]: row["score"] for row in dense if row["ratio"] is None}
-    cells = defaultdict(list)
-    for row in read(path):
-        if row.get("score") is None or row.get("split") != TEST or not row["ratio"]:
+    """Of recoveries that were measured before there was a study."""
+    rows = [row for row in read(path) if row.get("split") == TEST and row.get("score") is not None]
+    base, cells = base_of(rows), defaultdict(list)
+    for row in rows:
+        if row.get("recipe", "none") == "none" or (row["data"], row["steps"]) != ("all", STEPS):
             continue
-        if abs(row["removed"] - row["ratio"]) > COMPARABLE:
-            continue
-        if "method" in row:
-            cells[METHODS[row["method"]], row["ratio"], False].append(row)
-        elif (row["data"], row["steps"]) == ("all", STEPS) and row["recipe"] != "none":
+        if abs(row["removed"] - row["ratio"]) <= COMPARABLE:
             cells[f"{METHODS[row['cut']]}, then {RECIPES[row['recipe']]}", row["ratio"], True].append(row)
-    for (method, ratio, recovered), rows in cells.items():
-        scores = [row["score"] / 100 for row in rows]
+    for (method, ratio, recovered), found in cells.items():
+        scores = [row["score"] / 100 for row in found]
         kept = (100 * mean(scores) - base["blind"]) / (base["dense"] - base["blind"])
-        source = f"{path.name}, {rows[0]['questions']} questions of test"
+        source = f"{path.name}, {found[0]['questions']} questions of test"
         yield figure(("demo", method, ratio, recovered), scores, kept, source)
 
 

@@ -117,6 +117,7 @@ class PlanOptions(EvaluateOptions):
         equal_rounds: each takes the same share; else the first ones take more. For a plan that is to serve smaller
             ratios too: see docs/choosing.md.
         compensate_rounds: what the compensation can do between rounds is done there too; each looks at what came of it.
+        guard: a round is tried, refitted, on some of the samples; attentions with which the loss jumps are left alone.
         samples: calibration samples per round; 512, or with `faithful` the paper's 1000.
         grad_memory: bound in bytes on the sums held at once, of gradients or of the refit; None: none, or
             (refit) a quarter of the fp32 weights.
@@ -147,6 +148,7 @@ class PlanOptions(EvaluateOptions):
     cost: str = "parameters"
     compensation: str = "refit"
     compensate_rounds: bool = True
+    guard: bool = False
     samples: int = NOT_GIVEN
     grad_memory: int | None = None
     host_sums: bool = False

@@ -9,7 +9,7 @@ first one whole blocks may leave (depth, then width: VLMCompression, IJCV 2026).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
@@ -35,6 +35,7 @@ from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.compress.slicing.compensation import COMPENSATIONS
 from slimvlm.compress.slicing.cuts import matching_groups
 from slimvlm.compress.slicing.depth import place
+from slimvlm.compress.slicing.guard import guarded
 from slimvlm.compress.statistics.collect import collect, importance_of
 from slimvlm.compress.statistics.reading import Batches
 from slimvlm.compress.statistics.rows import ALL, CalibrationOptions
@@ -55,6 +56,7 @@ class Planning:
         power: how much larger the first rounds' steps are than the last ones'; 1: all are equal.
         depth: tower -> fraction of its parameters that leaves as whole blocks, by their influence, before the rounds.
         between: one of COMPENSATIONS, done to the model after every round but the last.
+        guard: a round is tried before it is taken, see `guard.guarded`.
         known: the scores of the dense model, of an earlier plan: the first round takes them and reads no data.
         until: the budget is that of all rounds, and this one ends where so much of the dense model has left. Where
             steps are coarse, the fine ones that the last round needs would otherwise have left before.
@@ -71,6 +73,7 @@ class Planning:
     power: float = 1.5
     depth: Mapping[str, float] = field(default_factory=dict)
     between: str = "none"
+    guard: bool = False
     attention_unit: str = "auto"
     seed: int = 0
     known: Scores | None = None
@@ -108,7 +111,7 @@ class Planning:
             budget = Budget(whole, towers, allocator="global", layout=self.budget.layout)
             tokens = self.criterion.tokens if self.criterion.tokens.pool != ALL.pool else ALL
             influence = replace(CRITERIA["influence"], tokens=tokens)
-            return replace(self, budget=budget, criterion=influence, rounds=1, depth={}, known=None)
+            return replace(self, budget=budget, criterion=influence, rounds=1, depth={}, guard=False, known=None)
         share = round_share(number - bool(self.depth), self.rounds, self.power)
         known = self.known if number == 1 else None
         budget, until = self.budget.scaled(share, begun), None
@@ -119,7 +122,8 @@ class Planning:
     def besides(self) -> dict[str, object]:
         """What a plan says of its making that neither its criterion nor its budget knows."""
         depth = {"depth_ratio": dict(self.depth)} if self.depth else {}
-        return {**depth, **({"between": self.between} if COMPENSATIONS[self.between].place else {})}
+        guard = {"guard": True} if self.guard else {}
+        return {**depth, **({"between": self.between} if COMPENSATIONS[self.between].place else {}), **guard}
 
     def begun(self, order: Order | None) -> Plan | None:
         """What the blocks that leave first have left of the dense model, once they did."""
@@ -249,7 +253,8 @@ def plan_in_rounds(
             if importance is not None and step.asks is not None:
                 scores = replace(scores, importance=_named(importance, begun))
             scores = _agreed(scores)
-        later = _ordered(groups, scores, step, _facts(model, groups, dense if order else None, begun))
+        take = partial(_take, groups, scores, step, _facts(model, groups, dense if order else None, begun))
+        later = guarded(model, groups, take, batches(number - 1), progress) if step.guard else take(())
         plan = replace(
             later.plan,
             attention_unit=planning.attention_unit,
@@ -265,6 +270,10 @@ def plan_in_rounds(
         if number < planning.steps:
             _cut(model, plan, batches(number - 1), planning, _in_round(progress, number, planning.steps))
     return planned
+
+
+def _take(groups: Sequence[Group], scores: Scores, step: Planning, facts: Facts, spared: Collection[str]) -> Order:
+    return _ordered(groups, scores.sparing(spared), step, facts)
 
 
 def _redo(

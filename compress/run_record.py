@@ -191,6 +191,7 @@ def read_record(path: Path) -> dict[str, Any]:
         record["options"].setdefault("cost", "parameters")  # which was all there was
         record["options"].setdefault("compensate_rounds", False)
         record["options"].setdefault("depth_ratio", {})
+        record["options"].setdefault("guard", False)
     return record
 
 

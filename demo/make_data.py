@@ -8,7 +8,7 @@ import argparse
 import json
 import random
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slimvlm.demo import SAMPLES
@@ -44,9 +44,11 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True, help="folder for the downloaded picture packages")
     parser.add_argument("--out", type=Path, default=SAMPLES)
     parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--train-images", type=int, help="this many scenes to train with, and no other split")
     options = parser.parse_args()
     fetch(options.cache)
-    make(load_sprites(options.cache), options.out, options.seed)
+    splits = (replace(SPLITS[0], images=options.train_images),) if options.train_images else SPLITS
+    make(load_sprites(options.cache), options.out, options.seed, splits)
 
 
 def make(sprites: Sprites, out: Path, seed: int, splits: tuple[Split, ...] = SPLITS) -> None:

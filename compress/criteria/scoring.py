@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -34,6 +34,13 @@ class Scores:
     values: Mapping[str, Tensor]
     members: Mapping[str, Tensor]
     importance: Mapping[str, float] | None = None
+
+    def sparing(self, keys: Collection[str]) -> Scores:
+        """The same, but that nothing of these groups goes while another unit may."""
+        if not keys:
+            return self
+        above = 2 * max(float(values.max()) for values in self.values.values()) + 1
+        return replace(self, values={key: one + above * (key in keys) for key, one in self.values.items()})
 
     def save(self, path: Path) -> None:
         """Write one safetensors file; a reader never sees half of it."""

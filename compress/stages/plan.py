@@ -100,6 +100,7 @@ def planning_of(options: PlanOptions, times: Times | None = None) -> Planning:
         power=1.0 if options.equal_rounds else Planning.power,
         depth=dict(options.depth_ratio),
         between=between,
+        guard=options.guard,
         attention_unit=options.attention_unit,
         seed=options.seed,
     )

@@ -89,6 +89,7 @@ removal_options = panel(
         "--compensate-rounds/--no-compensate-rounds",
         help="Compensate between rounds too; each looks at what came of it.",
     ),
+    cut_option("--guard", is_flag=True, help="Try a round first; where the loss jumps, give heads back for others."),
 )
 ranking_options = panel(
     RANKED,

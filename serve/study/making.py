@@ -31,7 +31,7 @@ SECONDS = "seconds.json"
 # Options that do not change what the units of the dense model are worth.
 AFTER_SCORES = {
     *("ratio", "largest", "allocator", "rounds", "equal_rounds", "tower_ratio", "kind_ratio", "round_channels"),
-    *("layout", "cost", "compensation", "compensate_rounds", "eval_samples"),
+    *("layout", "cost", "compensation", "compensate_rounds", "guard", "eval_samples"),
 }
 Thing = TypeVar("Thing")
 
