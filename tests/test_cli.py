@@ -124,6 +124,7 @@ def test_every_option_of_recover_is_one_of_the_recovery_with_the_same_default(tm
     values = {name: value for name, value in values.items() if name not in NOT_OPTIONS | {"run", "device"}}
     assert (values.pop("max_quality_drop"), values.pop("export")) == (None, None)
     assert values.pop("trust_remote_code") is False  # a run does not remember it
+    assert values.pop("stream") == "auto"  # nor how a teacher is read
     assert values == asdict(RecoverOptions())
 
 

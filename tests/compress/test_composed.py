@@ -35,6 +35,8 @@ def third(model):
     def choose(group):
         if not group.part.fields:
             return range(group.size)
+        if group.kind == "mlp" and group.part.ratio:
+            return range(group.size // 2)  # configs take whole multiples of the block's width: one of two
         if group.kind == "mlp":
             return range(group.size - group.size // 3)
         return [head for head in range(group.size) if head % group.heads_per_kv]  # a query slot leaves

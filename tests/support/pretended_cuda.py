@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -102,6 +102,7 @@ FUNCTIONS = {
     "get_rng_state": lambda device=None: torch.zeros(number(device) + 1, dtype=torch.uint8),
     "set_rng_state": lambda state, device=None: number(device) and None,
     "Stream": Stream,
+    "stream": lambda stream: nullcontext(),
     "is_current_stream_capturing": lambda: False,
 }
 PLAIN_AUTOCAST = torch.amp.autocast_mode.autocast.__init__
