@@ -28,6 +28,7 @@ from slimvlm.serve.costing.asked import Asked
 from slimvlm.serve.costing.machines import Machine
 from slimvlm.serve.judging.roofline import ATTENTION, Sizes, Work, count_costs, image_features
 
+EXPORT_READINGS = 8  # of all weights, by the forward passes that an export is checked with; one more writes them
 INPUTS_KEPT = 2 * 2**30  # bytes of blocks' inputs that stay in memory; the rest goes to a scratch folder
 SHARD = 10**9  # bytes of a file of weights that is written at once
 LEAST, MOST = 128 * 2**20, 4 * 2**30  # of the refit's sums held at once, as slicing/refit.py has it
@@ -116,8 +117,9 @@ class Cost:
 
 
 class Factors(TypedDict):
-    """`seconds`: resource -> factor on its ideal time; `bytes`: `base`, of a process without a model, and `kept`,
-    values per width that a forward pass leaves for its backward pass; `runs`: what they were fitted to.
+    """`seconds`: resource -> factor on its ideal time; `bytes`: `base`, of a process without a model, `kept`, values
+    per width that a forward pass leaves for its backward pass, and `graphs`, of tracing, rewriting and checking graphs
+    whose weights are read one by one; `runs`: what they were fitted to.
     """
 
     seconds: dict[str, float]
@@ -288,7 +290,8 @@ class CostModel:
         packed = 4 * left * self.anatomy.parameters  # export
         matmuls = self._work(1, self.anatomy.dtype).matmuls
         traced = Ideal(trace=matmuls * self.machine.launch_seconds, pack=packed / self.machine.bytes_per_second)
-        return self.loading(left * stored, streamed) + traced + self._writing(self._exported())
+        read = self._streaming(EXPORT_READINGS * left) if streamed else Ideal()
+        return self.loading(left * stored, streamed) + traced + read + self._writing(self._exported())
 
     def _exported(self) -> float:
         return self.asked.left * self.anatomy.parameters * VARIANTS[self.asked.variant].weight_bytes
@@ -297,11 +300,14 @@ class CostModel:
         """Largest resident set of a process that does the stage."""
         stored, left = self.stored, self.asked.left
         if streamed:
-            moving = self.resident + 2 * self.block + self.anatomy.largest * self.anatomy.itemsize
+            moving, largest = self.resident + 2 * self.block, 4 * self.anatomy.largest
+            if stage == "export":  # traced and checked in fp32
+                return self._peak(4 * self.resident / self.anatomy.itemsize, self.factors["bytes"]["graphs"])
             kept = self.batch * self._kept() / sum(kind.blocks for kind in self.anatomy.blocks)
-            written = min(SHARD, left * stored) + 8 * self.anatomy.largest  # a shard; checked in fp32
+            # A shard is written, or a weight is in fp32 where the cut is checked.
+            saved = max(min(SHARD, left * stored), largest - self.block)
             # Of a block's inputs there are those it read, and what stands for them where the one before gave them.
-            more = {"plan": 2 * min(self._inputs(), INPUTS_KEPT) + kept, "slice": self._largest_sums(True) + written}
+            more = {"plan": 2 * min(self._inputs(), INPUTS_KEPT) + kept, "slice": self._largest_sums(True) + saved}
             return self._peak(moving, more.get(stage, 0))
         between = self._largest_sums(False) if self.asked.rounds > 1 else 0
         model, besides = {
