@@ -315,7 +315,7 @@ class CostModel:
             "slice": ((1 + left) * stored, self._largest_sums(False) + 8 * self.anatomy.largest),  # checked in fp32
             "recover": ((1 + left) * stored, 2 * self.batch * self._kept()),
             "evaluate": (stored, self.batch * self._kept() / 10),
-            "export": (4 * left * self.anatomy.parameters, 4 * left * self.anatomy.parameters),
+            "export": (8 * left * self.anatomy.parameters, self.factors["bytes"]["graphs"]),
         }[stage]
         return self._peak(model, besides)
 
