@@ -11,10 +11,10 @@ import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import LlamaConfig, SmolVLMConfig, SmolVLMForConditionalGeneration
+from real_shapes.shapes import IDS, SHAPES
+from transformers import SmolVLMForConditionalGeneration
 
 from slimvlm.compress.allocate.budget import Budget
 from slimvlm.compress.criteria.criterion import CRITERIA
@@ -25,42 +25,22 @@ from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.rounds import Planning, plan_in_rounds
 from slimvlm.compress.slicing.apply import apply_plan
 
-IMAGE_TOKEN = 49190
+IMAGE_TOKEN = IDS["<image>"]
 IMAGE_TOKENS = 64  # one 512-pixel tile: 32 x 32 patches, shuffled 4 x 4
 TEXT_TOKENS = 64
 
 
 def smolvlm_256m() -> SmolVLMForConditionalGeneration:
     """SmolVLM-256M-Instruct's shapes with seeded random weights."""
-    vision = {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "image_size": 512,
-        "patch_size": 16,
-    }
-    text = LlamaConfig(
-        vocab_size=49280,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=8192,
-        pad_token_id=2,
-    )
     torch.manual_seed(0)
-    rest: dict[str, Any] = {"image_token_id": IMAGE_TOKEN, "scale_factor": 4, "pad_token_id": 2}
-    config = SmolVLMConfig(vision_config=vision, text_config=text, tie_word_embeddings=False, **rest)
-    return SmolVLMForConditionalGeneration(config).eval()
+    return SmolVLMForConditionalGeneration(SHAPES["smolvlm-256m"].config()).eval()
 
 
 def batches(samples: int) -> Iterator[dict[str, torch.Tensor]]:
     """Batches of one sample: one tile, 64 text tokens of which the last 16 are supervised."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(samples):
-        text = torch.randint(10, 49000, (1, TEXT_TOKENS), generator=generator)
+        text = torch.randint(len(IDS), 49000, (1, TEXT_TOKENS), generator=generator)
         ids = torch.cat([torch.full((1, IMAGE_TOKENS), IMAGE_TOKEN), text], dim=1)
         labels = ids.clone()
         labels[:, :-16] = -100
