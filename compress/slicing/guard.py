@@ -38,6 +38,9 @@ from slimvlm.compress.statistics.reading import Batch, Batches
 LOOKED_AT = 8  # batches of a calibration
 CLEARLY = 0.98  # of the loss before
 NAMES = ("weight", "bias")
+STREAMED = (
+    "--guard tries cuts on a model in memory, and this one is read block by block; leave it out, or give --stream off"
+)
 Weights = Mapping[str, tuple[Tensor, Tensor | None]]  # of modules by path: weight and bias
 
 
@@ -68,10 +71,7 @@ def guarded(
         UnsuitableOptionError: the model is streamed.
     """
     if streamed(model):
-        raise UnsuitableOptionError(
-            "--guard tries cuts on a model in memory, and this one is read block by block; leave it out, or give "
-            "--stream off"
-        )
+        raise UnsuitableOptionError(STREAMED)
     family = find_family(model.config)
     work = [partial(_read, batch) for batch in batches[:LOOKED_AT]]
 

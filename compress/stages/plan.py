@@ -32,6 +32,7 @@ from slimvlm.compress.progress import Progress
 from slimvlm.compress.rounds import Planned, Planning, check_budget, plan_in_rounds, score_units
 from slimvlm.compress.runs import AGAIN, ORDER, PLAN, ROUNDS, SCORES, RunFolder
 from slimvlm.compress.slicing.compensation import COMPENSATIONS
+from slimvlm.compress.slicing.guard import STREAMED
 from slimvlm.compress.statistics.by_block import check_by_block
 from slimvlm.compress.statistics.collect import ACTIVATIONS, calibration_batch, importance_of
 from slimvlm.compress.statistics.collectors.gradients import MATRICES
@@ -138,6 +139,8 @@ def check_plan(options: PlanOptions) -> None:
         )
     if planning.asks and options.stream == "on":
         check_by_block(planning.asks.statistics)
+    if planning.guard and options.stream == "on":
+        raise UnsuitableOptionError(STREAMED)
     model, _ = build_meta(options.model, options.trust_remote_code)
     _check_biases(model, planning, options)
     check_pool(planning.criterion.tokens, find_family(model.config), model.config)

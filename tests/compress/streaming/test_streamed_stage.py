@@ -52,6 +52,13 @@ def test_an_allocator_that_changes_weights_is_refused_before_the_model_is_read(t
         make_plan(options(tmp_path, "out", allocator="ecoflap"))
 
 
+def test_a_guard_is_refused_before_the_model_is_read_and_leaves_no_run(tmp_path: Path) -> None:
+    write_tiny(tmp_path, samples=8)
+    with pytest.raises(UnsuitableOptionError, match="--guard tries cuts.*--stream off"):
+        make_plan(options(tmp_path, "out", guard=True))
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
 def test_a_model_that_a_container_has_no_room_for_is_planned_by_block_and_refused_where_it_must_be_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
