@@ -78,3 +78,45 @@ def test_a_folder_that_is_not_shared_is_refused_by_both(tmp_path: Path) -> None:
     ):
         first, second = refusals(tmp_path, [tmp_path / "job.py", "here"], [tmp_path / "job.py", name])
         assert first == second and says in first
+
+
+GROUP = """
+import os, signal, sys, threading
+from torch import distributed
+from slimvlm.compress import processes
+from slimvlm.compress.errors import SampleError, SlimvlmError
+
+me, end = int(os.environ["RANK"]), sys.argv[2]
+where = {"init_method": f"file://{sys.argv[1]}/meet-{end}", "rank": me, "world_size": 2} if end == "killed" else {}
+distributed.init_process_group("gloo", **where)
+with processes.joined():
+    processes.wait_for_all()
+assert distributed.is_initialized()
+
+def work():
+    try:
+        with processes.joined():
+            processes.wait_for_all()
+            if me == 1 and end == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if me == 1:
+                raise SampleError("no samples here")
+            processes.wait_for_all()
+    except SlimvlmError as error:
+        print(f"Error: {error}", file=sys.stderr, flush=True)
+        distributed.destroy_process_group()
+        os._exit(3)
+
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+"""
+
+
+def test_processes_that_the_caller_joined_end_together_too(tmp_path: Path) -> None:
+    """Each job is their second one, in a thread, as Ray runs it; they meet in a file and by MASTER_ADDR."""
+    (tmp_path / "job.py").write_text(GROUP)
+    assert refusals(tmp_path, [tmp_path / "job.py", tmp_path, "refused"]) == ["Error: no samples here"] * 2
+    first, second = run_pair(tmp_path, [tmp_path / "job.py", tmp_path, "killed"])
+    assert (first.returncode, second.returncode) == (3, -9)
+    assert "Error: process 1 on " in first.stderr.read_text() and "--resume" in first.stderr.read_text()

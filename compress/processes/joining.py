@@ -6,6 +6,7 @@ saves and evaluates alone. What computes on GPUs is exchanged between them (NCCL
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -28,34 +29,43 @@ GOODBYE = timedelta(seconds=30)  # until the others have read why the first one 
 
 @dataclass(frozen=True)
 class _Meeting:
-    """The group that this module joined: where words are left, this process's number, how many, and who watches."""
+    """The group of these processes: where words are left, this process's number, how many, who watches, and whether it
+    was joined here and not by the caller.
+    """
 
     store: distributed.Store
     me: int
     count: int
     watch: Watch
+    ours: bool
 
 
 _meeting: list[_Meeting] = []
+_meetings = itertools.count()  # of one group of a caller's, too: what was said in an earlier one is not heard again
 
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Inside, this is one of the processes the launcher describes; what one of them refuses they all refuse, with the
-    same sentence, and where one is gone the others end. Does nothing in a single process, or where the caller has
-    joined a group already.
+    """Inside, this is one of the processes the launcher describes, or of those whose group the caller has joined
+    already; what one of them refuses they all refuse, with the same sentence, and where one is gone the others end.
+    Does nothing in a single process, and inside of another `joined`.
 
     Raises:
         UnsuitableOptionError: what the launcher set is wrong, or the processes do not find each other.
         ProcessLostError: one of them has ended before the job was done.
     """
     count, _ = numbered("WORLD_SIZE", 1), numbered("LOCAL_RANK", 0)  # accelerate reads that, too
-    if count < 2 or distributed.is_initialized():
+    given = distributed.is_initialized()
+    if (distributed.get_world_size() if given else count) < 2 or _meeting:
         yield
         return
     word: str | None = None
     try:
-        _join(count)
+        if given:
+            store = distributed.distributed_c10d._get_default_store()  # nothing public gives it
+            _meet(store, distributed.get_rank(), distributed.get_world_size(), ours=False)
+        else:
+            _join(count)
         with _meeting[0].watch.raising():
             yield
         word = LEFT
@@ -77,11 +87,13 @@ def joined() -> Iterator[None]:
 
 
 def leave(word: str | None = LEFT) -> None:
-    """Leave the process group, if one was joined; without a `word` the others take this process for lost."""
+    """Leave the process group, if one was joined, but not one that the caller of `joined` had joined before; without a
+    `word` the others take this process for lost.
+    """
     meeting = _meeting.pop() if _meeting else None
     if meeting is not None and word is not None:
         meeting.watch.leave(word)
-    if distributed.is_initialized():
+    if distributed.is_initialized() and (meeting is None or meeting.ours):
         distributed.destroy_process_group()
     if meeting is not None:
         with suppress(RuntimeError):  # the first process, which may hold the store, has gone
@@ -113,8 +125,7 @@ def _join(count: int) -> None:
     try:
         with foreign("the processes find no other", LAUNCH, UnsuitableOptionError):
             found, _, _ = next(distributed.rendezvous("env://", me, count, timeout=timedelta(minutes=5)))
-            store = distributed.PrefixStore("slimvlm", found)
-            _meeting[:] = [_Meeting(store, me, count, Watch(store, me, count, _told))]
+            _meet(found, me, count, ours=True)
             distributed.init_process_group(
                 "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
                 store=distributed.PrefixStore("group", found),
@@ -124,6 +135,11 @@ def _join(count: int) -> None:
             )
     except UnsuitableOptionError as error:
         raise (_told() or error) from None  # who refuses before the others are there has gone when they come
+
+
+def _meet(found: distributed.Store, me: int, count: int, *, ours: bool) -> None:
+    store = distributed.PrefixStore(f"slimvlm/{next(_meetings)}", found)
+    _meeting[:] = [_Meeting(store, me, count, Watch(store, me, count, _told), ours)]
 
 
 def _tell(error: SlimvlmError) -> None:

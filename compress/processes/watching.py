@@ -88,13 +88,14 @@ class Watch:
     def _connect(self, store: distributed.Store) -> None:
         if self.me == 0:
             self._listening = socket.create_server(("", 0), backlog=self.count)
-            store.set(KEY, str(self._listening.getsockname()[1]))
+            store.set(KEY, f"{self._listening.getsockname()[1]} {socket.gethostname()}")
             return
-        port = int(store.get(KEY))
+        port, _, name = store.get(KEY).decode().partition(" ")
+        host = os.environ.get("MASTER_ADDR", name)  # a group of the caller's may have met without
         with suppress(OSError):  # unwatched: what is exchanged breaks off all the same, only later
-            peer = _kept_alive(socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=PATIENCE))
+            peer = _kept_alive(socket.create_connection((host, int(port)), timeout=PATIENCE))
             self._say(peer, f"{self.me} {socket.gethostname()}")
-            self._peers[peer] = (0, os.environ["MASTER_ADDR"])
+            self._peers[peer] = (0, host)
 
     def _listen(self) -> None:
         with selectors.DefaultSelector() as selector, suppress(OSError, ValueError, KeyError):  # closed meanwhile
