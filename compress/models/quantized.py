@@ -11,6 +11,7 @@ import importlib.util
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast  # torchao's configs and tensors, and the loaders of transformers
 
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel
 from slimvlm.compress.errors import MissingDependencyError, UnsuitableOptionError
 from slimvlm.compress.files.decoding import content_of, parse
 from slimvlm.compress.models.experts import put_together
+from slimvlm.compress.models.streaming.lazy import Lazy, Made, Part
 from slimvlm.compress.options import BLOCK, IN_TORCH
 
 NO_TORCHAO = "8 and 4 bits in torch need torchao: pip install 'slimvlm[torchao]'"
@@ -60,7 +62,8 @@ def check_dtype(form: str | None, dtype: str) -> None:
 
 def quantize(model: PreTrainedModel, form: str) -> dict[str, int]:
     """Puts linears of a float model into 8 bits (a scale per output) or 4 (a scale and a zero per 32 weights of a row),
-    in place, and prepares the model to be saved so. A row whose length is no multiple of 32 is kept in 8 bits.
+    in place, and prepares the model to be saved so: of one that is streamed, a weight at a time is read then. A row
+    whose length is no multiple of 32 is kept in 8 bits.
 
     Returns:
         Form -> linears that are in it now.
@@ -77,12 +80,15 @@ def quantize(model: PreTrainedModel, form: str) -> dict[str, int]:
         for parameter in model.parameters():  # also those that the family's class would keep in fp32
             parameter.data = parameter.data.to(getattr(torch, only))
     linears = quantizable(model)
+    lazy = {name: linear.weight for name, linear in linears.items() if isinstance(linear.weight, Lazy)}
+    for name, weight in lazy.items():
+        linears[name].weight = nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype, device="meta"))
     names = _put_into(model, linears, form)
     others = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in linears]
 
     class Quantizer(TorchAoHfQuantizer):
-        def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-            return _flattened(model)
+        def get_state_dict_and_metadata(self, model: Any) -> Flat:
+            return _flattened(model, lazy, names)
 
     settings, prepared = TorchAoConfig(CONFIGS[form](), modules_to_not_convert=others), cast("Any", model)
     prepared.config.quantization_config = settings
@@ -168,18 +174,43 @@ def _int4() -> Any:
     return IntxWeightOnlyConfig(four, PerGroup(BLOCK), MappingType.ASYMMETRIC)
 
 
+Flat = tuple[dict[str, Tensor], dict[str, str]]  # what a file holds: tensors, and what is said of them
 CONFIGS: dict[str, Callable[[], Any]] = {"int8": _int8, "int4": _int4}
 
 
-def _flattened(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _flattened(model: nn.Module, lazy: Mapping[str, Lazy], names: Mapping[str, str]) -> Flat:
     """As torchao writes it, but with nothing said of plain tensors: it cannot read that of one whose name has no dot,
     and reads all that is said again for every tensor.
+
+    Args:
+        lazy: by the name of a linear its weight, in the place of which the model has one of its form without values.
+        names: the form of each linear.
     """
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
-    tensors, said = flatten_tensor_state_dict(model.state_dict())
+    state = model.state_dict()
+    plain = {name: value for name, value in state.items() if type(value) in (Tensor, Lazy)}
+    tensors, said = flatten_tensor_state_dict({**state, **dict.fromkeys(plain, torch.empty(0))})
+    tensors |= plain
+    for name, weight in lazy.items():
+        made, linear = Made(partial(_parts, names[name]), ((weight.source,), {})), model.get_submodule(name)
+        for number, part in enumerate(key for key in tensors if key.startswith(f"{name}._weight_")):
+            tensors[part] = Lazy.of(Part(made, number), tensors[part])
+            # `save_pretrained` looks in the model for what is on the meta device.
+            linear.register_buffer(part.rpartition(".")[2], tensors[part], persistent=False)
     kept = [name for name in json.loads(said["tensor_names"]) if json.loads(said[name])["_type"] != "Tensor"]
     return tensors, {**{name: said[name] for name in kept}, "tensor_names": json.dumps(kept)}
+
+
+def _parts(form: str, weight: Tensor) -> list[Tensor]:
+    """What torchao stores of a weight, in its order."""
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+    from torchao.quantization import quantize_
+
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    quantize_(linear, CONFIGS[form]())
+    return list(flatten_tensor_state_dict(linear.state_dict(prefix="linear."))[0].values())
 
 
 def _packed(weight: Any) -> Tensor:

@@ -33,7 +33,16 @@ from slimvlm.compress.files.folders import (
     written_folder,
 )
 from slimvlm.compress.files.writing import write_text
-from slimvlm.compress.models.checkpoint import CARRIED, PLAN, build_meta, load_model, weight_files
+from slimvlm.compress.models.checkpoint import (
+    CARRIED,
+    PLAN,
+    build_meta,
+    load_model,
+    stream_model,
+    weight_files,
+    weight_sizes,
+)
+from slimvlm.compress.models.computing import is_to_be_streamed
 from slimvlm.compress.models.experts import ALIGNED, together
 from slimvlm.compress.models.families import Experts, Family, Mlp, find_family
 from slimvlm.compress.models.groups import Group, count_parameters, find_groups
@@ -101,10 +110,17 @@ class Quantized:
 
 
 def quantize_checkpoint(
-    name: str | os.PathLike[str], out: str | os.PathLike[str], form: str, trust_remote_code: bool = False
+    name: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    form: str,
+    trust_remote_code: bool = False,
+    stream: str = "auto",
 ) -> Quantized:
     """Writes a float checkpoint (dense, per-layer or stock layout) anew, its linears in `form`, as `from_pretrained` of
     transformers loads it where torchao is installed.
+
+    Args:
+        stream: of STREAM: whether a weight at a time is read and written; `auto`: where all of them do not fit.
 
     Raises:
         CheckpointError, UnsupportedModelError: it cannot be loaded, or is quantized already.
@@ -115,9 +131,11 @@ def quantize_checkpoint(
     out = Path(out)
     refuse_inside(out, {"model": os.fspath(name)})
     require_free(out)
-    require_room(out, count_parameters(build_meta(name, trust_remote_code)[0]))  # a byte of each, at least
+    least = count_parameters(build_meta(name, trust_remote_code)[0])  # a byte of each
+    require_room(out, least)
+    load = stream_model if is_to_be_streamed(stream, least + sum(weight_sizes(name).values())) else load_model
     with reserved(out):
-        loaded = load_model(name, trust_remote_code=trust_remote_code)
+        loaded = load(name, trust_remote_code=trust_remote_code)
         linears = quantize(loaded.model, form)
         plan = read(loaded.folder / PLAN, Plan) if (loaded.folder / PLAN).is_file() else None
         save_checkpoint(out, loaded.model, loaded.processor, plan)

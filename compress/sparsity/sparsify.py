@@ -1,19 +1,17 @@
 """Make weights zero block by block, each looked at with the zeros of those before it (Wanda, SparseGPT, ECoFLaP).
 
-The inputs of a block are collected anew by the whole model, as it is by then. So every block is run as the model runs
-it, with its own masks, positions and biases; published code replays blocks with what the first was given, and
-calibrates T5 without its position bias and M-RoPE with plain positions. It costs a forward of the samples per block, up
-to that block.
+All samples go through a block before the next one, first as it is, to see what its linears read, then with its zeros.
+So the blocks of a model need not be in memory at once, and every block is run as the model runs it, with its own masks,
+positions and biases; published code replays blocks with what the first was given, and calibrates T5 without its
+position bias and M-RoPE with plain positions.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import groupby
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -26,7 +24,8 @@ from slimvlm.compress.models.groups import Group, count_parameters, find_groups
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.sparsity.counts import linears_of, patterned_zeros, zeros_of
 from slimvlm.compress.sparsity.rules import PATTERNS, RULES, Zeros
-from slimvlm.compress.statistics.collect import importance_of, read_forward
+from slimvlm.compress.statistics.by_block import Look, change_by_block
+from slimvlm.compress.statistics.collect import importance_of
 from slimvlm.compress.statistics.collector import Side
 from slimvlm.compress.statistics.pools import Chosen, check_pool, counting, mixed_blocks
 from slimvlm.compress.statistics.reading import Batch
@@ -106,23 +105,30 @@ def sparsify(
             model, groups, lambda: batches, CalibrationOptions((asks,), seed=asked.seed), progress
         )
     zeros = asked.zeros(model, groups, importance)
-    blocks = [list(inside) for _, inside in groupby(groups, key=lambda group: (group.tower, group.layer))]
-    collector = STATISTICS[rule.statistic].make()
-    for number, block in enumerate(blocks, start=1):
-        sides, path = _sides(model, family, block), _path(block[0])
-        turning = [side for side in mixed_blocks(model, family) if side.path == path]
-        look = partial(read_forward, model, family, batches, until=model.get_submodule(path))
-        chosen = counting(asked.tokens, turning, look, processes.reduce)
+    inside: dict[str, list[Group]] = {}
+    for group in groups:
+        inside.setdefault(_path(group), []).append(group)
+    collector, zero, turning = STATISTICS[rule.statistic].make(), Counter[str](), mixed_blocks(model, family)
+
+    def change(path: str, look: Look) -> None:
+        if path not in inside:
+            return
+        sides = _sides(model, family, inside[path])
+        mixed = [side for side in turning if side.path == path]
+        chosen = counting(asked.tokens, mixed, look, processes.reduce)
         with collector.watch(sides):
             look(Chosen(collector, chosen))
             seen = collector.finish(processes.reduce)
-        with torch.no_grad():
-            for side in sides:
-                weight = side.module.weight
-                read = seen.pop(side.path).to(weight.device)
-                weight.copy_(rule.prune(weight.float(), read, zeros[side.path]))
-        progress("sparsify", number, len(blocks))
-    return _counted(model, groups, asked, importance)
+        for side in sides:
+            weight = side.module.weight
+            weight.copy_(rule.prune(weight.float(), seen.pop(side.path).to(weight.device), zeros[side.path]))
+            zero[side.path] = int((weight == 0).sum())
+        done.append(path)
+        progress("sparsify", len(done), len(inside))
+
+    done: list[str] = []
+    change_by_block(model, family, batches, change)
+    return _counted(model, groups, asked, importance, zero)
 
 
 def _path(group: Group) -> str:
@@ -143,13 +149,16 @@ def _sides(model: nn.Module, family: Family, groups: Sequence[Group]) -> list[Si
 
 
 def _counted(
-    model: nn.Module, groups: Sequence[Group], asked: Asked, importance: Mapping[str, float] | None
+    model: nn.Module,
+    groups: Sequence[Group],
+    asked: Asked,
+    importance: Mapping[str, float] | None,
+    zero: Mapping[str, int],
 ) -> Sparsified:
-    zeros, shares = 0, {}
+    """`zero`: how many weights are, by the path of the linear."""
+    shares = {}
     for group in groups:
-        weights = [linear.weight for linear in linears_of(model, group).values()]
-        found = sum(int((weight == 0).sum()) for weight in weights)
-        zeros += found
-        shares[group.key] = found / sum(weight.numel() for weight in weights)
-    share = zeros / count_parameters(model)
+        linears = linears_of(model, group)
+        shares[group.key] = sum(zero[path] for path in linears) / sum(one.weight.numel() for one in linears.values())
+    share = sum(zero.values()) / count_parameters(model)
     return Sparsified(asked.pattern, asked.rule, asked.allocator, asked.tokens.name, share, shares, importance)

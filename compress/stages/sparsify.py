@@ -11,8 +11,8 @@ from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.evaluation.equality import CHECKED_SAMPLES, reload_difference
 from slimvlm.compress.evaluation.soundness import check_computes
 from slimvlm.compress.files.decoding import read
-from slimvlm.compress.files.folders import refuse_inside, require_free
-from slimvlm.compress.models.checkpoint import PLAN, build_meta
+from slimvlm.compress.files.folders import refuse_inside, require_free, require_room
+from slimvlm.compress.models.checkpoint import PLAN, build_meta, weight_sizes
 from slimvlm.compress.models.computing import as_stored, cast, frees_memory, load_to_compute
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import find_groups
@@ -22,6 +22,8 @@ from slimvlm.compress.plan import Plan
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.sparsity.rules import PATTERNS, RECORD, RULES
 from slimvlm.compress.sparsity.sparsify import Asked, Sparsified, sparsify
+from slimvlm.compress.stages.slice import BESIDE
+from slimvlm.compress.statistics.by_block import check_by_block
 from slimvlm.compress.statistics.pools import check_pool
 from slimvlm.compress.statistics.rows import token_rule
 
@@ -33,7 +35,8 @@ def sparsify_model(options: SparsifyOptions, progress: Progress = silent) -> Spa
     """Write `options.model` with zeros to `options.out`: dense tensors, loaded by the unmodified class.
 
     Raises:
-        UnsuitableOptionError: options that contradict each other, or a pattern that a width does not allow.
+        UnsuitableOptionError: options that contradict each other, a pattern that a width does not allow, or an
+            allocator that needs the whole model, which is streamed.
         InfeasibleBudgetError, SampleError, CalibrationError, OutputError: as their names say.
         CheckFailedError: the checkpoint does not give what was saved.
     """
@@ -44,8 +47,11 @@ def sparsify_model(options: SparsifyOptions, progress: Progress = silent) -> Spa
     groups = find_groups(meta, find_family(meta.config))
     check_pool(asked.tokens, find_family(meta.config), meta.config)
     asked.zeros(meta, groups, dict.fromkeys((group.key for group in groups), 1.0))
+    if options.stream == "on" and (asks := ALLOCATORS[asked.allocator].asks):
+        check_by_block([asks])
+    require_room(options.out, sum(weight_sizes(options.model).values()))
     samples = read_evaluation(replace(options, eval_samples=options.samples))
-    loaded = load_to_compute(options, options.model)
+    loaded = load_to_compute(options, options.model, beside=BESIDE)
     model, collator = loaded.model, collator_of(loaded)
     check_computes(model, collator, samples[0], options.model)
     done = sparsify(model, loaded.family, collated(collator, samples, options.batch_size), asked, progress)
@@ -54,7 +60,7 @@ def sparsify_model(options: SparsifyOptions, progress: Progress = silent) -> Spa
     earlier = loaded.folder / PLAN  # of a model that was cut before
     plan = read(earlier, Plan) if earlier.is_file() else None
     save_checkpoint(options.out, as_stored(model), loaded.processor, plan, plan.layout if plan else LAYOUTS[0])
-    reloaded = load_to_compute(options, str(options.out)).model
+    reloaded = load_to_compute(options, str(options.out), beside=BESIDE).model
     reload_difference(cast(model, computed), reloaded, collator.training(samples[:CHECKED_SAMPLES]), options.out)
     return done
 

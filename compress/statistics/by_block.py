@@ -12,6 +12,7 @@ from functools import partial
 from itertools import count
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from slimvlm.compress import processes
@@ -28,6 +29,7 @@ from slimvlm.compress.streaming.passage import Passages
 
 STEPS = 2  # of a batch at a block: there, and back
 
+Look = Callable[[Collector], None]
 Found = Callable[[Sequence[Side], dict[str, Tensor]], None]  # what was seen of some sides, at once
 
 
@@ -115,12 +117,7 @@ def look_by_block(
     a block is told while the block is there. Of several processes each reads its share.
     """
     model, family, batches = read
-    blocks, questions = blocks_of(model, family), []
-    for index in processes.share(len(batches)):
-        batch = batches[index]
-        if (question := ask(model, family, batch() if callable(batch) else batch)) is not None:
-            questions.append(question)
-    steps = count(1)
+    blocks, questions, steps = blocks_of(model, family), _asked(model, family, batches), count(1)
     with undisturbed(model):
         passages = Passages(model, blocks, [partial(_forward, model, one) for one in questions], learning=False)
         with _Sweep(
@@ -132,6 +129,34 @@ def look_by_block(
         ) as sweep:
             sweep.watched = {collector: sides}
             passages.forward(sweep.at, sweep.see, sweep.seen)
+
+
+def change_by_block(model: nn.Module, family: Family, batches: Batches, change: Callable[[str, Look], None]) -> None:
+    """Have a model read the batches in forward passes alone, and its blocks change on the way: each reads what those
+    before it have become. Of several processes each reads its share, and all change the same.
+
+    Args:
+        change: may change the weights of the block of a path; its second argument lets a collector see, as often as it
+            likes, what the block makes of the batches as it is then.
+    """
+    blocks, questions = blocks_of(model, family), _asked(model, family, batches)
+    with undisturbed(model), torch.no_grad(), Blocks(model, blocks) as there:
+        passages = Passages(model, blocks, [partial(_forward, model, one) for one in questions], learning=False)
+
+        @contextmanager
+        def at(path: str) -> Iterator[None]:
+            with there.held(path, changed=True):
+                change(path, lambda seer: passages.look(path, lambda number: seer.see(questions[number])))
+                yield
+
+        passages.forward(at, lambda _: None, lambda _: None)
+
+
+def _asked(model: nn.Module, family: Family, batches: Batches) -> list[Question]:
+    """This process's share of the batches, those in which something counts."""
+    here = (batches[index] for index in processes.share(len(batches)))
+    asked = (ask(model, family, batch() if callable(batch) else batch) for batch in here)
+    return [question for question in asked if question is not None]
 
 
 def _forward(model: nn.Module, question: Question) -> None:

@@ -8,7 +8,7 @@ price of more passes; same result.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 
@@ -37,10 +37,6 @@ from slimvlm.compress.statistics.rows import STATISTICS, CalibrationOptions
 
 LEAST = 128 * 2**20  # bytes of activations that are never too many
 ACTIVATIONS = 1  # bytes of activations per parameter: a quarter of the fp32 weights
-
-
-class _SeenAllError(Exception):
-    """Ends a forward; never leaves this module."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -144,29 +140,21 @@ def read_forward(
     batches: Batches,
     collector: Collector,
     told: Callable[[int], None] = lambda done: None,
-    until: nn.Module | None = None,
 ) -> None:
     """Have the model read the batches, in forward passes alone, while `collector` watches. Of several processes each
     reads its share, as in `collect`.
 
     Args:
         told: after every batch how many of its share this process has done.
-        until: a pass ends once this module has run.
     """
 
-    def end(*_: object) -> None:
-        raise _SeenAllError
-
-    with ExitStack() as stack, undisturbed(model), torch.no_grad():
-        if until is not None:
-            stack.enter_context(until.register_forward_hook(end))
+    with undisturbed(model), torch.no_grad():
         for done, index in enumerate(processes.share(len(batches)), start=1):
             batch = batches[index]
             if (question := ask(model, family, batch() if callable(batch) else batch)) is not None:
                 collector.see(question)
                 unread = {"logits_to_keep": 1} if "logits_to_keep" in question.inputs else {}  # as few as can be
-                with suppress(_SeenAllError):
-                    model(**{**question.inputs, **unread})
+                model(**{**question.inputs, **unread})
             told(done)
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from slimvlm.compress.models.families import Family
 from slimvlm.compress.models.projections import resolve
 from slimvlm.compress.models.streaming.lazy import Lazy, read
+from slimvlm.compress.models.streaming.weights import streamed
 
 Here = dict[nn.Parameter, nn.Parameter]  # what is there, by what stands for it otherwise
 Place = tuple[nn.Module, str, nn.Parameter]  # a module, what it calls a parameter, and that
@@ -52,8 +53,15 @@ class Blocks:
         self._coming.clear()
 
     @contextmanager
-    def held(self, path: str) -> Iterator[None]:
-        """The weights of this block are in memory meanwhile, where the model computes, and ask for no gradient."""
+    def held(self, path: str, changed: bool = False) -> Iterator[None]:
+        """The weights of this block are in memory meanwhile, where the model computes, and ask for no gradient.
+
+        Args:
+            changed: what is done to them there is to stay.
+
+        Raises:
+            OutputError: what is to stay has no room on the disk.
+        """
         self._ask_for(path)
         here = self._coming.pop(path).result()
         if self._copies is not None:
@@ -68,6 +76,10 @@ class Blocks:
         del here
         try:
             yield
+            weights = streamed(self.model)
+            if changed and weights:
+                for module, name, lazy in places:
+                    weights.put(lazy, module.get_parameter(name))
         finally:
             for module, name, lazy in places:
                 module._parameters[name] = lazy

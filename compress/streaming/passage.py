@@ -19,7 +19,7 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
 from slimvlm.compress.errors import UnsuitableOptionError
@@ -119,6 +119,21 @@ class Passages:
     def results(self) -> list[Any]:
         """Of the forwards, once they have ended."""
         return [passage.result for passage in self.passages]
+
+    def look(self, path: str, see: See) -> None:
+        """Have a block compute whatever waits at it, for the hooks on it and inside it alone: nobody goes on with what
+        comes out. `see`: told of each passage before.
+        """
+        block, stop = self.blocks[path], self.blocks[path].__dict__["forward"]
+        block.__dict__["forward"] = self.compute[path]
+        try:
+            for number, passage in enumerate(self.passages):
+                if passage.call is not None and passage.call.path == path:
+                    see(number)
+                    args, kwargs = tree_map(_copied, (passage.call.args, dict(passage.call.kwargs)))
+                    block(*args, **kwargs)
+        finally:
+            block.__dict__["forward"] = stop
 
     def forward(self, at: At, see: See, seen: See) -> None:
         """All the way through. `see`, `seen`: before and after a block, by a passage's number.
@@ -253,6 +268,11 @@ class _Handed(torch.autograd.Function):
 
 def _begin(value: Tensor) -> Tensor:
     return value.new_zeros(()).expand(value.shape).requires_grad_()
+
+
+def _copied(value: object) -> object:
+    """Blocks may write into what they are given."""
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _floats(value: object) -> bool:

@@ -23,6 +23,7 @@ from slimvlm.console.options.making import (
     option,
     output_options,
     remote_code,
+    stream_option,
 )
 from slimvlm.console.printing import typed_lines
 from slimvlm.console.progress import show_job
@@ -57,8 +58,9 @@ def export(model: str, out: Path | None, verify: bool, as_json: bool, quiet: boo
 @click.argument("out", type=PATH)
 @option("--as", "form", type=click.Choice(tuple(IN_TORCH)), default="int8", help="What its linears become.")
 @remote_code
+@stream_option
 @json_option
-def quantize(model: str, out: Path, form: str, trust_remote_code: bool, as_json: bool) -> None:
+def quantize(model: str, out: Path, form: str, as_json: bool, **loading: Any) -> None:
     """Write MODEL with weights in 8 or 4 bits, for torch.
 
     Through torchao; `from_pretrained` of transformers loads OUT again, and so does every command that runs a model. A
@@ -68,7 +70,7 @@ def quantize(model: str, out: Path, form: str, trust_remote_code: bool, as_json:
     """
     from slimvlm.compress.models.saving import quantize_checkpoint
 
-    show.show_quantized(quantize_checkpoint(model, out, form, trust_remote_code), as_json=as_json)
+    show.show_quantized(quantize_checkpoint(model, out, form, **loading), as_json=as_json)
 
 
 @command()

@@ -150,6 +150,7 @@ sparsify_options = together(
     click.argument("out", type=PATH),
     sample_options,
     model_options,
+    stream_option,
     panel(
         REMOVED,
         sparsify_option("--sparsity", type=click.Choice(list(PATTERNS)), help="Where zeros may be."),

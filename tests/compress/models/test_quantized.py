@@ -10,13 +10,14 @@ import sys
 import pytest
 import torch
 from plans import random_plan
+from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny_models import FACTORIES, tiny_model
+from tiny_models import EVERY, FACTORIES, tiny_model
 from torch.nn import functional
 
 from slimvlm import load
 from slimvlm.compress.errors import CheckpointError, MissingDependencyError, OutputError, UnsuitableOptionError
-from slimvlm.compress.models.checkpoint import load_model
+from slimvlm.compress.models.checkpoint import load_model, stream_model
 from slimvlm.compress.models.computing import load_to_compute
 from slimvlm.compress.models.quantized import CONFIGS, TYPES, held_form, quantize
 from slimvlm.compress.models.saving import quantize_checkpoint, save_checkpoint
@@ -87,6 +88,22 @@ def test_every_form_of_every_family_is_the_cut_model_within_its_tolerance_and_th
         kinds = [type(weight.data).__name__ for weight in again.parameters()]
         assert (kinds.count("Int4OpaqueTensor"), kinds.count("Int8Tensor")) == (linears.get("int4", 0), linears["int8"])
         assert ("int4" in linears) == (form == "int4")
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_weight_at_a_time_the_same_is_written(tmp_path, name):
+    """In 4 bits, of which some rows are in 8."""
+    save_checkpoint(tmp_path / "dense", tiny_model(name).model, None, None)
+    for kind, load_it in (("whole", load_model), ("streamed", stream_model)):
+        model = load_it(tmp_path / "dense").model
+        quantize(model, "int4")
+        save_checkpoint(tmp_path / kind, model, None, None, max_shard_size="60KB")
+    for file in (tmp_path / "whole").glob("*.safetensors"):
+        one, two = (safe_open(tmp_path / kind / file.name, "pt") for kind in ("whole", "streamed"))
+        assert one.metadata() == two.metadata() and list(one.keys()) == list(two.keys())
+        for key in one.keys():  # noqa: SIM118 (no mapping)
+            assert one.get_tensor(key).dtype == two.get_tensor(key).dtype
+            assert torch.equal(one.get_tensor(key), two.get_tensor(key)), key
 
 
 def test_a_folder_holds_what_loading_makes_of_the_float_one_and_transformers_alone_computes_the_same(tmp_path):

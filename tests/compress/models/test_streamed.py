@@ -8,6 +8,8 @@ import pytest
 import torch
 from plans import keep_blocks, random_plan, uniform_plan
 from tiny_models import EVERY, tiny_model
+from transformers import LlavaForConditionalGeneration
+from weighing import Weighed
 
 from slimvlm.compress.errors import CheckpointError, UnsuitableOptionError
 from slimvlm.compress.evaluation.equality import TOLERANCE
@@ -88,6 +90,24 @@ def test_a_streamed_model_loses_blocks_as_a_whole_one(tmp_path, name):
 @pytest.mark.parametrize("name", ["blip2_opt", "qwen2_vl"])
 def test_a_streamed_model_is_written_in_the_stock_layout_as_a_whole_one(tmp_path, name):
     cut_both_ways(tmp_path, name, lambda model: uniform_plan(model, "query-slot"), "stock")
+
+
+def test_a_shard_and_what_becomes_of_one_tensor_are_in_memory_while_a_model_is_cut_and_written(tmp_path):
+    config = tiny_model("llava").model.config
+    wide = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 10}
+    for name, value in wide.items():
+        setattr(config.text_config, name, value)
+    whole = LlavaForConditionalGeneration(config)
+    sizes = [weight.nbytes for weight in whole.parameters()]
+    shard = 3 * max(sizes)
+    save_checkpoint(tmp_path / "dense", whole, None, None)
+    plan = random_plan(whole, seed=1)
+    del whole
+    for part in ("first", "second"):  # what is imported on the way is there the second time
+        model = stream_model(tmp_path / "dense").model
+        with Weighed([*model.parameters(), *model.buffers()]) as weighed:
+            save_checkpoint(tmp_path / part, apply_plan(model, plan), None, plan, max_shard_size=f"{shard // 1000}KB")
+    assert shard < weighed.most < shard + 4 * max(sizes) < sum(sizes) / 2
 
 
 def test_weights_are_read_in_the_dtype_that_is_asked_for(tmp_path):

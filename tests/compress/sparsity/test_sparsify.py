@@ -6,18 +6,18 @@ from functools import partial
 
 import pytest
 import torch
-from tiny_models import FACTORIES, IMAGE_TOKEN, tiny_model
+from streaming import pair
+from tiny_models import EVERY, FACTORIES, IMAGE_TOKEN, tiny_model
 
 from slimvlm.compress.errors import CalibrationError, InfeasibleBudgetError, UnsuitableOptionError
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import count_parameters, find_groups
+from slimvlm.compress.models.streaming import lazy
 from slimvlm.compress.sparsity import sparsegpt, wanda
 from slimvlm.compress.sparsity.counts import linears_of
 from slimvlm.compress.sparsity.rules import RULES, Zeros
 from slimvlm.compress.sparsity.sparsify import Asked, Sparsified, sparsify
-from slimvlm.compress.statistics.collect import read_forward
-from slimvlm.compress.statistics.collector import Side
-from slimvlm.compress.statistics.rows import STATISTICS, token_rule
+from slimvlm.compress.statistics.rows import token_rule
 
 W1 = torch.tensor([[4, -1, 2, -3], [0.5, 6, -1, 2.5], [-2, 1, 8, 0.25]])
 NORMS = torch.tensor([1, 2.5, 2, 0.5]).sqrt()  # any multiple of it ranks alike
@@ -124,22 +124,6 @@ def groups_of(model):
     return find_groups(model, find_family(model.config))
 
 
-@pytest.mark.parametrize("name", FACTORIES)
-def test_a_pass_that_ends_at_a_block_has_seen_of_it_what_a_whole_one_sees(name):
-    tiny = tiny_model(name)
-    family = find_family(tiny.model.config)
-    first = groups_of(tiny.model)[0]
-    found = []
-    for until in (None, tiny.model.get_submodule(f"{first.home.blocks}.{first.layer}")):
-        collector = STATISTICS["input-norms"].make()
-        sides = [Side(path, linear, (1,)) for path, linear in linears_of(tiny.model, first).items()]
-        with collector.watch(sides):
-            read_forward(tiny.model, family, [tiny.inputs(2)], collector, until=until)
-            found.append(collector.finish(lambda moment, how: None))
-    assert found[0].keys() == found[1].keys()
-    assert all(torch.equal(found[0][path], found[1][path]) and found[0][path].any() for path in found[0])
-
-
 @pytest.mark.parametrize("name", ["llava", "blip2_t5", "qwen2_5_vl"])
 def test_a_block_is_looked_at_with_the_zeros_of_those_before_it_and_its_own_positions(name):
     tiny = tiny_model(name)
@@ -152,10 +136,26 @@ def test_a_block_is_looked_at_with_the_zeros_of_those_before_it_and_its_own_posi
         tiny.model(**batches[0])
         weight = linear.weight.clone()
         sparsify(tiny.model, family, batches, Asked(ratio=0.3))
-    norms = read[-1].flatten(0, 1).norm(dim=0)
+    norms = read[-2].flatten(0, 1).norm(dim=0)
+    assert len(read) == 3  # as it was, as it is looked at, and with zeros of its own
     assert not torch.allclose(norms, read[0].flatten(0, 1).norm(dim=0), rtol=1e-3)
     zeros = int((linear.weight[0] == 0).sum())
     assert torch.equal(linear.weight, wanda.prune(weight, norms, Zeros(zeros)))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_model_read_block_by_block_gets_the_zeros_of_the_whole_one(name, tmp_path):
+    whole, streamed = pair(tmp_path, name)
+    rule = "sparsegpt" if name == "llava" else "wanda"
+    family, batches = find_family(whole.model.config), [whole.inputs(2), whole.inputs(1)]
+    asked = Asked(ratio=0.2, rule=rule, tokens=token_rule("atv" if name == "qwen2_vl" else "all"))
+    left, right = (sparsify(one.model, family, batches, asked) for one in (whole, streamed))
+    assert right.zeros == pytest.approx(left.zeros, abs=1e-3)
+    found = lazy.read(list(streamed.model.parameters()))
+    for (path, weight), other in zip(whole.model.named_parameters(), found, strict=True):
+        assert ((weight == 0) != (other == 0)).sum() <= 0.01 * weight.numel() + 1, path
+        assert (weight - other).norm() <= 0.1 * weight.norm(), path
+    assert any(isinstance(weight, lazy.Lazy) for weight in streamed.model.parameters())
 
 
 def test_padding_is_not_read():

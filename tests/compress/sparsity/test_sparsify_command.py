@@ -46,6 +46,18 @@ def test_it_writes_a_checkpoint_of_the_unmodified_class_that_says_what_was_done(
     assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 
 
+def test_read_block_by_block_it_writes_the_same(given, tmp_path):
+    for stream in ("off", "on"):
+        said = run(given, tmp_path / stream, "--ratio", 0.2, "--samples", 4, "--rule", "sparsegpt", "--stream", stream)
+        assert said.exit_code == 0, said.stderr
+    off, on = (load(tmp_path / stream)[0] for stream in ("off", "on"))
+    for one, two in zip(off.parameters(), on.parameters(), strict=True):
+        assert ((one == 0) != (two == 0)).sum() <= 0.01 * one.numel() + 1
+    said = run(given, tmp_path / "refused", "--allocator", "ecoflap", "--stream", "on")
+    assert said.exit_code == 3 and "--stream off" in said.stderr and said.stderr.count("\n") == 1
+    assert not (tmp_path / "refused").exists()
+
+
 def test_it_tells_a_person_that_nothing_gets_faster(given, tmp_path):
     said = run(given, tmp_path / "sparse", "--sparsity", "2:4", "--samples", 4)
     assert said.exit_code == 0, said.stderr
