@@ -67,6 +67,14 @@ def test_a_disk_without_room_is_refused_before_anything_is_done(small_disk, mode
     assert not list(small_disk.rglob("*.json"))
 
 
+@pytest.mark.parametrize("stream", ["on", "off"])
+@pytest.mark.parametrize("words", [("sparsify", "--data", SAMPLES / "train.jsonl"), ("quantize",), ("export",)])
+def test_a_result_that_a_disk_has_no_room_for_is_not_begun(small_disk, model, words, stream):
+    asked = [words[0], model, small_disk / "out", *words[1:], "--stream", stream]
+    assert_refused(CliRunner().invoke(main, [str(word) for word in asked]), "space")
+    assert not [path for path in small_disk.rglob("*") if path.is_file()]
+
+
 def test_after_a_full_disk_the_run_resumes(small_disk, model):
     options = CompressOptions(
         model=str(model), data=SAMPLES / "train.jsonl", out=small_disk / "out", criterion="magnitude", rounds=1,
