@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 from short_recoveries import SHORT, options_in
+from tiny_folders import write_tiny
 
 from slimvlm.pipeline import compress, recover_run
 from slimvlm.serve.report.document import Table
@@ -28,6 +29,35 @@ def test_blocks_learn_by_themselves_alone_and_before_the_whole(tmp_path: Path) -
     assert [(part["name"], part["steps"]) for part in both["stages"]] == [("blocks", 2), ("task", 6)]
     (table,) = (one for one in recovery_section(read_run(run)) if isinstance(one, Table) and one.title == "Validations")
     assert [row[0] for row in table.rows] == ["2", "6", "8"]  # in steps of all
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_a_student_and_a_teacher_read_block_by_block_give_the_weights_of_whole_ones(tmp_path: Path, train: str) -> None:
+    model, data = write_tiny(tmp_path)
+    asked = {"recover": "blockwise", "train": train, "learning_rate": 0.003, "precision": "no"}
+    asked |= {
+        "model": str(model),
+        "data": data,
+        "eval_data": None,
+        "eval_samples": 4,
+        "validation_samples": 4,
+        "ratio": 0.2,
+    }
+    asked |= {"rank": 4} if train == "lora" else {}
+    found = []
+    for stream in ("off", "on"):
+        (tmp_path / stream).mkdir()
+        compress(options_in(tmp_path / stream, stream=stream, **asked))
+        run = tmp_path / stream / "out"
+        facts = json.loads((run / "run.json").read_text())["stages"]["recover"]
+        weights, cut = (load_file(run / name / "model.safetensors") for name in ("model", "cut"))
+        assert facts["helped"] and any(not value.equal(cut[name]) for name, value in weights.items())
+        found.append((facts, weights))
+    (off, whole), (on, streamed) = found
+    assert [one["block"] for one in on["blocks"]] == [one["block"] for one in off["blocks"]]
+    assert on["merged_difference"] <= 1e-5
+    for name, weight in whole.items():
+        assert (streamed[name] - weight).norm() <= 1e-2 * weight.norm() + 1e-6, name
 
 
 def _recovered(run: Path) -> dict:

@@ -146,7 +146,8 @@ def _round(loaded: Loaded) -> None:
 
 
 def _load_student(options: LearnOptions, folder: Path, data: Trained) -> Loaded:
-    loaded = load_to_compute(options, str(folder))
+    learns_by_block = not (recipe_of(options).whole or options.frozen or options.recover_as)
+    loaded = load_to_compute(options, str(folder), beside=0.0 if learns_by_block else None)
     if options.train != "lora":  # weights that take small steps must be able to hold them
         cast(loaded.model, torch.float32)
     if _device(loaded).type == "cpu" and _is_short(loaded, data.training[0]):

@@ -16,6 +16,7 @@ from slimvlm.compress.files.folders import move_folder
 from slimvlm.compress.models.checkpoint import Loaded
 from slimvlm.compress.models.computing import as_stored, attend_as, cast, frees_memory, load_to_compute
 from slimvlm.compress.models.saving import save_checkpoint
+from slimvlm.compress.models.streaming.weights import streamed
 from slimvlm.compress.options import LearnOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.progress import Progress
@@ -95,7 +96,8 @@ def _save_recovered(run: RunFolder, options: LearnOptions, plan: Plan, loaded: L
     model, folder = loaded.model, run.path / RECOVERED
     run.remove(RECOVERED)
     save_checkpoint(folder, as_stored(model), loaded.processor, plan, plan.layout)
-    reloaded = load_to_compute(replace(options, device=str(model.device)), str(folder)).model
+    asked = replace(options, device=str(model.device), stream="on" if streamed(model) else "off")
+    reloaded = load_to_compute(asked, str(folder), beside=0.0).model
     attend_as(model, reloaded)
     batch = collator_of(loaded).training(data.calibration[:CHECKED_SAMPLES])
     difference = reload_difference(cast(model, reloaded.dtype), reloaded, batch, folder)

@@ -14,6 +14,8 @@ its adapter switches, adapter files and merge_and_unload work.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +30,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from slimvlm.compress.errors import CheckFailedError
+from slimvlm.compress.models.streaming.lazy import Lazy, read_in
+from slimvlm.compress.models.streaming.weights import streamed
 from slimvlm.compress.options import LowRank
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.recovery.adapters.slices import Recalled, Slices
@@ -59,7 +63,9 @@ def attach(model: nn.Module, plan: Plan, slices: Slices | None, options: LowRank
         raise ValueError("the model has an adapter already; merge it first")
     paths = find_targets(model, plan.attention_unit, options.targets)
     check_ranks(model, paths, options)
-    recalled = {path: slices.of(path) for path in paths} if options.recall and slices else {}
+    recalled = {}
+    if options.recall and slices:
+        recalled = {path: (slices.lazily if streamed(model) else slices.of)(path) for path in paths}
     for path, pieces in recalled.items():
         hold_slices(model.get_submodule(path), pieces)
     config = RecallConfig(
@@ -73,7 +79,8 @@ def attach(model: nn.Module, plan: Plan, slices: Slices | None, options: LowRank
     with warnings.catch_warnings():
         # peft asks transformers for this under its former name; users can do nothing about it.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        adapted = peft.get_peft_model(model, config)
+        with _stood_in_for(model):
+            adapted = peft.get_peft_model(model, config)
     assert set(recall_layers(model)) == set(paths)
     return adapted
 
@@ -87,16 +94,45 @@ def merge(adapted: peft.PeftModel) -> PreTrainedModel:
     Raises:
         CheckFailedError: a delta or a merged weight is not finite (the module is named); nothing has been replaced.
     """
-    for path, layer in recall_layers(adapted.get_base_model()).items():
-        for name in layer.active_adapters:
-            delta = layer.get_delta_weight(name)
-            if not (torch.isfinite(delta).all() and torch.isfinite(_added(layer.weight, delta)).all()):
+    model = adapted.get_base_model()
+    weights, made = streamed(model), list[tuple[Any, Lazy]]()
+    for path, layer in recall_layers(model).items():
+        own = layer.weight
+        with read_in(layer, next(iter(layer.lora_A.parameters())).device), torch.no_grad():
+            merged = merged_weight(layer)
+            if not torch.isfinite(merged).all():
                 raise CheckFailedError(
                     f"{path}: the recovered weights are not finite in {layer.weight.dtype}, so nothing was merged; "
                     "go back to an earlier state, or train with a lower learning rate"
                 )
-    merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
-    return merged.requires_grad_(True)
+            if weights and not torch.equal(merged, layer.weight):
+                made.append((own, weights.scratch.keep(merged)))
+    for own, lazy in made:
+        own.source = lazy.source
+    whole: PreTrainedModel = adapted.unload() if weights else adapted.merge_and_unload(safe_merge=True)
+    return whole.requires_grad_(True)
+
+
+@contextmanager
+def _stood_in_for(model: nn.Module) -> Iterator[None]:
+    """For peft, which puts factors where weights are, a number stands in memory for those that are read when needed,
+    meanwhile.
+    """
+    places = [
+        (module, name, value)
+        for module in model.modules()
+        for name, value in module._parameters.items()
+        if value is not None and isinstance(value, Lazy)
+    ]
+    device = next(value.device for value in model.parameters() if not value.is_meta)
+    for module, name, value in places:
+        number = torch.zeros((), dtype=value.dtype, device=device)
+        module._parameters[name] = nn.Parameter(number.expand(value.shape), requires_grad=False)
+    try:
+        yield
+    finally:
+        for module, name, value in places:
+            module._parameters[name] = value
 
 
 def recall_layers(model: nn.Module) -> dict[str, RecallLinear]:

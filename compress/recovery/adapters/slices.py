@@ -7,6 +7,7 @@ it loads the checkpoint: with its own rules, on the dense model built on the met
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from slimvlm.compress.errors import CheckpointError
 from slimvlm.compress.models.checkpoint import build_meta, weight_files
 from slimvlm.compress.models.experts import stacked_names, together
 from slimvlm.compress.models.loaders import stored_weights
+from slimvlm.compress.models.streaming.lazy import Lazy, Source
+from slimvlm.compress.models.streaming.shards import KINDS
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.slicing.cuts import Cut, complement, find_cuts, matching_groups
 from slimvlm.compress.slicing.depth import place
@@ -101,6 +104,25 @@ class Slices:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{file}: {name} cannot be read ({error}); copy or download it again") from error
 
+    def lazily(self, path: str) -> Recalled:
+        """The same, read when they are needed.
+
+        Raises:
+            CheckpointError: as `of`; also when they are read.
+        """
+        cut = self._cuts.get(path)
+        if cut is None:
+            return Recalled()
+        (height, width), (file, name, _) = self._shapes[path], self._stored[f"{cut.path}.weight"]
+        rows, columns = (
+            size if kept is None else len(kept) for kept, size in ((cut.rows, height), (cut.columns, width))
+        )
+        like = torch.empty(0, dtype=KINDS[stored_weights(file)[name][0]], device="meta")
+        return Recalled(
+            None if cut.rows is None else Lazy.of(_Piece(self, path, True), like.new_empty(height - rows, columns)),
+            None if cut.columns is None else Lazy.of(_Piece(self, path, False), like.new_empty(rows, width - columns)),
+        )
+
     def _check_cut(self, path: str, model: nn.Module, cut: Cut, shape: tuple[int, int]) -> None:
         kept = tuple(
             size if index is None else len(index) for index, size in zip((cut.rows, cut.columns), shape, strict=True)
@@ -111,6 +133,21 @@ class Slices:
                 f"{path} is {found} in this model, the plan leaves {kept} of {self._folder}; "
                 "give the plan and the dense checkpoint this model was cut with"
             )
+
+
+@dataclass(frozen=True, eq=False)
+class _Piece(Source):
+    """Pruned rows or columns of the linear at a path."""
+
+    slices: Slices
+    path: str
+    rows: bool
+
+    def make(self, values: Sequence[Any]) -> Tensor:
+        found = self.slices.of(self.path)
+        piece = found.rows if self.rows else found.columns
+        assert piece is not None  # it was made of the same cut
+        return piece
 
 
 def find_tensors(folder: Path, model: PreTrainedModel) -> dict[str, tuple[Path, str]]:

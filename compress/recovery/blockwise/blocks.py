@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from slimvlm.compress.recovery.blockwise.pupil import Learnt, Pupil, bytes_of
 from slimvlm.compress.recovery.distillation.recipe import Stage
 from slimvlm.compress.recovery.training.schedule import Schedule, check_training
 from slimvlm.compress.recovery.training.trainer import TERMINATED, sigterms
+from slimvlm.compress.streaming.blocks import Blocks
 
 STAGE = Stage("blocks", (), {}, 1.0)
 
@@ -55,6 +57,7 @@ def learn_blocks(
     student: nn.Module, course: Course, options: TrainOptions, folder: Path, progress: Progress = silent
 ) -> tuple[list[Learnt], int]:
     """Teach the blocks of the student, in place: each ends with the best of its states, which may be the one it had.
+    Of a student that is streamed, blocks are in memory while they learn; it reads what they learnt from their files.
 
     Several processes each take every so-manieth block, and find those of the others in their files.
 
@@ -83,17 +86,27 @@ def learn_blocks(
     left = {pupil.lesson.path: pupil for pupil in mine if not pupil.finished()}
     tokens = 0
     cuda = {pupil.device for pupil in mine if pupil.device.type == "cuda"}
-    with torch.random.fork_rng(cuda), sigterms() as signals:
+    with torch.random.fork_rng(cuda), sigterms() as signals, Blocks(student, []) as blocks:
         lessons = [pupil.lesson for pupil in left.values()]
-        for chosen in course.teacher.passes(lessons, lambda lesson: size[lesson.path]):
+        for chosen in course.teacher.passes(lessons, lambda lesson: size[lesson.path] + _read_for(student, lesson)):
             taught = [left[lesson.path] for lesson in chosen]
             told = partial(_tell, mine, options, progress)
-            tokens = max(tokens, _teach(taught, course, options, signals, told))
+            with ExitStack() as here:
+                for lesson in chosen:
+                    here.enter_context(blocks.held(lesson.path))
+                tokens = max(tokens, _teach(taught, course, options, signals, told))
+            for pupil in taught:
+                pupil.settle()
     processes.wait_for_all()
     for pupil in pupils:
         if pupil not in mine and not pupil.finished():
             raise RecoveryError(f"{pupil.file} is not there; all processes need the same folder, on a disk they share")
     return [pupil.learnt for pupil in pupils], tokens
+
+
+def _read_for(student: nn.Module, lesson: Lesson) -> int:
+    """Bytes of a block that are not in memory yet."""
+    return sum(value.nbytes for value in student.get_submodule(lesson.path).parameters() if value.is_meta)
 
 
 def _teach(

@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_map
 
 from slimvlm.compress.files.decoding import decode
 from slimvlm.compress.files.writing import load_tensors, save_tensors
+from slimvlm.compress.models.streaming.lazy import Lazy
+from slimvlm.compress.models.streaming.shards import Shard
 from slimvlm.compress.options import TrainOptions
 from slimvlm.compress.recovery.blockwise.lessons import Lesson, Taught, output_of
 from slimvlm.compress.recovery.distillation.losses import lost_energy
@@ -60,7 +62,8 @@ class Pupil:
     """A block of the student with what it learns with. Only what asks for gradients is trained.
 
     Args:
-        student: holds the block of the lesson; its low-rank layers, if it has any, are in place.
+        student: holds the block of the lesson; its low-rank layers, if it has any, are in place. Of one that is
+            streamed the block is in memory from `begin` to `end`.
         folder: of its file, and of those of others.
         training: what must be the same for it to go on from its file.
         seed: of dropout.
@@ -71,19 +74,24 @@ class Pupil:
     ) -> None:
         self.lesson, self.options, self.training, self.seed = lesson, options, training, seed
         self.block = student.get_submodule(lesson.path)
-        self.trained = {
-            f"{lesson.path}.{name}": value for name, value in self.block.named_parameters() if value.requires_grad
-        }
-        weight = next(self.block.parameters())
-        self.device, self.dtype = weight.device, weight.dtype
+        self._names = [name for name, value in self.block.named_parameters() if value.requires_grad]
+        self.device = next(value.device for value in student.parameters() if not value.is_meta)
+        self.dtype = next(self.block.parameters()).dtype
         self.file = folder / FILE.format(path=lesson.path)
         self.learnt = Learnt(lesson.path)
         self._best: dict[str, Tensor] = {}
         self._lost = self._energy = 0.0
         self._adapters = [module for module in self.block.modules() if isinstance(module, BaseTunerLayer)]
 
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What it trains, by its name in the student."""
+        return {f"{self.lesson.path}.{name}": self.block.get_parameter(name) for name in self._names}
+
     def begin(self) -> None:
         """Make what it learns with, and go on from its file, if there is one of this training."""
+        for value in self.trained.values():
+            value.requires_grad_(True)
         self.optimizer = adam(self.trained, self.options.weight_decay, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.options.precision == "fp16")
         self._best = self._state()
@@ -98,9 +106,18 @@ class Pupil:
         found = self._read()
         if found is None or found[1].judged < self.options.steps:
             return False
-        restore(self.trained, found[0], self.file.parent, BEST)
+        there = {name: value for name, value in self.trained.items() if not isinstance(value, Lazy)}
+        restore(there, found[0], self.file.parent, BEST)
+        self.settle()
         self.learnt = found[1]
         return True
+
+    def settle(self) -> None:
+        """Have a streamed student read what the block learnt from its file, once all steps are made."""
+        lazy = {name: value for name, value in self.trained.items() if isinstance(value, Lazy)}
+        stored = Shard(self.file).lazies() if lazy else {}
+        for name, value in lazy.items():
+            value.source = stored[BEST + name].source
 
     def learn(self, taught: Taught, rate: float) -> None:
         """The next step; one whose loss or gradient is not finite changes nothing."""

@@ -19,6 +19,8 @@ from slimvlm.compress.data.questions import stream_through
 from slimvlm.compress.models.checkpoint import load_model, stream_model
 from slimvlm.compress.models.families import Family, find_family
 from slimvlm.compress.models.groups import depths_of
+from slimvlm.compress.models.saving import save_checkpoint
+from slimvlm.compress.models.streaming.lazy import Lazy, read
 from slimvlm.compress.options import LowRank, TrainOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.recovery.adapters.recall import attach
@@ -144,6 +146,50 @@ def test_every_cut_block_learns_and_nothing_else_changes(name: str, tmp_path: Pa
     changed = {key for key, value in student.state_dict().items() if not value.equal(before[key])}
     assert changed
     assert all(key.startswith(taught) for key in changed)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_student_read_block_by_block_learns_what_the_whole_one_learns(name: str, tmp_path: Path) -> None:
+    """Its weights are read from the files of the blocks, also by who finds them finished."""
+    plan, found = random_plan(dense(name), seed=1), []
+    cut = student_of(name, plan)
+    save_checkpoint(tmp_path / "cut", cut, None, None)
+    attention = cut.config._attn_implementation
+    for kind in ("whole", "streamed", "streamed"):
+        student = cut
+        if kind == "streamed":
+            student = stream_model(tmp_path / "cut", attention=attention).model.requires_grad_(True)
+        learnt, _ = learn_blocks(student, course_of(name, student, plan), options_of(), tmp_path / kind)
+        values = dict(zip(dict(student.named_parameters()), read(list(student.parameters())), strict=True))
+        found.append(([one.after for one in learnt], values))
+        assert any(isinstance(value, Lazy) for value in student.parameters()) == (kind == "streamed")
+    (whole, weights), *others = found
+    for after, values in others:
+        assert after == pytest.approx(whole, rel=1e-3, abs=1e-6)
+        for key, value in weights.items():
+            assert (values[key] - value).norm() <= 1e-2 * value.norm() + 1e-6, key
+
+
+def test_no_more_of_a_student_than_the_block_that_learns_is_in_memory(tmp_path: Path) -> None:
+    plan = random_plan(dense("llava"), seed=1)
+    save_checkpoint(tmp_path / "cut", student_of("llava", plan), None, None)
+    student = stream_model(tmp_path / "cut").model.requires_grad_(True)
+    course = course_of("llava", student, plan)
+    lazy = [value for value in student.parameters() if isinstance(value, Lazy)]
+
+    class OneByOne(WholeTeacher):
+        def passes(self, lessons, size):
+            assert all(size(lesson) > 0 for lesson in lessons)
+            yield from ([lesson] for lesson in lessons)
+
+    def there(*_: object) -> None:
+        held.append(sum(isinstance(value, Lazy) for value in student.parameters()))
+
+    held: list[int] = []
+    one = OneByOne(dense("llava"), family_of("llava"), batches("llava"))
+    learn_blocks(student, Course(course.lessons, one, course.steps, [1]), options_of(), tmp_path / "blocks", there)
+    blocks = {len(lazy) - len([*student.get_submodule(lesson.path).parameters()]) for lesson in course.lessons}
+    assert set(held) == blocks
 
 
 def test_blocks_that_left_are_learnt_by_the_one_before_them(tmp_path: Path) -> None:
