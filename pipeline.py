@@ -219,6 +219,11 @@ def evaluate_named(options: EvaluateOptions, against: str | None = None, progres
         return Evaluation(quality, None, None, blind)
     quality, _ = _qualities(options, options.model, samples, progress, blind=False)
     other, blind = _qualities(options, against, samples, progress, blind=True)
+    if other.forced != quality.forced:
+        raise UnsuitableOptionError(
+            f"answers of one of {options.model} and {against} are forced (--stream on), the other one's are not; "
+            "leave --stream out, or give two checkpoints"
+        )
     if other.kind != quality.kind:
         raise UnsuitableOptionError(f"{options.model} is scored by {quality.kind}, {against} by {other.kind}")
     return Evaluation(quality, other, compare(other, quality, options.seed), blind)
@@ -261,7 +266,7 @@ def _opened(options: CompressOptions, plan_only: bool) -> tuple[RunFolder | None
 def _compress(options: CompressOptions, progress: Progress, plan_only: bool) -> Result:
     """Whatever can be refused is refused first; then the folder is touched, by the first process."""
     out = options.out
-    if not plan_only:
+    if not plan_only and not _goes_by_block(options):
         require_whole(options, options.model, "comparing a model before and after")
     run, data, training = _opened(options, plan_only)
     if processes.count() > 1:
@@ -286,6 +291,13 @@ def _compress(options: CompressOptions, progress: Progress, plan_only: bool) -> 
             return result
         with processes.alone():
             return _delivered(run, options, result, data, progress)
+
+
+def _goes_by_block(options: CompressOptions) -> bool:
+    """Whether no stage that was asked for needs a whole model in memory."""
+    learns_whole = options.recover != "none" and (recipe_of(options).whole or options.frozen or options.recover_as)
+    delivers = options.export != () or options.profile or options.target
+    return options.stream == "on" and not (learns_whole or delivers)
 
 
 def _delivered(run: RunFolder, options: CompressOptions, result: Result, data: Measured, progress: Progress) -> Result:

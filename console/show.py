@@ -179,6 +179,8 @@ def show_sparsified(done: Sparsified, written: Path, *, as_json: bool) -> None:
 
 def show_quality(evaluation: Evaluation, seed: int, *, as_json: bool) -> None:
     """Scores per task, their mean, the difference to another model where one was given, and what needs no image."""
+    from slimvlm.compress.evaluation.quality import FORCED
+
     quality, against, comparison, blind = evaluation
     untold = _untold(against or quality, blind, quality if against else None, seed)
     if as_json:
@@ -190,6 +192,8 @@ def show_quality(evaluation: Evaluation, seed: int, *, as_json: bool) -> None:
     rows = [(task, str(scores["questions"]), *_cells(names, scores)) for task, scores in quality.tasks.items()]
     rows.append(("mean of tasks", str(len(quality.rows)), *_cells(names, quality.scores)))
     print_table(("task", "questions", *(name.replace("_", " ") for name in names)), rows)
+    if quality.forced:
+        print_line(FORCED)
     if comparison:
         print_line()
         print_table(("", "against", "this", "change"), [_quality_row(comparison)])

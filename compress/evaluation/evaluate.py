@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol  # Any: a model that generates, which transformers' types do not say
 
 import numpy as np
@@ -30,10 +31,13 @@ from slimvlm.compress.evaluation.quality import (
     vqa_accuracy,
 )
 from slimvlm.compress.models.computing import undisturbed
+from slimvlm.compress.models.streaming.weights import streamed
 from slimvlm.compress.progress import Progress, silent
+from slimvlm.compress.streaming.forwards import Result, through_blocks
 
 __all__ = ["Comparison", "Quality", "Row", "compare", "evaluate", "shuffle_images"]
 
+ALL = 2**31  # questions: of a streamed model they are no batch
 WIDENED = 64 * 2**20  # bytes of logits that are looked at in fp32 at once
 FORWARD_ON_GPU = 4  # times the samples of a calibration batch, where nothing is kept for a backward pass
 MARGIN = 4  # tokens a generated answer may be longer than the longest right one, before it is cut
@@ -60,10 +64,16 @@ def evaluate(
     progress: Progress = silent,
     blind_seed: int | None = None,
 ) -> Quality:
-    """Quality of a model of transformers; see `measure_quality`."""
+    """Quality of a model of transformers; see `measure_quality`. Of one that is streamed all questions go through a
+    block together, and answers are forced: see `Quality`.
+    """
     with _inference(model):
-        answering = _Model(model, collator)
-        return measure_quality(answering, samples, batch_size=batch_size, progress=progress, blind_seed=blind_seed)
+        if not streamed(model):
+            answering = _Model(model, collator)
+            return measure_quality(answering, samples, batch_size=batch_size, progress=progress, blind_seed=blind_seed)
+        forced = _Streamed(model, collator, batch_size)
+        found = measure_quality(forced, samples, batch_size=ALL, progress=progress, blind_seed=blind_seed)
+        return replace(found, forced=found.kind == "generation")
 
 
 def measure_quality(
@@ -293,6 +303,35 @@ class _Model:
         posed = pose(self.model, self.collator.family, self.collator.training(samples))
         output = self.model(**placed(posed.inputs, self.model.device, self.model.dtype))
         return output.image_embeds.float(), output.text_embeds.float()
+
+
+@dataclass(frozen=True, slots=True)
+class _Streamed(_Model):
+    """A model whose blocks are read when they are needed, which a generation would do for every token; see `Answering`.
+    Batches of `size` samples go through it together.
+    """
+
+    size: int
+
+    def teach(self, questions: Sequence[Sample]) -> list[Taught]:
+        """The answers are forced."""
+        return [one for found in self._all(partial(_Model.teach, self), questions) for one in found]
+
+    def _judge(self, logits: torch.Tensor, targets: torch.Tensor, alike: torch.Tensor) -> list[Taught]:
+        judged = _Model._judge(self, logits, targets, alike)
+        ends = torch.tensor(end_ids(self.model, self.collator), device=logits.device)
+        said = logits.argmax(-1).masked_fill(targets == IGNORED, int(ends[0]))
+        texts = self.collator.decode(said.masked_fill(torch.isin(said, ends).cumsum(1) > 0, int(ends[0])))
+        return [replace(one, answer=text) for one, text in zip(judged, texts, strict=True)]
+
+    def embed(self, samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of all batches."""
+        images, texts = zip(*self._all(partial(_Model.embed, self), samples), strict=True)
+        return torch.cat(images), torch.cat(texts)
+
+    def _all(self, do: Callable[[Sequence[Sample]], Result], samples: Sequence[Sample]) -> list[Result]:
+        asked = [partial(do, batch) for batch in batches(samples, self.size)]
+        return through_blocks(self.model, self.collator.family, asked)
 
 
 def longest_answer(collator: Collator, questions: Sequence[Sample]) -> int:

@@ -98,6 +98,7 @@ COUNTED = {  # the figure to quote, in words
     "generation": "the share of answers that equal a right answer (case, articles and punctuation aside)",
     "retrieval": "the share of images and texts whose first match is right, both directions",
 }
+FORCED = "each token of an answer is given the right ones before it, because the model was read block by block"
 LOWER_IS_BETTER = frozenset(("token_loss",))
 
 
@@ -113,6 +114,9 @@ class Quality:
         tasks, vendors: the same per task and per vendor (mean of rows), with `questions`, their number.
         rows: in the order of the samples.
         seconds: wall time of the evaluation.
+        forced: an answer is, at every token of the right one, what is most probable there, the right tokens before it
+            given. It is the right answer where a generation gives that, up to near ties; a generation may also say
+            another right one.
     """
 
     kind: str
@@ -122,7 +126,13 @@ class Quality:
     vendors: Mapping[str, Mapping[str, float]]
     rows: tuple[Row, ...]
     seconds: float
+    forced: bool = False
     schema: int = SCHEMA
+
+    @staticmethod
+    def upgraded(document: Mapping[str, Any]) -> dict[str, Any]:
+        """With what earlier versions did not write."""
+        return {"forced": False, **document}
 
     @property
     def score(self) -> float:

@@ -12,7 +12,7 @@ from slimvlm.compress.data.samples import Sample
 from slimvlm.compress.data.splits import Measured
 from slimvlm.compress.errors import OutputError
 from slimvlm.compress.evaluation.evaluate import compare, evaluate, evaluation_batch
-from slimvlm.compress.evaluation.quality import COUNTED, Comparison, Quality, qualities_of
+from slimvlm.compress.evaluation.quality import COUNTED, FORCED, Comparison, Quality, qualities_of
 from slimvlm.compress.evaluation.soundness import check_computes
 from slimvlm.compress.files.decoding import content_of, dump, parse, refused_as
 from slimvlm.compress.files.writing import write_text
@@ -73,7 +73,7 @@ def _measured(found: Evaluated, options: CutOptions, data: Measured) -> CardQual
         data=plain(asked.name),
         held_out=data.held_out,
         images=whole.images,
-        metric=COUNTED[found.dense.kind],
+        metric=COUNTED[found.dense.kind] + (f"; {FORCED}" if found.dense.forced else ""),
         level=whole.level,
         blind=None if found.blind is None else found.blind.score,
         whole=_scored("mean of tasks", whole),
@@ -130,9 +130,10 @@ def _qualities(
     form: str | None,
 ) -> list[Quality]:
     """One evaluation per seed of `evaluate`, with the model loaded once."""
-    if form is None:
-        require_whole(options, name, "an evaluation")
-    loaded = load_to_compute(options, name, form=form)
+    by_block = options.stream == "on" and form is None
+    if form is None and not by_block:
+        require_whole(options, name, "an evaluation with answers (--stream on: with forced ones)")
+    loaded = load_to_compute(options, name, form=form, beside=0.0 if by_block else None)
     collator = collator_of(loaded)
     check_computes(loaded.model, collator, samples[0], name)
     alone = len({sample.image_key for sample in samples}) < 2

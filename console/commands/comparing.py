@@ -12,7 +12,7 @@ from slimvlm.console import show, show_frontier, show_profile
 from slimvlm.console.group import command
 from slimvlm.console.options.cutting import sample_options
 from slimvlm.console.options.delivering import frontier_options, samples_limit
-from slimvlm.console.options.making import DATA, NAME, model_options, option, output_options, panel
+from slimvlm.console.options.making import DATA, NAME, model_options, option, output_options, panel, stream_option
 from slimvlm.console.options.measuring import profile_options
 from slimvlm.console.options.recipe import recipe_options
 from slimvlm.console.progress import progress, show_job
@@ -50,6 +50,7 @@ def frontier(as_json: bool, quiet: bool, **values: Any) -> None:
 @samples_limit
 @panel(DATA, option("--against", type=NAME, metavar="MODEL", help="Compare with this one on the same samples."))
 @model_options
+@stream_option
 @recipe_options
 @output_options
 def evaluate(against: str | None, as_json: bool, quiet: bool, **values: Any) -> None:
@@ -59,6 +60,9 @@ def evaluate(against: str | None, as_json: bool, quiet: bool, **values: Any) -> 
     MODEL is a checkpoint or an export, FOLDER[:BACKEND[:VARIANT]]:
 
         slimvlm evaluate exported:onnx:int8 --data test.jsonl --against ./my-vlm
+
+    With --stream on a checkpoint is read block by block, and its answers are forced: each token has the right ones
+    before it.
     """
     from slimvlm import pipeline
 

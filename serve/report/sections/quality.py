@@ -11,6 +11,7 @@ import numpy as np
 
 from slimvlm.compress.evaluation.quality import (
     COUNTED,
+    FORCED,
     LEVEL,
     METRICS,
     PRIMARY,
@@ -64,7 +65,7 @@ def right(row: Row, kind: str) -> float:
 def _notes(models: Mapping[str, Quality], comparison: Comparison) -> Iterator[str]:
     yield (
         f"{whole(comparison.questions)} questions, the same for every model; the figure is "
-        f"{COUNTED[models['dense'].kind]}."
+        f"{COUNTED[models['dense'].kind]}{'; ' + FORCED if models['dense'].forced else ''}."
     )
     yield (
         "dense is the model that was given, slim the one that was made"

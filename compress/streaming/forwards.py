@@ -1,0 +1,38 @@
+"""Forward passes of a model whose blocks are read one after the other: see passage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+from torch import nn
+
+from slimvlm.compress.models.families import Family
+from slimvlm.compress.streaming.blocks import Blocks, blocks_of
+from slimvlm.compress.streaming.passage import Passages
+
+Result = TypeVar("Result")
+
+
+def through_blocks(model: nn.Module, family: Family, forwards: Sequence[Callable[[], Result]]) -> list[Result]:
+    """What functions give that each have the model compute once, without gradients: all go through a block before the
+    next one is read. They stop inside of the model, so that modes of torch are the caller's to set, and not theirs.
+
+    Raises:
+        UnsuitableOptionError: forwards come to the blocks in another order, or to one of them again.
+    """
+    order = blocks_of(model, family)
+    passages = Passages(model, order, forwards, learning=False)
+    with Blocks(model, order) as blocks:
+
+        @contextmanager
+        def at(path: str) -> Iterator[None]:
+            if not passages.asked(path):
+                yield
+                return
+            with blocks.held(path):
+                yield
+
+        passages.forward(at, lambda _: None, lambda _: None)
+    return passages.results
