@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,12 @@ from slimvlm.cli import main
 from slimvlm.compress.data.collate import collator_of
 from slimvlm.compress.data.questions import pose
 from slimvlm.compress.data.samples import load_samples
+from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.evaluation.equality import relative_difference
 from slimvlm.compress.evaluation.evaluate import evaluate
+from slimvlm.compress.models import computing
 from slimvlm.compress.models.checkpoint import load_model, stream_model
+from slimvlm.compress.models.computing import bytes_to_compute
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.streaming.forwards import through_blocks
@@ -73,14 +77,20 @@ def test_the_command_says_that_answers_are_forced_and_compares_like_with_like(tm
     assert said.exit_code == 3 and "are forced" in said.stderr and said.stderr.count("\n") == 1
 
 
-def test_a_run_without_anything_that_needs_whole_models_evaluates_by_block(tmp_path: Path) -> None:
+def test_a_run_that_needs_no_whole_model_goes_from_end_to_end_where_the_weights_do_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, data = write_tiny(tmp_path)
     options = CompressOptions(
         model=str(model), data=data, out=tmp_path / "out", samples=4, eval_samples=4, rounds=1, ratio=0.2, steps=2,
         recover="blockwise", validation_samples=4, rank=4, export=(), profile=False, stream="on",
     )  # fmt: skip
+    (tmp_path / "memory.stat").write_text("anon 0\n")
+    (tmp_path / "memory.max").write_text(str(bytes_to_compute(options, str(model), 0) - 1))
+    monkeypatch.setattr(computing, "CONTAINER", str(tmp_path))
+    with pytest.raises(UnsuitableOptionError, match=r"needs all of .*my-vlm in memory"):
+        compress(replace(options, profile=True))
     assert compress(options).comparison is not None
     found = json.loads((tmp_path / "out" / "quality.json").read_text())
     assert found["dense"]["forced"] and found["slim"]["forced"]
     assert "given the right ones before it" in (tmp_path / "out" / "report.html").read_text()
-    assert torch.isfinite(torch.tensor(found["slim"]["scores"]["token_loss"]))
