@@ -83,6 +83,8 @@ def recover(
     teacher = _load_teacher(options, plan, loaded, recipe) if recipe.needs_teacher else None
     lessons = lessons_of(loaded.model, teacher, loaded.family, plan.blocks) if teacher and recipe.block_share else []
     adapted = _prepare(options, plan, loaded)
+    if adapted is not None and (weights := streamed(loaded.model)):  # what low-rank layers are merged into
+        weights.require_room(loaded.model.parameters())
     work = Work(options, recipe, loaded, teacher, data, folder, progress)
     with rounded(loaded.model, options.recover_as):
         blocks, learnt = work.teach_blocks(lessons) if recipe.block_share else (None, [])

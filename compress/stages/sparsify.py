@@ -17,6 +17,7 @@ from slimvlm.compress.models.computing import as_stored, cast, frees_memory, loa
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.models.saving import save_checkpoint
+from slimvlm.compress.models.streaming.weights import streamed
 from slimvlm.compress.options import LAYOUTS, SparsifyOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.progress import Progress, silent
@@ -53,6 +54,8 @@ def sparsify_model(options: SparsifyOptions, progress: Progress = silent) -> Spa
     samples = read_evaluation(replace(options, eval_samples=options.samples))
     loaded = load_to_compute(options, options.model, beside=BESIDE)
     model, collator = loaded.model, collator_of(loaded)
+    if weights := streamed(model):
+        weights.require_room(model.parameters())
     check_computes(model, collator, samples[0], options.model)
     done = sparsify(model, loaded.family, collated(collator, samples, options.batch_size), asked, progress)
     setattr(model.config, RECORD, asdict(done))

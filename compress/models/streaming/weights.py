@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimvlm.compress.errors import UnsuitableOptionError
+from slimvlm.compress.files.folders import require_room
 from slimvlm.compress.models.streaming.lazy import Lazy, read
 from slimvlm.compress.models.streaming.scratch import Scratch
 from slimvlm.compress.models.streaming.shards import Shard
@@ -48,6 +50,15 @@ class StreamedWeights:
             return
         with torch.no_grad():
             parameter.copy_(values)
+
+    def require_room(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Refuse to begin what gives parameters other values that have no room.
+
+        Raises:
+            OutputError: what is more than may be held in memory does not fit where files for a time are (TMPDIR).
+        """
+        wanted = sum(parameter.nbytes for parameter in parameters if isinstance(parameter, Lazy))
+        require_room(Path(gettempdir()), wanted + self.scratch.held - self.scratch.bound)
 
     def check_unchanged(self) -> None:
         """Raises CheckpointError if a shard was changed since it was opened; also every reading finds that."""

@@ -11,7 +11,7 @@ from tiny_models import EVERY, tiny_model
 from transformers import LlavaForConditionalGeneration
 from weighing import Weighed
 
-from slimvlm.compress.errors import CheckpointError, UnsuitableOptionError
+from slimvlm.compress.errors import CheckpointError, OutputError, UnsuitableOptionError
 from slimvlm.compress.evaluation.equality import TOLERANCE
 from slimvlm.compress.models.checkpoint import load_model, stream_model
 from slimvlm.compress.models.computing import as_stored, cast
@@ -151,8 +151,12 @@ def test_weights_in_the_place_of_others_are_written_away_beyond_a_bound(tmp_path
     weights, lazies = streamed(model), [parameter for parameter in model.parameters() if isinstance(parameter, Lazy)]
     weights.scratch.bound = sum(lazy.nbytes for lazy in lazies) // 2
     values = [torch.randn(lazy.shape) for lazy in lazies]
+    weights.require_room(lazies)
     with torch.no_grad():
         for lazy, value in zip(lazies, values, strict=True):
             lazy.copy_(weights.scratch.keep(value))
     assert 0 < weights.scratch.held <= weights.scratch.bound
+    weights.scratch.bound -= 2**60
+    with pytest.raises(OutputError, match="of space are free there"):
+        weights.require_room(lazies)
     assert all(torch.equal(one, value) for one, value in zip(read(lazies), values, strict=True))
