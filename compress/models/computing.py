@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -21,7 +20,7 @@ from slimvlm.compress import processes
 from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.models.checkpoint import Loaded, load_model, stored_types, stream_model
 from slimvlm.compress.models.quantized import check_dtype, typed
-from slimvlm.compress.models.streaming.lazy import Lazy
+from slimvlm.compress.models.streaming.lazy import Lazy, trim
 from slimvlm.compress.models.streaming.shards import KINDS
 from slimvlm.compress.options import ComputeOptions
 
@@ -183,10 +182,7 @@ def give_back_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    with suppress(
-        AttributeError, OSError, TypeError
-    ):  # another C library than glibc keeps little, and has no such call
-        ctypes.CDLL(None).malloc_trim(0)
+    trim()
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

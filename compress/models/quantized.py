@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from slimvlm.compress.errors import MissingDependencyError, UnsuitableOptionError
 from slimvlm.compress.files.decoding import content_of, parse
 from slimvlm.compress.models.experts import put_together
-from slimvlm.compress.models.streaming.lazy import Lazy, Made, Part
+from slimvlm.compress.models.streaming.lazy import Lazy, Made, Part, trim
 from slimvlm.compress.options import BLOCK, IN_TORCH
 
 NO_TORCHAO = "8 and 4 bits in torch need torchao: pip install 'slimvlm[torchao]'"
@@ -210,7 +210,9 @@ def _parts(form: str, weight: Tensor) -> list[Tensor]:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     quantize_(linear, CONFIGS[form]())
-    return list(flatten_tensor_state_dict(linear.state_dict(prefix="linear."))[0].values())
+    parts = list(flatten_tensor_state_dict(linear.state_dict(prefix="linear."))[0].values())
+    trim()
+    return parts
 
 
 def _packed(weight: Any) -> Tensor:

@@ -9,9 +9,10 @@ a forward pass without gradients, one weight in memory at a time.
 
 from __future__ import annotations
 
+import ctypes
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,6 +183,12 @@ def read_in(module: nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         for owner, name, parameter in places:
             owner._parameters[name] = parameter
+
+
+def trim() -> None:
+    """Give back to the system what was freed: the C library keeps gigabytes of what large tensors leave."""
+    with suppress(AttributeError, OSError, TypeError):  # another one than glibc keeps little, and has no such call
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _order(source: Source, order: dict[Source, None]) -> None:
