@@ -6,8 +6,9 @@ samples, and again with every attention that loses heads as it was. Where that w
 parameters, the attention is left alone in this round, others give what it does not, and the new cut is tried. It is
 taken if its loss is clearly lower, and the next attention is asked.
 
-Cost, in forward passes over `LOOKED_AT` batches: two for every cut that is tried (the refit is one), one for every
-attention that loses heads; and the weights of the output projections that lose columns, once more.
+Cost, in forward passes over `LOOKED_AT` batches: one for every cut that is tried and every attention that loses heads,
+and one for the refits, whose moments are held as far as a refit's bound on memory allows, and else read again. Besides,
+the weights of the output projections that lose columns, once more.
 """
 
 from __future__ import annotations
@@ -74,10 +75,11 @@ def guarded(
         raise UnsuitableOptionError(STREAMED)
     family = find_family(model.config)
     work = [partial(_read, batch) for batch in batches[:LOOKED_AT]]
+    held: dict[str, Tensor] = {}
 
     def tried(spared: Collection[str]) -> Trial:
         order = take(spared)
-        weights = _refitted(model, family, groups, order.plan.keep, work)
+        weights = _refitted(model, family, groups, order.plan.keep, work, held)
         return Trial(order, weights, _loss(model, family, weights, work))
 
     best, gains = tried(()), dict[str, float]()
@@ -104,11 +106,16 @@ def _read(batch: Batch | Callable[[], Batch]) -> dict[str, Tensor]:
 
 
 def _refitted(
-    model: PreTrainedModel, family: Family, groups: Sequence[Group], keep: Mapping[str, Sequence[int]], batches: Work
+    model: PreTrainedModel,
+    family: Family,
+    groups: Sequence[Group],
+    keep: Mapping[str, Sequence[int]],
+    batches: Work,
+    held: dict[str, Tensor],
 ) -> Weights:
     """What does in the whole model what the refitted projections do in the cut one."""
     sides, kept = cut_projections(model, family, groups, keep)
-    fitted, weights = refit(model, family, groups, keep, batches).weights, {}
+    fitted, weights = refit(model, family, groups, keep, batches, held=held).weights, {}
     for side in sides:
         own, columns = side.module.weight.detach(), kept[side.path].to(side.module.weight.device)
         new, bias = fitted.get(side.path, (own[:, columns], None))

@@ -84,6 +84,7 @@ def refit(  # noqa: PLR0913 (the model with what is known of it, what is kept, w
     memory: int | None = None,
     progress: Progress = silent,
     biased: bool = False,
+    held: dict[str, Tensor] | None = None,
 ) -> Refit:
     """The refit of the dense `model` for a cut that keeps `keep` (indices by group key). The model is only read.
     Several processes share the samples and the projections; all get the whole refit.
@@ -93,6 +94,8 @@ def refit(  # noqa: PLR0913 (the model with what is known of it, what is kept, w
         memory: bound in bytes on the sums held at once (a single projection may need more); default: a quarter of the
             fp32 weights, from 128 MiB to 4 GiB.
         biased: give a bias to projections that have none, too, but to no expert: stacked, they have none.
+        held: moments of an earlier refit of the same model by the same batches, which are not read again; to them are
+            added as many as `memory` holds.
 
     Raises:
         CalibrationError: a sum is not finite, or there are no tokens.
@@ -100,17 +103,39 @@ def refit(  # noqa: PLR0913 (the model with what is known of it, what is kept, w
     sides, kept = cut_projections(model, family, groups, keep)
     weights, losses, hold = {}, [], keeping(model)
 
+    bound = memory or min(MOST, max(LEAST, count_parameters(model)))
+    collector = STATISTICS["moments"].make()
+
+    def found(chosen: Sequence[Side], seen: dict[str, Tensor]) -> None:
+        if held is not None:
+            _hold(held, chosen, seen, bound)
+        solve(chosen, seen)
+
     def solve(chosen: Sequence[Side], seen: dict[str, Tensor]) -> None:
         # Nothing is known of an expert that no token was sent to.
         known = [side for side in chosen if seen[f"{side.path}:tokens"] or side.expert is None]
-        found = [[seen.pop(key) for key in (side.path, f"{side.path}:sum", f"{side.path}:tokens")] for side in known]
-        for side, (weight, bias, lost) in zip(known, _solve_all(known, kept, biased, found), strict=True):
+        moments = [[seen.pop(key) for key in _moments_of(side)] for side in known]
+        for side, (weight, bias, lost) in zip(known, _solve_all(known, kept, biased, moments), strict=True):
             weights[side.path] = hold(weight), None if bias is None else hold(bias)
             losses.append((lost[0].item(), lost[1].item()))
 
-    bound = memory or min(MOST, max(LEAST, count_parameters(model)))
-    look((model, family, batches), STATISTICS["moments"].make(), sides, solve, progress, bound)
+    read = {side.path: side.path in (held or ()) for side in sides}
+    solve([side for side in sides if read[side.path]], dict(held or {}))
+    unread = [side for side in sides if not read[side.path]]
+    look((model, family, batches), collector, unread, found, progress, bound)
     return Refit(weights, *mean_losses(losses))
+
+
+def _moments_of(side: Side) -> tuple[str, str, str]:
+    return side.path, f"{side.path}:sum", f"{side.path}:tokens"
+
+
+def _hold(held: dict[str, Tensor], chosen: Sequence[Side], seen: Mapping[str, Tensor], bound: int) -> None:
+    """Keep of what was seen as much as fits."""
+    for side in chosen:
+        moments = {key: seen[key] for key in _moments_of(side)}
+        if sum(moment.nbytes for moment in (*held.values(), *moments.values())) <= bound:
+            held |= moments
 
 
 refit_with_bias = partial(refit, biased=True)

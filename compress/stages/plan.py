@@ -163,11 +163,11 @@ def dense_scores(options: PlanOptions, data: Measured, progress: Progress) -> Sc
 
 
 def _beside(planning: Planning) -> float:
-    """Bytes per weight that planning takes beside the weights: activations and the refit's sums, and those of
-    gradients.
+    """Bytes per weight that planning takes beside the weights: activations and the refit's sums, those that a guard
+    holds, and those of gradients.
     """
     matrices = max((MATRICES.get(name, 0) for name in planning.calibration.statistics), default=0)
-    return ACTIVATIONS + 1 + 4 * matrices
+    return ACTIVATIONS + 1 + planning.guard + 4 * matrices
 
 
 def _check_biases(model: nn.Module, planning: Planning, options: PlanOptions) -> None:

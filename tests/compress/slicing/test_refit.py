@@ -108,6 +108,26 @@ def test_the_bound_on_memory_changes_the_passes_and_not_the_result() -> None:
         assert weight.equal(tight.weights[path][0])
 
 
+@pytest.mark.parametrize("memory", [None, 1])
+@pytest.mark.parametrize("name", ["blip2_t5", "qwen3_vl_moe"])
+def test_held_moments_are_not_read_again_and_change_no_result(name: str, memory: int | None) -> None:
+    tiny, held, readings = tiny_model(name), {}, []
+    groups, keep = find_groups(tiny.model, family := find_family(tiny.model.config)), random_plan(tiny.model).keep
+    all_in_one = [lambda: readings.append(1) or batches_of(tiny)[0]()]
+
+    def refit_of(held: dict | None, **options: object):
+        readings.clear()
+        return refit(tiny.model, family, groups, keep, all_in_one, held=held, **options).weights, len(readings)
+
+    first, once = refit_of(held, memory=memory)
+    again, more = refit_of(held, memory=memory)
+    assert (bool(held), more) == ((True, 0) if memory is None else (False, once))
+    for path, (weight, bias) in refit_of(None)[0].items():
+        for found in (first, again):
+            torch.testing.assert_close(found[path][0], weight)
+            assert (found[path][1] is None) == (bias is None)
+
+
 def test_padding_is_not_fitted() -> None:
     tiny = tiny_model("llava")
     family, plan = find_family(tiny.model.config), random_plan(tiny.model)
