@@ -25,6 +25,7 @@ from slimvlm.compress.statistics.loss import loss
 from slimvlm.compress.statistics.reading import Batches, Reading, Seen, Watched
 from slimvlm.compress.statistics.rows import STATISTICS
 from slimvlm.compress.streaming.blocks import Blocks, blocks_of
+from slimvlm.compress.streaming.pages import KEPT, Pages
 from slimvlm.compress.streaming.passage import Passages
 
 STEPS = 2  # of a batch at a block: there, and back
@@ -70,15 +71,15 @@ class ReadingByBlock(Reading):
     def _go(self, watched: Watched, always: Sequence[Collector]) -> tuple[Seen, dict[str, int]]:
         everyone = [*watched, *always]
         check_by_block(collector.statistic.name for collector in everyone)
-        counted, asked = self.counts(), dict[int, Question]()
+        counted, asked, pages = self.counts(), dict[int, Question](), Pages(KEPT)
         for index in self.indices:
             if (question := self.question(index, len(asked), counted)) is not None:
-                asked[index] = question
+                asked[index] = replace(question, inputs=pages.own(question.inputs))
         if len(asked) < len(self.indices):
             self.told(STEPS * len(self.blocks) * (len(self.indices) - len(asked)))
         learning = any(collector.statistic.reads == "backward" for collector in everyone)
         forwards = [partial(loss, self.model, question, self.threshold) for question in asked.values()]
-        passages = Passages(self.model, self.blocks, forwards, learning)
+        passages = Passages(self.model, self.blocks, forwards, learning, pages)
         del forwards  # with the inputs, which go when a forward has ended
         indices, questions = list(asked), [replace(question, inputs={}) for question in asked.values()]
         asked.clear()
@@ -94,11 +95,10 @@ class ReadingByBlock(Reading):
             self.require_finite([collector])
             seen[collector.statistic.name] |= collector.finish(processes.reduce)
 
-        if learning:
-            with _Sweep(passages, questions, self.blocks, close, finish) as there:
-                passages.forward(there.at, there.see, there.seen)
-        order = self.blocks[::-1] if learning else self.blocks
+        order = [*self.blocks, *self.blocks[::-1]] if learning else self.blocks
         with _Sweep(passages, questions, order, close, finish) as sweep:
+            if learning:
+                passages.forward(sweep.at, sweep.see, sweep.seen)
             sweep.watched, sweep.active = watched, list(always)
             go = passages.backward if learning else passages.forward  # on the way back blocks are computed again
             go(sweep.at, sweep.see, sweep.seen)
@@ -117,9 +117,13 @@ def look_by_block(
     a block is told while the block is there. Of several processes each reads its share.
     """
     model, family, batches = read
-    blocks, questions, steps = blocks_of(model, family), _asked(model, family, batches), count(1)
+    blocks, pages, steps = blocks_of(model, family), Pages(KEPT), count(1)
+    questions = _asked(model, family, batches, pages)
     with undisturbed(model):
-        passages = Passages(model, blocks, [partial(_forward, model, one) for one in questions], learning=False)
+        forwards = [partial(_forward, model, one) for one in questions]
+        passages = Passages(model, blocks, forwards, learning=False, pages=pages)
+        del forwards  # with the inputs, which go when a forward has ended
+        questions = [replace(question, inputs={}) for question in questions]
         with _Sweep(
             passages,
             questions,
@@ -139,9 +143,13 @@ def change_by_block(model: nn.Module, family: Family, batches: Batches, change: 
         change: may change the weights of the block of a path; its second argument lets a collector see, as often as it
             likes, what the block makes of the batches as it is then.
     """
-    blocks, questions = blocks_of(model, family), _asked(model, family, batches)
+    blocks, pages = blocks_of(model, family), Pages(KEPT)
+    questions = _asked(model, family, batches, pages)
     with undisturbed(model), torch.no_grad(), Blocks(model, blocks) as there:
-        passages = Passages(model, blocks, [partial(_forward, model, one) for one in questions], learning=False)
+        forwards = [partial(_forward, model, one) for one in questions]
+        passages = Passages(model, blocks, forwards, learning=False, pages=pages)
+        del forwards  # with the inputs, which go when a forward has ended
+        questions = [replace(question, inputs={}) for question in questions]
 
         @contextmanager
         def at(path: str) -> Iterator[None]:
@@ -152,11 +160,11 @@ def change_by_block(model: nn.Module, family: Family, batches: Batches, change: 
         passages.forward(at, lambda _: None, lambda _: None)
 
 
-def _asked(model: nn.Module, family: Family, batches: Batches) -> list[Question]:
-    """This process's share of the batches, those in which something counts."""
+def _asked(model: nn.Module, family: Family, batches: Batches, pages: Pages) -> list[Question]:
+    """This process's share of the batches, those in which something counts, their inputs in `pages`."""
     here = (batches[index] for index in processes.share(len(batches)))
     asked = (ask(model, family, batch() if callable(batch) else batch) for batch in here)
-    return [question for question in asked if question is not None]
+    return [replace(question, inputs=pages.own(question.inputs)) for question in asked if question is not None]
 
 
 def _forward(model: nn.Module, question: Question) -> None:

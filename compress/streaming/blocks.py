@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import pairwise
 from types import TracebackType
 from typing import Self
 
@@ -35,17 +34,18 @@ class Blocks:
     that is in memory all blocks are there anyway.
 
     Args:
-        order: of the paths in which blocks will be asked for.
+        order: of the paths in which blocks will be asked for; one that comes twice in a row is read once.
     """
 
     def __init__(self, model: nn.Module, order: Sequence[str]) -> None:
-        self.model, self.following = model, dict(pairwise(order))
+        self.model, self.order, self.place = model, order, 0
         self.device = next(model.parameters()).device
         self._coming: dict[str, Future[Here]] = {}
 
     def __enter__(self) -> Self:
         self._reader = ThreadPoolExecutor(1, "blocks")
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._ask_for(self.order[:1])
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -62,18 +62,23 @@ class Blocks:
         Raises:
             OutputError: what is to stay has no room on the disk.
         """
-        self._ask_for(path)
-        here = self._coming.pop(path).result()
+        following = self._after(path)
+        self._ask_for([path])
+        coming = self._coming[path]
+        here = coming.result()
+        self._coming.clear()  # also of one that nobody came to
         if self._copies is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._copies)
             for parameter in here.values():
                 parameter.data.record_stream(torch.cuda.current_stream(self.device))
-        if path in self.following:
-            self._ask_for(self.following[path])
+        if path not in following:
+            self._ask_for(following)
+        else:
+            self._coming[path] = coming
         places = _lazy(self.model, path)
         for module, name, lazy in places:
             module._parameters[name] = here[lazy]
-        del here
+        del here, coming
         try:
             yield
             weights = streamed(self.model)
@@ -84,9 +89,18 @@ class Blocks:
             for module, name, lazy in places:
                 module._parameters[name] = lazy
 
-    def _ask_for(self, path: str) -> None:
-        if path not in self._coming:
-            self._coming[path] = self._reader.submit(self._read, path)
+    def _after(self, path: str) -> Sequence[str]:
+        """What comes after it, if it is known."""
+        left = self.order[self.place :]
+        if path not in left:
+            return ()
+        self.place += left.index(path) + 1
+        return self.order[self.place : self.place + 1]
+
+    def _ask_for(self, paths: Iterable[str]) -> None:
+        for path in paths:
+            if path not in self._coming:
+                self._coming[path] = self._reader.submit(self._read, path)
 
     @torch.no_grad()
     def _read(self, path: str) -> Here:

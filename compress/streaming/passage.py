@@ -9,8 +9,9 @@ Cost", 2016), and what its inputs get is carried through what is between, to the
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast  # what blocks are given and give, whatever it is
@@ -18,15 +19,11 @@ from typing import Any, cast  # what blocks are given and give, whatever it is
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
 from slimvlm.compress.errors import UnsuitableOptionError
-from slimvlm.compress.models.streaming import lazy
-from slimvlm.compress.models.streaming.scratch import Scratch
-
-KEPT = 2 * 2**30  # bytes of what blocks have read that are kept in host memory; what is more goes into files
+from slimvlm.compress.streaming.pages import Pages
 
 At = Callable[[str], AbstractContextManager[object]]  # around all that is done at the block of a path
 See = Callable[[int], object]  # told of a passage, by its number
@@ -43,13 +40,10 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Step:
-    """What is left of a call: what was read, put away, and where it was; where its gradients go; and what stands for
-    what came out.
-    """
+    """What is left of a call: what was read; where its gradients go; and what stands for what came out."""
 
     path: str
     read: list[Any]
-    devices: dict[int, torch.device]
     spec: TreeSpec
     edges: dict[int, GradientEdge]
     given: list[Tensor | None]
@@ -99,17 +93,21 @@ class Passages:
         paths: of all blocks, in the order in which forwards come to them.
         forwards: each makes its inputs and has the model compute them; what it gives is its result. With `learning`
             that begins with a scalar to differentiate.
+        pages: where what they hold is while they wait; default: all in memory.
     """
 
     def __init__(
-        self, model: nn.Module, paths: Sequence[str], forwards: Sequence[Callable[[], object]], learning: bool
+        self,
+        model: nn.Module,
+        paths: Sequence[str],
+        forwards: Sequence[Callable[[], object]],
+        learning: bool,
+        pages: Pages | None = None,
     ) -> None:
-        self.model = model
+        self.model, self.learning, self.pages = model, learning, pages or Pages(sys.maxsize)
         self.blocks = {path: model.get_submodule(path) for path in paths}
         self.compute = {path: block.forward for path, block in self.blocks.items()}
         self.passages = [Passage(forward) for forward in forwards]
-        self.learning, self.scratch = learning, Scratch(KEPT)
-        self._kept: Any = WeakIdKeyDictionary()
 
     def asked(self, path: str) -> bool:
         """Whether any passage waits at the block, or has been there and comes back."""
@@ -130,8 +128,12 @@ class Passages:
             for number, passage in enumerate(self.passages):
                 if passage.call is not None and passage.call.path == path:
                     see(number)
-                    args, kwargs = tree_map(_copied, (passage.call.args, dict(passage.call.kwargs)))
-                    block(*args, **kwargs)
+                    given = passage.call.args, dict(passage.call.kwargs)
+                    self.pages.bring(tree_leaves(given))
+                    args, kwargs = tree_map(_copied, given)
+                    with self.pages:
+                        block(*args, **kwargs)
+                    self.pages.settle()
         finally:
             block.__dict__["forward"] = stop
 
@@ -144,55 +146,95 @@ class Passages:
         try:
             with _stops(self.blocks), torch.set_grad_enabled(self.learning):
                 for passage in self.passages:
-                    passage.go()
+                    self._go(passage)
                 for path in self.blocks:
                     with at(path):
                         for number, passage in enumerate(self.passages):
                             see(number)
                             if passage.call is not None and passage.call.path == path:
-                                passage.go(self._answer(passage, passage.call))
+                                self._go(passage, self._answer(passage, passage.call))
                             seen(number)
                 self._check_ended()
+                if not self.learning:
+                    self.pages.bring_all()
         finally:
             for passage in self.passages:
                 passage.close()
 
     def backward(self, at: At, see: See, seen: See) -> None:
         """The gradients of all results, back through the blocks; arguments as of `forward`."""
-        for passage in self.passages:
-            loss = passage.result[0]
-            if loss.requires_grad:
-                torch.autograd.backward(loss, retain_graph=True)  # of what is read elsewhere, too; the rest goes
-            passage.result = (loss.detach(), *passage.result[1:])
         for path, block in reversed(self.blocks.items()):
             with at(path), torch.enable_grad():
                 for number, passage in enumerate(self.passages):
                     see(number)
                     if passage.steps and passage.steps[-1].path == path:
-                        _back(block, passage.steps.pop())
+                        self._back(passage, block, passage.steps.pop())
+                        self.pages.settle()
                     seen(number)
+        self.pages.bring_all()
+
+    def _go(self, passage: Passage, *output: object) -> None:
+        """Run on, and put away what need not stay; where it ends, its result is differentiated at once."""
+        saving = saved_tensors_hooks(self.pages.pack, self.pages.unpack) if self.learning else nullcontext()
+        self.pages.recording = True
+        try:
+            with self.pages, saving:
+                passage.go(*output)
+        finally:
+            self.pages.recording = False
+        if passage.ended:
+            if self.learning and passage.result[0].requires_grad:
+                self._carry(passage, passage.result[:1], None)
+            self.pages.bring(tree_leaves(passage.result))  # which is read elsewhere, where nothing else brings it back
+            passage.result = tree_map_only(Tensor, lambda value: value.detach().clone(), passage.result)
+        self.pages.settle()
 
     def _answer(self, passage: Passage, call: _Call) -> object:
-        with torch.no_grad():
+        read, spec = tree_flatten((call.args, dict(call.kwargs)))
+        self.pages.bring(read)
+        with self.pages, torch.no_grad():
             output = self.compute[call.path](*call.args, **call.kwargs)
+        parts, made = tree_flatten(output)
+        self.pages.add(parts, seen=read)
         if not self.learning:
             return output
-        read, spec = tree_flatten((call.args, dict(call.kwargs)))
         edges = {place: get_gradient_edge(one) for place, one in enumerate(read) if _learns(one)}
-        parts, made = tree_flatten(output)
         given = [_begin(part) if _floats(part) else None for part in parts]
         handed = [part if leaf is None else _Handed.apply(leaf, part) for part, leaf in zip(parts, given, strict=True)]
-        devices = {place: one.device for place, one in enumerate(read) if isinstance(one, Tensor)}
-        read = [self._keep(one) if isinstance(one, Tensor) else one for one in read]
-        passage.steps.append(_Step(call.path, read, devices, spec, edges, given))
+        read = [one.detach() if isinstance(one, Tensor) else one for one in read]
+        passage.steps.append(_Step(call.path, read, spec, edges, given))
         return tree_unflatten(handed, made)
 
-    def _keep(self, value: Tensor) -> Tensor:
-        """What stands for what a block has read; blocks share what says where tokens are and which they see."""
-        if value not in self._kept or self._kept[value][0] != value._version:
-            self._kept[value] = value._version, self.scratch.keep(value)
-        kept: Tensor = self._kept[value][1]
-        return kept
+    def _back(self, passage: Passage, block: nn.Module, step: _Step) -> None:
+        """Compute a block again, and carry the gradients of what it gave to what it had read, and on."""
+        leaves = [leaf for leaf in step.given if leaf is not None and leaf.grad is not None]
+        self.pages.bring([*step.read, *(leaf.grad for leaf in leaves)])
+        read = [
+            one.detach().requires_grad_(place in step.edges) if isinstance(one, Tensor) else one
+            for place, one in enumerate(step.read)
+        ]
+        args, kwargs = tree_unflatten(read, step.spec)
+        with self.pages:
+            parts, _ = tree_flatten(block(*args, **kwargs))
+        reached = [
+            (part, leaf.grad)
+            for part, leaf in zip(parts, step.given, strict=True)
+            if leaf is not None and leaf.grad is not None and part.requires_grad
+        ]
+        if reached:
+            made, grads = zip(*reached, strict=True)
+            torch.autograd.backward(made, grads)
+        onward = [(edge, read[place].grad) for place, edge in step.edges.items() if read[place].grad is not None]
+        if onward:
+            edges, grads = zip(*onward, strict=True)
+            self._carry(passage, edges, grads)
+
+    def _carry(self, passage: Passage, values: Sequence[Any], grads: Sequence[Tensor] | None) -> None:
+        """Through what is between blocks, to what they gave: the gradients wait there."""
+        leaves = [leaf for step in passage.steps for leaf in step.given if leaf is not None]
+        self.pages.bring((leaf.grad for leaf in leaves if leaf.grad is not None), to_change=True)
+        torch.autograd.backward(values, grads, retain_graph=True)  # others come through, too; the rest goes
+        self.pages.add(leaf.grad for leaf in leaves if leaf.grad is not None)
 
     def _check_ended(self) -> None:
         for passage in self.passages:
@@ -230,28 +272,6 @@ def _stop(path: str, *args: object, **kwargs: object) -> object:
     answer = cast(greenlet, getcurrent().parent).switch(_Call(path, args, kwargs))
     torch.set_grad_enabled(mode)
     return answer
-
-
-def _back(block: nn.Module, step: _Step) -> None:
-    """Compute a block again, and carry the gradients of what it gave to what it had read, and on."""
-    kept = {place: one for place, one in enumerate(step.read) if isinstance(one, Tensor)}
-    read = list(step.read)
-    for place, value in zip(kept, lazy.read(list(kept.values())), strict=True):
-        read[place] = value.to(step.devices[place]).detach().requires_grad_(place in step.edges)
-    args, kwargs = tree_unflatten(read, step.spec)
-    parts, _ = tree_flatten(block(*args, **kwargs))
-    reached = [
-        (part, leaf.grad)
-        for part, leaf in zip(parts, step.given, strict=True)
-        if leaf is not None and leaf.grad is not None and part.requires_grad
-    ]
-    if reached:
-        made, grads = zip(*reached, strict=True)
-        torch.autograd.backward(made, grads)
-    onward = [(edge, read[place].grad) for place, edge in step.edges.items() if read[place].grad is not None]
-    if onward:
-        edges, grads = zip(*onward, strict=True)
-        torch.autograd.backward(edges, grads, retain_graph=True)  # others come through, too
 
 
 class _Handed(torch.autograd.Function):

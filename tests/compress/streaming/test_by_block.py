@@ -19,22 +19,26 @@ from slimvlm.compress.errors import CalibrationError, UnsuitableOptionError
 from slimvlm.compress.models.families import find_family
 from slimvlm.compress.models.groups import find_units
 from slimvlm.compress.models.streaming.lazy import Lazy
+from slimvlm.compress.progress import Progress, silent
 from slimvlm.compress.rounds import Planning, plan_in_rounds
+from slimvlm.compress.statistics import by_block
 from slimvlm.compress.statistics.collect import Calibration, collect
 from slimvlm.compress.statistics.reading import Batches
 from slimvlm.compress.statistics.rows import STATISTICS, CalibrationOptions, token_rule
-from slimvlm.compress.streaming import passage
+from slimvlm.compress.streaming import pages
 from slimvlm.compress.streaming.blocks import blocks_of
 
 OTHERS = (("input-norms", "moments", "fluctuation"), ("turning",), ("first-order",), ("fisher", "gate"))
 ROUNDS = Planning(Budget(0.15), CRITERIA["gate"], rounds=2, between="refit")
 
 
-def calibrate(tiny: Tiny, batches: Batches, *statistics: str, **options: Any) -> Calibration:
+def calibrate(
+    tiny: Tiny, batches: Batches, *statistics: str, progress: Progress = silent, **options: Any
+) -> Calibration:
     model: Any = tiny.model
     family = find_family(model.config)
     groups = find_units(model, family, STATISTICS[statistics[0]].units)
-    return collect(model, family, groups, batches, CalibrationOptions(statistics, **options))
+    return collect(model, family, groups, batches, CalibrationOptions(statistics, **options), progress)
 
 
 def assert_same(left: Calibration, right: Calibration) -> None:
@@ -68,11 +72,22 @@ def ragged(tiny: Tiny) -> list[dict[str, torch.Tensor]]:
     return batches
 
 
+def keep(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Of what forwards hold, so many bytes stay in memory while they wait; nothing is too small to be put away."""
+    monkeypatch.setattr(by_block, "KEPT", size)
+    monkeypatch.setattr(pages, "LEAST", 1)
+
+
 @pytest.mark.parametrize("name", [*EVERY, *COVERING])
-def test_statistics_and_plans_are_those_of_the_whole_model_in_every_family(tmp_path: Path, name: str) -> None:
+def test_statistics_and_plans_are_those_of_the_whole_model_in_every_family(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     whole, streamed = pair(tmp_path, name)
     batches = [whole.inputs(2)]
-    assert_same(*(calibrate(one, batches, "first", "angles", "input-norms", "gate-obs") for one in (whole, streamed)))
+    wanted = ("first", "angles", "input-norms", "gate-obs")
+    with monkeypatch.context() as patch:
+        keep(patch, 0)  # all that forwards hold is put away wherever they wait
+        assert_same(*(calibrate(one, batches, *wanted) for one in (whole, streamed)))
     left, right = (plan_in_rounds(one.model, lambda _: batches, ROUNDS).plan for one in (whole, streamed))
     assert right.sizes == left.sizes and right.keep.keys() == left.keep.keys()
     differing = sum(len(set(kept) ^ set(right.keep[key])) for key, kept in left.keep.items())
@@ -127,20 +142,56 @@ def test_a_gradient_that_is_not_finite_is_refused_and_the_model_stays_as_it_was(
     assert not any(module._forward_pre_hooks for module in tiny.model.modules())
 
 
-def test_what_blocks_have_read_goes_into_files_beyond_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_forwards_hold_goes_into_files_beyond_a_bound_and_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, streamed = pair(tmp_path, "blip2_t5")
     written: list[int] = []
 
     def count(*_: object) -> None:
-        written.append(len([*tmp_path.glob("slimvlm-*/*.safetensors")]))
+        written.append(len([*tmp_path.glob("slimvlm-*/*")]))
 
-    monkeypatch.setattr(passage, "KEPT", 1000)
+    keep(monkeypatch, 1000)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    options, batches = CalibrationOptions(("gate",)), [whole.inputs(2), whole.inputs(2)]
-    family: Any = find_family(cast(Any, streamed.model).config)
-    found = collect(streamed.model, family, find_units(streamed.model, family, "width"), batches, options, count)
+    batches = [whole.inputs(2), whole.inputs(2)]
+    given = [{name: value.clone() for name, value in batch.items()} for batch in batches]
+    found = calibrate(streamed, batches, "gate", progress=count)
     assert_same(calibrate(whole, batches, "gate"), found)
-    assert max(written) > 10 and not [*tmp_path.glob("slimvlm-*/*.safetensors")]
+    assert max(written) > 10 and not [*tmp_path.glob("slimvlm-*/*")]
+    assert all(
+        torch.equal(value, one[name])
+        for batch, one in zip(batches, given, strict=True)
+        for name, value in batch.items()
+    )
+
+
+@pytest.mark.parametrize("statistic", ["gate", "moments"])
+def test_memory_does_not_grow_with_the_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, statistic: str) -> None:
+    _, tiny = pair(tmp_path, "mllama")
+
+    def held(samples: int) -> int:
+        """Most bytes of tensors that are there when all samples are through a block."""
+        gc.collect()
+        before, most = memories(), [0]
+
+        def weigh(_stage: str, done: int, *_: object) -> None:
+            if done % (2 * samples) == 0:  # all are through a block
+                gc.collect()
+                most.append(sum(size for memory, size in memories().items() if memory not in before))
+
+        calibrate(tiny, [lambda: tiny.inputs(1)] * samples, statistic, progress=weigh)
+        return max(most)
+
+    assert held(12) > 1.5 * held(6)  # which are fewer than fill the memory
+    keep(monkeypatch, 30_000)
+    assert held(12) < 1.05 * held(6)
+
+
+def memories() -> dict[int, int]:
+    """Bytes of all tensors that are there; views share them."""
+    things = (one for one in gc.get_objects() if issubclass(type(one), torch.Tensor))
+    memories = (one.untyped_storage() for one in things if not isinstance(one, Lazy) and not one.is_meta)
+    return {memory._cdata: memory.nbytes() for memory in memories}
 
 
 def test_no_more_than_two_blocks_are_in_memory_at_once(tmp_path: Path) -> None:
