@@ -1,10 +1,12 @@
-"""Seconds of the calibration, the refit and 20 training steps by 1, 2 and 4 processes of one thread each, on a CPU.
+"""Seconds of what several processes share, by 1, 2 and 4 of one thread each, on a CPU.
 
     python benchmarks/scaling.py [--counts 1 2 4] [--steps 20] [--output benchmarks/results/scaling.json]
 
-The same work for all (strong scaling): the model of `memory.py`, LLaVA with 157 M random weights, 32 samples, and
-batches of 8 to train on, as `slimvlm compress` would do it. More processes than cores cannot be faster; how many cores
-there are stands in the result. Every row is the first process's time from where all begin to where all are done.
+The same work for all (strong scaling): the calibration of the default criterion with the model in memory and block by
+block, the refit, block-wise recovery and a training of the whole, as `slimvlm compress` would do them, with the model
+of `memory.py`: LLaVA with 157 M random weights, 32 samples, batches of 8 to train on. More processes than cores cannot
+be faster; how many cores there are stands in the result. Every number is the first process's, from where all begin to
+where all are done; `read_bytes` is what it asked the system for during the calibration block by block.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -31,12 +34,15 @@ from slimvlm.compress.allocate.facts import facts_of
 from slimvlm.compress.criteria.criterion import CRITERIA
 from slimvlm.compress.criteria.scoring import score_groups
 from slimvlm.compress.data.collate import collated, collator_of
-from slimvlm.compress.data.samples import load_samples
+from slimvlm.compress.data.samples import Sample, load_samples
 from slimvlm.compress.files.writing import installed_versions
-from slimvlm.compress.models.checkpoint import load_model
+from slimvlm.compress.models.checkpoint import Loaded, load_model, stream_model
 from slimvlm.compress.models.groups import find_groups
 from slimvlm.compress.options import LowRank, TrainOptions
+from slimvlm.compress.plan import Plan
 from slimvlm.compress.recovery.adapters.recall import attach
+from slimvlm.compress.recovery.blockwise.blocks import Course, learn_blocks
+from slimvlm.compress.recovery.blockwise.lessons import WholeTeacher, lessons_of
 from slimvlm.compress.recovery.distillation.distiller import Distiller
 from slimvlm.compress.recovery.distillation.recipe import make_stages, parse_recipe
 from slimvlm.compress.recovery.training.stepping import Task
@@ -46,7 +52,7 @@ from slimvlm.compress.slicing.compensation import COMPENSATIONS
 from slimvlm.compress.statistics.collect import collect
 from slimvlm.demo import SAMPLES
 
-COUNTS, STEPS = (1, 2, 4), 20
+COUNTS, STEPS, BLOCK_STEPS = (1, 2, 4), 20, 8
 CALIBRATED, BATCH, TRAINED_AT_ONCE = 32, 2, 8  # samples
 Seconds = dict[str, float]
 
@@ -65,8 +71,8 @@ def main() -> None:
         build(Path(folder) / "model", torch.float32)
         for count in asked.counts:
             seconds = together(Path(folder), count, asked.steps)
-            rows.append({"processes": count, "seconds": seconds})
-            said = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
+            rows.append({"processes": count, "read_bytes": seconds.pop("read_bytes"), "seconds": seconds})
+            said = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
             print(f"{count} processes of 1 thread on {cores} cores: {said}", flush=True)
     result = {"setting": setting, "versions": installed_versions(), "rows": rows}
     if asked.output:
@@ -98,34 +104,65 @@ def work(folder: Path, count: int, steps: int) -> None:
     torch.set_num_threads(1)
     seconds: Seconds = {}
     with processes.joined():
-        loaded = load_model(folder / "model")
-        model, family, collator = loaded.model.float(), loaded.family, collator_of(loaded)
-        samples = load_samples(SAMPLES / "train.jsonl", limit=CALIBRATED, seed=0).samples
-        groups, batches = find_groups(model, family), collated(collator, samples, BATCH)
-        with timed("calibration", seconds):
-            seen = collect(model, family, groups, batches, CRITERIA["gate"].calibration())
-        scores = score_groups(groups, CRITERIA["gate"], seen, model)
-        plan = plan_units(groups, scores, Budget(0.3), facts_of(model, groups))
-        with timed("refit", seconds):
-            fitted = COMPENSATIONS["refit"](model, family, groups, plan.keep, batches)
-        assert fitted is not None
-        fitted.put_into(apply_plan(model, plan))
-        recipe = parse_recipe("sft")
-        attach(model, plan, None, LowRank(recall=False, dropout=0.0))
-        distiller = Distiller(model, None, family, recipe)
-        task = Task(
-            make_stages(family, distiller.depths, recipe),
-            lambda indices: distiller.located(collator.training([samples[index] for index in indices])),
-            len(samples),
-        )
+        before = _read_bytes()
+        _calibrate(stream_model(folder / "model"), "calibration, block by block", seconds)
+        seconds["read_bytes"] = _read_bytes() - before
+        plan = _calibrate(load_model(folder / "model"), "calibration", seconds)
+        student = load_model(folder / "model")
+        _refit(student, plan, seconds)
         options = TrainOptions(
             steps=steps, train_batch_size=TRAINED_AT_ONCE, learning_rate=1e-4, schedule="constant", warmup=0, clip=1.0,
             reset_optimizer=False, precision="no", validate_every=steps,
         )  # fmt: skip
+        _teach_blocks(folder, student, plan, replace(options, steps=BLOCK_STEPS), seconds)
+        recipe = parse_recipe("sft")
+        attach(student.model, plan, None, LowRank(recall=False, dropout=0.0))
+        distiller = Distiller(student.model, None, student.family, recipe)
+        collator, samples = collator_of(student), _samples()
+        task = Task(
+            make_stages(student.family, distiller.depths, recipe),
+            lambda indices: distiller.located(collator.training([samples[index] for index in indices])),
+            len(samples),
+        )
         history = train(distiller, task, options, folder / f"training-{count}")
         seconds[f"{steps} steps"] = history.stepping_seconds
         if processes.rank() == 0:
             (folder / f"{count}.json").write_text(json.dumps(seconds))
+
+
+def _samples() -> Sequence[Sample]:
+    return load_samples(SAMPLES / "train.jsonl", limit=CALIBRATED, seed=0).samples
+
+
+def _calibrate(loaded: Loaded, name: str, seconds: Seconds) -> Plan:
+    groups, batches = find_groups(loaded.model, loaded.family), collated(collator_of(loaded), _samples(), BATCH)
+    with timed(name, seconds):
+        seen = collect(loaded.model, loaded.family, groups, batches, CRITERIA["gate"].calibration())
+    scores = score_groups(groups, CRITERIA["gate"], seen, loaded.model)
+    return plan_units(groups, scores, Budget(0.3), facts_of(loaded.model, groups))
+
+
+def _refit(loaded: Loaded, plan: Plan, seconds: Seconds) -> None:
+    groups, batches = find_groups(loaded.model, loaded.family), collated(collator_of(loaded), _samples(), BATCH)
+    with timed("refit", seconds):
+        fitted = COMPENSATIONS["refit"](loaded.model, loaded.family, groups, plan.keep, batches)
+    assert fitted is not None
+    fitted.put_into(apply_plan(loaded.model, plan))
+
+
+def _teach_blocks(folder: Path, student: Loaded, plan: Plan, options: TrainOptions, seconds: Seconds) -> None:
+    dense, batches = load_model(folder / "model"), collated(collator_of(student), _samples(), TRAINED_AT_ONCE)
+    student.model.requires_grad_(True)
+    lessons = lessons_of(student.model, dense.model, student.family, plan.blocks)
+    teacher = WholeTeacher(dense.model, student.family, batches)
+    course = Course(lessons, teacher, [step % len(batches) for step in range(options.steps)], [0])
+    with timed(f"{options.steps} steps of every block", seconds):
+        learn_blocks(student.model, course, options, folder / f"blocks-{processes.count()}")
+
+
+def _read_bytes() -> int:
+    """What this process has asked the system to read, from wherever that came."""
+    return int(Path("/proc/self/io").read_text(encoding="utf-8").split()[1])
 
 
 @contextmanager

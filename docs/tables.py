@@ -23,8 +23,10 @@ from slimvlm.compress.statistics.rows import STATISTICS
 from slimvlm.console.progress import duration
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/families.md", "docs/scale.md")
-TYPES, SCALE, COSTS = (ROOT / "benchmarks" / "results" / name for name in ("types.json", "scale.jsonl", "cost.json"))
+PAGES = ("README.md", "docs/cluster.md", "docs/families.md", "docs/scale.md")
+RESULTS = ROOT / "benchmarks" / "results"
+TYPES, SCALE, COSTS = (RESULTS / name for name in ("types.json", "scale.jsonl", "cost.json"))
+SCALING = RESULTS / "scaling.json"
 WHEN_STREAMED = {"on": "block by block", "off": "whole"}
 ADVICE = "a table is not what the registries say; run make readme"
 
@@ -117,6 +119,19 @@ def costs() -> str:
         rows.append((cost["model"], cost["machine"], *whole, *streamed, f"{cost['disk_bytes'] / 1e9:.3g}"))
     head = ("model", "machine", "whole", "GB of memory", "block by block", "GB of memory", "GB of disk")
     return table(head, rows)
+
+
+def scaling() -> str:
+    """What benchmarks/scaling.py measured: seconds of the same work by several processes, and what that gains."""
+    measured = json.loads(SCALING.read_text(encoding="utf-8"))["rows"]
+    alone, *others = measured
+    rows = []
+    for name, seconds in alone["seconds"].items():
+        faster = (f"{row['seconds'][name]:.1f} s, {seconds / row['seconds'][name]:.2f} x" for row in others)
+        rows.append((name, f"{seconds:.1f} s", *faster))
+    read = (f"{row['read_bytes'] / 1e9:.2f} GB" for row in measured)
+    rows.append(("read by each, block by block", *read))
+    return table(("work", "1 process", *(f"{row['processes']} processes" for row in others)), rows)
 
 
 def reached(record: dict[str, dict[str, str]]) -> str:

@@ -12,6 +12,7 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -73,6 +74,13 @@ def commands_found() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A folder with a short name: that of a socket in it may have 107 letters."""
+    with tempfile.TemporaryDirectory(prefix="slimvlm-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """The units that one process keeps."""
@@ -87,14 +95,13 @@ def kept(out: Path) -> dict:
     return json.loads((out / "plan.json").read_text())["keep"]
 
 
-def test_slurm_runs_the_batch_script_on_two_nodes(tmp_path: Path, plan: dict) -> None:
+def test_slurm_runs_the_batch_script_on_two_nodes(tmp_path: Path, short: Path, plan: dict) -> None:
     if lacking := slurm.missing():
         pytest.skip(lacking)
     script = tmp_path / "job.sh"
     gpus = (" --gpus-per-node=8", ""), ("--nproc-per-node=8", "--nproc-per-node=1"), ("29500", free_port())
     script.write_text(here(recipe("bash"), tmp_path / "out", *gpus), encoding="utf-8")
-    (tmp_path / "slurm").mkdir()
-    with slurm.cluster(tmp_path / "slurm"):
+    with slurm.cluster(short):
         slurm.submit(script)
     assert kept(tmp_path / "out") == plan
 
@@ -116,10 +123,10 @@ def test_kubernetes_knows_the_manifests_and_the_containers_end_well(tmp_path: Pa
     assert kept(tmp_path / "out") == plan
 
 
-def test_ray_train_joins_the_processes(tmp_path: Path, plan: dict) -> None:
+def test_ray_train_joins_the_processes(tmp_path: Path, short: Path, plan: dict) -> None:
     gpus = ("num_workers=16, use_gpu=True", "num_workers=2"), ("cpu:gloo,cuda:nccl", "gloo")
     (tmp_path / "job.py").write_text(here(recipe("python"), tmp_path / "out", *gpus), encoding="utf-8")
-    where = {"RAY_TMPDIR": str(tmp_path), "RAY_USAGE_STATS_ENABLED": "0", "HOME": str(tmp_path)}
+    where = {"RAY_TMPDIR": str(short), "RAY_USAGE_STATS_ENABLED": "0", "HOME": str(tmp_path)}
     together([([sys.executable, str(tmp_path / "job.py")], where | INSTALLED)])
     assert kept(tmp_path / "out") == plan
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 NODES = ("127.0.0.1", "127.0.0.2")  # names that lead here on every Linux
-STARTS, RUNS = 30.0, 300.0  # seconds that the nodes may take to be there, and a job
+STARTS, RUNS = 30.0, 120.0  # seconds that the nodes may take to be there, and a job
 CONFIGURATION = """
 ClusterName=local
 SlurmctldHost={name}(127.0.0.1)
@@ -44,7 +44,7 @@ PartitionName=all Nodes=ALL Default=YES State=UP
 
 def missing() -> str | None:
     """Why no cluster can be started here."""
-    lacking = [name for name in PROGRAMS if shutil.which(name, path=_PATH) is None]
+    lacking = [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
     return f"{lacking[0]} is not installed" if lacking else None if os.geteuid() == 0 else "only root may start slurmd"
 
 
@@ -92,7 +92,7 @@ def submit(script: Path) -> str:
 
 
 def _environment() -> dict[str, str]:
-    return {**os.environ, "PATH": _PATH}
+    return {**os.environ, "PATH": _path()}
 
 
 def _ports(count: int) -> list[int]:
@@ -110,4 +110,5 @@ def _wait_for(path: Path) -> None:
         time.sleep(0.1)
 
 
-_PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"  # where daemons are
+def _path() -> str:
+    return f"{os.environ['PATH']}:/usr/sbin:/sbin"  # where daemons are
