@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import click
 import cogapp
@@ -23,7 +24,7 @@ from slimvlm.compress.statistics.rows import STATISTICS
 from slimvlm.console.progress import duration
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/cluster.md", "docs/families.md", "docs/scale.md")
+PAGES = ("README.md", "docs/cluster.md", "docs/families.md", "docs/scale.md", "docs/your-model.md")
 RESULTS = ROOT / "benchmarks" / "results"
 TYPES, SCALE, COSTS = (RESULTS / name for name in ("types.json", "scale.jsonl", "cost.json"))
 SCALING = RESULTS / "scaling.json"
@@ -91,17 +92,50 @@ def types() -> str:
     return table(("type", "how far", "is cut", "why no further"), rows)
 
 
+def jobs() -> str:
+    """The runs of benchmarks/scale.py for whoever waits: minutes and peak memory of every command."""
+    rows = []
+    for run in _runs():
+        sample = run["stages"].get("calibrate", {}).get("per_sample")
+        paced = f"{sample:.2g} s" if sample and run["alone"] else ""
+        waits = (_waited(run, name) for name in ("plan", "slice", "export"))
+        rows.append((run["says"], _read(run), run["machine"]["says"], *waits, paced))
+    head = ("model", "read", "machine", "`plan`", "`apply`", "`export`", "a sample more, each round")
+    return table(head, rows)
+
+
+def _waited(run: dict[str, Any], name: str) -> str:
+    """Minutes of a stage, unless others used the machine, and GB."""
+    stage = run["stages"].get(name, {})
+    if "skipped" in stage:
+        return "does not fit"
+    if "seconds" not in stage:
+        return "not run"
+    minutes = f"{stage['seconds'] / 60:.1f} min, " if run["alone"] else ""
+    return f"{minutes}{stage['peak_bytes'] / 1e9:.1f} GB"
+
+
+def _read(run: dict[str, Any]) -> str:
+    """How a run read its model, and what it did more than others."""
+    refit = "" if run["compensation"] == "none" else f", {run['compensation']}"
+    return WHEN_STREAMED[run["stream"]] + refit + (f", {run['rounds']} rounds" if run["rounds"] > 1 else "")
+
+
+def _runs() -> list[dict[str, Any]]:
+    """Of benchmarks/scale.py."""
+    return [json.loads(line) for line in SCALE.read_text(encoding="utf-8").splitlines()]
+
+
 def scale() -> str:
     """The runs of benchmarks/scale.py: seconds, peak memory and bytes read of every stage."""
     rows = []
-    for line in SCALE.read_text(encoding="utf-8").splitlines():
-        run = json.loads(line)
+    for run in _runs():
         for name in ("calibrate", "plan", "slice", "export"):
             stage = run["stages"].get(name, {})
             if "seconds" in stage:
                 seconds = f"{stage['seconds']:.0f}" if run["alone"] else ""  # not of a machine that others used, too
                 size = [f"{stage[kind] / 1e9:.2f}" for kind in ("peak_bytes", "read_bytes", "written_bytes")]
-                rows.append((run["says"], WHEN_STREAMED[run["stream"]], name, seconds, *size))
+                rows.append((run["says"], _read(run), name, seconds, *size))
     return table(("model", "read", "stage", "seconds", "peak GB", "GB read", "GB written"), rows)
 
 
