@@ -71,7 +71,8 @@ def program_of(folder: Path, graph: dict[str, Any], sample: dict[str, Tensor], l
         shapes.append({axis: dims.setdefault(size, Dim(size, min=1, max=longest)) for axis, size in sizes.items()})
         shape = [{"batch_size": 1, PAST: 4}.get(size, 3) if isinstance(size, str) else size for size in port["shape"]]
         blank = torch.ones(shape, dtype=getattr(torch, port["dtype"]))
-        arguments.append(blank if fixed is None else fixed.to(blank.dtype))
+        one = slice(0, 1) if port["shape"][0] == "batch_size" else slice(None)
+        arguments.append(blank if fixed is None else fixed[one].to(blank.dtype))
     with torch.no_grad():
         program = torch.export.export(module, tuple(arguments), dynamic_shapes=shaped(module, shapes), strict=False)
     program = program.run_decompositions({torch.ops.aten.conv3d.default: patch_product})
