@@ -21,9 +21,13 @@ from slimvlm.export.running.exported import Exported
 from slimvlm.export.running.names import DECODER, VISION
 from slimvlm.export.running.runners import fitting
 
+POSITIONS = 16  # of the tiny dual encoders
 SCRIPT = Path(__file__).parents[3] / "examples" / "to_executorch.py"
 PAST = "past_sequence_length"
-FAMILIES = ("llava", "llava_dinov2", "llava_next", "llava_onevision", "qwen2_vl", "paligemma")
+FAMILIES = (
+    "llava", "llava_dinov2", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "paligemma",
+    "smolvlm", "idefics3", "blip2_opt",
+)  # fmt: skip
 
 
 class Programs:
@@ -62,9 +66,9 @@ def executorch(monkeypatch):
     sys.path.append(sys.path.pop(0))  # ours come first
 
 
-def hold_against_torch(folder):
+def hold_against_torch(folder, longest=128):
     """What the programs of an export answer to the stored sample."""
-    command = [sys.executable, str(SCRIPT), str(folder), "--longest", "128"]
+    command = [sys.executable, str(SCRIPT), str(folder), "--longest", str(longest)]
     paths = {**os.environ, "PYTHONPATH": str(CLIENTS / "executorch")}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=paths)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -82,3 +86,8 @@ def test_executorch_gives_the_answer_of_torch(tmp_path, name):
 def test_executorch_gives_the_answer_of_torch_on_the_demo(tmp_path):
     options = ExportOptions(formats=("pt2",), data=SAMPLES / "val.jsonl", max_new_tokens=8)
     hold_against_torch(export_checkpoint(MODEL, tmp_path / "export", options).out)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_executorch_gives_the_similarities_of_torch(tmp_path, name):
+    hold_against_torch(export_tiny(name, tmp_path / "export", shallow_model, formats=("pt2",)).out, longest=POSITIONS)
