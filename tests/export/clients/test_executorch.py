@@ -21,7 +21,7 @@ from slimvlm.export.running.exported import Exported
 from slimvlm.export.running.names import DECODER, VISION
 from slimvlm.export.running.runners import fitting
 
-POSITIONS = 16  # of the tiny dual encoders
+POSITIONS = 16  # of the tiny CLIP's text
 SCRIPT = Path(__file__).parents[3] / "examples" / "to_executorch.py"
 PAST = "past_sequence_length"
 FAMILIES = (
@@ -88,6 +88,5 @@ def test_executorch_gives_the_answer_of_torch_on_the_demo(tmp_path):
     hold_against_torch(export_checkpoint(MODEL, tmp_path / "export", options).out)
 
 
-@pytest.mark.parametrize("name", ["clip", "siglip"])
-def test_executorch_gives_the_similarities_of_torch(tmp_path, name):
-    hold_against_torch(export_tiny(name, tmp_path / "export", shallow_model, formats=("pt2",)).out, longest=POSITIONS)
+def test_executorch_gives_the_similarities_of_torch(tmp_path):
+    hold_against_torch(export_tiny("clip", tmp_path / "export", shallow_model, formats=("pt2",)).out, longest=POSITIONS)
