@@ -115,7 +115,7 @@ def _points(row: Row, factors: Factors) -> Iterator[Point]:
 
 def fit(rows: Sequence[Row]) -> Factors:
     """The factors on seconds that leave the least squares of relative errors; what no time depends on stays."""
-    before = np.array([fitted()["seconds"][name] for name in RESOURCES])
+    before = np.array([fitted()["seconds"][name] or 1.0 for name in RESOURCES])  # one that was left out may come back
     timed = [point for point in points(rows) if point.ideal is not None]
     shares = [[getattr(point.ideal, name) / point.measured for name in RESOURCES] for point in timed]
     system = np.vstack([np.array(shares).reshape(-1, len(RESOURCES)), np.diag(TRUST / before)])

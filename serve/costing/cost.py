@@ -29,7 +29,7 @@ from slimvlm.serve.costing.machines import Machine
 from slimvlm.serve.judging.roofline import ATTENTION, Sizes, Work, count_costs, image_features
 
 EXPORT_READINGS = 8  # of all weights, by the forward passes that an export is checked with; one more writes them
-INPUTS_KEPT = 2 * 2**30  # bytes of blocks' inputs that stay in memory; the rest goes to a scratch folder
+INPUTS_KEPT = 2 * 2**30  # bytes of what waits at blocks that stay in memory; the rest goes to a scratch folder
 SHARD = 10**9  # bytes of a file of weights that is written at once
 LEAST, MOST = 128 * 2**20, 4 * 2**30  # of the refit's sums held at once, as slicing/refit.py has it
 TRAINED = 1000  # samples that a recovery is told for
@@ -307,12 +307,13 @@ class CostModel:
             # A shard is written, or a weight is in fp32 where the cut is checked.
             saved = max(min(SHARD, left * stored), largest - self.block)
             # Of a block's inputs there are those it read, and what stands for them where the one before gave them.
-            more = {"plan": 2 * min(self._inputs(), INPUTS_KEPT) + kept, "slice": self._largest_sums(True) + saved}
+            more = {"plan": min(2 * self._inputs(), INPUTS_KEPT) + kept, "slice": self._largest_sums(True) + saved}
             return self._peak(moving, more.get(stage, 0))
         between = self._largest_sums(False) if self.asked.rounds > 1 else 0
         model, besides = {
             "plan": (stored, max(self.batch * self._kept(), between)),
-            "slice": ((1 + left) * stored, self._largest_sums(False) + 8 * self.anatomy.largest),  # checked in fp32
+            # Cut in place, then held against what was saved; checked in fp32.
+            "slice": (max(1, 2 * left) * stored, self._largest_sums(False) + 8 * self.anatomy.largest),
             "recover": ((1 + left) * stored, 2 * self.batch * self._kept()),
             "evaluate": (stored, self.batch * self._kept() / 10),
             "export": (8 * left * self.anatomy.parameters, self.factors["bytes"]["graphs"]),
