@@ -27,6 +27,7 @@ LONGEST_NAME, MOST_NAMES = 200, 100
 LONGEST_METADATA = 2**18  # characters; YAML is read slowly
 # A model that lies in the cache of huggingface_hub tells its name on the Hub by its folder.
 CACHED = re.compile(r"models--([^-/](?:-?[^-/])*)--((?:-?[^-/])+)/snapshots/[^/]+/?$")
+ON_HUB = re.compile(r"[A-Za-z0-9][\w-]*/(?!checkpoint-\d+$)[A-Za-z0-9][\w.-]*")  # not where a trainer leaves its steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +157,8 @@ def _origin(source: Path | None, folder: Path) -> Card:
         name = told.base
         if _is_names(named := metadata.get("base_model")):
             carried["base_model"] = named
+    elif named := _told_name(source, metadata):
+        carried["base_model"] = named
     return Card(replace(told or Told(), base=name), carried)
 
 
@@ -253,6 +256,15 @@ def _write(folder: Path, card: Card, tags: tuple[str, ...] = (), graphs: str | N
         "base_model": named if isinstance(named, str) else None,
     }
     write_text(folder / CARD, str(ModelCard.from_template(data, template_path=str(TEMPLATE), **facts)).rstrip() + "\n")
+
+
+def _told_name(source: Path, metadata: Mapping[str, Any]) -> str | None:
+    """What the model in a folder was on the Hub, or was made from there, as its card or else its config says."""
+    for named in (metadata.get("base_model"), _config(source).get("_name_or_path")):
+        one = named[0] if isinstance(named, list) and len(named) == 1 else named
+        if isinstance(one, str) and len(one) <= LONGEST_NAME and ON_HUB.fullmatch(one) and not Path(one).exists():
+            return one
+    return None
 
 
 def _carry_text(source: Path, folder: Path) -> None:

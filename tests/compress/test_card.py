@@ -115,6 +115,25 @@ def test_a_base_read_from_a_folder_is_no_name_on_the_hub(made):
     assert data.base_model is None and "base_model_relation" not in data.to_dict()
 
 
+@pytest.mark.parametrize(
+    ("card", "config", "named"),
+    [
+        ("some-body/my.vlm-2b", "else/where", "some-body/my.vlm-2b"),
+        (["some-body/my.vlm-2b"], None, "some-body/my.vlm-2b"),
+        (None, "some-body/my.vlm-2b", "some-body/my.vlm-2b"),
+        (["two/merged", "into/one"], None, None),
+        (7, "/home/me/my-vlm", None),
+        ("my-vlm", "../runs/my-vlm", None),
+        (None, "out/checkpoint-500", None),
+    ],
+)
+def test_a_folder_is_named_as_its_card_or_its_config_says(tmp_path, card, config, named):
+    text = None if card is None else f"---\nbase_model: {json.dumps(card)}\n---\n"
+    found = told_of(tmp_path, text, None if config is None else {"_name_or_path": config})
+    assert found.data.base_model == named
+    assert ("was read from a folder" in found.text) == (named is None)
+
+
 def test_a_base_from_the_hub_is_named_as_there_through_every_further_step(tmp_path):
     snapshot = tmp_path / "models--some-body--my.vlm-2b" / "snapshots" / "0123abc"
     snapshot.parent.mkdir(parents=True)
