@@ -17,6 +17,7 @@ from slimvlm.compress.models.discovery.blocks import MODALITIES, Stack, find_sta
 from slimvlm.compress.models.discovery.parts import NotUnderstood, Part, recognise
 from slimvlm.compress.models.discovery.probing import Probe
 from slimvlm.compress.models.discovery.proving import prove
+from slimvlm.compress.models.discovery.stock import sized
 from slimvlm.compress.models.families import TEXTS, TOWERS, Attention, Export, Family, Join, Text, Tower
 from slimvlm.compress.models.families.compose import join_rows, model_type_of
 from slimvlm.compress.models.families.rows import Stacks
@@ -129,7 +130,7 @@ def _tower(model: PreTrainedModel, stack: Stack, where: tuple[str, str], unknown
             f"{stack.path}: its blocks are of {len(kinds)} kinds, and in one of them only a part is understood"
         )
         together = dict.fromkeys(everywhere)
-    parts = tuple(part if part in everywhere else replace(part, optional=True) for part in together)
+    parts = tuple(replace(sized(model, stack, part), optional=part not in everywhere) for part in together)
     depth = tuple(_depth(model, stack, len(blocks)))
     path = stack.path.removeprefix(f"{root}.")
     return Tower(name, MODALITIES[stack.section], stack.section, path, parts, depth=depth)

@@ -68,13 +68,20 @@ def cuts(model, family):
     }
 
 
+def stock_fields(model, family):
+    """The config fields that size a group in the unmodified class, by its key."""
+    return {one.key: one.part.fields for one in find_groups(model, family, dead=True)}
+
+
 @pytest.mark.parametrize("name", FACTORIES)
-def test_experiments_find_the_groups_of_the_table_and_say_which_they_do_not_understand(name):
+def test_experiments_find_the_groups_and_stock_fields_of_the_table_and_say_which_they_do_not_understand(name):
     model = tiny_model(name).model
     found = discover(model, afresh=True)
     (expected, paths), (groups, _) = cuts(model, find_family(model.config)), cuts(model, found.family)
     assert groups.items() <= expected.items()
     missing = expected.keys() - groups.keys()
+    if name in WHOLE:
+        assert stock_fields(model, found.family) == stock_fields(model, find_family(model.config))
     for key in missing:
         blocks, path = re.split(rf"\.{key.split('.')[1]}\.", paths[key], maxsplit=1)
         assert any(sentence.startswith(f"{blocks}: ") and path in sentence for sentence in found.unknown), key
