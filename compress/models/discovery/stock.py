@@ -26,8 +26,13 @@ def sized(model: PreTrainedModel, stack: Stack, part: Part) -> Part:
     rest of the model as it is, once some fields of their config are halved; else as it is.
     """
     wanted, config = _halved(model, stack, part), getattr(model.config, stack.section).to_dict()
-    candidates = _head_fields if isinstance(part, Attention) else _width_fields
-    for found, values in candidates(model, stack, part, config) if wanted else ():
+    if wanted is None:
+        return part
+    if isinstance(part, Attention):
+        candidates = _head_fields(model, stack, part, config)
+    else:
+        candidates = _width_fields(model, stack, part, config)
+    for found, values in candidates:
         other = copy.deepcopy(model.config)
         for name, value in values.items():
             setattr(getattr(other, stack.section), name, value)
