@@ -66,13 +66,12 @@ def program_of(folder: Path, graph: dict[str, Any], sample: dict[str, Tensor], l
     dims: dict[str, Any] = {PAST: Dim(PAST, min=0, max=longest - 1)}
     arguments, shapes = [], []
     for port in ports:
-        fixed = sample.get(f"given.{port['name']}") if "sequence_length" not in port["shape"] else None
         sizes = {axis: size for axis, size in enumerate(port["shape"]) if "sequence" in str(size)}
+        fixed = None if sizes else sample.get(f"given.{port['name']}")
         shapes.append({axis: dims.setdefault(size, Dim(size, min=1, max=longest)) for axis, size in sizes.items()})
         shape = [{"batch_size": 1, PAST: 4}.get(size, 3) if isinstance(size, str) else size for size in port["shape"]]
         blank = torch.ones(shape, dtype=getattr(torch, port["dtype"]))
-        one = slice(0, 1) if port["shape"][0] == "batch_size" else slice(None)
-        arguments.append(blank if fixed is None else fixed[one].to(blank.dtype))
+        arguments.append(blank if fixed is None else fixed.to(blank.dtype))
     with torch.no_grad():
         program = torch.export.export(module, tuple(arguments), dynamic_shapes=shaped(module, shapes), strict=False)
     program = program.run_decompositions({torch.ops.aten.conv3d.default: patch_product})

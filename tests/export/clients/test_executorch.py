@@ -26,7 +26,7 @@ SCRIPT = Path(__file__).parents[3] / "examples" / "to_executorch.py"
 PAST = "past_sequence_length"
 FAMILIES = (
     "llava", "llava_dinov2", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "paligemma",
-    "smolvlm", "idefics3", "blip2_opt",
+    "smolvlm", "idefics3", "blip2_opt", "internvl",
 )  # fmt: skip
 
 
