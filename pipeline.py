@@ -23,7 +23,7 @@ from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.options import READ, STAGES, CompressOptions, DeliverOptions, EvaluateOptions, PlanOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.progress import Progress, silent
-from slimvlm.compress.recovery.checks import check_models, recipe_of
+from slimvlm.compress.recovery.checks import check_models, learns_whole, recipe_of
 from slimvlm.compress.run_record import RECORD, options_of, outputs_of, read_record
 from slimvlm.compress.runs import AGAIN, MODEL, PLAN, RunFolder
 from slimvlm.compress.slicing.apply import apply_plan
@@ -295,9 +295,9 @@ def _compress(options: CompressOptions, progress: Progress, plan_only: bool) -> 
 
 def _goes_by_block(options: CompressOptions) -> bool:
     """Whether no stage that was asked for needs a whole model in memory."""
-    learns_whole = options.recover != "none" and (recipe_of(options).whole or options.frozen or options.recover_as)
+    learns = options.recover != "none" and learns_whole(options)
     delivers = options.export != () or options.profile or options.target
-    return options.stream == "on" and not (learns_whole or delivers)
+    return options.stream == "on" and not (learns or delivers)
 
 
 def _delivered(run: RunFolder, options: CompressOptions, result: Result, data: Measured, progress: Progress) -> Result:

@@ -54,6 +54,15 @@ def recipe_of(options: RecoverOptions) -> Recipe:
     return recipe
 
 
+def learns_whole(options: RecoverOptions) -> bool:
+    """Whether the student is in memory as a whole while it learns, and not a block at a time.
+
+    Raises:
+        UnsuitableOptionError, MissingDependencyError: as `recipe_of`.
+    """
+    return bool(recipe_of(options).whole or options.frozen or options.recover_as)
+
+
 def _check_frozen(options: RecoverOptions, recipe: Recipe) -> None:
     if options.frozen not in IN_TORCH:
         raise UnsuitableOptionError(f"--frozen {options.frozen} is unknown; choose one of {', '.join(IN_TORCH)}")

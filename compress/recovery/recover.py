@@ -29,7 +29,7 @@ from slimvlm.compress.recovery.adapters.rounding import rounded
 from slimvlm.compress.recovery.adapters.slices import Slices
 from slimvlm.compress.recovery.blockwise.lessons import lessons_of
 from slimvlm.compress.recovery.blockwise.pupil import Learnt
-from slimvlm.compress.recovery.checks import recipe_of, require_projector
+from slimvlm.compress.recovery.checks import learns_whole, recipe_of, require_projector
 from slimvlm.compress.recovery.distillation.recipe import Recipe
 from slimvlm.compress.recovery.distillation.teacher_checks import check_family, check_teacher
 from slimvlm.compress.recovery.learning import Work, followed
@@ -148,8 +148,7 @@ def _round(loaded: Loaded) -> None:
 
 
 def _load_student(options: LearnOptions, folder: Path, data: Trained) -> Loaded:
-    learns_by_block = not (recipe_of(options).whole or options.frozen or options.recover_as)
-    loaded = load_to_compute(options, str(folder), beside=0.0 if learns_by_block else None)
+    loaded = load_to_compute(options, str(folder), beside=None if learns_whole(options) else 0.0)
     if options.train != "lora":  # weights that take small steps must be able to hold them
         cast(loaded.model, torch.float32)
     if _device(loaded).type == "cpu" and _is_short(loaded, data.training[0]):

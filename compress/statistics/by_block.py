@@ -117,22 +117,20 @@ def look_by_block(
     a block is told while the block is there. Of several processes each reads its share.
     """
     model, family, batches = read
-    blocks, pages, steps = blocks_of(model, family), Pages(KEPT), count(1)
-    questions = _asked(model, family, batches, pages)
-    with undisturbed(model):
-        forwards = [partial(_forward, model, one) for one in questions]
-        passages = Passages(model, blocks, forwards, learning=False, pages=pages)
-        del forwards  # with the inputs, which go when a forward has ended
-        questions = [replace(question, inputs={}) for question in questions]
-        with _Sweep(
+    blocks, steps = blocks_of(model, family), count(1)
+    passages, questions = _passages(model, family, batches)
+    with (
+        undisturbed(model),
+        _Sweep(
             passages,
             questions,
             blocks,
             lambda *_: told(next(steps), len(blocks) * len(questions)),
             lambda _, chosen: found(chosen, collector.finish(processes.reduce)),
-        ) as sweep:
-            sweep.watched = {collector: sides}
-            passages.forward(sweep.at, sweep.see, sweep.seen)
+        ) as sweep,
+    ):
+        sweep.watched = {collector: sides}
+        passages.forward(sweep.at, sweep.see, sweep.seen)
 
 
 def change_by_block(model: nn.Module, family: Family, batches: Batches, change: Callable[[str, Look], None]) -> None:
@@ -143,13 +141,8 @@ def change_by_block(model: nn.Module, family: Family, batches: Batches, change: 
         change: may change the weights of the block of a path; its second argument lets a collector see, as often as it
             likes, what the block makes of the batches as it is then.
     """
-    blocks, pages = blocks_of(model, family), Pages(KEPT)
-    questions = _asked(model, family, batches, pages)
-    with undisturbed(model), torch.no_grad(), Blocks(model, blocks) as there:
-        forwards = [partial(_forward, model, one) for one in questions]
-        passages = Passages(model, blocks, forwards, learning=False, pages=pages)
-        del forwards  # with the inputs, which go when a forward has ended
-        questions = [replace(question, inputs={}) for question in questions]
+    passages, questions = _passages(model, family, batches)
+    with undisturbed(model), torch.no_grad(), Blocks(model, blocks_of(model, family)) as there:
 
         @contextmanager
         def at(path: str) -> Iterator[None]:
@@ -160,11 +153,16 @@ def change_by_block(model: nn.Module, family: Family, batches: Batches, change: 
         passages.forward(at, lambda _: None, lambda _: None)
 
 
-def _asked(model: nn.Module, family: Family, batches: Batches, pages: Pages) -> list[Question]:
-    """This process's share of the batches, those in which something counts, their inputs in `pages`."""
-    here = (batches[index] for index in processes.share(len(batches)))
+def _passages(model: nn.Module, family: Family, batches: Batches) -> tuple[Passages, list[Question]]:
+    """Forwards of this process's share of the batches, those in which something counts; what is asked in each, without
+    the inputs: these go when a forward has ended.
+    """
+    pages, here = Pages(KEPT), (batches[index] for index in processes.share(len(batches)))
     asked = (ask(model, family, batch() if callable(batch) else batch) for batch in here)
-    return [replace(question, inputs=pages.own(question.inputs)) for question in asked if question is not None]
+    questions = [replace(question, inputs=pages.own(question.inputs)) for question in asked if question is not None]
+    forwards = [partial(_forward, model, question) for question in questions]
+    passages = Passages(model, blocks_of(model, family), forwards, learning=False, pages=pages)
+    return passages, [replace(question, inputs={}) for question in questions]
 
 
 def _forward(model: nn.Module, question: Question) -> None:

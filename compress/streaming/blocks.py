@@ -13,11 +13,10 @@ from torch import nn
 
 from slimvlm.compress.models.families import Family
 from slimvlm.compress.models.projections import resolve
-from slimvlm.compress.models.streaming.lazy import Lazy, read
+from slimvlm.compress.models.streaming.lazy import places_of, read
 from slimvlm.compress.models.streaming.weights import streamed
 
 Here = dict[nn.Parameter, nn.Parameter]  # what is there, by what stands for it otherwise
-Place = tuple[nn.Module, str, nn.Parameter]  # a module, what it calls a parameter, and that
 
 
 def blocks_of(model: nn.Module, family: Family) -> list[str]:
@@ -75,7 +74,7 @@ class Blocks:
             self._ask_for(following)
         else:
             self._coming[path] = coming
-        places = _lazy(self.model, path)
+        places = places_of(self.model.get_submodule(path))
         for module, name, lazy in places:
             module._parameters[name] = here[lazy]
         del here, coming
@@ -105,7 +104,7 @@ class Blocks:
     @torch.no_grad()
     def _read(self, path: str) -> Here:
         """The weights of a block; on a GPU once `_copies` has got there."""
-        lazy = list(dict.fromkeys(parameter for _, _, parameter in _lazy(self.model, path)))
+        lazy = list(dict.fromkeys(parameter for _, _, parameter in places_of(self.model.get_submodule(path))))
         values = read(lazy)
         if self._copies is None:
             values = [value.to(self.device) for value in values]
@@ -113,12 +112,3 @@ class Blocks:
             with torch.cuda.stream(self._copies):
                 values = [value.pin_memory().to(self.device, non_blocking=True) for value in values]
         return {one: nn.Parameter(value, requires_grad=False) for one, value in zip(lazy, values, strict=True)}
-
-
-def _lazy(model: nn.Module, path: str) -> list[Place]:
-    return [
-        (module, name, parameter)
-        for module in model.get_submodule(path).modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None and isinstance(parameter, Lazy)
-    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar
 
 from torch import nn
@@ -13,11 +13,20 @@ from slimvlm.compress.streaming.blocks import Blocks, blocks_of
 from slimvlm.compress.streaming.passage import Passages
 
 Result = TypeVar("Result")
+Around = Callable[[str, Passages], AbstractContextManager[object]]
 
 
-def through_blocks(model: nn.Module, family: Family, forwards: Sequence[Callable[[], Result]]) -> list[Result]:
+def through_blocks(
+    model: nn.Module,
+    family: Family,
+    forwards: Sequence[Callable[[], Result]],
+    around: Around = lambda *_: nullcontext(),
+) -> list[Result]:
     """What functions give that each have the model compute once, without gradients: all go through a block before the
     next one is read. They stop inside of the model, so that modes of torch are the caller's to set, and not theirs.
+
+    Args:
+        around: all that is done at a block, by its path, while it is in memory.
 
     Raises:
         UnsuitableOptionError: forwards come to the blocks in another order, or to one of them again.
@@ -31,7 +40,7 @@ def through_blocks(model: nn.Module, family: Family, forwards: Sequence[Callable
             if not passages.asked(path):
                 yield
                 return
-            with blocks.held(path):
+            with blocks.held(path), around(path, passages):
                 yield
 
         passages.forward(at, lambda _: None, lambda _: None)

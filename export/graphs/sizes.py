@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from slimvlm.compress.models.streaming.lazy import Lazy
+from slimvlm.compress.models.streaming.lazy import Lazy, places_of
 
 
 def is_streamed(module: nn.Module) -> bool:
@@ -24,12 +24,7 @@ def fake_weights(module: nn.Module) -> Iterator[AbstractContextManager[object]]:
     Yields:
         Within this, the module also computes: sizes for numbers, or what it always does where no weight is fake.
     """
-    owners = [
-        (owner, name, parameter)
-        for owner in module.modules()
-        for name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False)
-        if isinstance(parameter, Lazy)
-    ]
+    owners = places_of(module)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes: dict[int, nn.Parameter] = {}
     try:

@@ -165,15 +165,20 @@ def read(tensors: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
-@contextmanager
-def read_in(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """The lazy parameters of `module` are in memory meanwhile, read at once: what several are made of, once."""
-    places = [
+def places_of(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """All lazy parameters in `module`: who has it, what it is called there, and itself."""
+    return [
         (owner, name, parameter)
         for owner in module.modules()
         for name, parameter in owner._parameters.items()
         if parameter is not None and isinstance(parameter, Lazy)
     ]
+
+
+@contextmanager
+def read_in(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """The lazy parameters of `module` are in memory meanwhile, read at once: what several are made of, once."""
+    places = places_of(module)
     values = read([parameter for _, _, parameter in places])
     for (owner, name, _), value in zip(places, values, strict=True):
         owner._parameters[name] = nn.Parameter(value.to(device), requires_grad=False)

@@ -30,7 +30,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from slimvlm.compress.errors import CheckFailedError
-from slimvlm.compress.models.streaming.lazy import Lazy, read_in
+from slimvlm.compress.models.streaming.lazy import Lazy, places_of, read_in
 from slimvlm.compress.models.streaming.weights import streamed
 from slimvlm.compress.options import LowRank
 from slimvlm.compress.plan import Plan
@@ -118,12 +118,7 @@ def _stood_in_for(model: nn.Module) -> Iterator[None]:
     """For peft, which puts factors where weights are, a number stands in memory for those that are read when needed,
     meanwhile.
     """
-    places = [
-        (module, name, value)
-        for module in model.modules()
-        for name, value in module._parameters.items()
-        if value is not None and isinstance(value, Lazy)
-    ]
+    places = places_of(model)
     device = next(value.device for value in model.parameters() if not value.is_meta)
     for module, name, value in places:
         number = torch.zeros((), dtype=value.dtype, device=device)

@@ -30,7 +30,7 @@ from slimvlm.compress.recovery.blockwise.lessons import (
 )
 from slimvlm.compress.recovery.training.stepping import tokens_of
 from slimvlm.compress.recovery.training.workers import autocast
-from slimvlm.compress.streaming.blocks import Blocks, blocks_of
+from slimvlm.compress.streaming.forwards import through_blocks
 from slimvlm.compress.streaming.passage import Passages
 
 OF_STATES = 3  # hidden states of a batch are held as what a block read, what it gave, and for a lesson on its way
@@ -86,22 +86,15 @@ class StreamedTeacher:
 
     def _go(self, lessons: Sequence[Lesson]) -> None:
         """Through all blocks, with a stop at the end of every lesson."""
-        order = blocks_of(self.model, self.family)
+
+        @contextmanager
+        def around(path: str, passages: Passages) -> Iterator[None]:
+            self._stop(path, passages, lessons)
+            with autocast(self.model.device, self.precision):
+                yield
+
         forwards = [partial(self._forward, number) for number in range(len(self.batches))]
-        passages = Passages(self.model, order, forwards, learning=False)
-        with Blocks(self.model, order) as blocks:
-
-            @contextmanager
-            def at(path: str) -> Iterator[None]:
-                if not passages.asked(path):
-                    yield
-                    return
-                with blocks.held(path):
-                    self._stop(path, passages, lessons)
-                    with autocast(blocks.device, self.precision):
-                        yield
-
-            passages.forward(at, lambda _: None, lambda _: None)
+        through_blocks(self.model, self.family, forwards, around)
 
     def _stop(self, path: str, passages: Passages, lessons: Sequence[Lesson]) -> None:
         """Keep what lessons need of this block; have those learnt that end here."""
