@@ -320,8 +320,9 @@ class _Streamed(_Model):
     def _judge(self, logits: torch.Tensor, targets: torch.Tensor, alike: torch.Tensor) -> list[Taught]:
         judged = _Model._judge(self, logits, targets, alike)
         ends = torch.tensor(end_ids(self.model, self.collator), device=logits.device)
-        said = logits.argmax(-1).masked_fill(targets == IGNORED, int(ends[0]))
-        texts = self.collator.decode(said.masked_fill(torch.isin(said, ends).cumsum(1) > 0, int(ends[0])))
+        said, asked = logits.argmax(-1), targets != IGNORED  # answers begin later where questions are longer
+        over = (torch.isin(said, ends) & asked).cumsum(1) > 0
+        texts = self.collator.decode(said.masked_fill(over | ~asked, int(ends[0])))
         return [replace(one, answer=text) for one, text in zip(judged, texts, strict=True)]
 
     def embed(self, samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
