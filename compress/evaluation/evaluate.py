@@ -68,11 +68,10 @@ def evaluate(
     block together, and answers are forced: see `Quality`.
     """
     with _inference(model):
+        measure = partial(measure_quality, samples=samples, progress=progress, blind_seed=blind_seed)
         if not streamed(model):
-            answering = _Model(model, collator)
-            return measure_quality(answering, samples, batch_size=batch_size, progress=progress, blind_seed=blind_seed)
-        forced = _Streamed(model, collator, batch_size)
-        found = measure_quality(forced, samples, batch_size=ALL, progress=progress, blind_seed=blind_seed)
+            return measure(_Model(model, collator), batch_size=batch_size)
+        found = measure(_Streamed(model, collator, batch_size), batch_size=ALL)
         return replace(found, forced=found.kind == "generation")
 
 
