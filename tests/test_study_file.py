@@ -121,7 +121,7 @@ WRONG = [
     ("", "the study has no cells"),
     ("[[row]]\nallocator = 'paper'", "row 'allocator paper': the allocator paper takes all in one round"),
     ("[[row]]\nrecover = 'lpd+nothing'", "row 'recover lpd+nothing': "),
-    ("[[row]]\nsparsity = '2:4'\nratio = 0.3", "--ratio has no say with --sparsity 2:4"),
+    ("[[row]]\nsparsity = '2:4'\nallocator = 'ecoflap'", "--allocator has no say with --sparsity 2:4"),
     ("[[row]]\nsparsity = 'unstructured'\nrounds = 2", "row 1: key 'rounds' is unknown"),
 ]
 
@@ -164,7 +164,7 @@ def test_the_studies_of_this_project_can_be_made_and_say_how_long_they_take(path
 
 
 def test_a_row_that_names_a_sparsity_has_the_options_of_sparsify_and_those_of_all_that_it_knows(folder):
-    (found, other) = cells(
+    (found, other, pattern) = cells(
         folder,
         BED
         + """
@@ -178,8 +178,12 @@ def test_a_row_that_names_a_sparsity_has_the_options_of_sparsify_and_those_of_al
         sparsity = "unstructured"
         rule = ["wanda", "sparsegpt"]
         allocator = "ecoflap"
+        [[row]]
+        sparsity = "2:4"
+        ratio = 0.46
         """,
     )
     assert (found.method, other.method) == ("wanda, ecoflap", "sparsegpt, ecoflap")
+    assert (pattern.options.ratio, pattern.zeros.ratio) == (0.46, None)
     assert (found.zeros.samples, found.zeros.ratio, found.options.samples) == (40, 0.35, 40)
     assert found.said["sparsity"] == "unstructured" and "rounds" not in found.said

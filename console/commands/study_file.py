@@ -17,6 +17,7 @@ import click
 from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.files.decoding import MisfitError, refused_as, shown
 from slimvlm.compress.options import ComputeOptions, CutOptions, EvaluateOptions, SparsifyOptions
+from slimvlm.compress.sparsity.rules import PATTERNS
 from slimvlm.console.commands.cutting import compress, sparsify
 from slimvlm.console.options.making import FILE_OR_FOLDER, NAME, POSITIVE, TEXT
 from slimvlm.console.options.reading import (
@@ -119,6 +120,8 @@ def _cut_cell(folder: Path, bed: Bed, asked: Mapping[str, Any], largest: float) 
 
 def _zeros_cell(bed: Bed, asked: Mapping[str, Any]) -> Cell:
     zeros = SparsifyOptions(model=bed.model, data=bed.data, out=Path(), **asked)
+    if PATTERNS.get(zeros.sparsity) is not None:  # it has its share by itself; the ratio says which that should be
+        zeros = replace(zeros, ratio=None)
     same = {name: value for name, value in asked.items() if name not in ("sparsity", "rule", "allocator", "tokens")}
     options = CutOptions(
         model=bed.model, data=bed.data, eval_data=bed.val, out=Path(), rounds=1, recover="none", **same
