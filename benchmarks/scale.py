@@ -8,6 +8,7 @@ slice stage (refit where it is asked for, cut, save, both checks) and the export
 process too, the pace: a plain forward and backward pass of the same model, weights frozen, and our calibration over all
 samples, twice. A run is a line of `results/scale.jsonl`, in the place of an earlier one with the same options; the
 files are removed afterwards. `--stages make export` is the export of the whole model alone.
+`--stages make plain calibrate --samples 32 --results results/pace.jsonl` is the pace alone, of more samples.
 
     python benchmarks/scale.py --check    what the model of the cost (serve/costing) says of these runs, and its errors
     python benchmarks/scale.py --fit      fits the factors of that model to them first, and says anew in
@@ -33,7 +34,7 @@ from typing import Any
 import psutil
 import torch
 from real_shapes.fitting import anatomy, cost_model, costs, fit, table
-from real_shapes.making import make
+from real_shapes.making import SAMPLES, make
 from real_shapes.shapes import DTYPE, SHAPES
 
 from slimvlm.compress.data.collate import collated, collator_of
@@ -61,7 +62,7 @@ from slimvlm.serve.costing.probe import measure_machine
 
 RESULTS, COSTS = (Path(__file__).parent / "results" / name for name in ("scale.jsonl", "cost.json"))
 FITTED = Path(__file__).parents[1] / "serve" / "costing" / "fitted.json"
-ASKED = ("stream", "threads", "rounds", "compensation")  # and the shape: what makes two runs the same
+ASKED = ("stream", "threads", "samples", "rounds", "compensation")  # and the shape: what makes two runs the same
 RATIO, VARIANT = 0.5, "q4"
 OTHERS = 0.05  # share of the processors that others may take while a run counts as alone
 PACES = ("plain", "calibrate")  # stages that no other one needs
@@ -179,7 +180,7 @@ def export(job: argparse.Namespace) -> Facts:
 
 def write(job: argparse.Namespace) -> Facts:
     """The checkpoint and its samples."""
-    make(SHAPES[job.shape], job.folder)
+    make(SHAPES[job.shape], job.folder, job.samples)
     return {"bytes": sum(file.stat().st_size for file in (job.folder / "model").iterdir())}
 
 
@@ -304,6 +305,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="smolvlm-256m")
     parser.add_argument("--stream", choices=("on", "off"), default="off")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="of the calibration")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--compensation", default="none")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
@@ -322,7 +324,7 @@ def main() -> None:
     stays = job.folder is not None
     job.folder = job.folder or Path(tempfile.mkdtemp(prefix="scale-"))
     machine = measure_machine(anatomy(job.shape).dtype, job.folder.parent, job.threads)
-    model = cost_model(job.shape, job.rounds, job.compensation, machine)
+    model = cost_model(vars(job), machine)
     try:
         require_room(job.folder, round(KEPT_AT_ONCE * model.stored))
         stages = in_processes(job, model)

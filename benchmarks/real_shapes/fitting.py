@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from real_shapes.making import ANSWER, QUESTION, SAMPLES
+from real_shapes.making import ANSWER, QUESTION
 from real_shapes.shapes import DTYPE, SHAPES, WHOLE
 from transformers import AutoModelForImageTextToText
 
@@ -66,23 +66,18 @@ def costs() -> list[dict[str, Any]]:
 
 
 def cost_model(
-    shape: str,
-    rounds: int,
-    compensation: str,
-    machine: Machine,
-    text_tokens: int = 2 * QUESTION,
-    factors: Factors | None = None,
+    row: Row, machine: Machine, text_tokens: int = 2 * QUESTION, factors: Factors | None = None
 ) -> CostModel:
     """Of a run of `benchmarks/scale.py`: the checkpoint was just written, and is read from the system's cache."""
     asked = Asked(
-        samples=SAMPLES,
-        rounds=rounds,
-        refit=compensation != "none",
+        samples=row["samples"],
+        rounds=row["rounds"],
+        refit=row["compensation"] != "none",
         text_tokens=text_tokens,
         answer_tokens=ANSWER + 1,
         cached=True,
     )
-    return CostModel(anatomy(shape), asked, machine, factors)
+    return CostModel(anatomy(row["shape"]), asked, machine, factors)
 
 
 def points(rows: Iterable[Row], factors: Factors | None = None) -> list[Point]:
@@ -93,12 +88,12 @@ def points(rows: Iterable[Row], factors: Factors | None = None) -> list[Point]:
 def _points(row: Row, factors: Factors) -> Iterator[Point]:
     stages, streamed = row["stages"], row["stream"] == "on"
     text = stages.get("plain", {}).get("tokens", [0, 0])[1]
-    model = cost_model(row["shape"], row["rounds"], row["compensation"], Machine(**row["machine"]), text, factors)
+    model = cost_model(row, Machine(**row["machine"]), text, factors)
     where = row["shape"], row["stream"]
     stages = {name: facts for name, facts in stages.items() if name != "export" or "slice" in stages}  # of a cut model
     ideals = {
         "plain": ("per_sample", model.passes(1, 1, 1)),
-        "calibrate": ("per_sample", model.calibration(SAMPLES, streamed).times(1 / SAMPLES)),
+        "calibrate": ("per_sample", model.calibration(row["samples"], streamed).times(1 / row["samples"])),
         **{name: ("seconds", model.ideal(name, streamed)) for name in STAGES},
     }
     for name, (what, ideal) in ideals.items():

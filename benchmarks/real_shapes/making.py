@@ -18,11 +18,11 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 SHARD = 2**30  # bytes
 SPREAD = 0.02  # standard deviation of the weights, as transformers starts them
-SAMPLES, QUESTION, ANSWER = 8, 12, 4  # samples, and words of each
+SAMPLES, QUESTION, ANSWER = 8, 12, 4  # samples by default, and words of each
 
 
-def make(shape: Shape, folder: Path) -> None:
-    """The checkpoint `folder/model`, with `train.jsonl` and `val.jsonl` beside it."""
+def make(shape: Shape, folder: Path, samples: int = SAMPLES) -> None:
+    """The checkpoint `folder/model`, with `train.jsonl` of so many samples and `val.jsonl` beside it."""
     model = folder / "model"
     model.mkdir(parents=True)
     config = shape.config()
@@ -33,7 +33,7 @@ def make(shape: Shape, folder: Path) -> None:
     config.save_pretrained(model)
     _save_processor(shape, model)
     _write_weights(empty, model)
-    for seed, (name, count) in enumerate({"train": SAMPLES, "val": 2}.items()):
+    for seed, (name, count) in enumerate({"train": samples, "val": 2}.items()):
         _write_samples(folder, name, count, shape.side, seed)
 
 
