@@ -63,7 +63,7 @@ from slimvlm.serve.costing.probe import measure_machine
 RESULTS, COSTS = (Path(__file__).parent / "results" / name for name in ("scale.jsonl", "cost.json"))
 FITTED = Path(__file__).parents[1] / "serve" / "costing" / "fitted.json"
 ASKED = ("stream", "threads", "samples", "rounds", "compensation")  # and the shape: what makes two runs the same
-RATIO, VARIANT = 0.5, "q4"
+VARIANT = "q4"
 OTHERS = 0.05  # share of the processors that others may take while a run counts as alone
 PACES = ("plain", "calibrate")  # stages that no other one needs
 KEPT_AT_ONCE = 1.8  # times the checkpoint: itself, half of it, and graphs
@@ -78,7 +78,7 @@ def options_of(job: argparse.Namespace) -> CompressOptions:
         out=job.folder / "out",
         data=job.folder / "train.jsonl",
         eval_data=job.folder / "val.jsonl",
-        ratio=RATIO,
+        ratio=SHAPES[job.shape].ratio,
         rounds=job.rounds,
         compensation=job.compensation,
         batch_size=1,

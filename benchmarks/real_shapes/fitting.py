@@ -71,6 +71,7 @@ def cost_model(
     """Of a run of `benchmarks/scale.py`: the checkpoint was just written, and is read from the system's cache."""
     asked = Asked(
         samples=row["samples"],
+        ratio=SHAPES[row["shape"]].ratio,
         rounds=row["rounds"],
         refit=row["compensation"] != "none",
         text_tokens=text_tokens,

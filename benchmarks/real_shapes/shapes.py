@@ -37,12 +37,15 @@ CHAT = (
 
 @dataclass(frozen=True)
 class Shape:
-    """A model: its config, a processor of some words, the side in pixels of the images it is shown, and its name."""
+    """A model: its config, a processor of some words, the side in pixels of the images it is shown, its name, and the
+    share of its parameters that is removed.
+    """
 
     config: Callable[[], PreTrainedConfig]
     processor: Callable[[], ProcessorMixin]
     side: int
     says: str
+    ratio: float = 0.5
 
 
 def _tokenizer(**names: str) -> PreTrainedTokenizerFast:
@@ -188,7 +191,11 @@ SHAPES = {
     "qwen2.5-vl-3b": Shape(_qwen25_3b, _qwen, 112, "Qwen2.5-VL-3B"),
     "qwen2.5-vl-7b": Shape(_qwen25_7b, _qwen, 112, "Qwen2.5-VL-7B"),
     "qwen2.5-vl-72b": Shape(
-        _qwen25_72b, _qwen, 112, "Qwen2.5-VL-72B, two of 80 text blocks and two of 32 vision blocks"
+        _qwen25_72b,
+        _qwen,
+        112,
+        "Qwen2.5-VL-72B, two of 80 text blocks and two of 32 vision blocks",
+        ratio=0.2,  # half of its blocks: embeddings and head are most of the rest
     ),
 }
 WHOLE: dict[str, Callable[[], PreTrainedConfig]] = {  # whose cost is told, with all their blocks
