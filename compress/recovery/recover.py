@@ -15,7 +15,7 @@ from slimvlm.compress.data.collate import Batch, collator_of
 from slimvlm.compress.data.samples import Sample
 from slimvlm.compress.data.splits import Trained, steps_of
 from slimvlm.compress.errors import CheckFailedError, CheckpointError, UnsuitableOptionError
-from slimvlm.compress.evaluation.equality import CHECKED_SAMPLES, TOLERANCE, outputs, relative_error
+from slimvlm.compress.evaluation.equality import CHECKED_SAMPLES, MERGE_TOLERANCE, outputs, relative_error
 from slimvlm.compress.models.checkpoint import Loaded, locate
 from slimvlm.compress.models.computing import as_stored, attend_as, cast, load_to_compute
 from slimvlm.compress.models.projections import resolve
@@ -133,10 +133,10 @@ def _merge(loaded: Loaded, adapted: PeftModel | None, batch: Batch) -> float:
     before = outputs(loaded.model, batch)
     merged = merge(adapted) if adapted is not None else loaded.model
     difference = relative_error(before, outputs(merged, batch))
-    if not difference <= TOLERANCE[loaded.model.dtype]:
+    if not difference <= MERGE_TOLERANCE[loaded.model.dtype]:
         raise CheckFailedError(
             f"the merged model differs from the trained one by {difference:.2e} (relative; accepted "
-            f"{TOLERANCE[loaded.model.dtype]:.0e}); please report this model"
+            f"{MERGE_TOLERANCE[loaded.model.dtype]:.0e}); please report this model"
         )
     return difference
 
