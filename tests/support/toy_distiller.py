@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimvlm.compress.recovery.distillation.recipe import Stage
+from slimvlm.compress.recovery.distillation.share import WHOLE, Share
 from slimvlm.compress.recovery.training.choice import Score, Validation
 from slimvlm.compress.recovery.training.stepping import Task
 
@@ -67,13 +68,19 @@ class ToyDistiller(nn.Module):
         with torch.no_grad():
             return {"logits": self.teacher(batch["input_ids"])}
 
-    def forward(self, batch: dict[str, Tensor], stage: Stage, targets=None) -> tuple[Tensor, dict[str, Tensor]]:
+    def counts(self, batch: dict[str, Tensor]) -> dict[str, int]:
+        return dict.fromkeys(("sft", "kl"), int((batch["labels"] != -100).sum()))
+
+    def forward(
+        self, batch: dict[str, Tensor], stage: Stage, targets=None, share: Share = WHOLE
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         logits, told = self.student(batch["input_ids"]), targets or self.targets(batch, stage)
         counted = batch["labels"] != -100
         parts = {
             "sft": F.cross_entropy(logits[counted], batch["labels"][counted]),
             "kl": (logits - told["logits"]).square().mean(-1)[counted].mean(),
         }
+        parts = {name: share.weight(name) * value for name, value in parts.items()}
         self.calls += 1
         if self.calls - 1 in self.poison:
             parts["sft"] = parts["sft"] * torch.inf

@@ -26,6 +26,7 @@ from slimvlm.compress.models.families import Family, Tower
 from slimvlm.compress.models.groups import depths_of
 from slimvlm.compress.recovery.distillation import losses
 from slimvlm.compress.recovery.distillation.recipe import TAUGHT, Recipe, Stage
+from slimvlm.compress.recovery.distillation.share import WHOLE, Share
 from slimvlm.compress.recovery.distillation.teacher_checks import check_states, check_teacher
 
 Batch = Mapping[str, Any]  # Any here: what transformers' models take and put out, and None for a mask of everything
@@ -48,12 +49,14 @@ class _Question:
         rows: which of the flattened (batch, token) positions get logits, int64 [n]; None for a dual encoder.
         labels: int64 [n] of these positions.
         masks: per stream the tokens that are no padding; None: all of them.
+        share: what of the samples of all processes it is.
     """
 
     inputs: dict[str, Any]
     rows: Tensor | None
     labels: Tensor | None
     masks: Mapping[str, Tensor | None]
+    share: Share
 
 
 class Distiller(nn.Module):
@@ -110,14 +113,17 @@ class Distiller(nn.Module):
                 module.training = mode
         return self
 
-    def forward(self, batch: Batch, stage: Stage, targets: Targets | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, batch: Batch, stage: Stage, targets: Targets | None = None, share: Share = WHOLE
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """(the loss, its parts detached and unweighted); a part is a loss or a tower's sum of feature losses.
 
         Args:
             batch: a padded training batch, on the student's device.
             targets: what `targets` gave for this batch and a stage that needs at least as much; None: ask the teacher.
+            share: what of a step the batch is: loss and parts are then this batch's of the step's.
         """
-        question = self._ask(batch)
+        question = self._ask(batch, share)
         if targets is None:
             targets = self._taught(question, stage)
         device = next(self.student.parameters()).device
@@ -126,17 +132,27 @@ class Distiller(nn.Module):
         parts: dict[str, Tensor] = {}
         for block in stage.blocks:
             mask = question.masks[self.streams[block.tower]]
-            value = block.weight * self._feature(seen[block.key], truth[block.key], mask)
+            value = block.weight * share.even * self._feature(seen[block.key], truth[block.key], mask, share)
             parts[block.tower] = parts[block.tower] + value if block.tower in parts else value
         total = sum(parts.values(), start=torch.zeros((), device=device))
         for name, weight in stage.losses.items():
-            parts[name] = self._output_loss(name, question, seen, truth)
+            parts[name] = share.weight(name) * self._output_loss(name, question, seen, truth)
             total = total + weight * parts[name]
         return total, {name: value.detach() for name, value in parts.items()}
 
     def targets(self, batch: Batch, stage: Stage) -> Targets:
         """What the teacher says of this batch, as far as the stage needs it, in the teacher's dtype."""
-        return self._taught(self._ask(batch), stage)
+        return self._taught(self._ask(batch, WHOLE), stage)
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """Loss -> over how many rows or tokens of this batch it is a mean; a loss of all samples at once has none."""
+        if self.family.contrastive:
+            return {}
+        labels = aligned(self.family, batch)
+        mask = pose(self.student, self.family, batch).masks[self.streams[self.family.towers[-1].name]]
+        tokens = batch["input_ids"].numel() if mask is None else int(mask.sum())
+        answers, rows = (int(mask.sum()) for mask in (labels != IGNORED, self._counted(labels)))
+        return {"sft": answers, "kl": rows, "rkl": rows, "hidden": tokens}
 
     def target_names(self, stage: Stage) -> tuple[str, ...]:
         """The names of `targets`: `tower.layer` of supervised blocks, `logits`, `hidden.-1`, ..."""
@@ -148,10 +164,10 @@ class Distiller(nn.Module):
             names += EMBEDDINGS if self.family.contrastive else states
         return tuple(names)
 
-    def _feature(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+    def _feature(self, student: Tensor, teacher: Tensor, mask: Tensor | None, share: Share) -> Tensor:
         if self.recipe.literal:
-            return losses.normalised_error(student, teacher)
-        return losses.feature_distance(student, teacher, mask)
+            return losses.normalised_error(student, teacher, share)
+        return losses.feature_distance(student, teacher, mask, share)
 
     def _output_loss(self, name: str, question: _Question, seen: Targets, truth: Targets) -> Tensor:
         if name == "sft":
@@ -189,7 +205,11 @@ class Distiller(nn.Module):
                 wanted[f"hidden.{index}"] = _state(tower, depth, index, followed)
         asked = set(stage.losses) if not teacher else set(stage.losses) & set(TAUGHT)
         to_the_end = bool(asked if dual else asked - {"hidden"})  # somebody wants logits
-        output, seen = _watched(model, question.inputs, wanted, question.rows, to_the_end)
+        with ExitStack() as hooks:
+            for path in self.family.projector if to_the_end and dual else ():  # pairs of all processes are compared
+                join = partial(_join, question.share)
+                hooks.enter_context(model.get_submodule(path).register_forward_hook(join))
+            output, seen = _watched(model, question.inputs, wanted, question.rows, to_the_end)
         if to_the_end and dual:
             seen |= {name: output[name] for name in EMBEDDINGS} | {"loss": output.loss}
             seen[LOGITS] = output.logits_per_image
@@ -217,12 +237,16 @@ class Distiller(nn.Module):
             counted[:, -1] = False  # nothing follows the last token
         return counted
 
-    def _ask(self, batch: Batch) -> _Question:
+    def _ask(self, batch: Batch, share: Share) -> _Question:
         located = dict(batch) if PATCH_MASK in batch else self.located(batch)
         rows, patches = located.pop(ROWS, None), located.pop(PATCH_MASK)
         posed = pose(self.student, self.family, located)
         labels = None if posed.labels is None else posed.labels.flatten()[rows]
-        return _Question(posed.inputs, rows, labels, {**posed.masks, PATCHES: patches})
+        return _Question(posed.inputs, rows, labels, {**posed.masks, PATCHES: patches}, share)
+
+
+def _join(share: Share, _: nn.Module, inputs: object, output: Tensor) -> Tensor:
+    return share.joined(output)
 
 
 def _watched(

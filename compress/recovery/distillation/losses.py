@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from slimvlm.compress.data.collate import IGNORED
+from slimvlm.compress.recovery.distillation.share import WHOLE, Share
 
 FLOOR = 1e-8  # of a norm that divides
 # `ctx: Any` below: torch gives the contexts of its functions no type.
 
 
-def feature_distance(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+def feature_distance(student: Tensor, teacher: Tensor, mask: Tensor | None = None, share: Share = WHOLE) -> Tensor:
     """1 - cosine between two block outputs, each taken as one long vector over batch, tokens and channels; fp32 scalar.
 
     This is the paper's normalised squared error (UKMP, Eq. 13) without its factor 2 / (B S C), which ties the scale of
@@ -26,21 +27,23 @@ def feature_distance(student: Tensor, teacher: Tensor, mask: Tensor | None = Non
     Args:
         student, teacher: [..., C] of one shape. The teacher gets no gradient.
         mask: bool [...], True where a token counts; None: all do.
+        share: what of the vector this is, where processes share it: each is given the whole distance.
 
     Raises:
         ValueError: the shapes differ.
     """
     _same_shape("block outputs", student, teacher)
     rows = None if mask is None else mask.reshape(student.shape[:-1])
-    return cast(Tensor, _Distance.apply(student, teacher, rows))
+    return cast(Tensor, _Distance.apply(student, teacher, rows, share))
 
 
-def normalised_error(student: Tensor, teacher: Tensor) -> Tensor:
+def normalised_error(student: Tensor, teacher: Tensor, share: Share = WHOLE) -> Tensor:
     """The paper's feature loss: mean squared difference of the two tensors, each divided by its Frobenius norm.
 
-    Padding counts, as in the paper's code (UKMP, Eq. 13).
+    Padding counts, as in the paper's code (UKMP, Eq. 13). `share` is as of `feature_distance`.
     """
-    return feature_distance(student, teacher) * (2 / max(student.numel(), 1))
+    elements = share.sum(student.new_full((), student.numel(), dtype=torch.float32))
+    return feature_distance(student, teacher, share=share) * (2 / elements.clamp_min(1))
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0, *, reverse: bool = False) -> Tensor:
@@ -115,24 +118,26 @@ class _Distance(torch.autograd.Function):
     """1 - cos = |s/|s| - t/|t||^2 / 2: exactly zero for equal tensors, never negative."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, mask: Tensor | None, share: Share) -> Tensor:
         s, t = student.float(), teacher.float()
         if mask is not None:  # where, not a product: a padded row may hold anything
             s, t = (torch.where(mask[..., None], value, 0) for value in (s, t))
-        norms = [torch.linalg.vector_norm(value).clamp_min(FLOOR) for value in (s, t)]
-        distance: Tensor = (s / norms[0]).sub_(t / norms[1]).square_().sum() / 2
+        squares = torch.stack([torch.linalg.vector_norm(value).square_() for value in (s, t)])
+        norms = share.sum(squares).sqrt_().clamp_min_(FLOOR).unbind()
+        distance: Tensor = share.sum((s / norms[0]).sub_(t / norms[1]).square_().sum()) / 2
         ctx.save_for_backward(student, teacher, mask, distance, *norms)
+        ctx.processes = share.processes
         return distance
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         student, teacher, mask, distance, student_norm, teacher_norm = ctx.saved_tensors
-        factor = gradients[0] / student_norm
+        factor = gradients[0] * ctx.processes / student_norm
         result = student.float() * (factor * (1 - distance) / student_norm)
         result.sub_(teacher.float() * (factor / teacher_norm))
         if mask is not None:
             result = torch.where(mask[..., None], result, 0)
-        return result.to(student.dtype), None, None
+        return result.to(student.dtype), None, None, None
 
 
 class _CrossEntropy(torch.autograd.Function):

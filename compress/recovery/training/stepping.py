@@ -10,17 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slimvlm.compress.data.collate import IGNORED, Batch
+from slimvlm.compress.data.collate import Batch
 from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.options import TrainOptions
 from slimvlm.compress.recovery.distillation.recipe import Stage
+from slimvlm.compress.recovery.distillation.share import Share
 from slimvlm.compress.recovery.distillation.teacher_cache import TeacherCache, batch_key
 from slimvlm.compress.recovery.training.choice import Validation
 from slimvlm.compress.recovery.training.order import batch_indices, divide
 from slimvlm.compress.recovery.training.schedule import Schedule
 from slimvlm.compress.recovery.training.workers import Workers
-
-ANSWER_LOSSES = frozenset({"sft", "kl", "rkl"})  # means over the tokens that have a label
 
 
 @dataclass(frozen=True)
@@ -120,32 +119,46 @@ class Stepper:
         """
         workers = self.workers
         indices = batch_indices(self.task.count, self.options.train_batch_size, self.task.seed, step)
-        mine = divide(divide(indices, workers.count)[workers.rank], self.options.accumulate)
-        batches = [self.task.collate(part) for part in mine]
+        parts = [divide(part, workers.count) for part in divide(indices, self.options.accumulate)]
+        batches = [self.task.collate(part[workers.rank]) for part in parts]
         total: dict[str, Tensor] = {}
-        for number, (batch, share) in enumerate(zip(batches, self._shares(batches, stage), strict=True)):
+        for number, (batch, share) in enumerate(zip(batches, self._shares(batches, parts), strict=True)):
             placed = workers.place(batch)
-            targets = self._targets(mine[number], placed, stage)
+            targets = self._targets(parts[number][workers.rank], placed, stage)
             with workers.accumulating(last=number == len(batches) - 1):
-                loss, parts = workers.model(placed, stage, targets)
-                workers.backward(loss * share)
-            for name, value in {"": loss.detach(), **parts}.items():
-                part = value.float() * share
-                total[name] = total[name] + part if name in total else part
+                loss, found = workers.model(placed, stage, targets, share)
+                workers.backward(loss)
+            for name, value in {"": loss.detach(), **found}.items():
+                total[name] = total[name] + value.float() if name in total else value.float()
         return total, sum(tokens_of(batch) for batch in batches)
 
-    def _shares(self, batches: Sequence[Batch], stage: Stage) -> Sequence[float | Tensor]:
-        weights = [_weight(batch, stage) for batch in batches]
-        if self.workers.count == 1:
-            return [weight / max(sum(weights), 1) for weight in weights]
-        own = torch.tensor(weights, dtype=torch.float32).to(self.workers.device, non_blocking=True)
-        return list(own / self.workers.sum(own.sum()).clamp(min=1))
+    def _shares(self, batches: Sequence[Batch], parts: Sequence[Sequence[Sequence[int]]]) -> list[Share]:
+        """Of each of this process's batches; of each part of the step, `parts` has the samples of every process."""
+        workers = self.workers
+        counts = [workers.distiller.counts(batch) for batch in batches]
+        own = torch.tensor([[*count.values()] for count in counts], dtype=torch.float32)
+        if workers.count > 1:
+            own = own.to(workers.device, non_blocking=True)
+        weights = own / workers.sum(own.sum(0)).clamp(min=1)
+        sizes = [[len(samples) for samples in part] for part in parts]
+        everything = sum(map(sum, sizes))
+        return [
+            Share(
+                weights=dict(zip(count, row.unbind(), strict=True)),
+                even=sum(size) / everything / workers.count,
+                first=sum(size[: workers.rank]),
+                samples=sum(size),
+                processes=workers.count,
+                sum=workers.sum,
+            )
+            for count, row, size in zip(counts, weights, sizes, strict=True)
+        ]
 
     def _targets(self, indices: Sequence[int], batch: Batch, stage: Stage) -> Mapping[str, Tensor] | None:
         """The teacher's outputs from the cache, put there if they were missing; None: the distiller is to ask it."""
         cache, workers = self.task.cache, self.workers
-        if cache is None or workers.sharded:
-            return None
+        if cache is None or workers.sharded or (workers.count > 1 and workers.distiller.family.contrastive):
+            return None  # a dual encoder's teacher compares the samples of all processes, which then must all ask it
 
         def compute() -> dict[str, Tensor]:
             with workers.accelerator.autocast():
@@ -154,20 +167,6 @@ class Stepper:
 
         key = batch_key(*map(str, indices))
         return cache.outputs(key, workers.distiller.target_names(stage), compute)
-
-
-def _weight(batch: Batch, stage: Stage) -> int:
-    """What this part of a batch counts for in the mean over all of it: answer tokens, tokens, or samples.
-
-    Parts that count like this add up to `sft`, `kl`, `rkl` of the whole batch exactly. A feature loss is one cosine
-    over all tokens of a part, and a stage may add up means over different things (towers): these depend a little on how
-    the batch is divided. Two processes give what two accumulated parts in one process give.
-    """
-    labels = batch.get("labels")
-    if labels is not None and not ANSWER_LOSSES.isdisjoint(stage.losses):
-        return int((labels != IGNORED).sum())
-    vision_only = not stage.losses and {block.tower for block in stage.blocks} <= {"vision"}
-    return len(batch["input_ids"]) if labels is None or vision_only else tokens_of(batch)
 
 
 def tokens_of(batch: Batch) -> int:

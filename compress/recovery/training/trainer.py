@@ -2,8 +2,8 @@
 
 Every step seeds the random generators from (seed, step, process), and the order of the data follows from the seed and
 the step too: a training that was killed and goes on from its checkpoint reaches the weights it would have reached.
-Several processes share the samples of a step; each part's loss counts by its share of the tokens the loss is a mean
-over, so two processes with half the batch each follow the loss of one (features excepted: see `stepping`).
+Several processes share the samples of a step, and follow the loss of one: their losses are parts of the step's (see
+`distillation/share.py`).
 """
 
 from __future__ import annotations

@@ -59,6 +59,7 @@ class Workers:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         if self.sharded:
+            _require_shards(distiller)
             _name_blocks(distiller, self.accelerator.state.fsdp_plugin)
         else:
             distiller.to(self.device)
@@ -223,6 +224,15 @@ def _leave_codes(distiller: nn.Module) -> None:
     codes = [f"{path}.weight" for path, module in distiller.named_modules() if isinstance(module, FrozenLinear)]
     if codes:
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(distiller, codes)
+
+
+def _require_shards(distiller: nn.Module) -> None:
+    """FSDP takes every weight apart; a single number (the scale of CLIP's logits) has no parts."""
+    if name := next((name for name, value in distiller.named_parameters() if value.ndim == 0), None):
+        raise UnsuitableOptionError(
+            f"the weight {name} is a single number, which accelerate's configuration (FSDP) cannot shard; start it by "
+            "torchrun without that configuration"
+        )
 
 
 def _name_blocks(distiller: nn.Module, plugin: FullyShardedDataParallelPlugin) -> None:

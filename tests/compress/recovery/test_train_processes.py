@@ -8,7 +8,7 @@ import torch
 from blockwise_training import blockwise_training
 from pairs import run_together
 from safetensors import safe_open
-from staged_training import staged_training
+from staged_training import TRAININGS, staged_training
 from toy_distiller import ToyDistiller, toy_task
 from train_options import train_options
 
@@ -58,14 +58,21 @@ from pathlib import Path
 import torch
 from torch import distributed
 from torch.distributed.tensor import DTensor
-from staged_training import staged_training
+from staged_training import TRAININGS, staged_training
 from slimvlm.compress import processes
+from slimvlm.compress.errors import UnsuitableOptionError
 
-folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+folder, rank, world = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 torch.set_num_threads(1)
-distributed.init_process_group("gloo", init_method=f"file://{folder}/meet{sys.argv[3]}", rank=rank, world_size=2)
-distiller = staged_training(folder / "run", accumulate=1)
-assert all(isinstance(value, DTensor) for value in distiller.parameters())
+distributed.init_process_group("gloo", init_method=f"file://{folder}/meet{sys.argv[3]}", rank=rank, world_size=world)
+sharded = "ACCELERATE_USE_FSDP" in os.environ
+for training in TRAININGS:
+    try:
+        distiller = staged_training(folder / "-".join(training), *training)
+    except UnsuitableOptionError as error:
+        assert sharded and "logit_scale is a single number" in str(error)
+    else:
+        assert all(isinstance(value, DTensor) == sharded for value in distiller.parameters())
 processes.leave()
 """
 
@@ -129,14 +136,25 @@ def test_sharded_student_and_teacher_follow_the_loss_of_one_whoever_goes_on(tmp_
     assert_as_alone(tmp_path, alone)
 
 
-def test_stages_that_end_a_forward_early_work_with_shards(tmp_path) -> None:
-    assert processes(tmp_path, 2, worker=STAGED_WORKER, **SHARDED) == {0}
-    whole = staged_training(tmp_path / "alone", accumulate=2)
-    assert curve(tmp_path / "run", "loss") == pytest.approx(curve(tmp_path / "alone", "loss"), rel=1e-3)
-    before = [parameter.clone() for parameter in whole.student.parameters()]
-    load_best(whole.student, tmp_path / "run")
-    for mine, theirs in zip(before, whole.student.parameters(), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-3)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """What one process makes of every training."""
+    folder = tmp_path_factory.mktemp("trained")
+    for training in TRAININGS:
+        staged_training(folder / "-".join(training), *training)
+    return folder
+
+
+@pytest.mark.parametrize(("count", "sharding"), [(2, {}), (4, {}), (2, SHARDED)], ids=["two", "four", "shards"])
+def test_every_loss_of_samples_that_processes_share_is_that_of_one(count, sharding, tmp_path, trained) -> None:
+    """They have different numbers of samples and tokens, and pairs are told apart from those of all processes."""
+    assert processes(tmp_path, count, worker=STAGED_WORKER, **sharding) == {0}
+    there = [training for training in map("-".join, TRAININGS) if (tmp_path / training).exists()]
+    assert len(there) == len(TRAININGS) - bool(sharding)  # CLIP has no shards
+    for training in there:
+        for name in ("loss", "parts", "grad_norm"):
+            for mine, expected in zip(curve(tmp_path / training, name), curve(trained / training, name), strict=True):
+                assert mine == pytest.approx(expected, rel=1e-4, abs=1e-8), (training, name)
 
 
 def test_two_processes_share_the_blocks_and_both_have_what_one_learns(tmp_path: Path) -> None:
