@@ -234,7 +234,9 @@ def _digest(record: Mapping[str, Any]) -> str:
 
 
 class Logits(TypedDict, total=False):
-    """Logits of the answers; exports made before 0.1.0 was released say nothing of them."""
+    """Logits of the answers, and whether these were given to torch; exports made before 0.1.0 was released say nothing
+    of them.
+    """
 
     loss: float | None
     torch_loss: float
@@ -243,6 +245,7 @@ class Logits(TypedDict, total=False):
     cosine: float | None
     long_prompt: int
     window: int
+    forced: bool
 
 
 class Check(Logits):

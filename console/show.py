@@ -219,6 +219,10 @@ def show_export(result: ExportResult, *, as_json: bool) -> None:
             f"{check['equal']} of {check['samples']} answers are torch's, {percent(check['token_share'])} of the tokens"
         )
         print_line(f"{check['format']} {check['variant']}: {equal}")
+    if any(check["forced"] for check in manifest.checks):
+        from slimvlm.compress.evaluation.quality import FORCED
+
+        print_line(FORCED)
     print_line(f"written  {result.out}, {len(manifest.files)} files named in manifest.json, {result.seconds:.0f} s")
 
 

@@ -27,6 +27,7 @@ from slimvlm.compress.files.writing import reported_as_output_errors
 from slimvlm.compress.models.checkpoint import build_meta, load_model, stream_model
 from slimvlm.compress.models.computing import cast, is_to_be_streamed
 from slimvlm.compress.models.groups import count_parameters
+from slimvlm.compress.models.streaming.weights import Holding, streamed
 from slimvlm.compress.progress import Progress, silent
 from slimvlm.export.checks.files import check_graphs
 from slimvlm.export.checks.reference import Reference, export_samples, first_batch, image_size, make_reference
@@ -74,9 +75,9 @@ def export_checkpoint(
     streams = _streams(options, meta)
     if streams:
         options = replace(options, external_bytes=min(options.external_bytes, STREAMED_BYTES))
-    load = partial(stream_model if streams else load_model, checkpoint, dtype=torch.float32)
+    load = partial(stream_model, holding=Holding(tables=False)) if streams else load_model
     with reserved(out):
-        loaded = load(trust_remote_code=options.trust_remote_code)
+        loaded = load(checkpoint, dtype=torch.float32, trust_remote_code=options.trust_remote_code)
         collator = collator_of(loaded)
         origin = {"source": _public(checkpoint), "digest": loaded.digest, "family": loaded.family.name}
         return export_model(loaded.model, collator, out, options, progress, origin)
@@ -93,22 +94,26 @@ def export_model(
     """As `export_checkpoint`, of a model in memory (fp32, in eval mode; fp16 variants cast its weights)."""
     started = time.perf_counter()
     samples = export_samples(collator, model, options)
-    check_computes(model, collator, samples[0], origin.get("source", "the model"))
+    check = partial(check_computes, model, collator, samples[0], origin.get("source", "the model"))
+    reads_blocks = streamed(model) is not None  # it is asked with all else
+    if not reads_blocks:
+        check()
     graphs = _graphs(model, collator, samples)
     progress("reference", 0, 1)
-    reference = make_reference(model, collator, graphs, samples, options.max_new_tokens)
+    before = [check] if reads_blocks else []
+    reference = make_reference(model, collator, graphs, samples, options.max_new_tokens, before)
     progress("reference", 1, 1)
     manifest = Manifest(model={**origin, "type": model.config.model_type}, options=_stated(options))
-    with written_folder(out, earlier_export(out)) as partial:
+    with written_folder(out, earlier_export(out)) as unfinished:
         for dtype, variants in _by_dtype(options.written).items():
             if (kind := getattr(torch, dtype)) != model.dtype:
                 graphs = _graphs(cast(model, kind), collator, samples)
-            artifacts = write_graphs(partial, graphs, variants, options, progress)
+            artifacts = write_graphs(unfinished, graphs, variants, options, progress)
             manifest.artifacts += artifacts
-            check_graphs(partial, artifacts, graphs, reference, manifest, progress)
-        _write_client(partial, model, reference, options, manifest)
-        write_readme(partial, model, collator.family, manifest)
-        manifest.write(partial)
+            check_graphs(unfinished, artifacts, graphs, reference, manifest, progress)
+        _write_client(unfinished, model, reference, options, manifest)
+        write_readme(unfinished, model, collator.family, manifest)
+        manifest.write(unfinished)
     if options.bundle:
         write_tar(out, manifest)
     result = ExportResult(out, manifest, time.perf_counter() - started)
@@ -127,12 +132,12 @@ def _streams(options: ExportOptions, meta: Model) -> bool:
     Raises:
         UnsuitableOptionError: it is asked for what holds all weights in memory.
     """
-    if options.formats == ("onnx",) and options.exporter != TORCHSCRIPT:
+    if options.formats == ("onnx",) and options.exporter != TORCHSCRIPT and options.fuse is None:
         return is_to_be_streamed(options.stream, 2 * 4 * count_parameters(meta))
     if options.stream == "on":
         raise UnsuitableOptionError(
-            "--stream on writes ONNX graphs by the dynamo exporter; what TorchScript and torch.export write is made of "
-            "all weights in memory: leave --stream out"
+            "--stream on writes ONNX graphs by the dynamo exporter; what TorchScript, torch.export and --fuse write is "
+            "made of all weights in memory: leave --stream out"
         )
     return False
 

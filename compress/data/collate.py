@@ -117,6 +117,22 @@ class Collator:
         texts = [_Text(self._prompt(sample), []) for sample in samples]
         return self._batch(samples, texts, left=True)
 
+    def answer(self, sample: Sample) -> list[int]:
+        """Ids of the last answer and its end, as they are taught."""
+        return [label for label in self._supervised(sample, last_turn=True).labels if label != IGNORED]
+
+    def continued(self, samples: Sequence[Sample], answers: Sequence[list[int]]) -> Batch:
+        """As `training`, with these ids where the answers of the last turns are: behind what `prompts` ends with.
+
+        Raises:
+            SampleError: as `training`.
+        """
+        texts = []
+        for prompt, answer in zip(map(self._prompt, samples), answers, strict=True):
+            together = _Text(prompt + answer, [IGNORED] * len(prompt) + answer)
+            texts.append(together if self.family.labels_shifted else _Text(prompt, answer))
+        return self._batch(samples, texts, left=False)
+
     def prompt_text(self, sample: Sample) -> tuple[str, bool]:
         """What `prompts` encodes: the text up to the last answer, and whether the tokenizer adds its special tokens.
 

@@ -35,6 +35,7 @@ from slimvlm.compress.models.loaders import (
     stored_weights,
 )
 from slimvlm.compress.models.quantized import held_form, pack, quantize, require_torchao
+from slimvlm.compress.models.streaming.weights import WITH_TABLES, Holding
 
 PLAN = "plan.json"
 SINGLE = "model.safetensors"
@@ -126,23 +127,23 @@ def stream_model(
     trust_remote_code: bool = False,
     dtype: torch.dtype | None = None,
     attention: str | None = None,
-    memory: int | None = None,
+    holding: Holding = WITH_TABLES,
 ) -> Loaded:
     """As `load_model`, for a model that does not fit into memory: its blocks' parameters are lazy (see streaming.lazy).
 
     Args:
-        memory: bytes that two of its blocks and what is outside of them must fit into; None: no bound.
+        holding: what of it is in memory, and how much that may be.
 
     Raises:
         CheckpointError, UnsupportedModelError: as `load`.
-        UnsuitableOptionError: its weights are quantized, or two blocks are more than `memory`.
+        UnsuitableOptionError: its weights are quantized, or two blocks are more than may be held.
     """
     folder, digest = locate(name)
     if held := held_form(folder):
         raise UnsuitableOptionError(f"{folder} holds {held} weights, which are not streamed; give the model of floats")
     config, family = read_config(folder, trust_remote_code)
     options = {"dtype": dtype or "auto", "attn_implementation": attention}
-    model = build_streamed(folder, weight_files(folder), config, family, options, memory)
+    model = build_streamed(folder, weight_files(folder), config, family, options, holding)
     return Loaded(model.eval(), load_processor(folder, trust_remote_code), family, digest, folder)
 
 

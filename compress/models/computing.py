@@ -22,6 +22,7 @@ from slimvlm.compress.models.checkpoint import Loaded, load_model, stored_types,
 from slimvlm.compress.models.quantized import check_dtype, typed
 from slimvlm.compress.models.streaming.lazy import Lazy, trim
 from slimvlm.compress.models.streaming.shards import KINDS
+from slimvlm.compress.models.streaming.weights import Holding
 from slimvlm.compress.options import ComputeOptions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -72,7 +73,10 @@ def load_to_compute(
     device = processes.pick_device(options.device)
     if beside is not None and is_to_be_streamed(options.stream, bytes_to_compute(options, name, beside), str(device)):
         loaded = stream_model(
-            name, trust_remote_code=options.trust_remote_code, attention=attention, memory=free_memory()
+            name,
+            trust_remote_code=options.trust_remote_code,
+            attention=attention,
+            holding=Holding(bound=free_memory()),
         )
         _place(loaded.model, device)
     else:

@@ -27,7 +27,7 @@ from slimvlm.compress.models.experts import take_apart
 from slimvlm.compress.models.families import CARRIED, Family, find_family
 from slimvlm.compress.models.modeling_slim import RECORD, slim_class
 from slimvlm.compress.models.quantized import held_form
-from slimvlm.compress.models.streaming.weights import make_resident, open_streamed, require_memory
+from slimvlm.compress.models.streaming.weights import Holding, make_resident, open_streamed, require_memory, tables_of
 from slimvlm.compress.options import TRUST_DISCOVERED
 
 PROCESSOR = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
@@ -186,14 +186,14 @@ def build_streamed(
     config: transformers.PreTrainedConfig,
     family: Family,
     options: dict[str, Any],
-    memory: int | None = None,
+    holding: Holding,
 ) -> PreTrainedModel:
     """As `build_loaded`, but the weights of the blocks are read from these files when they are needed, and that every
     one is a number is found then.
 
     Raises:
         CheckpointError: as `build_loaded`.
-        UnsuitableOptionError: two blocks, and what is outside of them, are more than `memory` bytes.
+        UnsuitableOptionError: two blocks, and what is outside of them, are more than may be held.
     """
     model_class = _model_class(config, family)
     options = _with_listed(config, model_class, options)
@@ -203,9 +203,9 @@ def build_streamed(
     _check_loading(folder, info)
     take_apart(model, family)
     blocks = [tower.blocks for tower in family.towers]
-    if memory is not None:
-        require_memory(model, blocks, memory)
-    make_resident(model, blocks)
+    if holding.bound is not None:
+        require_memory(model, blocks, holding.bound)
+    make_resident(model, blocks if holding.tables else [*blocks, *tables_of(model)])
     return model
 
 

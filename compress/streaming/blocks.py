@@ -14,7 +14,7 @@ from torch import nn
 from slimvlm.compress.models.families import Family
 from slimvlm.compress.models.projections import resolve
 from slimvlm.compress.models.streaming.lazy import places_of, read
-from slimvlm.compress.models.streaming.weights import streamed
+from slimvlm.compress.models.streaming.weights import streamed, tables_of
 
 Here = dict[nn.Parameter, nn.Parameter]  # what is there, by what stands for it otherwise
 
@@ -28,12 +28,25 @@ def blocks_of(model: nn.Module, family: Family) -> list[str]:
     ]
 
 
+def with_tables(model: nn.Module, family: Family) -> list[str]:
+    """The blocks, before each tower the embeddings of tokens and after all the head, where these are not in memory
+    either (`Holding`).
+    """
+    ends = [path for path in tables_of(model) if places_of(model.get_submodule(path))]
+    before = [path for path in ends if isinstance(model.get_submodule(path), nn.Embedding)]
+    blocks = blocks_of(model, family)
+    first = {f"{tower.blocks}.0" for tower in family.towers}
+    parts = [[*before, path] if path in first else [path] for path in blocks]
+    return [*(path for part in parts for path in part), *(path for path in ends if path not in before)]
+
+
 class Blocks:
     """Reads the weights of a streamed model's blocks, of one while another is worked with. Within `with`; of a model
     that is in memory all blocks are there anyway.
 
     Args:
-        order: of the paths in which blocks will be asked for; one that comes twice in a row is read once.
+        order: of the paths in which blocks will be asked for; one that comes twice in a row is read once. What is not
+            among them may be asked for in between.
     """
 
     def __init__(self, model: nn.Module, order: Sequence[str]) -> None:
@@ -63,9 +76,10 @@ class Blocks:
         """
         following = self._after(path)
         self._ask_for([path])
-        coming = self._coming[path]
+        coming = self._coming.pop(path)
         here = coming.result()
-        self._coming.clear()  # also of one that nobody came to
+        if path in self.order:
+            self._coming.clear()  # of one that nobody came to
         if self._copies is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._copies)
             for parameter in here.values():
@@ -90,9 +104,11 @@ class Blocks:
 
     def _after(self, path: str) -> Sequence[str]:
         """What comes after it, if it is known."""
-        left = self.order[self.place :]
-        if path not in left:
+        if path not in self.order:
             return ()
+        left = self.order[self.place :]
+        if path not in left:  # once more from the first one on
+            self.place, left = 0, self.order
         self.place += left.index(path) + 1
         return self.order[self.place : self.place + 1]
 

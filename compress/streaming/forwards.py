@@ -9,7 +9,7 @@ from typing import TypeVar
 from torch import nn
 
 from slimvlm.compress.models.families import Family
-from slimvlm.compress.streaming.blocks import Blocks, blocks_of
+from slimvlm.compress.streaming.blocks import Blocks, blocks_of, with_tables
 from slimvlm.compress.streaming.passage import Passages
 
 Result = TypeVar("Result")
@@ -21,19 +21,20 @@ def through_blocks(
     family: Family,
     forwards: Sequence[Callable[[], Result]],
     around: Around = lambda *_: nullcontext(),
+    again: bool = False,
 ) -> list[Result]:
-    """What functions give that each have the model compute once, without gradients: all go through a block before the
+    """What functions give that have the model compute, without gradients: all go through a block before the
     next one is read. They stop inside of the model, so that modes of torch are the caller's to set, and not theirs.
 
     Args:
         around: all that is done at a block, by its path, while it is in memory.
+        again: forwards may come back to a block, which is then read once more for all that do.
 
     Raises:
         UnsuitableOptionError: forwards come to the blocks in another order, or to one of them again.
     """
-    order = blocks_of(model, family)
-    passages = Passages(model, order, forwards, learning=False)
-    with Blocks(model, order) as blocks:
+    passages = Passages(model, with_tables(model, family), forwards, learning=False)
+    with Blocks(model, blocks_of(model, family)) as blocks:
 
         @contextmanager
         def at(path: str) -> Iterator[None]:
@@ -43,5 +44,5 @@ def through_blocks(
             with blocks.held(path), around(path, passages):
                 yield
 
-        passages.forward(at, lambda _: None, lambda _: None)
+        passages.forward(at, lambda _: None, lambda _: None, again)
     return passages.results

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast  # what blocks are given and give, whatever it is
+from typing import Any, TypeVar, cast  # what blocks are given and give, whatever it is
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -25,6 +25,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, t
 from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.streaming.pages import Pages
 
+Value = TypeVar("Value")
 At = Callable[[str], AbstractContextManager[object]]  # around all that is done at the block of a path
 See = Callable[[int], object]  # told of a passage, by its number
 
@@ -36,6 +37,7 @@ class _Call:
     path: str
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    compute: Callable[..., Any] | None = None  # in the place of the block's forward
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class Passages:
         pages: Pages | None = None,
     ) -> None:
         self.model, self.learning, self.pages = model, learning, pages or Pages(sys.maxsize)
-        self.blocks = {path: model.get_submodule(path) for path in paths}
+        self.paths, self.blocks = paths, {path: model.get_submodule(path) for path in paths}
         self.compute = {path: block.forward for path, block in self.blocks.items()}
         self.passages = [Passage(forward) for forward in forwards]
 
@@ -137,8 +139,11 @@ class Passages:
         finally:
             block.__dict__["forward"] = stop
 
-    def forward(self, at: At, see: See, seen: See) -> None:
+    def forward(self, at: At, see: See, seen: See, again: bool = False) -> None:
         """All the way through. `see`, `seen`: before and after a block, by a passage's number.
+
+        Args:
+            again: once more through the blocks for those that come back, until all have ended.
 
         Raises:
             UnsuitableOptionError: forwards come to the blocks in another order, or to one of them again.
@@ -147,19 +152,24 @@ class Passages:
             with _stops(self.blocks), torch.set_grad_enabled(self.learning):
                 for passage in self.passages:
                     self._go(passage)
-                for path in self.blocks:
-                    with at(path):
-                        for number, passage in enumerate(self.passages):
-                            see(number)
-                            if passage.call is not None and passage.call.path == path:
-                                self._go(passage, self._answer(passage, passage.call))
-                            seen(number)
+                self._through(at, see, seen)
+                while again and any(passage.call is not None for passage in self.passages):
+                    self._through(at, see, seen)
                 self._check_ended()
                 if not self.learning:
                     self.pages.bring_all()
         finally:
             for passage in self.passages:
                 passage.close()
+
+    def _through(self, at: At, see: See, seen: See) -> None:
+        for path in self.paths:
+            with at(path):
+                for number, passage in enumerate(self.passages):
+                    see(number)
+                    if passage.call is not None and passage.call.path == path:
+                        self._go(passage, self._answer(passage, passage.call))
+                    seen(number)
 
     def backward(self, at: At, see: See, seen: See) -> None:
         """The gradients of all results, back through the blocks; arguments as of `forward`."""
@@ -193,7 +203,7 @@ class Passages:
         read, spec = tree_flatten((call.args, dict(call.kwargs)))
         self.pages.bring(read)
         with self.pages, torch.no_grad():
-            output = self.compute[call.path](*call.args, **call.kwargs)
+            output = (call.compute or self.compute[call.path])(*call.args, **call.kwargs)
         parts, made = tree_flatten(output)
         self.pages.add(parts, seen=read)
         if not self.learning:
@@ -268,10 +278,24 @@ def _stops(blocks: Mapping[str, nn.Module]) -> Iterator[None]:
 
 
 def _stop(path: str, *args: object, **kwargs: object) -> object:
+    return _wait(_Call(path, args, kwargs))
+
+
+def _wait(call: _Call) -> object:
     mode = torch.is_grad_enabled()
-    answer = cast(greenlet, getcurrent().parent).switch(_Call(path, args, kwargs))
+    answer = cast(greenlet, getcurrent().parent).switch(call)
     torch.set_grad_enabled(mode)
     return answer
+
+
+def in_the_place_of(block: nn.Module, compute: Callable[..., Value], *args: object) -> Value:
+    """What a function gives that computes with the weights of a block in another way than the block itself: a passage
+    without gradients stops here, too.
+    """
+    stop = block.__dict__.get("forward")
+    if isinstance(stop, partial) and stop.func is _stop:
+        return cast(Value, _wait(_Call(stop.args[0], args, {}, compute)))
+    return compute(*args)
 
 
 class _Handed(torch.autograd.Function):

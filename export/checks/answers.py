@@ -1,4 +1,6 @@
 """Torch's greedy answers, and the same answers retold by a runtime: its own loop, step by step, along torch's tokens.
+Of a model that is read block by block torch says what comes next along answers that are given to it: one forward for
+all tokens of all samples, where a generation would read all blocks for every token.
 
 What is compared are the logits of every step. That says whether a model is the same where tokens do not: two tokens
 may be as good as tied, and after one other token two answers have nothing to do with each other.
@@ -6,13 +8,14 @@ may be as good as tied, and after one other token two answers have nothing to do
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from slimvlm.compress.data.collate import Collator
+from slimvlm.compress.data.collate import IGNORED, Collator
+from slimvlm.compress.data.questions import ask
 from slimvlm.compress.data.samples import Sample
 from slimvlm.compress.evaluation.evaluate import greedy
 from slimvlm.export.checks.parity import Case, Difference, measure
@@ -26,11 +29,18 @@ WIDEST = 8192  # a prompt beyond a wider window is not tried: minutes and gigaby
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Torch's answers to a batch of prompts: tokens [B, T], padded after their end, and their logits [B, T, V]."""
+    """Torch's answers to a batch of prompts: tokens [B, T], padded after their end, and the logits [B, T, V] by which
+    torch chooses each: the tokens themselves, or others where the tokens were given.
+    """
 
     prompts: Arrays
     tokens: np.ndarray
     logits: np.ndarray
+
+    def chosen(self, end: Sequence[int]) -> list[list[int]]:
+        """By torch, row by row, up to the last of the tokens that count."""
+        rows = (len(until_end(row, end)) for row in self.tokens)
+        return [row[:count].argmax(-1).tolist() for row, count in zip(self.logits, rows, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +69,37 @@ def torch_answers(model: Model, collator: Collator, prompts: Arrays, prompting: 
     return Answers(prompts, given.sequences[:, -logits.shape[1] :].numpy(), logits)
 
 
+def forced_answers(
+    model: Model, collator: Collator, samples: Sequence[Sample], prompting: Prompting, most: int
+) -> Answers:
+    """What the model says along the right answers, or where there is none along the question said once more.
+
+    Args:
+        most: tokens of an answer, which is cut behind them.
+    """
+    given = [_ended(collator.answer(_answered(sample)), prompting.end)[:most] for sample in samples]
+    question = ask(model, collator.family, collator.continued(samples, given))
+    assert question is not None and question.labels is not None  # every answer has a token, its end
+    logits = question.chosen(model(**question.inputs).logits).float()
+    width = max(map(len, given))
+    tokens = np.full((len(given), width), prompting.end[0])
+    said = np.zeros((*tokens.shape, logits.shape[-1]), np.float32)
+    for row, (answer, labels) in enumerate(zip(given, question.labels, strict=True)):
+        tokens[row, : len(answer)] = answer
+        said[row, : len(answer)] = logits[row, labels != IGNORED].numpy()
+    prompts = {name: tensor.numpy() for name, tensor in collator.prompts(samples).items()}
+    return Answers(prompts, tokens, said)
+
+
+def _answered(sample: Sample) -> Sample:
+    turn = sample.turns[-1]
+    return sample if turn.target else replace(sample, turns=(*sample.turns[:-1], replace(turn, answers=(turn.prompt,))))
+
+
+def _ended(answer: list[int], end: Sequence[int]) -> list[int]:
+    return answer if answer and answer[-1] in end else [*answer, end[0]]
+
+
 def retell(runner: Runner, prompting: Prompting, answers: Answers, what: str) -> Retold:
     """Generates along torch's tokens."""
     most = answers.tokens.shape[1]
@@ -77,7 +118,7 @@ def retell(runner: Runner, prompting: Prompting, answers: Answers, what: str) ->
     return Retold(choices, losses, torch_losses, apart, measure(case, {"logits": np.concatenate(found)}))
 
 
-def long_prompt(collator: Collator, sample: Sample, most: int, window: int) -> Mapping[str, torch.Tensor]:
+def long_sample(collator: Collator, sample: Sample, most: int, window: int) -> Sample:
     """A sample whose question is repeated up to LONG tokens, or as many as the model takes besides its answer.
 
     What a model sees only part of (a window, a table of positions) differs in long prompts alone.
@@ -91,7 +132,7 @@ def long_prompt(collator: Collator, sample: Sample, most: int, window: int) -> M
     room = min(wanted, collator.max_text_tokens - most) - collator.prompts([sample])["input_ids"].shape[1]
     each = len(collator.tokenizer(f"{turn.prompt} ", add_special_tokens=False)["input_ids"]) + 1
     asked = f"{turn.prompt} " * max(0, room // each) + turn.prompt
-    return collator.prompts([replace(sample, turns=(replace(turn, prompt=asked),))])
+    return replace(sample, turns=(replace(turn, prompt=asked),))
 
 
 def shares(found: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]) -> tuple[int, float]:

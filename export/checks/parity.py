@@ -10,6 +10,8 @@ import numpy as np
 from slimvlm.export.running.generation import Arrays
 from slimvlm.export.variants import Tolerance, Variant
 
+AT_ONCE = 2**20  # numbers of an output that are compared at a time
+
 
 @dataclass(frozen=True, slots=True)
 class Case:
@@ -44,18 +46,25 @@ def measure(case: Case, found: Mapping[str, np.ndarray]) -> Difference:
         if other is None or other.shape != expected.shape:
             absolute, relative, cosine = float("inf"), float("inf"), 0.0
             break
-        wanted, got = expected.astype(np.float64).ravel(), other.astype(np.float64).ravel()
-        error = np.abs(wanted - got).max(initial=0.0)
+        error, largest, likeness = _apart(expected.ravel(), other.ravel())
         absolute = float(np.maximum(absolute, error))  # NaN stays
-        relative = float(np.maximum(relative, error / max(np.abs(wanted).max(initial=0.0), 1e-6)))
-        cosine = float(np.minimum(cosine, _cosine(wanted, got)))
+        relative = float(np.maximum(relative, error / max(largest, 1e-6)))
+        cosine = float(np.minimum(cosine, likeness))
     shapes = {name: list(array.shape) for name, array in case.feeds.items() if not name.startswith("past_key_values.1")}
     return Difference(case.what, shapes, absolute, relative, cosine)
 
 
-def _cosine(left: np.ndarray, right: np.ndarray) -> float:
-    norms = np.linalg.norm(left) * np.linalg.norm(right)
-    return float(left @ right / norms) if norms > 0 else 1.0
+def _apart(wanted: np.ndarray, found: np.ndarray) -> tuple[float, float, float]:
+    """Largest error, largest value that is wanted, and cosine; some numbers at a time are in double precision."""
+    error = largest = 0.0
+    sums = np.zeros(3)
+    for at in range(0, len(wanted), AT_ONCE):
+        left, right = (array[at : at + AT_ONCE].astype(np.float64) for array in (wanted, found))
+        error = np.maximum(error, np.abs(left - right).max())
+        largest = np.maximum(largest, np.abs(left).max())
+        sums += left @ right, left @ left, right @ right
+    norms = np.sqrt(sums[1]) * np.sqrt(sums[2])
+    return float(error), float(largest), float(sums[0] / norms) if norms > 0 else 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +79,7 @@ class TokenCheck:
         max_relative, cosine: worst logits of a step, see Difference.
         long_prompt: tokens of the longest prompt; `window`: of the widest window that the model attends through, or 0.
         accuracy: right answers by the runtime's own tokens.
+        forced: the answers along which both choose are not torch's, but given to it, which was read block by block.
     """
 
     samples: int
@@ -84,6 +94,7 @@ class TokenCheck:
     window: int
     accuracy: float | None
     torch_accuracy: float | None
+    forced: bool = False
 
     def wrong(self, variant: Variant) -> str | None:
         """What is not within the variant's tolerance, if anything; where weights are rounded, logits may differ."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import Any  # whatever a run gives
 
 import numpy as np
 import torch
@@ -17,17 +20,30 @@ from slimvlm.compress.data.samples import Sample, batches, load_samples, resized
 from slimvlm.compress.errors import UnsuitableOptionError
 from slimvlm.compress.evaluation.evaluate import end_ids, pad_id
 from slimvlm.compress.evaluation.quality import exact_match
-from slimvlm.export.checks.answers import Answers, long_prompt, retell, shares, torch_answers
+from slimvlm.compress.models.families import Family
+from slimvlm.compress.models.streaming.lazy import read_in
+from slimvlm.compress.models.streaming.weights import streamed
+from slimvlm.compress.streaming.forwards import through_blocks
+from slimvlm.export.checks.answers import Answers, forced_answers, long_sample, retell, shares, torch_answers
 from slimvlm.export.checks.parity import Case, TokenCheck
 from slimvlm.export.graphs.graph import Graph, Model
 from slimvlm.export.graphs.windows import widest_window
 from slimvlm.export.options import ExportOptions
-from slimvlm.export.running.generation import Arrays, PortInfo, Prompting, Runner, generate, until_end
+from slimvlm.export.running.generation import (
+    Arrays,
+    PortInfo,
+    Prompting,
+    Runner,
+    generate,
+    token_losses,
+    until_end,
+)
 from slimvlm.export.running.names import VISION
 from slimvlm.export.running.runners import Recorder, TorchRunner
 
 ROWS = 4  # samples generated for at once, left-padded
 QUESTIONS = ("What is in the image?", "What colour is it?", "How many are there?", "Describe the image.")
+Runs = Sequence[Callable[[], Any]]
 DEFAULT_SIDE = 448  # of images for families that take any size, where no size was asked for
 
 
@@ -38,7 +54,8 @@ class Reference:
     Attributes:
         answers: batch by batch, last of all to one long prompt, which is not one of the samples.
         window: of the widest that the language model attends through, in tokens, or 0.
-        tokens: of the answers to the samples, up to their end; `accuracy`: how many of them are right.
+        tokens: torch's own choices in the answers to the samples, up to their end; `accuracy`: how many are right.
+        forced: answers are given to torch, which was read block by block.
         first: the batch that is stored beside the files, with what torch gives for it.
     """
 
@@ -53,6 +70,7 @@ class Reference:
     accuracy: float | None
     first: Arrays
     expected: Arrays
+    forced: bool = False
 
 
 def export_samples(collator: Collator, model: Model, options: ExportOptions) -> list[Sample]:
@@ -151,47 +169,82 @@ def port_of(name: str, value: torch.Tensor | np.ndarray, axes: Mapping[int, str]
 
 
 def make_reference(
-    model: Model, collator: Collator, graphs: Sequence[Graph], samples: Sequence[Sample], most: int
+    model: Model,
+    collator: Collator,
+    graphs: Sequence[Graph],
+    samples: Sequence[Sample],
+    most: int,
+    before: Sequence[Callable[[], object]] = (),
 ) -> Reference:
     """Runs torch on all samples; the cases are its first two steps on one sample and on several.
 
     Args:
         most: new tokens per answer.
+        before: what else has the model compute; first of all, but where its blocks are read they are read for all.
     """
-    runner = torch_runner(graphs)
+    runner, together = torch_runner(graphs), partial(_together, model, collator.family)
     if collator.family.contrastive:
-        return _embeddings(runner, collator, samples)
-    prompting = prompting_of(model, collator)
-    prompts = [_arrays(collator.prompts(part)) for part in batches(samples, ROWS)]
-    longest = max(prompt["input_ids"].shape[1] for prompt in prompts)
+        return _embeddings(runner, collator, samples, lambda runs: together([*before, *runs])[len(before) :])
+    prompting, forced = prompting_of(model, collator), streamed(model) is not None
+    parts = list(batches(samples, ROWS))
+    longest = max(collator.prompts(part)["input_ids"].shape[1] for part in parts)
     if prompting.kind == "decoder" and longest + most > collator.max_text_tokens:
         raise UnsuitableOptionError(
             f"--max-new-tokens {most}: after a prompt of {longest} tokens this model takes at most "
             f"{max(0, collator.max_text_tokens - longest)}; ask for fewer, or give shorter --data"
         )
     window = widest_window(model.get_submodule(collator.family.export.text).config)
-    prompts.append(_arrays(long_prompt(collator, samples[0], most, window)))
-    answers = [torch_answers(model, collator, prompt, prompting, most) for prompt in prompts]
-    tokens = [until_end(row, prompting.end) for one in answers[:-1] for row in one.tokens]
-    texts = [collator.decode(torch.tensor([row]))[0] for row in tokens]
-    accuracy = _right(texts, samples) if any(sample.turns[-1].target for sample in samples) else None
+    asked = [*parts, [long_sample(collator, samples[0], most, window)], samples[-1:]]
+    answering = [partial(_answer, model, collator, part, prompting, most) for part in asked]
+    traced = [partial(_as_traced, runner, graph) for graph in graphs]
     single, pair = (_arrays(collator.prompts(part)) for part in (samples[-1:], (list(samples) * 2)[:2]))
-    cases = _random_cases(runner, graphs)
-    for what, batch in (("two samples", pair), ("one sample", single)):
-        recorder = Recorder(runner)
-        generate(recorder, prompting, batch, 2)
+    recorded = [("two samples", pair, Recorder(runner)), ("one sample", single, Recorder(runner))]
+    generating = [partial(generate, recorder, prompting, batch, 2) for _, batch, recorder in recorded]
+    found = iter(together([*before, *answering, *traced, *generating])[len(before) :])
+    *answers, stored = islice(found, len(answering))
+    cases = list(islice(found, len(traced)))
+    merging: list[Callable[[], Any]] = []
+    for what, batch, recorder in recorded:
         cases += [Case(graph, what, feeds, outputs) for graph, feeds, outputs in recorder.calls]
         if "embedding" in runner.modules:  # only onnxruntime-genai runs it
-            features = next(one["image_features"] for graph, _, one in recorder.calls if graph == VISION)
-            feeds = {"input_ids": batch["input_ids"], "image_features": features}
-            token = np.full((len(batch["input_ids"]), 1), prompting.image_token)
-            given = {"input_ids": token, "image_features": features[:0]}
-            for case, fed in ((what, feeds), (f"{what}, an image token given by the model", given)):
-                cases.append(Case("embedding", case, fed, runner.run("embedding", fed)))
-    stored = torch_answers(model, collator, single, prompting, most)
-    losses = retell(runner, prompting, stored, "stored").torch_losses[0]
+            merging += _merging(runner, prompting, what, batch, recorder)
+    if merging:
+        with read_in(model.get_input_embeddings(), torch.device("cpu")):
+            cases += [run() for run in merging]
+    tokens = [row for one in answers[:-1] for row in one.chosen(prompting.end)]
+    texts = [collator.decode(torch.tensor([until_end(row, prompting.end)]))[0] for row in tokens]
+    accuracy = _right(texts, samples) if any(sample.turns[-1].target for sample in samples) else None
+    [chosen] = stored.chosen(prompting.end)
+    losses = token_losses(stored.logits[0, : len(chosen)], stored.tokens[0, : len(chosen)])
     expected = {"tokens": stored.tokens, "first_logits": stored.logits[:, 0], "losses": losses}
-    return Reference(collator, most, samples, cases, prompting, answers, window, tokens, accuracy, single, expected)
+    if forced:
+        expected["chosen"] = np.array([chosen])
+    known = single, expected, forced
+    return Reference(collator, most, samples, cases, prompting, answers, window, tokens, accuracy, *known)
+
+
+def _together(model: Model, family: Family, runs: Runs) -> list[Any]:
+    """What each of them gives; of a model whose blocks are read they go through a block together."""
+    if streamed(model) is None:
+        return [run() for run in runs]
+    with torch.inference_mode():
+        return through_blocks(model, family, runs, again=True)
+
+
+def _answer(model: Model, collator: Collator, samples: Sequence[Sample], prompting: Prompting, most: int) -> Answers:
+    if streamed(model) is not None:
+        return forced_answers(model, collator, samples, prompting, most)
+    return torch_answers(model, collator, _arrays(collator.prompts(samples)), prompting, most)
+
+
+def _merging(runner: TorchRunner, prompting: Prompting, what: str, batch: Arrays, recorder: Recorder) -> Runs:
+    """Image features among the embeddings of a prompt, and beside a token that only looks like an image's."""
+    features = next(one["image_features"] for graph, _, one in recorder.calls if graph == VISION)
+    feeds = {"input_ids": batch["input_ids"], "image_features": features}
+    token = np.full((len(batch["input_ids"]), 1), prompting.image_token)
+    given = {"input_ids": token, "image_features": features[:0]}
+    both = (what, feeds), (f"{what}, an image token given by the model", given)
+    return [partial(_case, runner, "embedding", case, fed) for case, fed in both]
 
 
 def prompting_of(model: Model, collator: Collator) -> Prompting:
@@ -216,7 +269,8 @@ def check_tokens(runner: Runner, reference: Reference) -> TokenCheck:
         raise ValueError("a dual encoder gives no tokens to check")
     retold = [retell(runner, prompting, answers, "answers") for answers in reference.answers]
     *asked, _ = retold
-    equal, share = shares([row for one in asked for row in one.choices], reference.tokens)
+    choices = [row for one in asked for row in one.choices]
+    equal, share = shares(choices, reference.tokens)
     worst = [one.difference for one in retold]
     return TokenCheck(
         samples=len(reference.tokens),
@@ -229,19 +283,24 @@ def check_tokens(runner: Runner, reference: Reference) -> TokenCheck:
         cosine=min(one.cosine for one in worst),
         long_prompt=reference.answers[-1].prompts["input_ids"].shape[1],
         window=reference.window,
-        accuracy=_accuracy(runner, prompting, reference, equal),
+        accuracy=_accuracy(runner, reference, equal, choices),
         torch_accuracy=reference.accuracy,
+        forced=reference.forced,
     )
 
 
-def _accuracy(runner: Runner, prompting: Prompting, reference: Reference, equal: int) -> float | None:
-    """Right answers of a runtime's own tokens; those of torch where all are equal."""
-    if reference.accuracy is None or equal == len(reference.tokens):
+def _accuracy(runner: Runner, reference: Reference, equal: int, choices: Sequence[Sequence[int]]) -> float | None:
+    """Right answers of a runtime's own tokens, which are its choices where answers are forced; those of torch where
+    all are equal.
+    """
+    prompting = reference.prompting
+    if prompting is None or reference.accuracy is None or equal == len(reference.tokens):
         return reference.accuracy
-    texts: list[str] = []
-    for answers in reference.answers[:-1]:
-        found = generate(runner, prompting, answers.prompts, reference.most).tokens
-        texts += [reference.collator.decode(torch.tensor([until_end(row, prompting.end)]))[0] for row in found]
+    found = choices
+    if not reference.forced:
+        prompts = (answers.prompts for answers in reference.answers[:-1])
+        found = [row for one in prompts for row in generate(runner, prompting, one, reference.most).tokens]
+    texts = [reference.collator.decode(torch.tensor([until_end(row, prompting.end)]))[0] for row in found]
     return _right(texts, reference.samples)
 
 
@@ -250,30 +309,33 @@ def _right(texts: Sequence[str], samples: Sequence[Sample]) -> float:
     return sum(right) / len(right)
 
 
-def _embeddings(runner: TorchRunner, collator: Collator, samples: Sequence[Sample]) -> Reference:
+def _embeddings(
+    runner: TorchRunner, collator: Collator, samples: Sequence[Sample], together: Callable[[Runs], list[Any]]
+) -> Reference:
     parts = {f"{len(samples)} samples": collator.training(samples), "one sample": collator.training(samples[-1:])}
-    cases = []
+    asked = []
     for what, batch in parts.items():
         arrays = _arrays(batch)
         for graph in runner.modules:
             feeds = {port.name: arrays[port.name] for port in runner.inputs(graph)}
             if "input_ids" in feeds:  # another length, also where the processor pads every text to one
                 shorter = {name: array[:, :-1] for name, array in feeds.items()}
-                cases.append(Case(graph, f"{what}, a token less", shorter, runner.run(graph, shorter)))
-            cases.append(Case(graph, what, feeds, runner.run(graph, feeds)))
+                asked.append(partial(_case, runner, graph, f"{what}, a token less", shorter))
+            asked.append(partial(_case, runner, graph, what, feeds))
+    cases = together(asked)
     first = _arrays(parts["one sample"])
     last = [case for case in cases if case.what == "one sample"]
     expected = {f"{case.graph}.{name}": array for case in last for name, array in case.outputs.items()}
     return Reference(collator, 0, samples, cases, None, [], 0, [], None, first, expected)
 
 
-def _random_cases(runner: TorchRunner, graphs: Sequence[Graph]) -> list[Case]:
-    """What the graphs were traced with: several new tokens on a cache that is not empty."""
-    cases = []
-    for graph in graphs:
-        feeds = {port.name: port.sample.numpy() for port in graph.inputs}
-        cases.append(Case(graph.name, "as traced", feeds, runner.run(graph.name, feeds)))
-    return cases
+def _as_traced(runner: TorchRunner, graph: Graph) -> Case:
+    """What the graph was traced with: several new tokens on a cache that is not empty."""
+    return _case(runner, graph.name, "as traced", {port.name: port.sample.numpy() for port in graph.inputs})
+
+
+def _case(runner: TorchRunner, graph: str, what: str, feeds: Arrays) -> Case:
+    return Case(graph, what, feeds, runner.run(graph, feeds))
 
 
 def _arrays(batch: Mapping[str, torch.Tensor]) -> Arrays:

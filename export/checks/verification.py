@@ -100,7 +100,8 @@ def check_sample(runner: Runner, manifest: Manifest, variant: str, given: Arrays
     logits = np.stack([logits[0] for _, logits in told])[: len(tokens)]
     loss, torch_loss = float(token_losses(logits, tokens).mean()), float(expected["losses"].mean())
     ok = (row.is_rounded or difference.within(row.tolerance)) and loss - torch_loss <= row.tolerance.divergence
-    share = float(np.mean(logits.argmax(-1) == tokens))
+    chosen = expected.get("chosen", expected["tokens"])[0, : len(tokens)]  # by torch, where tokens were given to it
+    share = float(np.mean(logits.argmax(-1) == chosen))
     found = {"max_relative": difference.max_relative, "cosine": difference.cosine, "token_share": share}
     return {"ok": bool(ok), **found, "loss": loss, "torch_loss": torch_loss}
 

@@ -6,6 +6,7 @@ import tarfile
 from pathlib import Path
 
 from slimvlm.compress.card import write_export_card
+from slimvlm.compress.evaluation.quality import FORCED
 from slimvlm.compress.files.decoding import LARGEST_FILE, decode, parse
 from slimvlm.compress.files.folders import MANIFEST
 from slimvlm.compress.files.writing import written_file
@@ -100,7 +101,8 @@ def _check(check: Document) -> str:
     right = (
         "" if check["accuracy"] is None else f", right answers {check['accuracy']:.1%} ({check['torch_accuracy']:.1%})"
     )
+    forced = f"; {FORCED}" if check["forced"] else ""
     return (
         f"{check['format']} {check['variant']}: {check['equal']} of {check['samples']} answers equal, "
-        f"{check['token_share']:.1%} of the tokens{right}"
+        f"{check['token_share']:.1%} of the tokens{right}{forced}"
     )

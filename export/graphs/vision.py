@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from transformers import vision_utils
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from slimvlm.compress.errors import UnsupportedModelError
+from slimvlm.compress.streaming.passage import in_the_place_of
 from slimvlm.export.graphs.graph import Model
 
 RESAMPLED = 1.1  # LLaVA-OneVision shrinks feature maps that exceed its maximum by more than this (its own constant)
@@ -235,12 +237,16 @@ class Patches(nn.Module):
         hidden, deep = hidden[:, self.places], []
         for index, block in enumerate(self.tower.blocks):
             mask = self.frames if index in self.full else self.windows
-            hidden = hidden + self._attend(block.attn, block.norm1(hidden), mask)
-            hidden = hidden + block.mlp(block.norm2(hidden))
+            hidden = in_the_place_of(block, partial(self._block, block), hidden, mask)
             if index in self.deepstack:
                 merger = self.tower.deepstack_merger_list[self.deepstack.index(index)]
                 deep.append(self._merge(merger, hidden))
         return torch.cat([self._merge(self.tower.merger, hidden), *deep], dim=-1).float()
+
+    def _block(self, block: Model, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        hidden = hidden + self._attend(block.attn, block.norm1(hidden), mask)
+        computed: Tensor = hidden + block.mlp(block.norm2(hidden))
+        return computed
 
     def _merge(self, merger: nn.Module, hidden: Tensor) -> Tensor:
         merged: Tensor = merger(hidden.flatten(0, 1)).unflatten(0, (-1, self.back.shape[0]))

@@ -28,7 +28,7 @@ from slimvlm.serve.costing.asked import Asked
 from slimvlm.serve.costing.machines import Machine
 from slimvlm.serve.judging.roofline import ATTENTION, Sizes, Work, count_costs, image_features
 
-EXPORT_READINGS = 8  # of all weights, by the forward passes that an export is checked with; one more writes them
+EXPORT_READINGS = 4  # of all weights: two by torch's forward passes, one to write them, one to look at what was rounded
 INPUTS_KEPT = 2 * 2**30  # bytes of what waits at blocks that stay in memory; the rest goes to a scratch folder
 SHARD = 10**9  # bytes of a file of weights that is written at once
 LEAST, MOST = 128 * 2**20, 4 * 2**30  # of the refit's sums held at once, as slicing/refit.py has it

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
@@ -24,6 +25,22 @@ from slimvlm.compress.models.streaming.scratch import Scratch
 from slimvlm.compress.models.streaming.shards import Shard
 
 HELD = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What of a streamed model is in memory beside two blocks.
+
+    Attributes:
+        bound: bytes that these and what is outside of the blocks must fit into; None: any.
+        tables: the embeddings of tokens and the head too, for good.
+    """
+
+    bound: int | None = None
+    tables: bool = True
+
+
+WITH_TABLES = Holding()
 
 
 class StreamedWeights:
@@ -112,6 +129,20 @@ def require_memory(model: nn.Module, blocks: Sequence[str], free: int) -> None:
             f"two blocks of {sizes[largest] / 1e9:.3g} GB ({largest}) and {outside / 1e9:.3g} GB outside of the blocks "
             f"do not fit into {free / 1e9:.3g} GB of memory; give more memory, or take a smaller model"
         )
+
+
+def tables_of(model: Any) -> list[str]:
+    """Paths of the embeddings of tokens and of the head of a model that answers: its largest weights. Without one that
+    has its first weight, which says where the model computes.
+    """
+    if not model.can_generate():
+        return []
+    first, ends = next(model.parameters()), (model.get_input_embeddings(), model.get_output_embeddings())
+    return [
+        path
+        for path, module in model.named_modules()
+        if any(module is end for end in ends) and all(weight is not first for weight in module.parameters())
+    ]
 
 
 def make_resident(model: nn.Module, blocks: Iterable[str]) -> None:

@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Callable, Iterator
 
+from slimvlm.compress.evaluation.quality import FORCED
 from slimvlm.compress.options import STAGES
 from slimvlm.export.running.manifest import Manifest
 from slimvlm.serve.report.document import Code, Finding, Said, Table, figure, percent, shown, whole
@@ -35,6 +36,8 @@ def parity_section(files: RunFiles) -> Iterator[Said]:
             yield Finding(shown(f"Not exported: {refused}"), "run.json: stages.export.refused", bad=True)
         return
     yield _graph_table(manifest)
+    if any(check.get("forced") for check in manifest.checks):
+        yield f"Answers are not torch's own: {FORCED}. Choices are compared."
     if manifest.checks:
         yield _token_table(manifest)
     if any("loss" in check for check in manifest.checks):

@@ -17,7 +17,7 @@ from slimvlm.compress.models.checkpoint import load_model, stream_model
 from slimvlm.compress.models.computing import as_stored, cast
 from slimvlm.compress.models.saving import save_checkpoint
 from slimvlm.compress.models.streaming.lazy import Lazy, read
-from slimvlm.compress.models.streaming.weights import streamed
+from slimvlm.compress.models.streaming.weights import Holding, streamed
 from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.compress.stages.slice import masked_difference
 
@@ -141,7 +141,7 @@ def test_a_value_that_is_no_number_is_refused_where_it_is_read(tmp_path):
 def test_memory_below_two_blocks_is_refused_in_a_sentence(tmp_path):
     save_checkpoint(tmp_path / "dense", tiny_model("llava").model, None, None)
     with pytest.raises(UnsuitableOptionError, match=r"two blocks of .* do not fit into 1e-05 GB") as caught:
-        stream_model(tmp_path / "dense", memory=10_000)
+        stream_model(tmp_path / "dense", holding=Holding(bound=10_000))
     assert "\n" not in str(caught.value)
 
 
