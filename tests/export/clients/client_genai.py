@@ -7,15 +7,13 @@ from pathlib import Path
 import numpy
 import onnxruntime_genai
 
-DTYPES = {"input_ids": numpy.int32, "pixel_values": numpy.float32}
-
 folder, file = sys.argv[1:]
 request = json.loads(Path(file).read_text())
 model = onnxruntime_genai.Model(folder)
 inputs = onnxruntime_genai.NamedTensors()
 for tensor in request["tensors"]:
     array = numpy.array(tensor["data"]).reshape(tensor["dims"])
-    inputs[tensor["name"]] = array.astype(DTYPES.get(tensor["name"], numpy.int64))
+    inputs[tensor["name"]] = array.astype("int32" if tensor["name"] == "input_ids" else tensor["type"])
 parameters = onnxruntime_genai.GeneratorParams(model)
 parameters.set_search_options(max_length=request["max_length"], do_sample=False)
 generator = onnxruntime_genai.Generator(model, parameters)

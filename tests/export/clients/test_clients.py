@@ -19,6 +19,7 @@ from slimvlm.export.checks.reference import generated_sample
 from slimvlm.export.checks.sample import read_sample
 from slimvlm.export.job import ExportResult
 from slimvlm.export.running.generation import generate
+from slimvlm.export.running.names import VISION
 from slimvlm.export.running.runners import SessionRunner
 from slimvlm.export.variants import FULL, VARIANTS
 
@@ -99,15 +100,17 @@ def own_tokens(result: ExportResult, variant: str, given: dict, most: int) -> li
 GENAI_FAMILIES = [family.name for family in FAMILIES if family.export.genai]
 
 
-def in_genai(folder: Path, given: dict, image_token: int, most: int, scratch: Path) -> list[int]:
-    """New tokens by onnxruntime-genai."""
-    tensors = [tensor for tensor in tensors_of(given) if tensor["name"] in GENAI_TENSORS]
-    images = int((given["input_ids"] == image_token).sum())
-    tensors.append({"name": "num_image_tokens", "dims": [1], "data": [images]})
+def in_genai(result: ExportResult, given: dict, most: int, scratch: Path) -> list[int]:
+    """New tokens by onnxruntime-genai, of the variant that its config names; pixels in the type of its graph."""
+    vision = next(artifact for artifact in result.manifest.artifacts if artifact.graph == VISION)
+    pixels = given["pixel_values"].astype(vision.inputs[0].dtype)
+    tensors = [one for one in tensors_of({**given, "pixel_values": pixels}) if one["name"] in GENAI_TENSORS]
+    images = int((given["input_ids"] == result.manifest.generation.image_token).sum())
+    tensors.append({"name": "num_image_tokens", "type": "int64", "dims": [1], "data": [images]})
     request = {"max_new_tokens": most, "max_length": 96, "tensors": tensors}
     (scratch / "request.json").write_text(json.dumps(request))
     script = Path(__file__).with_name("client_genai.py")
-    command = [str(PYTHON), str(script), str(folder), str(scratch / "request.json")]
+    command = [str(PYTHON), str(script), str(result.out), str(scratch / "request.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)[0]
@@ -118,16 +121,16 @@ def test_onnxruntime_genai_generates_the_tokens_of_torch(exported, tmp_path, nam
     result = exported(name)
     given, expected = read_sample(result.out)
     prompting, wanted = result.manifest.generation, expected["tokens"][0].tolist()
-    found = in_genai(result.out, given, prompting.image_token, len(wanted), tmp_path)
+    found = in_genai(result, given, len(wanted), tmp_path)
     assert ended(found, prompting.end) == ended(wanted, prompting.end)
 
 
 @pytest.mark.parametrize("name", GENAI_FAMILIES)
-@pytest.mark.parametrize("variant", ("int8", "q8", "q4", "q2"))
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != FULL])
 def test_onnxruntime_genai_runs_the_variant_that_its_config_names(tmp_path, name, variant):
     result = export_tiny(name, tmp_path / "export", variants=(variant,))
     given, prompting = read_sample(result.out)[0], result.manifest.generation
-    found = in_genai(result.out, given, prompting.image_token, 6, tmp_path)
+    found = in_genai(result, given, 6, tmp_path)
     assert [ended(found, prompting.end)] == own_tokens(result, variant, given, 6)
 
 
@@ -151,7 +154,7 @@ def test_transformers_js_answers_beyond_a_window_as_torch(tmp_path, kind):
 def test_onnxruntime_genai_answers_beyond_a_window_as_torch(tmp_path):
     result, given, expected = beyond_a_window("qwen2_5_vl", tmp_path / "export")
     prompting = result.manifest.generation
-    found = in_genai(result.out, given, prompting.image_token, 6, tmp_path)
+    found = in_genai(result, given, 6, tmp_path)
     assert ended(found, prompting.end) == ended(expected, prompting.end)
 
 
