@@ -211,7 +211,7 @@ def set_fields(config: PreTrainedConfig, fields: Mapping[str, float]) -> None:
         StrictDataclassError: it refuses one of them, or what they are together.
     """
     for name, value in fields.items():
-        setattr(config, name, value)
+        setattr(config, name, float(value) if isinstance(getattr(config, name, None), float) else value)
     config.validate()
 
 

@@ -11,7 +11,7 @@ from tiny_models import FACTORIES, tiny_model
 
 from slimvlm.compress.errors import CheckpointError
 from slimvlm.compress.models.checkpoint import load
-from slimvlm.compress.models.saving import save_checkpoint, stock_model
+from slimvlm.compress.models.saving import save_checkpoint, set_fields, stock_model
 from slimvlm.compress.slicing.apply import apply_plan
 
 
@@ -59,6 +59,12 @@ def test_sizes_the_unmodified_class_cannot_build_are_refused_by_name(tmp_path, n
     with pytest.raises(CheckpointError, match=f"layout stock: .*{words}.*--layout per-layer"):
         save_checkpoint(tmp_path / "out", model, None, None, "stock")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_whole_ratio_is_written_as_the_config_has_it():
+    config = transformers.Step3p7Config().vision_config  # it refuses a whole number
+    set_fields(config, {"mlp_ratio": 3})
+    assert isinstance(config.mlp_ratio, float)
 
 
 def test_a_width_that_a_pooling_head_shares_is_refused_by_name():
