@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import to_edge_transform_and_lower
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim
 
 PAST, TOTAL = "past_sequence_length", "total_sequence_length"
@@ -57,7 +58,7 @@ class Holding(nn.Module):
 
 def program_of(folder: Path, graph: dict[str, Any], sample: dict[str, Tensor], longest: int) -> bytes:
     """The `.pte` of one graph of the manifest."""
-    module: nn.Module = torch.export.load(folder / graph["file"]).module(check_guards=False)
+    module: nn.Module = without_detach(torch.export.load(folder / graph["file"]).module(check_guards=False))
     ports = graph["inputs"]
     if any(PAST in port["shape"] for port in ports):
         module = Holding(module, ports, longest)
@@ -74,8 +75,17 @@ def program_of(folder: Path, graph: dict[str, Any], sample: dict[str, Tensor], l
         arguments.append(blank if fixed is None else fixed.to(blank.dtype))
     with torch.no_grad():
         program = torch.export.export(module, tuple(arguments), dynamic_shapes=shaped(module, shapes), strict=False)
-    program = program.run_decompositions({torch.ops.aten.conv3d.default: patch_product})
+    program = program.run_decompositions(WRITTEN)
     return to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch().buffer
+
+
+def without_detach(module: fx.GraphModule) -> fx.GraphModule:
+    """Constants of a model are detached in place, which cannot be traced again and does nothing here."""
+    for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.detach_.default):
+        node.replace_all_uses_with(node.args[0])
+        module.graph.erase_node(node)
+    module.recompile()
+    return module
 
 
 def patch_product(patches: Tensor, weight: Tensor, bias: Tensor | None = None, *_: object) -> Tensor:
@@ -83,6 +93,17 @@ def patch_product(patches: Tensor, weight: Tensor, bias: Tensor | None = None, *
     if patches.shape[1:] != weight.shape[1:]:
         raise NotImplementedError("a convolution in three dimensions over more than one patch")
     return nn.functional.linear(patches.flatten(1), weight.flatten(1), bias)[..., None, None, None]
+
+
+def tanh_gelu(values: Tensor, approximate: str = "none") -> Tensor:
+    """GELU by tanh, written out: the delegate's own is the one by the error function, whichever is asked for."""
+    if approximate != "tanh":
+        return NotImplemented
+    inner = math.sqrt(2 / math.pi) * (values + 0.044715 * values * values * values)
+    return 0.5 * values * (1 + torch.tanh(inner))
+
+
+WRITTEN = {torch.ops.aten.conv3d.default: patch_product, torch.ops.aten.gelu.default: tanh_gelu}
 
 
 def shaped(module: nn.Module, shapes: list[dict[int, Any]]) -> tuple[Any, ...]:

@@ -21,12 +21,12 @@ from slimvlm.export.running.exported import Exported
 from slimvlm.export.running.names import DECODER, VISION
 from slimvlm.export.running.runners import fitting
 
-POSITIONS = 16  # of the tiny CLIP's text
+POSITIONS = 16  # of the tiny CLIP's and SigLIP's text
 SCRIPT = Path(__file__).parents[3] / "examples" / "to_executorch.py"
 PAST = "past_sequence_length"
 FAMILIES = (
     "llava", "llava_dinov2", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "paligemma",
-    "smolvlm", "idefics3", "blip2_opt", "internvl",
+    "smolvlm", "idefics3", "blip2_opt", "blip2_t5", "internvl",
 )  # fmt: skip
 
 
@@ -88,5 +88,6 @@ def test_executorch_gives_the_answer_of_torch_on_the_demo(tmp_path):
     hold_against_torch(export_checkpoint(MODEL, tmp_path / "export", options).out)
 
 
-def test_executorch_gives_the_similarities_of_torch(tmp_path):
-    hold_against_torch(export_tiny("clip", tmp_path / "export", shallow_model, formats=("pt2",)).out, longest=POSITIONS)
+@pytest.mark.parametrize("name", ("clip", "siglip"))
+def test_executorch_gives_the_similarities_of_torch(tmp_path, name):
+    hold_against_torch(export_tiny(name, tmp_path / "export", shallow_model, formats=("pt2",)).out, longest=POSITIONS)
