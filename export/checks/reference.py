@@ -39,7 +39,7 @@ from slimvlm.export.running.generation import (
     until_end,
 )
 from slimvlm.export.running.names import VISION
-from slimvlm.export.running.runners import Recorder, TorchRunner
+from slimvlm.export.running.runners import Opened, Recorder, TorchRunner
 
 ROWS = 4  # samples generated for at once, left-padded
 QUESTIONS = ("What is in the image?", "What colour is it?", "How many are there?", "Describe the image.")
@@ -262,12 +262,12 @@ def prompting_of(model: Model, collator: Collator) -> Prompting:
     )
 
 
-def check_tokens(runner: Runner, reference: Reference) -> TokenCheck:
+def check_tokens(runner: Opened, reference: Reference) -> TokenCheck:
     """Torch's answers retold by a runtime, on all samples in left-padded batches and on one long prompt."""
     prompting = reference.prompting
     if prompting is None:
         raise ValueError("a dual encoder gives no tokens to check")
-    retold = [retell(runner, prompting, answers, "answers") for answers in reference.answers]
+    retold = runner.together([partial(retell, runner, prompting, answers, "answers") for answers in reference.answers])
     *asked, _ = retold
     choices = [row for one in asked for row in one.choices]
     equal, share = shares(choices, reference.tokens)

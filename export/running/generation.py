@@ -103,7 +103,9 @@ def steps(
     done = np.zeros(len(ids), bool)
     for step in range(1, max_new_tokens + 1):
         outputs = runner.run(DECODER, feeds)
-        logits = outputs["logits"][:, -1]
+        logits = outputs["logits"][:, -1].copy()  # those of a prompt may be large
+        cache = {name.replace(PRESENT, PAST): value for name, value in outputs.items() if name.startswith(PRESENT)}
+        del outputs
         chosen = np.where(done, prompting.pad, logits.argmax(-1))
         yield chosen, logits
         chosen = chosen if follow is None else follow[:, step - 1]
@@ -111,7 +113,6 @@ def steps(
         if step == max_new_tokens or (follow is None and done.all()):
             return
         mask = np.concatenate([mask, np.ones((len(ids), 1), np.int64)], axis=1)
-        cache = {name.replace(PRESENT, PAST): value for name, value in outputs.items() if name.startswith(PRESENT)}
         place = {"position_ids": (following + step - 1)[..., None], "attention_mask": mask}
         feeds = {**feeds, **cache, **place, "inputs_embeds": _embed(runner, chosen[:, None])}
 

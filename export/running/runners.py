@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from slimvlm.export.variants import VARIANTS
 if TYPE_CHECKING:
     from torch import Tensor
 
+Result = TypeVar("Result")
 Value = Any  # in a runtime's own form: a tensor, an array, an OrtValue
 Binding = Any  # an onnxruntime.IOBinding; the package says nothing of its types
 ONNX_DTYPES = {
@@ -84,6 +85,10 @@ class SessionRunner:
         """Outputs by name; inputs the graph does not have are left out, others cast to its dtype."""
         names = self.outputs(graph)
         return dict(zip(names, self.session(graph).run(names, fitting(self.inputs(graph), feeds)), strict=True))
+
+    def together(self, runs: Sequence[Callable[[], Result]]) -> list[Result]:
+        """What functions give that run graphs, in the order that takes least."""
+        return [run() for run in runs]
 
     def call(self, graph: str, values: Mapping[str, Value]) -> Sequence[Value]:
         """Outputs in the order of their names; `values` are exactly what the graph takes, in its dtypes."""
@@ -208,6 +213,10 @@ class TorchRunner:
             outputs = self.call(graph, tensors)
         return {name: tensor.numpy() for name, tensor in zip(self.names[graph], outputs, strict=True)}
 
+    def together(self, runs: Sequence[Callable[[], Result]]) -> list[Result]:
+        """As `SessionRunner.together`."""
+        return [run() for run in runs]
+
     def call(self, graph: str, values: Mapping[str, Tensor]) -> Sequence[Tensor]:
         """As `SessionRunner.call`."""
         outputs = self.modules[graph](*(values[port.name] for port in self.ports[graph]))
@@ -222,6 +231,9 @@ class TorchRunner:
     def last(self, logits: Tensor) -> Tensor:
         """Of the last token."""
         return logits[:, -1]
+
+
+Opened = SessionRunner | TorchRunner  # of the graphs of an export
 
 
 class Recorder:
@@ -246,7 +258,7 @@ class Recorder:
 
 def runner_of(
     folder: Path, artifacts: Sequence[Artifact], device: str = "cpu", threads: int = 0, engines: str | None = None
-) -> SessionRunner | TorchRunner:
+) -> Opened:
     """Runs the artifacts of one format and variant.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import onnx
@@ -149,6 +150,8 @@ def test_a_graph_run_a_part_at_a_time_gives_what_it_gives_as_a_whole(exported, n
     monkeypatch.setattr(parts, "PART_BYTES", 4000)
     out, artifacts, random = exported(name).out, exported(name).manifest.artifacts, np.random.default_rng(0)
     files = {artifact.graph: out / artifact.file for artifact in artifacts}
+    opened, inner = [], parts.open_session
+    monkeypatch.setattr(parts, "open_session", lambda *asked: opened.append(asked) or inner(*asked))
     whole, parted = SessionRunner(files), parts.PartedRunner(files)
     sizes = {"batch_size": 2, "past_sequence_length": 4, "total_sequence_length": 7}
     for graph in files:
@@ -157,9 +160,12 @@ def test_a_graph_run_a_part_at_a_time_gives_what_it_gives_as_a_whole(exported, n
         for port in whole.inputs(graph):
             shape = [size if isinstance(size, int) else sizes.get(size, 3) for size in port.shape]
             feeds[port.name] = (random.random(shape) + 0.5).astype(port.dtype)
-        found, wanted = parted.run(graph, feeds), whole.run(graph, feeds)
-        assert found.keys() == wanted.keys()
-        assert all(np.allclose(found[name], wanted[name], rtol=1e-4, atol=1e-5) for name in found)
+        opened.clear()
+        found, wanted = parted.together([partial(parted.run, graph, feeds)] * 2), whole.run(graph, feeds)
+        assert len(opened) == len(parts.parts_of(onnx.load(files[graph]).graph))  # once for both
+        for one in found:
+            assert one.keys() == wanted.keys()
+            assert all(np.allclose(one[name], wanted[name], rtol=1e-4, atol=1e-5) for name in one)
     assert len(parts.parts_of(onnx.load(files[graph]).graph)) > 3
 
 
