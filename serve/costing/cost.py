@@ -28,6 +28,7 @@ from slimvlm.serve.costing.asked import Asked
 from slimvlm.serve.costing.machines import Machine
 from slimvlm.serve.judging.roofline import ATTENTION, Sizes, Work, count_costs, image_features
 
+TABLE_READINGS = 5  # of the table of embeddings and of the head by an export
 EXPORT_READINGS = 4  # of all weights: two by torch's forward passes, one to write them, one to look at what was rounded
 INPUTS_KEPT = 2 * 2**30  # bytes of what waits at blocks that stay in memory; the rest goes to a scratch folder
 SHARD = 10**9  # bytes of a file of weights that is written at once
@@ -290,7 +291,8 @@ class CostModel:
         packed = 4 * left * self.anatomy.parameters  # export
         matmuls = self._work(1, self.anatomy.dtype).matmuls
         traced = Ideal(trace=matmuls * self.machine.launch_seconds, pack=packed / self.machine.bytes_per_second)
-        read = self._streaming(EXPORT_READINGS * left) if streamed else Ideal()
+        tables = Ideal(stream=TABLE_READINGS * self.resident / self._file_rate)
+        read = self._streaming(EXPORT_READINGS * left) + tables if streamed else Ideal()
         return self.loading(left * stored, streamed) + traced + read + self._writing(self._exported())
 
     def _exported(self) -> float:
@@ -301,8 +303,9 @@ class CostModel:
         stored, left = self.stored, self.asked.left
         if streamed:
             moving, largest = self.resident + 2 * self.block, 4 * self.anatomy.largest
-            if stage == "export":  # traced and checked in fp32
-                return self._peak(4 * self.resident / self.anatomy.itemsize, self.factors["bytes"]["graphs"])
+            if stage == "export":  # a table as it is stored and in fp32, and the block that is read meanwhile
+                table, block = self.anatomy.itemsize * self.anatomy.largest, 4 * self.block / self.anatomy.itemsize
+                return self._peak(table + largest + block, self.factors["bytes"]["graphs"])
             kept = self.batch * self._kept() / sum(kind.blocks for kind in self.anatomy.blocks)
             # A shard is written, or a weight is in fp32 where the cut is checked.
             saved = max(min(SHARD, left * stored), largest - self.block)
