@@ -6,8 +6,8 @@ Makes a checkpoint of random weights with the shapes of a real model (`real_shap
 through the job, each stage in a process of its own: the plan (calibration of 8 samples, half of the parameters), the
 slice stage (refit where it is asked for, cut, save, both checks) and the export of q4 graphs. Before them, each in a
 process too, the pace: a plain forward and backward pass of the same model, weights frozen, and our calibration over all
-samples, twice. A run is a line of `results/scale.jsonl`, in the place of an earlier one with the same options; the
-files are removed afterwards. `--stages make export` is the export of the whole model alone.
+samples, twice. A run is a line of `results/scale.jsonl`, in the place of an earlier one with the same options on the
+same machine; the files are removed afterwards. `--stages make export` is the export of the whole model alone.
 `--stages make plain calibrate --samples 32 --results results/pace.jsonl` is the pace alone, of more samples.
 
     python benchmarks/scale.py --check    what the model of the cost (serve/costing) says of these runs, and its errors
@@ -62,7 +62,7 @@ from slimvlm.serve.costing.probe import measure_machine
 
 RESULTS, COSTS = (Path(__file__).parent / "results" / name for name in ("scale.jsonl", "cost.json"))
 FITTED = Path(__file__).parents[1] / "serve" / "costing" / "fitted.json"
-ASKED = ("stream", "threads", "samples", "rounds", "compensation")  # and the shape: what makes two runs the same
+ASKED = ("stream", "threads", "samples", "rounds", "compensation")
 VARIANT = "q4"
 OTHERS = 0.05  # share of the processors that others may take while a run counts as alone
 PACES = ("plain", "calibrate")  # stages that no other one needs
@@ -293,6 +293,11 @@ def check(job: argparse.Namespace) -> None:
     print(table(rows))
 
 
+def _identity(row: Facts) -> list[Any]:
+    """What makes two runs the same."""
+    return [row["shape"], row["machine"]["says"], *(row[name] for name in ASKED)]
+
+
 def _was_alone(stages: Iterable[Facts]) -> bool:
     """Whether other processes took next to nothing: seconds of a crowded machine say nothing."""
     took = [(stage["others_seconds"], stage["seconds"]) for stage in stages if "seconds" in stage]
@@ -343,7 +348,7 @@ def main() -> None:
     }
     if job.stages != list(STAGES) and job.results == RESULTS:
         return  # a part of a run is shown, and not kept
-    kept = [other for other in read(job.results) if any(other[name] != row[name] for name in ("shape", *ASKED))]
+    kept = [other for other in read(job.results) if _identity(other) != _identity(row)]
     job.results.write_text("".join(json.dumps(one) + "\n" for one in (*kept, row)), encoding="utf-8")
 
 
