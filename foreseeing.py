@@ -39,6 +39,7 @@ from slimvlm.compress.runs import CUT, EXPORT, MODEL
 from slimvlm.compress.slicing.compensation import COMPENSATIONS
 from slimvlm.compress.slicing.refit import LEAST, MOST, cut_projections
 from slimvlm.compress.stages.plan import planning_of
+from slimvlm.compress.stages.stock_shape import tries_shapes
 from slimvlm.compress.statistics.collect import bytes_kept, calibration_batch, collect
 from slimvlm.compress.statistics.reading import Batches
 from slimvlm.compress.statistics.rows import STATISTICS, CalibrationOptions
@@ -261,6 +262,7 @@ def _steps(
         how = "forward and backward" if backward else "forward"
         does = f"{_many(planning.steps, 'round')} of {_many(batches, 'batch')} of {pace.size}, {how}"
         besides = "" if planning.asks is None else f"; besides what --allocator {options.allocator} asks, not foreseen"
+        besides += "; besides the shapes that are tried, not foreseen" if tries_shapes(planning) else ""
         sizes = [1 - options.ratio * share for share in before[1:] if COMPENSATIONS[planning.between].place]
         between = sum(size * len(data.calibration) * pace.read + size**2 * pace.solved for size in sizes)
         yield Step("plan", does + besides, pace.loaded + looked * batches * pace.calibrated + between)

@@ -126,7 +126,8 @@ class PlanOptions(EvaluateOptions):
             or `atv(ALPHA)`; None: what the criterion says.
         threshold, entropy, taylor: ablations; None: what the criterion says. A threshold of 1 selects all tokens.
         depth_ratio: tower -> fraction of its parameters that leaves as whole blocks, by their influence, before the
-            widths of the others are chosen, which make up for the rest of `ratio`.
+            widths of the others are chosen, which make up for the rest of `ratio`. None given: of the layout `stock` as
+            the loss of cuts that are tried says.
         cost: what importance is weighed against: `parameters`, or the `milliseconds` a target of time speaks of.
         compensation: what the weights that stay become; `refit` fits the kept columns of output projections to the
             dense outputs, by least squares, `none` leaves them as they are.

@@ -60,6 +60,7 @@ class Planning:
         known: the scores of the dense model, of an earlier plan: the first round takes them and reads no data.
         until: the budget is that of all rounds, and this one ends where so much of the dense model has left. Where
             steps are coarse, the fine ones that the last round needs would otherwise have left before.
+        worth: what blocks are worth, where it is not their influence: those of `depth` leave by it.
 
     Raises:
         UnsuitableOptionError: more rounds than the allocator can make, or what excludes blocks that leave first.
@@ -78,6 +79,7 @@ class Planning:
     seed: int = 0
     known: Scores | None = None
     until: float | None = None
+    worth: Scores | None = None
 
     def __post_init__(self) -> None:
         allocator = ALLOCATORS[self.budget.allocator]
@@ -111,7 +113,7 @@ class Planning:
             budget = Budget(whole, towers, allocator="global", layout=self.budget.layout)
             tokens = self.criterion.tokens if self.criterion.tokens.pool != ALL.pool else ALL
             influence = replace(CRITERIA["influence"], tokens=tokens)
-            return replace(self, budget=budget, criterion=influence, rounds=1, depth={}, guard=False, known=None)
+            return replace(self, budget=budget, criterion=influence, rounds=1, depth={}, guard=False, known=self.worth)
         share = round_share(number - bool(self.depth), self.rounds, self.power)
         known = self.known if number == 1 else None
         budget, until = self.budget.scaled(share, begun), None
@@ -121,7 +123,8 @@ class Planning:
 
     def besides(self) -> dict[str, object]:
         """What a plan says of its making that neither its criterion nor its budget knows."""
-        depth = {"depth_ratio": dict(self.depth)} if self.depth else {}
+        towers = dict(self.budget.tower_ratio)  # of all steps, where the first has others
+        depth = {"depth_ratio": dict(self.depth), "tower_ratio": towers} if self.depth else {}
         guard = {"guard": True} if self.guard else {}
         return {**depth, **({"between": self.between} if COMPENSATIONS[self.between].place else {}), **guard}
 
@@ -252,7 +255,7 @@ def plan_in_rounds(
             scores = score_units(model, groups, partial(batches, number - 1), step, told)
             if importance is not None and step.asks is not None:
                 scores = replace(scores, importance=_named(importance, begun))
-            scores = _agreed(scores)
+            scores = agreed(scores)
         take = partial(_take, groups, scores, step, _facts(model, groups, dense if order else None, begun))
         later = guarded(model, groups, take, batches(number - 1), progress) if step.guard else take(())
         plan = replace(
@@ -317,7 +320,7 @@ def score_units(
     return score_groups(groups, planning.criterion, calibration, model, planning.seed)
 
 
-def _agreed(scores: Scores) -> Scores:
+def agreed(scores: Scores) -> Scores:
     """Those of the first process: from one cut on, all must have the same model."""
     for tensor in (*scores.values.values(), *scores.members.values()):
         processes.tell(tensor)

@@ -74,13 +74,13 @@ def guarded(
     if streamed(model):
         raise UnsuitableOptionError(STREAMED)
     family = find_family(model.config)
-    work = [partial(_read, batch) for batch in batches[:LOOKED_AT]]
+    work = [partial(opened, batch) for batch in batches[:LOOKED_AT]]
     held: dict[str, Tensor] = {}
 
     def tried(spared: Collection[str]) -> Trial:
         order = take(spared)
-        weights = _refitted(model, family, groups, order.plan.keep, work, held)
-        return Trial(order, weights, _loss(model, family, weights, work))
+        weights = refitted(model, family, groups, order.plan.keep, work, held)
+        return Trial(order, weights, loss_with(model, family, weights, work))
 
     best, gains = tried(()), dict[str, float]()
     cut = [group for group in groups if group.kind == "attention" and len(best.order.plan.keep[group.key]) < group.size]
@@ -88,7 +88,7 @@ def guarded(
         own = {member.path for member in group.members}
         others = {path: one for path, one in best.weights.items() if path not in own}
         units = (group.size - len(best.order.plan.keep[group.key])) / group.indices_per_unit
-        lost = _loss(model, family, others, work)
+        lost = loss_with(model, family, others, work)
         gains[group.key] = (best.loss - lost) / (units * group.parameters_per_unit)
         progress("guard", done, len(cut))
     spared: list[str] = []
@@ -101,11 +101,12 @@ def guarded(
     return best.order
 
 
-def _read(batch: Batch | Callable[[], Batch]) -> dict[str, Tensor]:
+def opened(batch: Batch | Callable[[], Batch]) -> dict[str, Tensor]:
+    """A batch, whether it is there or is made now."""
     return dict(batch() if callable(batch) else batch)
 
 
-def _refitted(
+def refitted(
     model: PreTrainedModel,
     family: Family,
     groups: Sequence[Group],
@@ -123,10 +124,10 @@ def _refitted(
     return weights
 
 
-def _loss(model: PreTrainedModel, family: Family, weights: Weights, batches: Work) -> float:
+def loss_with(model: PreTrainedModel, family: Family, weights: Weights, batches: Work) -> float:
     """Of a sample, the mean over its answer's tokens; with `weights` in the place of the model's."""
     seen = torch.zeros(2, dtype=torch.float64)  # the sum, and the samples
-    with _in_place(model, weights), undisturbed(model), torch.no_grad():
+    with in_place(model, weights), undisturbed(model), torch.no_grad():
         for index in processes.share(len(batches)):
             if (question := ask(model, family, batches[index]())) is not None:
                 seen += torch.tensor([loss(model, question, None)[0].item(), question.tally.samples])
@@ -135,7 +136,7 @@ def _loss(model: PreTrainedModel, family: Family, weights: Weights, batches: Wor
 
 
 @contextmanager
-def _in_place(model: nn.Module, weights: Weights) -> Iterator[None]:
+def in_place(model: nn.Module, weights: Weights) -> Iterator[None]:
     """Other parameters for a while; those of the model are not written to."""
     modules = {path: model.get_submodule(path) for path in weights}
     own = {path: (module.weight, module.bias) for path, module in modules.items()}

@@ -28,7 +28,7 @@ def mask_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     with torch.no_grad():
         for group in groups:
             kept = torch.tensor(plan.keep[group.key], dtype=torch.int64)
-            for cut in (*find_cuts(group, kept), *_switched_off(model, group, kept)):
+            for cut in (*find_cuts(group, kept), *switched_off(model, group, kept)):
                 module = model.get_submodule(cut.path)
                 weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
                 if cut.rows is not None:
@@ -41,7 +41,7 @@ def mask_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     return model
 
 
-def _switched_off(model: nn.Module, group: Group, kept: Tensor) -> Iterator[Cut]:
+def switched_off(model: nn.Module, group: Group, kept: Tensor) -> Iterator[Cut]:
     """No row stays of the linears through which a block that leaves adds to the residual stream."""
     if isinstance(group.part, Tower):
         for index in complement(kept, group.size).tolist():

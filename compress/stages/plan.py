@@ -33,6 +33,7 @@ from slimvlm.compress.rounds import Planned, Planning, check_budget, plan_in_rou
 from slimvlm.compress.runs import AGAIN, ORDER, PLAN, ROUNDS, SCORES, RunFolder
 from slimvlm.compress.slicing.compensation import COMPENSATIONS
 from slimvlm.compress.slicing.guard import STREAMED
+from slimvlm.compress.stages.stock_shape import tries_shapes, with_stock_shape
 from slimvlm.compress.statistics.by_block import check_by_block
 from slimvlm.compress.statistics.collect import ACTIVATIONS, calibration_batch, importance_of
 from slimvlm.compress.statistics.collectors.gradients import MATRICES
@@ -163,11 +164,11 @@ def dense_scores(options: PlanOptions, data: Measured, progress: Progress) -> Sc
 
 
 def _beside(planning: Planning) -> float:
-    """Bytes per weight that planning takes beside the weights: activations and the refit's sums, those that a guard
-    holds, and those of gradients.
+    """Bytes per weight that planning takes beside the weights: activations and the refit's sums, those that cuts
+    which are tried hold, and those of gradients.
     """
     matrices = max((MATRICES.get(name, 0) for name in planning.calibration.statistics), default=0)
-    return ACTIVATIONS + 1 + planning.guard + 4 * matrices
+    return ACTIVATIONS + 1 + (planning.guard or tries_shapes(planning)) + 4 * matrices
 
 
 def _check_biases(model: nn.Module, planning: Planning, options: PlanOptions) -> None:
@@ -208,6 +209,8 @@ def plan_stage(
             Order.read(partial, OutputError, f"remove {partial} to plan from the start") if partial.is_file() else None
         )
         size = calibration_batch(loaded, collator, data.calibration, planning.calibration, options.batch_size)
+        batches = collated(collator, data.calibration, size)
+        planning = with_stock_shape(loaded.model, batches, planning, done, progress)
 
         def keep(planned: Planned) -> None:
             if len(planned.order.rounds) < planning.steps and run.writer:
@@ -215,7 +218,7 @@ def plan_stage(
 
         planned = plan_in_rounds(
             loaded.model,
-            lambda _: collated(collator, data.calibration, size),
+            lambda _: batches,
             planning,
             done=done,
             on_round=keep,
