@@ -30,7 +30,7 @@ from slimvlm.compress.slicing.apply import apply_plan
 from slimvlm.compress.slicing.compensation import COMPENSATIONS
 from slimvlm.compress.stages.alike import require_alike
 from slimvlm.compress.stages.evaluate import evaluate_model, evaluate_seeing_and_blind, evaluate_stage
-from slimvlm.compress.stages.plan import check_plan, chosen_criterion, plan_stage, read_plan
+from slimvlm.compress.stages.plan import check_plan, check_waiting, chosen_criterion, plan_stage, read_plan
 from slimvlm.compress.stages.recover import recover_stage
 from slimvlm.compress.stages.slice import BESIDE, save_cut, slice_stage
 from slimvlm.export import ExportOptions, evaluate_export
@@ -255,6 +255,7 @@ def _opened(options: CompressOptions, plan_only: bool) -> tuple[RunFolder | None
     training = cache(partial(read_trained, options, data))
     if run is not None and not run.finished("plan"):
         check_plan(options)
+        check_waiting(options, data)
         if not plan_only:
             check_room(options)
         if options.recover != "none" and not plan_only:

@@ -25,7 +25,7 @@ from slimvlm.compress.files.folders import (
 )
 from slimvlm.compress.files.writing import reported_as_output_errors
 from slimvlm.compress.models.checkpoint import build_meta, load_model, stream_model
-from slimvlm.compress.models.computing import cast, is_to_be_streamed
+from slimvlm.compress.models.computing import cast, free_memory, is_to_be_streamed
 from slimvlm.compress.models.groups import count_parameters
 from slimvlm.compress.models.streaming.weights import Holding, streamed
 from slimvlm.compress.progress import Progress, silent
@@ -75,7 +75,7 @@ def export_checkpoint(
     streams = _streams(options, meta)
     if streams:
         options = replace(options, external_bytes=min(options.external_bytes, STREAMED_BYTES))
-    load = partial(stream_model, holding=Holding(tables=False)) if streams else load_model
+    load = partial(stream_model, holding=Holding(free_memory(), tables=False)) if streams else load_model
     with reserved(out):
         loaded = load(checkpoint, dtype=torch.float32, trust_remote_code=options.trust_remote_code)
         collator = collator_of(loaded)

@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 
 from slimvlm.cli import main
 from slimvlm.compress.options import CompressOptions
+from slimvlm.compress.streaming import pages
 from slimvlm.demo import MODEL, SAMPLES
 from slimvlm.pipeline import make_plan
 
@@ -65,6 +66,19 @@ def read_only(small_disk: Path) -> Path:
 def test_a_disk_without_room_is_refused_before_anything_is_done(small_disk, model):
     assert_refused(compress(model, small_disk / "out"), "space")
     assert not list(small_disk.rglob("*.json"))
+
+
+@pytest.mark.parametrize("command", ["plan", "compress"])
+def test_what_a_streamed_plan_puts_away_is_not_begun_without_room_for_it(
+    small_disk, model, tmp_path, monkeypatch, command
+):
+    monkeypatch.setattr(pages, "KEPT", 0)
+    monkeypatch.setattr(pages, "LEAST", 1)
+    monkeypatch.setattr("tempfile.tempdir", str(small_disk))
+    asked = [command, model, tmp_path / "out", "--data", SAMPLES / "train.jsonl", "--samples", "64", "--stream", "on"]
+    asked += ["--recover", "none", "--export", "none", "--no-profile"] if command == "compress" else []
+    assert_refused(CliRunner().invoke(main, [str(word) for word in asked]), "space", "TMPDIR")
+    assert not (tmp_path / "out").exists() and not [*small_disk.rglob("*")]
 
 
 @pytest.mark.parametrize("stream", ["on", "off"])

@@ -109,11 +109,12 @@ COMMANDS = {
     "quantize": ("OUT",),
     "export": ("OUT", "--format", "onnx"),
 }
+EVALUATE = {"evaluate": ("--data", "DATA")}  # writes nothing
 
 
 def command_on(name: str, model: Path, given: Path, out: Path) -> Result:
     places = {"OUT": out, "DATA": given / "samples.jsonl", "RUN/plan.json": given / "run" / "plan.json"}
-    words = [places.get(str(word), word) for word in COMMANDS[name]]
+    words = [places.get(str(word), word) for word in (COMMANDS | EVALUATE)[name]]
     return invoke(name, model, *words, "--stream", "on")
 
 
@@ -142,7 +143,7 @@ def test_damaged_files_are_refused_by_name(given: Path, model: Path, tmp_path: P
     assert not [path for path in (tmp_path / "out").rglob("*") if path.suffix == ".safetensors"]
 
 
-@pytest.mark.parametrize("name", ["plan", "apply", "sparsify"])
+@pytest.mark.parametrize("name", ["plan", "apply", "evaluate", "sparsify", "quantize", "export"])
 def test_memory_for_less_than_two_blocks_is_refused(
     given: Path, model: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

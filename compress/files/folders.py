@@ -77,11 +77,12 @@ def require_free(folder: Path) -> None:
             raise OutputError(f"{folder} is not an empty folder; choose another name or remove it first")
 
 
-def require_room(folder: Path, wanted: int) -> None:
+def require_room(folder: Path, wanted: int, advice: str = "choose a folder on another disk") -> None:
     """Refuse to begin what cannot be written to the end.
 
     Args:
         wanted: bytes that will be written into `folder`.
+        advice: what to do besides making room.
 
     Raises:
         OutputError: fewer are free there.
@@ -94,7 +95,7 @@ def require_room(folder: Path, wanted: int) -> None:
     if wanted > free:
         raise OutputError(
             f"{folder} would take about {wanted / 1e6:,.1f} MB, and only {free / 1e6:,.1f} MB of space are free there; "
-            "make room, or choose a folder on another disk"
+            f"make room, or {advice}"
         )
 
 

@@ -203,9 +203,10 @@ def build_streamed(
     _check_loading(folder, info)
     take_apart(model, family)
     blocks = [tower.blocks for tower in family.towers]
+    tables = () if holding.tables else tables_of(model)
     if holding.bound is not None:
-        require_memory(model, blocks, holding.bound)
-    make_resident(model, blocks if holding.tables else [*blocks, *tables_of(model)])
+        require_memory(model, blocks, holding.bound, tables)
+    make_resident(model, [*blocks, *tables])
     return model
 
 

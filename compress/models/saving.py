@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 
@@ -42,13 +43,13 @@ from slimvlm.compress.models.checkpoint import (
     weight_files,
     weight_sizes,
 )
-from slimvlm.compress.models.computing import is_to_be_streamed
+from slimvlm.compress.models.computing import free_memory, is_to_be_streamed
 from slimvlm.compress.models.experts import ALIGNED, together
 from slimvlm.compress.models.families import Experts, Family, Mlp, find_family
 from slimvlm.compress.models.groups import Group, count_parameters, find_groups
 from slimvlm.compress.models.modeling_slim import RECORD
 from slimvlm.compress.models.quantized import held_form, quantize, require_torchao
-from slimvlm.compress.models.streaming.weights import streamed
+from slimvlm.compress.models.streaming.weights import Holding, streamed
 from slimvlm.compress.options import LAYOUTS
 from slimvlm.compress.plan import Plan
 
@@ -133,7 +134,8 @@ def quantize_checkpoint(
     require_free(out)
     least = count_parameters(build_meta(name, trust_remote_code)[0])  # a byte of each
     require_room(out, least)
-    load = stream_model if is_to_be_streamed(stream, least + sum(weight_sizes(name).values())) else load_model
+    streams = is_to_be_streamed(stream, least + sum(weight_sizes(name).values()))
+    load = partial(stream_model, holding=Holding(free_memory())) if streams else load_model
     with reserved(out):
         loaded = load(name, trust_remote_code=trust_remote_code)
         linears = quantize(loaded.model, form)

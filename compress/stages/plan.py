@@ -16,15 +16,19 @@ from slimvlm.compress.allocate.facts import facts_of
 from slimvlm.compress.allocate.order import Order
 from slimvlm.compress.criteria.criterion import CRITERIA, Criterion
 from slimvlm.compress.criteria.scoring import Scores, score_groups
-from slimvlm.compress.data.collate import collated, collator_of
+from slimvlm.compress.data.collate import Collator, collated, collator_of
 from slimvlm.compress.data.splits import Measured
 from slimvlm.compress.errors import CheckpointError, OutputError, UnsuitableOptionError
 from slimvlm.compress.evaluation.soundness import check_computes
 from slimvlm.compress.files.decoding import read
 from slimvlm.compress.files.writing import write_text
-from slimvlm.compress.models.checkpoint import build_meta
-from slimvlm.compress.models.computing import frees_memory, load_to_compute
+from slimvlm.compress.models.checkpoint import build_meta, config_folder
+from slimvlm.compress.models.computing import bytes_to_compute, frees_memory, is_to_be_streamed, load_to_compute
 from slimvlm.compress.models.families import find_family
+from slimvlm.compress.models.groups import count_parameters
+from slimvlm.compress.models.loaders import load_processor
+from slimvlm.compress.models.streaming.scratch import require_scratch
+from slimvlm.compress.models.streaming.weights import HELD
 from slimvlm.compress.options import PlanOptions
 from slimvlm.compress.plan import BLOCK, Compensating, Plan
 from slimvlm.compress.processes import pick_device
@@ -38,7 +42,9 @@ from slimvlm.compress.statistics.by_block import check_by_block
 from slimvlm.compress.statistics.collect import ACTIVATIONS, calibration_batch, importance_of
 from slimvlm.compress.statistics.collectors.gradients import MATRICES
 from slimvlm.compress.statistics.pools import check_pool
-from slimvlm.compress.statistics.rows import ALL, POORLY_FITTED, token_rule
+from slimvlm.compress.statistics.rows import ALL, POORLY_FITTED, STATISTICS, token_rule
+from slimvlm.compress.streaming import pages
+from slimvlm.compress.streaming.room import refitted_bytes, waiting_bytes
 
 
 def chosen_criterion(options: PlanOptions) -> Criterion:
@@ -148,12 +154,38 @@ def check_plan(options: PlanOptions) -> None:
     check_budget(model, planning)
 
 
+def check_waiting(options: PlanOptions, data: Measured) -> None:
+    """Refuse a plan of a streamed model of which what is put away meanwhile has no room, by shapes and one sample: no
+    weights are read.
+
+    Raises:
+        OutputError: so it is.
+    """
+    planning, device = planning_of(options), pick_device(options.device)
+    needed = bytes_to_compute(options, options.model, _beside(planning))
+    if not is_to_be_streamed(options.stream, needed, str(device)):
+        return
+    model, family = build_meta(options.model, options.trust_remote_code)
+    itemsize = round(bytes_to_compute(options, options.model, 0) / count_parameters(model))
+    wanted = 0
+    if statistics := planning.calibration.statistics:
+        processor = load_processor(config_folder(options.model), options.trust_remote_code)
+        batch = Collator(processor, family, model.config).training(data.calibration[:1])
+        learning = any(STATISTICS[name].reads == "backward" for name in statistics)
+        each = waiting_bytes(model, family, batch, learning, itemsize)
+        wanted += max(0, each * len(processes.share(len(data.calibration))) - pages.KEPT)
+    if COMPENSATIONS[options.compensation].between != "none":
+        wanted += max(0, refitted_bytes(model, family, itemsize) - HELD)
+    require_scratch(wanted)
+
+
 @frees_memory
 def dense_scores(options: PlanOptions, data: Measured, progress: Progress) -> Scores:
     """What the units of the dense model are worth: what the first round of any plan with this criterion, and an
     allocator that asks the same, begins with.
     """
     planning = planning_of(options)
+    check_waiting(options, data)
     loaded = load_to_compute(options, options.model, beside=_beside(planning))
     collator = collator_of(loaded)
     check_computes(loaded.model, collator, data.calibration[0], options.model)
@@ -202,6 +234,7 @@ def plan_stage(
     partial = run.path / ROUNDS
     with run.stage("plan") as facts:
         planning = replace(planning_of(options, times), known=known)
+        check_waiting(options, data)
         loaded = load_to_compute(options, options.model, beside=_beside(planning))
         collator = collator_of(loaded)
         check_computes(loaded.model, collator, data.calibration[0], options.model)

@@ -29,6 +29,8 @@ from slimvlm.compress.models.computing import (
     load_to_compute,
 )
 from slimvlm.compress.models.saving import save_checkpoint
+from slimvlm.compress.models.streaming.scratch import require_scratch
+from slimvlm.compress.models.streaming.weights import HELD, streamed
 from slimvlm.compress.options import PlanOptions
 from slimvlm.compress.plan import Plan
 from slimvlm.compress.progress import Progress
@@ -39,6 +41,7 @@ from slimvlm.compress.slicing.cuts import matching_groups
 from slimvlm.compress.slicing.depth import place
 from slimvlm.compress.slicing.mask import mask_plan
 from slimvlm.compress.slicing.refit import Refit
+from slimvlm.compress.streaming.room import refitted_bytes
 
 BESIDE = 2  # bytes per weight that a refit and a written shard take beside the model
 
@@ -101,6 +104,8 @@ def _refit(
 ) -> Refit | None:
     """What the weights of the dense `loaded` that stay become; None: what they are."""
     groups = matching_groups(loaded.model, loaded.family, plan)
+    if COMPENSATIONS[options.compensation].between != "none" and streamed(loaded.model):
+        require_scratch(refitted_bytes(loaded.model, loaded.family, loaded.model.dtype.itemsize) - HELD)
     work = collated(collator_of(loaded), samples, options.batch_size)
     return COMPENSATIONS[options.compensation](
         loaded.model, loaded.family, groups, plan.keep, work, memory=options.grad_memory, progress=progress

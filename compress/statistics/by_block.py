@@ -25,7 +25,7 @@ from slimvlm.compress.statistics.loss import loss
 from slimvlm.compress.statistics.reading import Batches, Reading, Seen, Watched
 from slimvlm.compress.statistics.rows import STATISTICS
 from slimvlm.compress.streaming.blocks import Blocks, blocks_of
-from slimvlm.compress.streaming.pages import KEPT, Pages
+from slimvlm.compress.streaming.pages import Pages
 from slimvlm.compress.streaming.passage import Passages
 
 STEPS = 2  # of a batch at a block: there, and back
@@ -71,7 +71,7 @@ class ReadingByBlock(Reading):
     def _go(self, watched: Watched, always: Sequence[Collector]) -> tuple[Seen, dict[str, int]]:
         everyone = [*watched, *always]
         check_by_block(collector.statistic.name for collector in everyone)
-        counted, asked, pages = self.counts(), dict[int, Question](), Pages(KEPT)
+        counted, asked, pages = self.counts(), dict[int, Question](), Pages()
         for index in self.indices:
             if (question := self.question(index, len(asked), counted)) is not None:
                 asked[index] = replace(question, inputs=pages.own(question.inputs))
@@ -157,7 +157,7 @@ def _passages(model: nn.Module, family: Family, batches: Batches) -> tuple[Passa
     """Forwards of this process's share of the batches, those in which something counts; what is asked in each, without
     the inputs: these go when a forward has ended.
     """
-    pages, here = Pages(KEPT), (batches[index] for index in processes.share(len(batches)))
+    pages, here = Pages(), (batches[index] for index in processes.share(len(batches)))
     asked = (ask(model, family, batch() if callable(batch) else batch) for batch in here)
     questions = [replace(question, inputs=pages.own(question.inputs)) for question in asked if question is not None]
     forwards = [partial(_forward, model, question) for question in questions]

@@ -51,13 +51,13 @@ class Pages(TorchFunctionMode):
     """The memory of the tensors that forwards make, and of others that are added. Functions are to be called within it.
 
     Attributes:
-        bound: bytes that are in memory after `settle`.
+        bound: bytes that are in memory after `settle`; default: KEPT.
         recording: what functions make is added.
     """
 
-    def __init__(self, bound: int) -> None:
+    def __init__(self, bound: int | None = None) -> None:
         super().__init__()
-        self.bound, self.recording = bound, False
+        self.bound, self.recording = KEPT if bound is None else bound, False
         self._sum = _Sum()
         self._here: Any = WeakIdKeyDictionary()  # storage -> page, what was used last comes last
         self._away: Any = WeakIdKeyDictionary()

@@ -14,6 +14,7 @@ from slimvlm.compress.models.checkpoint import build_meta
 from slimvlm.compress.models.families import Family
 from slimvlm.compress.models.groups import count_parameters, find_groups, weigh
 from slimvlm.compress.models.projections import resolve
+from slimvlm.compress.streaming.room import widths_of
 from slimvlm.serve.judging.roofline import Shapes
 from slimvlm.serve.judging.shapes import model_shapes
 
@@ -126,11 +127,10 @@ def _projections(model: nn.Module, family: Family) -> list[Projection]:
 
 
 def _blocks(model: nn.Module, family: Family) -> list[BlockKind]:
-    groups, found = find_groups(model, family, dead=True), []
+    groups, widths, found = find_groups(model, family, dead=True), widths_of(model, family), []
     for tower in family.towers:
         blocks = [module for module in resolve(model, tower.blocks, family) if count_parameters(module)]
         own = [group for group in groups if group.tower == tower.name]
-        widths = [resolve(model, group.members[-1].path, family).weight.shape[-2] for group in own if group.members]
         parameters, macs = max(weigh(tower, [block]) for block in blocks)
         found.append(
             BlockKind(
@@ -139,7 +139,7 @@ def _blocks(model: nn.Module, family: Family) -> list[BlockKind]:
                 blocks=len(blocks),
                 parameters=parameters,
                 macs=macs,
-                width=max(widths, default=0),
+                width=widths.get(tower.name, 0),
                 attention=max((group.size * group.head_dim for group in own if group.kind == "attention"), default=0),
             )
         )

@@ -21,7 +21,9 @@ from importlib.resources import files
 from typing import TypedDict
 
 from slimvlm.compress.evaluation.equality import CHECKED_SAMPLES
+from slimvlm.compress.models.streaming.weights import HELD
 from slimvlm.compress.rounds import Planning, round_share
+from slimvlm.compress.streaming.pages import KEPT
 from slimvlm.export.variants import VARIANTS
 from slimvlm.serve.costing.anatomy import Anatomy, BlockKind
 from slimvlm.serve.costing.asked import Asked
@@ -30,7 +32,6 @@ from slimvlm.serve.judging.roofline import ATTENTION, Sizes, Work, count_costs, 
 
 TABLE_READINGS = 5  # of the table of embeddings and of the head by an export
 EXPORT_READINGS = 4  # of all weights: two by torch's forward passes, one to write them, one to look at what was rounded
-INPUTS_KEPT = 2 * 2**30  # bytes of what waits at blocks that stay in memory; the rest goes to a scratch folder
 SHARD = 10**9  # bytes of a file of weights that is written at once
 LEAST, MOST = 128 * 2**20, 4 * 2**30  # of the refit's sums held at once, as slicing/refit.py has it
 TRAINED = 1000  # samples that a recovery is told for
@@ -310,7 +311,7 @@ class CostModel:
             # A shard is written, or a weight is in fp32 where the cut is checked.
             saved = max(min(SHARD, left * stored), largest - self.block)
             # Of a block's inputs there are those it read, and what stands for them where the one before gave them.
-            more = {"plan": min(2 * self._inputs(), INPUTS_KEPT) + kept, "slice": self._largest_sums(True) + saved}
+            more = {"plan": min(2 * self._inputs(), KEPT) + kept, "slice": self._largest_sums(True) + saved}
             return self._peak(moving, more.get(stage, 0))
         between = self._largest_sums(False) if self.asked.rounds > 1 else 0
         model, besides = {
@@ -326,7 +327,9 @@ class CostModel:
     def stages(self) -> Iterator[StageCost]:
         """All of them, in their order."""
         asked, left = self.asked, self.asked.left
-        spilt = max(0, round(self._inputs() - INPUTS_KEPT))
+        refitted = sum(one.inner * one.width for one in self.anatomy.projections) * self.anatomy.itemsize * asked.refit
+        put_away = max(0, refitted - HELD)
+        scratch = {"plan": max(0, round(self._inputs() - KEPT)) + put_away, "slice": put_away}
         does = {
             "plan": f"{asked.rounds} rounds of {asked.samples} samples",
             "slice": "refit, cut, saved and checked" if asked.refit else "cut, saved and checked",
@@ -347,7 +350,7 @@ class CostModel:
                 read_bytes=round(self.read(name, False)),
                 streamed_read_bytes=round(self.read(name, True)) if streams else None,
                 written_bytes=round(written.get(name, 0)),
-                scratch_bytes=spilt if name == "plan" else 0,
+                scratch_bytes=scratch.get(name, 0),
             )
 
     def seconds(self, stage: str, streamed: bool) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from ctypes import Array, c_char
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 from weakref import finalize
 
@@ -13,8 +13,18 @@ import torch
 from torch import Tensor
 
 from slimvlm.compress.errors import foreign
+from slimvlm.compress.files.folders import require_room
 from slimvlm.compress.files.writing import reported_as_output_errors
 from slimvlm.compress.models.streaming.lazy import Held, Lazy, Source
+
+
+def require_scratch(wanted: int) -> None:
+    """Refuse to begin what puts away more bytes than have room.
+
+    Raises:
+        OutputError: so it is.
+    """
+    require_room(Path(gettempdir()), wanted, "name a folder on another disk by TMPDIR")
 
 
 class Scratch:

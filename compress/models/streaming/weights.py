@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import gettempdir
 from typing import Any
 
 import torch
@@ -19,9 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimvlm.compress.errors import UnsuitableOptionError
-from slimvlm.compress.files.folders import require_room
 from slimvlm.compress.models.streaming.lazy import Lazy, read
-from slimvlm.compress.models.streaming.scratch import Scratch
+from slimvlm.compress.models.streaming.scratch import Scratch, require_scratch
 from slimvlm.compress.models.streaming.shards import Shard
 
 HELD = 2**30
@@ -75,7 +73,7 @@ class StreamedWeights:
             OutputError: what is more than may be held in memory does not fit where files for a time are (TMPDIR).
         """
         wanted = sum(parameter.nbytes for parameter in parameters if isinstance(parameter, Lazy))
-        require_room(Path(gettempdir()), wanted + self.scratch.held - self.scratch.bound)
+        require_scratch(wanted + self.scratch.held - self.scratch.bound)
 
     def check_unchanged(self) -> None:
         """Raises CheckpointError if a shard was changed since it was opened; also every reading finds that."""
@@ -107,12 +105,13 @@ def open_streamed(model_class: Any, folder: Path, files: Sequence[Path], options
     return model, info
 
 
-def require_memory(model: nn.Module, blocks: Sequence[str], free: int) -> None:
+def require_memory(model: nn.Module, blocks: Sequence[str], free: int, read: Sequence[str] = ()) -> None:
     """Refuse a model of which not even two blocks, the one that computes and the one that is read, have room.
 
     Args:
         blocks: paths of the lists of blocks.
         free: bytes.
+        read: paths of what else is read when it is needed.
 
     Raises:
         UnsuitableOptionError: there is no room for them beside what is outside of the blocks.
@@ -122,7 +121,8 @@ def require_memory(model: nn.Module, blocks: Sequence[str], free: int) -> None:
         for path in blocks
         for name, block in model.get_submodule(path).named_children()
     }
-    outside = sum(parameter.nbytes for parameter in model.parameters()) - sum(sizes.values())
+    passing = {parameter for path in read for parameter in model.get_submodule(path).parameters()}
+    outside = sum(parameter.nbytes for parameter in {*model.parameters()} - passing) - sum(sizes.values())
     largest = max(sizes, key=sizes.__getitem__)
     if outside + 2 * sizes[largest] > free:
         raise UnsuitableOptionError(
