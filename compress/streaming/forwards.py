@@ -10,6 +10,7 @@ from torch import nn
 
 from slimvlm.compress.models.families import Family
 from slimvlm.compress.streaming.blocks import Blocks, blocks_of, with_tables
+from slimvlm.compress.streaming.pages import Pages
 from slimvlm.compress.streaming.passage import Passages
 
 Result = TypeVar("Result")
@@ -23,8 +24,9 @@ def through_blocks(
     around: Around = lambda *_: nullcontext(),
     again: bool = False,
 ) -> list[Result]:
-    """What functions give that have the model compute, without gradients: all go through a block before the
-    next one is read. They stop inside of the model, so that modes of torch are the caller's to set, and not theirs.
+    """What functions give that have the model compute, without gradients: all go through a block before the next one is
+    read, and what they hold meanwhile is put away beyond a bound, see pages. They stop inside of the model, so that
+    modes of torch are the caller's to set, and not theirs.
 
     Args:
         around: all that is done at a block, by its path, while it is in memory.
@@ -33,7 +35,7 @@ def through_blocks(
     Raises:
         UnsuitableOptionError: forwards come to the blocks in another order, or to one of them again.
     """
-    passages = Passages(model, with_tables(model, family), forwards, learning=False)
+    passages = Passages(model, with_tables(model, family), forwards, learning=False, pages=Pages())
     with Blocks(model, blocks_of(model, family)) as blocks:
 
         @contextmanager

@@ -24,6 +24,7 @@ from slimvlm.compress.models.streaming.scratch import Scratch
 KEPT = 2 * 2**30  # bytes that stay where they are; what is more goes into files, from a GPU first to host memory
 LEAST = 2**16  # bytes of what is worth it
 # Ask for no values.
+SHARED = {"numpy", "__array__", "__dlpack__"}  # give what has the same memory, and is no tensor
 UNREAD = {"__get__", "size", "dim", "numel", "stride", "__len__", "is_floating_point", "untyped_storage"}
 
 Value = TypeVar("Value")
@@ -126,6 +127,13 @@ class Pages(TorchFunctionMode):
         for storage in [*self._away.keys()]:
             self.bring([storage])
 
+    def _leave(self, values: Iterable[object]) -> None:
+        """Never put them away."""
+        for storage in _storages(values):
+            if (page := self._here.pop(storage, None)) is not None:
+                self._sum.size -= page.size
+                page.away = True  # is counted no more
+
     def pack(self, value: Tensor) -> Tensor:
         """What a graph saves."""
         self.add([value])
@@ -144,6 +152,8 @@ class Pages(TorchFunctionMode):
         given = [*_tensors((args, kwargs.values()))]
         if self._away:
             self.bring(given)
+        if getattr(func, "__name__", "") in SHARED:
+            self._leave(given)
         versions = [_version(tensor) for tensor in given]
         result = func(*args, **kwargs)
         changed = (

@@ -85,6 +85,7 @@ class Passage:
 
     def close(self) -> None:
         """End it where it is."""
+        self.call = None
         self._inner.throw()
 
 
@@ -156,11 +157,11 @@ class Passages:
                 while again and any(passage.call is not None for passage in self.passages):
                     self._through(at, see, seen)
                 self._check_ended()
-                if not self.learning:
-                    self.pages.bring_all()
         finally:
             for passage in self.passages:
                 passage.close()
+            if not self.learning:
+                self.pages.bring_all()
 
     def _through(self, at: At, see: See, seen: See) -> None:
         for path in self.paths:

@@ -1,7 +1,8 @@
 """The answers of a dense model whose blocks are read one after the other: see compress/streaming.
 
 All batches come to a block together. The lesson that ends there is learnt meanwhile, as often as it likes, and then
-they go on: what they had read is held in memory, and of the dense model one block and the one that comes next.
+they go on: what they had read is put away meanwhile beyond a bound (see streaming/pages.py), and of the dense model one
+block and the one that comes next are in memory.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from functools import partial
 from typing import Any, cast  # Any: what transformers' blocks take
 
 import torch
-from greenlet import getcurrent, greenlet
+from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from slimvlm.compress.data.collate import Batch
@@ -31,6 +33,7 @@ from slimvlm.compress.recovery.blockwise.lessons import (
 from slimvlm.compress.recovery.training.stepping import tokens_of
 from slimvlm.compress.recovery.training.workers import autocast
 from slimvlm.compress.streaming.forwards import through_blocks
+from slimvlm.compress.streaming.pages import Pages
 from slimvlm.compress.streaming.passage import Passages
 
 OF_STATES = 3  # hidden states of a batch are held as what a block read, what it gave, and for a lesson on its way
@@ -50,6 +53,7 @@ class StreamedTeacher:
         self._called: dict[str, list[Called]] = {}
         self._here: list[Called] = []  # how the block where all batches are is called
         self._compute: Callable[..., Any]
+        self._pages: Pages
 
     def passes(self, lessons: Sequence[Lesson], size: Callable[[Lesson], int]) -> Iterator[Sequence[Lesson]]:
         """One lesson at a time, in the order in which batches come to its end."""
@@ -65,13 +69,16 @@ class StreamedTeacher:
     def read(self, number: int, lessons: Sequence[Lesson]) -> Reading:
         """See `Teacher`."""
         taught = {}
+        self._pages.settle()  # what was given is done with
         for lesson in lessons:
-            args, kwargs = self._here[number]
+            (args, kwargs), mask = self._here[number], self._masks[number].get(lesson.stream)
+            needed = args, kwargs, self._called[lesson.path][number], self._given[lesson.path][number], mask
+            self._pages.bring(tree_leaves(needed))
             args, kwargs = with_hidden(args, kwargs, hidden_of(args, kwargs).clone())  # a block may write into it
-            with autocast(hidden_of(args, kwargs).device, self.precision):
+            with self._pages, autocast(hidden_of(args, kwargs).device, self.precision):
                 output = output_of(self._compute(*args, **kwargs))
             called = with_hidden(*self._called[lesson.path][number], self._given[lesson.path][number].clone())
-            taught[lesson.path] = Taught(*called, output, self._masks[number].get(lesson.stream))
+            taught[lesson.path] = Taught(*called, output, mask)
         return Reading(taught, self._tokens[number])
 
     @staticmethod
@@ -102,13 +109,18 @@ class StreamedTeacher:
         called: list[Called] = [(call.args, call.kwargs) for call in calls]
         for lesson in lessons:
             if lesson.first == path:
-                self._given[lesson.path] = [hidden_of(*one).clone() for one in called]
+                self._given[lesson.path] = [_own(passages.pages, hidden_of(*one)) for one in called]
             if lesson.place == path:
                 self._called[lesson.path] = called
         for lesson in lessons:
             if lesson.last == path:
-                self._here, self._compute = called, passages.compute[path]
-                cast(greenlet, getcurrent().parent).switch(lesson)
+                self._here, self._compute, self._pages = called, passages.compute[path], passages.pages
+                try:
+                    cast(greenlet, getcurrent().parent).switch(lesson)
+                except GreenletExit:  # nobody asks for what comes after: nothing of it is to be brought back
+                    for waiting in (calls, called, self._given, self._called):
+                        waiting.clear()
+                    raise
                 torch.set_grad_enabled(False)
                 del self._given[lesson.path], self._called[lesson.path]
         self._here = []
@@ -118,6 +130,14 @@ class StreamedTeacher:
         inputs, masks = asked_of(self.model, self.family, batch)
         self._masks[number], self._tokens[number] = masks, tokens_of(batch)
         self.model(**inputs)
+
+
+def _own(pages: Pages, hidden: Tensor) -> Tensor:
+    pages.bring([hidden])
+    own = hidden.clone()
+    pages.add([own])
+    pages.settle()
+    return own
 
 
 def held_bytes(model: PreTrainedModel, batch: Batch) -> int:

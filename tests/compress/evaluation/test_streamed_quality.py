@@ -26,10 +26,27 @@ from slimvlm.compress.models import computing
 from slimvlm.compress.models.checkpoint import load_model, stream_model
 from slimvlm.compress.models.computing import bytes_to_compute
 from slimvlm.compress.models.families import find_family
+from slimvlm.compress.models.streaming.lazy import Lazy
+from slimvlm.compress.models.streaming.scratch import Scratch
 from slimvlm.compress.options import CompressOptions
+from slimvlm.compress.streaming import pages
 from slimvlm.compress.streaming.forwards import through_blocks
 from slimvlm.demo import MODEL, SAMPLES
 from slimvlm.pipeline import compress
+
+
+def put_all_away(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """All that forwards hold goes into files wherever they wait; gives the bytes of each."""
+    monkeypatch.setattr(pages, "KEPT", 0)
+    monkeypatch.setattr(pages, "LEAST", 1)
+    written, keep = [], Scratch.keep
+
+    def counted(self: Scratch, values: torch.Tensor) -> Lazy:
+        written.append(values.nbytes)
+        return keep(self, values)
+
+    monkeypatch.setattr(Scratch, "keep", counted)
+    return written
 
 
 def test_what_a_model_is_sure_of_is_its_forced_answer_whatever_the_questions_lengths_are() -> None:
@@ -41,12 +58,14 @@ def test_what_a_model_is_sure_of_is_its_forced_answer_whatever_the_questions_len
 
 
 @pytest.mark.parametrize("name", ["llava", "blip2_t5", "clip"])
-def test_losses_are_those_of_the_whole_model(tmp_path: Path, name: str) -> None:
+def test_losses_are_those_of_the_whole_model(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = put_all_away(monkeypatch)
     model, data = write_tiny(tmp_path, name, samples=6)
     found = []
     for load in (load_model, stream_model):
         loaded = load(model, attention="eager")
         found.append(evaluate(loaded.model, collator_of(loaded), load_samples(data).samples, batch_size=4))
+    assert written
     whole, streamed = found
     assert (whole.forced, streamed.forced) == (False, name != "clip")
     assert streamed.kind == whole.kind
@@ -60,8 +79,9 @@ def test_losses_are_those_of_the_whole_model(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", EVERY)
 def test_what_a_model_computes_of_batches_that_go_through_it_together_is_what_it_computes_of_each(
-    tmp_path: Path, name: str
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    put_all_away(monkeypatch)
     whole, streamed = pair(tmp_path, name)
     family: Any = find_family(whole.model.config)
     batches = [whole.inputs(2), whole.inputs(1)]

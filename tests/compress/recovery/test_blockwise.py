@@ -29,6 +29,7 @@ from slimvlm.compress.recovery.blockwise.lessons import Lesson, Reading, Taught,
 from slimvlm.compress.recovery.blockwise.pupil import Learnt, Pupil
 from slimvlm.compress.recovery.blockwise.streamed import StreamedTeacher
 from slimvlm.compress.slicing.apply import apply_plan
+from slimvlm.compress.streaming import pages
 
 SAMPLES = 4
 
@@ -86,23 +87,29 @@ def test_a_dense_block_called_as_it_is_taught_gives_what_it_is_to_give(name: str
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_a_model_read_block_by_block_teaches_what_the_whole_one_teaches(name: str) -> None:
-    """Also the work of blocks that left: of every tower the first, where one can leave."""
+def test_a_model_read_block_by_block_teaches_what_the_whole_one_teaches(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the work of blocks that left: of every tower the first, where one can leave. All that waits is put away."""
+    monkeypatch.setattr(pages, "KEPT", 0)
+    monkeypatch.setattr(pages, "LEAST", 1)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     model, family = dense(name), family_of(name)
     plan = keep_blocks(model, lambda group: [group.blocks[0].index] if len(group.blocks) > 1 else [])
     student = student_of(name, plan)
     lessons = lessons_of(student, model, family, plan.blocks)
     whole = WholeTeacher(model, family, batches(name)).read(1, lessons)
-    teacher, asked = StreamedTeacher(model, family, batches(name)), []
+    teacher, asked, reading = StreamedTeacher(model, family, batches(name)), [], None
     for chosen in teacher.passes(lessons, lambda _: 0):
         assert torch.is_grad_enabled()
         asked += chosen
         for _ in range(2):  # as often as it likes
             reading = teacher.read(1, chosen)
-            assert reading.tokens == whole.tokens
+            assert reading.tokens == whole.tokens and [*tmp_path.glob("slimvlm-*/*")]
             for lesson in chosen:
                 same(reading.taught[lesson.path], whole.taught[lesson.path])
-    assert asked == lessons
+    del teacher, reading
+    assert asked == lessons and not [*tmp_path.glob("slimvlm-*/*")]
     for tower in family.towers:  # nothing stays behind
         assert all("forward" not in block.__dict__ for block in model.get_submodule(tower.blocks))
 
