@@ -35,7 +35,7 @@ from slimvlm.compress.options import CompressOptions
 from slimvlm.compress.progress import Progress
 from slimvlm.compress.recovery.checks import recipe_of
 from slimvlm.compress.rounds import Planning, round_share
-from slimvlm.compress.runs import CUT, EXPORT, MODEL
+from slimvlm.compress.runs import CUT, EXPORT, MODEL, TRAINING
 from slimvlm.compress.slicing.compensation import COMPENSATIONS
 from slimvlm.compress.slicing.refit import LEAST, MOST, cut_projections
 from slimvlm.compress.stages.plan import planning_of
@@ -43,20 +43,24 @@ from slimvlm.compress.stages.stock_shape import tries_shapes
 from slimvlm.compress.statistics.collect import bytes_kept, calibration_batch, collect
 from slimvlm.compress.statistics.reading import Batches
 from slimvlm.compress.statistics.rows import STATISTICS, CalibrationOptions
+from slimvlm.compress.streaming.blocks import blocks_of
 from slimvlm.export.options import ExportOptions
 from slimvlm.export.packages import installed_formats
 from slimvlm.export.variants import FULL, VARIANTS
-from slimvlm.serve.costing.cost import fitted
+from slimvlm.serve.costing.factors import fitted
 from slimvlm.serve.measuring.device import launch_seconds
 from slimvlm.serve.measuring.memory import held_bytes, peak_bytes, reset_peak
 from slimvlm.serve.options import BACKENDS, ONNX, TORCH, ProfileOptions
 from slimvlm.serve.stage import CELL_SECONDS
 
 FORWARD = 1 / 3  # of a forward and a backward pass
+TAUGHT_AT_ONCE = 4 * 2**30  # bytes that the learning of blocks may take at once, as recovery/blockwise has it
+LEARNT_WITH = 4  # times its size lies in the file of a block that learns all its weights
 TRAINED_BYTES = 12  # per trained parameter: its gradient and two moments in fp32
 TRIED = 5  # at most: calibrated, learnt, evaluated, refitted twice
 DECODER_TESTS = 2  # of every backend
 DECIDED = 2 / 3  # of the seconds of a cell: many are decided sooner
+LOOKS = 3  # at a model whose blocks alone learn: as it was cut, as it became, and merged
 LOADS = 3  # what loading, saving and reading again in the slice stage take, in loads of the model
 
 
@@ -125,6 +129,7 @@ class Pace:
     weights: int  # bytes of the model
     stored: int  # bytes of a weight in its checkpoint
     activations: int  # bytes per sample that a backward pass needs
+    blocks: int
     device: str
 
 
@@ -207,6 +212,7 @@ def _pace(options: CompressOptions, planning: Planning, data: Measured, learns: 
         weights=sum(weight.numel() * weight.itemsize for weight in model.parameters()),
         stored=stored.itemsize,
         activations=bytes_kept(model, loaded.family, groups, batch[0](), gate) // len(data.calibration[:size]),
+        blocks=len(blocks_of(model, loaded.family)),
         device=str(model.device),
     )
 
@@ -274,12 +280,7 @@ def _steps(
     does = f"{options.compensation}: what is left is fitted to the dense outputs" if fits else "cut, saved and checked"
     yield Step("slice", does, LOADS * pace.loaded + len(data.calibration) * pace.read + pace.solved)
     if trained is not None:
-        steps = steps_of(options, trained)
-        taught = FORWARD if recipe_of(options).needs_teacher else 0.0
-        seconds = steps * options.train_batch_size * pace.learnt * (left + taught)
-        seen = (trained.validations + 2) * len(trained.validation)
-        does = f"{_many(steps, 'step')} of {options.train_batch_size}, {trained.validations + 2} validations of "
-        yield Step("recover", does + str(len(trained.validation)), seconds + seen * pace.evaluated * left)
+        yield _recovery(options, trained, pace, left)
     models = 2 + left * (1 + (trained is not None))
     names = "dense, with the images shuffled" + (", cut" if trained is not None else "") + ", slim"
     yield Step("evaluate", f"{len(data.evaluation)} questions: {names}", models * len(data.evaluation) * pace.evaluated)
@@ -300,6 +301,19 @@ def _steps(
         )
 
 
+def _recovery(options: CompressOptions, trained: Trained, pace: Pace, left: float) -> Step:
+    """Blocks that learn by themselves are shown what the whole would be, and are judged by what they miss of that."""
+    recipe, steps, held_out = recipe_of(options), steps_of(options, trained), len(trained.validation)
+    taught = FORWARD if recipe.needs_teacher else 0.0
+    seconds = steps * options.train_batch_size * pace.learnt * (left + taught)
+    validations, alone = trained.validations + 2 if recipe.whole else LOOKS, ""
+    if by_block := recipe.block_steps(steps):
+        alone = f", {by_block:,} of them by every block alone"
+        seconds += (trained.validations + 1) * held_out * FORWARD * pace.learnt * (left + 1)
+    does = f"{_many(steps, 'step')} of {options.train_batch_size}{alone}, {validations} validations of {held_out}"
+    return Step("recover", does, seconds + validations * held_out * pace.evaluated * left)
+
+
 def _many(number: int, thing: str) -> str:
     plural = "es" if thing.endswith("ch") else "s"
     return f"{number:,} {thing}{'' if number == 1 else plural}"
@@ -310,12 +324,18 @@ def _formats(options: CompressOptions) -> tuple[str, ...]:
 
 
 def _recovery_bytes(options: CompressOptions, left: int, pace: Pace) -> int:
-    """Both models, the activations of a part of a batch, and the optimiser's state where all weights are trained."""
+    """Both models, the activations of a part of a batch, and the optimiser's state where all weights are trained; where
+    blocks alone learn, of one of them, and of as many as learn at once.
+    """
+    recipe = recipe_of(options)
     slim = round(pace.weights * (1 - options.ratio))
-    teacher = 0 if recipe_of(options).needs_teacher else -pace.weights
+    teacher = 0 if recipe.needs_teacher else -pace.weights
     part = -(-options.train_batch_size // options.accumulate)
     state = TRAINED_BYTES * left if options.train == "full" else 0
-    return pace.held + teacher + slim + part * pace.activations + state
+    activations = part * pace.activations
+    if not recipe.whole:
+        activations, state = activations // pace.blocks, min(state, TAUGHT_AT_ONCE)
+    return pace.held + teacher + slim + activations + state
 
 
 def written(options: CompressOptions, left: int, stored: int) -> dict[str, int]:
@@ -323,6 +343,8 @@ def written(options: CompressOptions, left: int, stored: int) -> dict[str, int]:
     found = {MODEL: left * stored}
     if options.recover != "none":
         found[CUT] = left * stored
+        if recipe_of(options).block_share and options.train == "full":
+            found[TRAINING] = LEARNT_WITH * left * stored
     for form in _formats(options):
         precisions = (options.variants or (FULL,)) if form == "onnx" else (FULL,)
         found |= {

@@ -57,7 +57,8 @@ from slimvlm.console.progress import progress
 from slimvlm.export.job import export_checkpoint
 from slimvlm.export.options import ExportOptions
 from slimvlm.pipeline import make_plan
-from slimvlm.serve.costing.cost import CostModel, fitted
+from slimvlm.serve.costing.cost import CostModel
+from slimvlm.serve.costing.factors import fitted
 from slimvlm.serve.costing.probe import measure_machine
 
 RESULTS, COSTS = (Path(__file__).parent / "results" / name for name in ("scale.jsonl", "cost.json"))

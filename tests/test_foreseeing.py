@@ -93,6 +93,11 @@ def test_it_is_said_in_words_and_a_run_that_is_there_stays_as_it_is(folder, aske
     assert anew.exit_code == 0 and "magnitude reads no samples" in anew.stdout
     assert "export (onnx, fp32)" in anew.stdout and "in the recovery" not in anew.stdout
     assert re.search(r"^export +\d+ (s|min)", anew.stdout, re.M) and re.search(r"^slice +\d+ s", anew.stdout, re.M)
+    words = ("--recover", "blockwise", "--train", "full", "--dry-run", "--json")
+    alone = json.loads(run(asked[0], folder / "another", *asked[2:], *words).stdout)
+    (recover,) = (step for step in alone["steps"] if step["name"] == "recover")
+    assert recover["does"].startswith("3 steps of 2, 3 of them by every block alone, 3 validations")
+    assert recover["seconds"] > 0 and alone["recovery_bytes"] > 10**7 and alone["files"]["recovery"] > 0
     assert state(folder) == before
 
 

@@ -16,7 +16,8 @@ from transformers import AutoModelForImageTextToText
 from slimvlm.compress.models.families import find_family
 from slimvlm.serve.costing.anatomy import Anatomy, model_anatomy
 from slimvlm.serve.costing.asked import Asked
-from slimvlm.serve.costing.cost import RESOURCES, CostModel, Factors, Ideal, cost_of, fitted
+from slimvlm.serve.costing.cost import CostModel, cost_of
+from slimvlm.serve.costing.factors import RESOURCES, Factors, Ideal, fitted
 from slimvlm.serve.costing.machines import MACHINES, Machine
 
 Row = Mapping[str, Any]  # a line of scale.jsonl

@@ -38,8 +38,7 @@ from slimvlm.compress.recovery.training.stepping import Task
 from slimvlm.compress.recovery.training.trainer import train
 from slimvlm.compress.run_record import Training
 from slimvlm.compress.runs import TEACHER
-
-HELD = 4 * 2**30  # bytes of the batches on their way through a streamed teacher, besides the held-out ones
+from slimvlm.compress.streaming.room import TAUGHT
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ class Work:
         order = [tuple(batch_indices(len(training), size, options.seed, step)) for step in range(options.steps)]
         numbers = {chosen: number for number, chosen in enumerate(dict.fromkeys(order))}
         if streamed(self.teacher):
-            most = max(1, HELD // held_bytes(self.teacher, self._batch(training, order[0])))
+            most = max(1, TAUGHT // held_bytes(self.teacher, self._batch(training, order[0])))
             order = [order[step % most] for step in range(options.steps)]
             numbers = {chosen: number for number, chosen in enumerate(dict.fromkeys(order))}
         looks = [range(first, min(first + size, len(held_out))) for first in range(0, len(held_out), size)]

@@ -15,6 +15,7 @@ from slimvlm.compress.models.projections import resolve
 from slimvlm.compress.streaming import pages
 
 BESIDE = 2  # states of a tower, about, that are there before its first block and after its last one
+TAUGHT = 4 * 2**30  # bytes of the batches on their way through a streamed teacher, besides the held-out ones
 PATCH = 14  # pixels of a side, where the config names none
 
 

@@ -12,21 +12,19 @@ read twice.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from functools import cache
-from importlib.resources import files
-from typing import TypedDict
+from dataclasses import dataclass
 
 from slimvlm.compress.evaluation.equality import CHECKED_SAMPLES
 from slimvlm.compress.models.streaming.weights import HELD
 from slimvlm.compress.rounds import Planning, round_share
 from slimvlm.compress.streaming.pages import KEPT
+from slimvlm.compress.streaming.room import BESIDE, TAUGHT
 from slimvlm.export.variants import VARIANTS
 from slimvlm.serve.costing.anatomy import Anatomy, BlockKind
 from slimvlm.serve.costing.asked import Asked
+from slimvlm.serve.costing.factors import RESOURCES, Factors, Ideal, fitted
 from slimvlm.serve.costing.machines import Machine
 from slimvlm.serve.judging.roofline import ATTENTION, Sizes, Work, count_costs, image_features
 
@@ -35,36 +33,6 @@ EXPORT_READINGS = 4  # of all weights: two by torch's forward passes, one to wri
 SHARD = 10**9  # bytes of a file of weights that is written at once
 LEAST, MOST = 128 * 2**20, 4 * 2**30  # of the refit's sums held at once, as slicing/refit.py has it
 TRAINED = 1000  # samples that a recovery is told for
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ideal:
-    """Seconds of each resource, at the machine's own rates.
-
-    Attributes:
-        stream: blocks read from files, each time they are.
-        trace: operations of an export's graphs; `pack`: their weights, in fp32.
-    """
-
-    compute: float = 0.0
-    traffic: float = 0.0
-    launch: float = 0.0
-    digest: float = 0.0
-    read: float = 0.0
-    stream: float = 0.0
-    write: float = 0.0
-    trace: float = 0.0
-    pack: float = 0.0
-
-    def __add__(self, other: Ideal) -> Ideal:
-        return Ideal(**{name: getattr(self, name) + getattr(other, name) for name in RESOURCES})
-
-    def times(self, share: float) -> Ideal:
-        """So many of it."""
-        return Ideal(**{name: share * getattr(self, name) for name in RESOURCES})
-
-
-RESOURCES = tuple(field.name for field in fields(Ideal))
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,26 +82,11 @@ class Cost:
 
     @property
     def disk_bytes(self) -> int:
-        """Free space that is needed at once: all that is written, and the largest scratch folder."""
-        return sum(stage.written_bytes for stage in self.stages) + max(stage.scratch_bytes for stage in self.stages)
-
-
-class Factors(TypedDict):
-    """`seconds`: resource -> factor on its ideal time; `bytes`: `base`, of a process without a model, `kept`, values
-    per width that a forward pass leaves for its backward pass, and `graphs`, of tracing, rewriting and checking graphs
-    whose weights are read one by one; `runs`: what they were fitted to.
-    """
-
-    seconds: dict[str, float]
-    bytes: dict[str, float]
-    runs: list[str]
-
-
-@cache
-def fitted() -> Factors:
-    """Those of `fitted.json`."""
-    found: Factors = json.loads(files(__package__).joinpath("fitted.json").read_text())
-    return found
+        """Free space that is needed at once: all that is written (of both recoveries one checkpoint), and the largest
+        scratch folder.
+        """
+        written = sum(stage.written_bytes for stage in self.stages if stage.name != "blockwise")
+        return written + max(stage.scratch_bytes for stage in self.stages)
 
 
 def cost_of(anatomy: Anatomy, asked: Asked, machine: Machine) -> Cost:
@@ -249,10 +202,19 @@ class CostModel:
         )
         return self.factors["bytes"]["kept"] * values * self.anatomy.itemsize
 
-    def _inputs(self) -> float:
-        """Inputs of all blocks for all samples."""
+    @property
+    def _depth(self) -> int:
+        return sum(kind.blocks for kind in self.anatomy.blocks)
+
+    def _inputs(self, samples: int) -> float:
+        """Inputs of all blocks for samples."""
         states = sum(kind.blocks * self.tokens[kind.sees] * kind.width for kind in self.anatomy.blocks)
-        return self.asked.samples * states * self.anatomy.itemsize
+        return samples * states * self.anatomy.itemsize
+
+    def _taught(self) -> float:
+        """What the samples of a recovery hold on their way through a streamed teacher: so many of them go as fit."""
+        state = max(self.tokens[kind.sees] * kind.width for kind in self.anatomy.blocks) * self.anatomy.itemsize
+        return min(TRAINED * (1 + BESIDE) * state, TAUGHT)
 
     def _largest_sums(self, streamed: bool) -> float:
         """Of the refit, with what is solved beside it."""
@@ -287,6 +249,11 @@ class CostModel:
         if stage == "recover":
             student = self.passes(TRAINED, 1, 1).times(left)
             return self.loading(stored, False) + student + self.passes(TRAINED, 1, 0)
+        if stage == "blockwise":
+            # All batches go through the dense blocks together; where these are streamed, once more as they are learnt.
+            student, taught = self.passes(TRAINED, 1, 1).times(left), self.passes(TRAINED, 2 if streamed else 1, 0)
+            read = self._streaming(1 + left) if streamed else Ideal()
+            return self.loading((1 + left) * stored, streamed) + student + taught + read + self._writing(left * stored)
         if stage == "evaluate":
             return self.loading((1 + left) * stored, False) + self.passes(asked.samples, 1, 0).times(2 + left)
         packed = 4 * left * self.anatomy.parameters  # export
@@ -307,11 +274,16 @@ class CostModel:
             if stage == "export":  # a table as it is stored and in fp32, and the block that is read meanwhile
                 table, block = self.anatomy.itemsize * self.anatomy.largest, 4 * self.block / self.anatomy.itemsize
                 return self._peak(table + largest + block, self.factors["bytes"]["graphs"])
-            kept = self.batch * self._kept() / sum(kind.blocks for kind in self.anatomy.blocks)
+            kept = self.batch * self._kept() / self._depth
             # A shard is written, or a weight is in fp32 where the cut is checked.
             saved = max(min(SHARD, left * stored), largest - self.block)
             # Of a block's inputs there are those it read, and what stands for them where the one before gave them.
-            more = {"plan": min(2 * self._inputs(), KEPT) + kept, "slice": self._largest_sums(True) + saved}
+            more = {
+                "plan": min(2 * self._inputs(self.asked.samples), KEPT) + kept,
+                "slice": self._largest_sums(True) + saved,
+                # The cut model's too, of which one block is there.
+                "blockwise": self.resident + left * self.block + min(self._taught(), KEPT) + kept,
+            }
             return self._peak(moving, more.get(stage, 0))
         between = self._largest_sums(False) if self.asked.rounds > 1 else 0
         model, besides = {
@@ -319,6 +291,8 @@ class CostModel:
             # Cut in place, then held against what was saved; checked in fp32.
             "slice": (max(1, 2 * left) * stored, self._largest_sums(False) + 8 * self.anatomy.largest),
             "recover": ((1 + left) * stored, 2 * self.batch * self._kept()),
+            # What blocks are given and are to give, and what one keeps.
+            "blockwise": ((1 + left) * stored, self.batch * (2 * self._inputs(1) + self._kept() / self._depth)),
             "evaluate": (stored, self.batch * self._kept() / 10),
             "export": (8 * left * self.anatomy.parameters, self.factors["bytes"]["graphs"]),
         }[stage]
@@ -329,15 +303,17 @@ class CostModel:
         asked, left = self.asked, self.asked.left
         refitted = sum(one.inner * one.width for one in self.anatomy.projections) * self.anatomy.itemsize * asked.refit
         put_away = max(0, refitted - HELD)
-        scratch = {"plan": max(0, round(self._inputs() - KEPT)) + put_away, "slice": put_away}
+        scratch = {"plan": max(0, round(self._inputs(self.asked.samples) - KEPT)) + put_away, "slice": put_away}
+        scratch["blockwise"] = max(0, round(self._taught() - KEPT))
         does = {
             "plan": f"{asked.rounds} rounds of {asked.samples} samples",
             "slice": "refit, cut, saved and checked" if asked.refit else "cut, saved and checked",
             "recover": f"for every {TRAINED:,} samples trained on",
+            "blockwise": "the same of a recovery block by block, in its place or before it",
             "evaluate": f"{asked.samples} questions, dense, with the images shuffled, and slim",
             "export": f"ONNX graphs, {asked.variant}",
         }
-        written = {"slice": left * self.stored, "recover": left * self.stored, "export": self._exported()}
+        written = dict.fromkeys(("slice", "recover", "blockwise"), left * self.stored) | {"export": self._exported()}
         for name, said in does.items():
             streams = name not in ("recover", "evaluate")
             yield StageCost(

@@ -35,8 +35,8 @@ from slimvlm.compress.recovery.training.workers import autocast
 from slimvlm.compress.streaming.forwards import through_blocks
 from slimvlm.compress.streaming.pages import Pages
 from slimvlm.compress.streaming.passage import Passages
+from slimvlm.compress.streaming.room import BESIDE
 
-OF_STATES = 3  # hidden states of a batch are held as what a block read, what it gave, and for a lesson on its way
 Called = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
@@ -143,5 +143,5 @@ def _own(pages: Pages, hidden: Tensor) -> Tensor:
 def held_bytes(model: PreTrainedModel, batch: Batch) -> int:
     """About what a batch takes while it is on its way through a streamed model."""
     weight, config = next(model.parameters()), model.config.get_text_config()
-    states: int = OF_STATES * batch["input_ids"].numel() * config.hidden_size * weight.element_size()
+    states: int = (1 + BESIDE) * batch["input_ids"].numel() * config.hidden_size * weight.element_size()
     return states + sum(value.nbytes for value in batch.values() if isinstance(value, Tensor))

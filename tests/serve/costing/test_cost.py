@@ -75,6 +75,19 @@ def test_rounds_samples_and_the_refit_cost_what_they_add(llava):
     assert fitted.ideal("slice", False).compute > one.ideal("slice", False).compute
 
 
+def test_a_recovery_block_by_block_computes_what_one_of_the_whole_does_and_holds_a_block_of_it(llava):
+    stages = {stage.name: stage for stage in cost_of(llava, Asked(), GPU).stages}
+    model, block = CostModel(llava, Asked(), GPU), stages["blockwise"]
+    assert model.ideal("blockwise", False).compute == pytest.approx(model.ideal("recover", False).compute)
+    assert model.ideal("blockwise", True).compute > model.ideal("blockwise", False).compute
+    assert block.peak_bytes < stages["recover"].peak_bytes and block.written_bytes == stages["recover"].written_bytes
+    assert block.streamed_read_bytes == pytest.approx(model.read("blockwise", True), abs=1)
+    once = sum(stage.written_bytes for stage in stages.values()) - block.written_bytes
+    assert cost_of(llava, Asked(), GPU).disk_bytes == once  # of two recoveries one is saved
+    long = CostModel(llava, Asked(text_tokens=10**8), GPU)
+    assert next(one for one in long.stages() if one.name == "blockwise").scratch_bytes == 2 * 2**30
+
+
 def test_inputs_that_memory_does_not_hold_need_room_on_the_disk(llava):
     many = cost_of(llava, Asked(samples=10**8), GPU)
     few = cost_of(llava, Asked(samples=1), GPU)
@@ -97,10 +110,10 @@ def test_inspect_tells_the_cost_in_words_and_as_json(folder):
     told = inspect(folder, "--cost", "--device", "cuda:rtx-4090", "--samples", 8)
     assert told.exit_code == 0, told.output
     assert "one RTX 4090, 24 GB; by data sheets and an assumed efficiency: not measured" in told.output
-    for stage in ("plan", "slice", "recover", "evaluate", "export"):
+    for stage in ("plan", "slice", "recover", "blockwise", "evaluate", "export"):
         assert f"\n{stage} " in told.output
     document = json.loads(inspect(folder, "--cost", "--device", "cuda:rtx-4090,cuda:8xh100", "--json").stdout)
-    assert [len(machine["stages"]) for machine in document["machines"]] == [5, 5]
+    assert [len(machine["stages"]) for machine in document["machines"]] == [6, 6]
     assert document["asked"]["samples"] == 512
 
 
