@@ -101,9 +101,10 @@ def foresee(options: CompressOptions, progress: Progress = silent) -> Foreseen:
 
 
 def _joined(options: CompressOptions, progress: Progress, plan_only: bool) -> Result:
-    options = _checked(options)
-    with processes.joined(), locked_folder(options.out) if processes.rank() == 0 else nullcontext():
-        return _compress(options, progress, plan_only)
+    with processes.joined():
+        options = _checked(options)  # one of them may lack a package
+        with locked_folder(options.out) if processes.rank() == 0 else nullcontext():
+            return _compress(options, progress, plan_only)
 
 
 def _checked(options: CompressOptions) -> CompressOptions:

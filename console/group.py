@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import gc
+import os
+import socket
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
-from slimvlm.compress.errors import CheckFailedError, SlimvlmError, is_out_of_memory, one_line
+from slimvlm.compress.errors import (
+    CheckFailedError,
+    SlimvlmError,
+    UnsuitableOptionError,
+    is_out_of_memory,
+    one_line,
+)
+
+SHARED = ("compress", "plan")  # commands that several processes are one job in
 
 
 class Refused(click.ClickException):
@@ -41,7 +51,7 @@ class Commands(click.Group):
         """Run the command."""
         gc.set_threshold(10_000)  # torch and transformers make half a million objects, which stay
         try:
-            return super().invoke(ctx)
+            return self._invoke(ctx)
         except CheckFailedError as error:
             raise CheckFailed(str(error)) from error
         except SlimvlmError as error:
@@ -55,6 +65,22 @@ class Commands(click.Group):
                 f"memory ended ({one_line(error)}); free some, or take less at once (--batch-size, --grad-memory, a "
                 "smaller model); what was finished is kept"
             ) from error
+
+    def _invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as error:
+            if ctx.invoked_subcommand in SHARED and os.environ.get("WORLD_SIZE", "1") != "1":
+                _refuse_together(error.format_message())
+            raise
+
+
+def _refuse_together(why: str) -> NoReturn:
+    """Tell the other processes, which would wait for this one: it may be the only one that lacks a file."""
+    from slimvlm.compress import processes
+
+    with processes.joined():
+        raise UnsuitableOptionError(f"process {processes.rank()} on {socket.gethostname()} refuses its options: {why}")
 
 
 class PanelOption(click.Option):

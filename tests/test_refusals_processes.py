@@ -25,7 +25,9 @@ if what == "version":
 if what == "elsewhere":
     (here / what).mkdir()
     os.chdir(here / what)
-sys.argv[1:] = ["compress", str(MODEL), "out", "--data", str(SAMPLES / "train.jsonl"), "--recover", "none"]
+if what == "sharded":
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+sys.argv[1:] = ["compress", str(MODEL), "out", "--data", str(SAMPLES / "train.jsonl"), "--recover", "sft"]
 main()
 """
 
@@ -53,11 +55,14 @@ def test_a_folder_that_only_the_first_process_opens_is_refused_by_both(tmp_path:
     assert first == second and str(tmp_path / "out") in first
 
 
-def test_data_that_one_process_cannot_read_are_refused_by_the_one_that_computes_already(tmp_path: Path) -> None:
+def test_data_that_one_process_cannot_read_or_lacks_are_refused_by_the_one_that_computes_already(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "bad.jsonl").write_text("no json\n")
-    good, bad = ([tmp_path / "out", "--data", data] for data in (SAMPLES / "train.jsonl", tmp_path / "bad.jsonl"))
-    first, second = sentences(tmp_path, good, bad)
-    assert first == second and "bad.jsonl" in first
+    for name in ("bad.jsonl", "absent.jsonl"):
+        good, bad = ([tmp_path / "out", "--data", data] for data in (SAMPLES / "train.jsonl", tmp_path / name))
+        first, second = sentences(tmp_path, good, bad)
+        assert first == second and name in first
 
 
 def test_options_and_samples_that_differ_are_refused_by_both(tmp_path: Path) -> None:
@@ -70,10 +75,14 @@ def test_options_and_samples_that_differ_are_refused_by_both(tmp_path: Path) -> 
 
 
 def test_a_folder_that_is_not_shared_is_refused_by_both(tmp_path: Path) -> None:
-    """With another version of slimvlm, too."""
+    """With another version of slimvlm, or shards of the models in one of them, too."""
     (tmp_path / "job.py").write_text(JOB)
     for name, says in (
         ("version", "slimvlm = 9.9, and process 0 has slimvlm = "),
+        (
+            "sharded",
+            "FSDP in accelerate's configuration = True, and process 0 has FSDP in accelerate's configuration = ",
+        ),
         ("elsewhere", "on a disk they share"),
     ):
         first, second = refusals(tmp_path, [tmp_path / "job.py", "here"], [tmp_path / "job.py", name])

@@ -7,6 +7,7 @@ from slimvlm.compress.data.splits import Measured, Trained
 from slimvlm.compress.files.writing import installed_versions
 from slimvlm.compress.models.checkpoint import weight_sizes
 from slimvlm.compress.options import READ, CutOptions
+from slimvlm.compress.recovery.training.workers import sharded
 
 VERSIONED = ("slimvlm", "torch", "transformers")
 
@@ -27,4 +28,5 @@ def require_alike(options: CutOptions, data: Measured, trained: Trained | None) 
     if trained is not None:
         teacher = weight_sizes(options.teacher or options.model)
         facts |= {"samples to train on": trained.digest, "weights of the teacher": teacher}
+        facts["FSDP in accelerate's configuration"] = sharded()  # hosts may have a file each
     processes.require_same(facts, "start all with the same command, packages and files")
