@@ -1,5 +1,5 @@
-"""The recipes of docs/cluster.md are run as they stand there, by two processes on this machine: `make clients` installs
-Ray and the schemas of Kubernetes, and Slurm is run where it is installed.
+"""The commands and recipes of docs/cluster.md are run as they stand there, by two processes on this machine: `make
+clients` installs Ray and the schemas of Kubernetes, and Slurm is run where it is installed.
 
 Changed are the paths, the number of GPUs (none), and the options of the job.
 """
@@ -13,7 +13,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,17 @@ SHORT = {
     "recover": "none",
     "device": "cpu",
 }
+SHARED = {  # calibrations with a refit between them
+    "rounds": 2,
+    "steps": 6,
+    "train_batch_size": 8,
+    "validation_samples": 16,
+    "validate_every": 6,
+    "warmup": 1,
+    "dropout": 0.0,
+    "precision": "no",
+}
+WHOLE, BY_BLOCK = {"recover": "lpd"}, {"recover": "blockwise", "stream": "on"}
 
 pytestmark = pytest.mark.skipif("SLIMVLM_CLIENTS" not in os.environ, reason="make clients installs what runs them")
 
@@ -93,6 +105,65 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> dict:
 def kept(out: Path) -> dict:
     assert json.loads((out / "run.json").read_text())["stages"]["evaluate"]["status"] == "finished"
     return json.loads((out / "plan.json").read_text())["keep"]
+
+
+@pytest.fixture(scope="module")
+def recovered(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """What one process makes of a job with everything that processes share in it, by its recipe."""
+
+    @cache
+    def run(recipe: str) -> Path:
+        out = tmp_path_factory.mktemp(recipe) / "out"
+        (asked,) = (SHORT | SHARED | more for more in (WHOLE, BY_BLOCK) if more["recover"] == recipe)
+        compress(
+            CompressOptions(model=str(MODEL), out=out, data=SAMPLES / "train.jsonl", export=(), profile=False, **asked)
+        )
+        return out
+
+    return run
+
+
+def learnt(out: Path) -> list[float]:
+    """The losses of the steps; of blocks, what each misses before and after."""
+    lines = [json.loads(line) for line in (out / "recovery.jsonl").read_text().splitlines()]
+    blocks = json.loads((out / "run.json").read_text())["stages"]["recover"].get("blocks", ())
+    return [line["loss"] for line in lines if "loss" in line] + [
+        one[at] for one in blocks for at in ("before", "after")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "change", "more"),
+    [
+        ("torchrun", ("=2", "=2"), BY_BLOCK),
+        ("torchrun", ("=2", "=4"), WHOLE),
+        ("accelerate launch", ("", ""), BY_BLOCK),
+        ("accelerate launch", ("--multi_gpu", "--use_fsdp --fsdp_version 2"), WHOLE),
+    ],
+    ids=["torchrun", "four", "accelerate", "fsdp"],
+)
+def test_the_launchers_give_the_plan_and_the_losses_of_one_process(
+    launcher: str,
+    change: tuple[str, str],
+    more: dict[str, str],
+    tmp_path: Path,
+    recovered: Callable[[str], Path],
+) -> None:
+    line = re.search(rf"^    ({launcher} .*)$", PAGE.read_text(encoding="utf-8"), re.M)[1]
+    asked = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in (SHORT | SHARED | more).items())
+    for old, new in (
+        ("MODEL", str(MODEL)),
+        ("OUT", str(tmp_path / "out")),
+        ("train.jsonl", str(SAMPLES / "train.jsonl")),
+        ("--resume", f"--resume {asked} --export none --no-profile"),
+        change,
+    ):
+        assert old in line, old
+        line = line.replace(old, new, 1)
+    together([(line.split(), {})])
+    alone = recovered(more["recover"])
+    assert kept(tmp_path / "out") == kept(alone)
+    assert learnt(tmp_path / "out") == pytest.approx(learnt(alone), rel=1e-3)
 
 
 def test_slurm_runs_the_batch_script_on_two_nodes(tmp_path: Path, short: Path, plan: dict) -> None:
