@@ -26,7 +26,7 @@ from slimvlm.console.progress import duration
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/cluster.md", "docs/families.md", "docs/scale.md", "docs/your-model.md")
 RESULTS = ROOT / "benchmarks" / "results"
-TYPES, SCALE, PACE, COSTS = (RESULTS / name for name in ("types.json", "scale.jsonl", "pace.jsonl", "cost.json"))
+TYPES, SCALE, COSTS = (RESULTS / name for name in ("types.json", "scale.jsonl", "cost.json"))
 SCALING = RESULTS / "scaling.json"
 WHEN_STREAMED = {"on": "block by block", "off": "whole"}
 ADVICE = "a table is not what the registries say; run make readme"
@@ -121,9 +121,9 @@ def _read(run: dict[str, Any]) -> str:
     return WHEN_STREAMED[run["stream"]] + refit + (f", {run['rounds']} rounds" if run["rounds"] > 1 else "")
 
 
-def _runs(results: Path = SCALE) -> list[dict[str, Any]]:
+def _runs() -> list[dict[str, Any]]:
     """Of benchmarks/scale.py."""
-    return [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in SCALE.read_text(encoding="utf-8").splitlines()]
 
 
 def scale() -> str:
@@ -137,18 +137,6 @@ def scale() -> str:
                 size = [f"{stage[kind] / 1e9:.2f}" for kind in ("peak_bytes", "read_bytes", "written_bytes")]
                 rows.append((run["says"], _read(run), name, seconds, *size))
     return table(("model", "read", "stage", "seconds", "peak GB", "GB read", "GB written"), rows)
-
-
-def pace() -> str:
-    """What a sample of the calibration takes against a plain forward and backward pass, by the number of samples."""
-    rows = []
-    for run in sorted((*_runs(), *_runs(PACE)), key=lambda run: (run["stream"] == "on", run["samples"])):
-        stages = run["stages"]
-        ours, plain = (stages.get(stage, {}).get("per_sample") for stage in ("calibrate", "plain"))
-        if ours and plain and run["alone"]:
-            sizes = f"{plain:.2f} s", f"{ours:.2f} s", f"{ours / plain:.2f} x"
-            rows.append((run["says"], _read(run), str(run["samples"]), *sizes))
-    return table(("model", "read", "samples", "plain pass", "calibration", "ratio"), rows)
 
 
 def costs() -> str:
