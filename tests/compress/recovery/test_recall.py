@@ -318,6 +318,22 @@ def test_random_widths_in_every_layer_merge_exactly(tmp_path, unit):
     assert (logits(merge(adapted), tiny.inputs(2)) - trained).abs().max() <= 1e-5
 
 
+def test_a_merge_that_forgets_the_least_of_all_factors_is_refused(tmp_path, monkeypatch):
+    case = make_case(tmp_path)
+    adapted, least = randomise(case.attach(), scale=0.01), "model.vision_tower.encoder.layers.1.self_attn.k_proj"
+    loaded = Loaded(case.model, None, find_family(case.model.config), "digest", tmp_path)
+
+    def forgetful(adapted):
+        factors = recall_layers(case.model)[least].named_parameters()
+        for factor in (factor for name, factor in factors if "_B." in name):
+            factor.data.zero_()
+        return merge(adapted)
+
+    monkeypatch.setattr(recover, "merge", forgetful)
+    with pytest.raises(CheckFailedError, match="differs from the trained one"):
+        recover._merge(loaded, adapted, case.tiny.inputs(2))
+
+
 def test_two_gpus_do_not_make_new_factors_warn(monkeypatch, recwarn):
     tiny = tiny_model("llava")
     plan = random_plan(tiny.model)
